@@ -1,0 +1,1514 @@
+/*
+megalodon.c: the Megalodon language model on the CPU. Every layer's forward pass with its backward pass next
+to it, in the order in which data flows; then the blocks, the model, the optimizer. megalodon.h says what the
+model is and what the letters mean; megalodon.cu has the same functions in the same order for the GPU.
+
+How to read it
+- Arguments: results first, then what the forward pass kept, inputs, parameters, sizes. The backward pass of
+  f(out, inp, weight) is f(dinp, dweight, dout, inp, weight); dX is the gradient of the loss by X.
+- Gradients of activations are set (=), those of parameters are added to (+=).
+- Tensors are row-major: (B,L,D) lies as B*L rows of D numbers; R = B*L counts rows. Weights are (out, in).
+
+Easy to get wrong
+- Scales of all norms, and gamma of q and k, are stored as an offset from one: used as weight + 1.
+- CEMA's gamma and omega, and the FFN's alpha, are not: used as stored.
+- v comes from TimestepNorm's output; q, k, r come from RMSNorm's, after CEMA.
+- The FFN's residual is the block's input, not its own input.
+- q and k both carry 1/sqrt(dz); the scores get no further scale.
+- Rotary positions count from the chunk's start and turn adjacent pairs (2j, 2j+1).
+- TimestepNorm's n counts scalars, g = D/G for every token; its running mean and squares are double.
+*/
+#include <assert.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef MEGALODON_BLAS
+#include <cblas.h>
+#endif
+
+#include "megalodon.h"
+
+enum {
+    CEMA_BLOCK = 64,   // tokens between two stored states of CEMA
+    QUERY_ROWS = 128,  // queries whose scores exist at a time
+    LOGIT_ROWS = 128,  // positions whose logits exist at a time
+    COLUMNS = 64,      // columns a thread sums over all rows, for parameter gradients
+    NORM_PART = 65536, // elements a thread sums for the gradient norm
+};
+
+static const double PI = 3.14159265358979323846;
+
+static int min(int a, int b) { return a < b ? a : b; }
+static int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// ----------------------------------------------------------------------------
+// vectors: LANES numbers that one instruction handles
+
+#ifdef __AVX512F__
+#define VEC_BYTES 64
+#else
+#define VEC_BYTES 32
+#endif
+typedef real vec __attribute__((vector_size(VEC_BYTES)));
+enum { LANES = VEC_BYTES / sizeof(real) };
+
+// exp(x). The library's expf keeps a loop from being vectorised, so float has its own: e^x = 2^n e^r with
+// |r| <= ln(2)/2, and e^r by its series. Relative error below 2e-7; x is held in [-86, 88]; NaN stays NaN.
+#ifdef MEGALODON_DOUBLE
+static inline real exp_real(real x) { return exp(x); }
+#else
+static inline real exp_real(real x) {
+    x = x < -86.0f ? -86.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float shifted = x * 1.44269504f + 12582912.0f; // 1.5 * 2^23: the sum's last bits are n, rounded
+    float n = shifted - 12582912.0f;
+    float r = (x - n * 0.693145752f) - n * 1.42860677e-6f; // ln(2) in two parts
+    float p = 1.0f / 720 + r * (1.0f / 5040);
+    p = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * p)))));
+    uint32_t bits, exponent;
+    memcpy(&bits, &p, sizeof bits);
+    memcpy(&exponent, &shifted, sizeof exponent);
+    bits += exponent << 23; // times 2^n
+    memcpy(&p, &bits, sizeof p);
+    return p;
+}
+#endif
+
+static inline real sigmoid(real x) { return 1 / (1 + exp_real(-x)); }
+
+// ----------------------------------------------------------------------------
+// matrix product: C (M,N) = op(A) op(B) + beta C, op(A) is (M,K), op(B) is (K,N); ta, tb: stored transposed.
+// lda, ldb, ldc are the lengths of stored rows. beta = 0 does not read C.
+
+#ifdef MEGALODON_BLAS
+
+static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, real beta,
+                 real *C, int ldc) {
+#ifdef MEGALODON_DOUBLE
+#define cblas_gemm cblas_dgemm
+#else
+#define cblas_gemm cblas_sgemm
+#endif
+    cblas_gemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, M, N, K, 1, A, lda,
+               B, ldb, beta, C, ldc);
+}
+
+#else
+
+// Without a library: a task owns a tile of C. For GEMM_K of K at a time it packs A's rows and B's columns into
+// the order in which the inner loop reads them, so that every read there is contiguous, whatever was
+// transposed. The inner loop keeps a TILE_M x TILE_N piece of C in registers. An element's sum runs over k in
+// the same order whatever the number of threads.
+enum { TILE_M = 6, TILE_N = 2 * LANES, GEMM_M = 24 * TILE_M, GEMM_N = 16 * TILE_N, GEMM_K = 256 };
+
+static void gemm_tile(real *C, int ldc, const real *a, const real *b, int K, int rows, int columns, int add) {
+    // a is (K, TILE_M), b is (K, TILE_N)
+    vec sum[TILE_M][2] = {0};
+    for (int k = 0; k < K; k++, a += TILE_M, b += TILE_N) {
+        vec b0, b1;
+        memcpy(&b0, b, sizeof b0);
+        memcpy(&b1, b + LANES, sizeof b1);
+        for (int i = 0; i < TILE_M; i++) {
+            sum[i][0] += a[i] * b0;
+            sum[i][1] += a[i] * b1;
+        }
+    }
+    real tile[TILE_M][TILE_N];
+    memcpy(tile, sum, sizeof tile);
+    for (int i = 0; i < rows; i++) {
+        real *c = C + (size_t)i * ldc;
+        if (add) {
+            for (int j = 0; j < columns; j++) c[j] += tile[i][j];
+        } else {
+            for (int j = 0; j < columns; j++) c[j] = tile[i][j];
+        }
+    }
+}
+
+// Packs `count` rows (or columns) of a matrix, K long, into panels of `width`: out (panels, K, width), zero
+// where the last panel has no more. Element (i,k) lies at A[i*si + k*sk].
+static void gemm_pack(real *out, const real *A, size_t si, size_t sk, int count, int K, int width) {
+    for (int i0 = 0; i0 < count; i0 += width, out += (size_t)K * width) {
+        for (int i = 0; i < width; i++) {
+            const real *a = A + (size_t)(i0 + i) * si;
+            int inside = i0 + i < count;
+            for (int k = 0; k < K; k++) out[(size_t)k * width + i] = inside ? a[(size_t)k * sk] : 0;
+        }
+    }
+}
+
+static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, real beta,
+                 real *C, int ldc) {
+    size_t ai = ta ? 1 : (size_t)lda, ak = ta ? (size_t)lda : 1; // A's element (i,k) is A[i*ai + k*ak]
+    size_t bj = tb ? (size_t)ldb : 1, bk = tb ? 1 : (size_t)ldb; // B's element (k,j) is B[j*bj + k*bk]
+    int threads = 1;
+#ifdef _OPENMP
+    threads = omp_get_max_threads();
+#endif
+    // fewer rows a task when there would be fewer tasks than threads
+    int rows = ceil_div(ceil_div(M * ceil_div(N, GEMM_N), threads), TILE_M) * TILE_M;
+    rows = min(rows < TILE_M ? TILE_M : rows, GEMM_M);
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int i0 = 0; i0 < M; i0 += rows) {
+        for (int j0 = 0; j0 < N; j0 += GEMM_N) {
+            static _Thread_local real a[GEMM_M * GEMM_K], b[GEMM_N * GEMM_K];
+            int m = min(rows, M - i0), n = min(GEMM_N, N - j0);
+            for (int k0 = 0; k0 < K || k0 == 0; k0 += GEMM_K) {
+                int depth = min(GEMM_K, K - k0);
+                gemm_pack(a, A + i0 * ai + k0 * ak, ai, ak, m, depth, TILE_M);
+                gemm_pack(b, B + j0 * bj + k0 * bk, bj, bk, n, depth, TILE_N);
+                if (k0 == 0 && beta != 0 && beta != 1) {
+                    for (int i = 0; i < m; i++) {
+                        for (int j = 0; j < n; j++) C[(size_t)(i0 + i) * ldc + j0 + j] *= beta;
+                    }
+                }
+                for (int j = 0; j < n; j += TILE_N) {
+                    for (int i = 0; i < m; i += TILE_M) {
+                        gemm_tile(C + (size_t)(i0 + i) * ldc + j0 + j, ldc, a + (size_t)i * depth,
+                                  b + (size_t)j * depth, depth, min(TILE_M, m - i), min(TILE_N, n - j),
+                                  k0 > 0 || beta != 0);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#endif
+
+// ----------------------------------------------------------------------------
+// sums over rows, for the gradients of biases, out (D) += sum_r dy (R,D), and of norms' scales,
+// out += sum_r dy (x - mean) rstd, with mean, rstd (R,G) for G groups of columns; NULL: mean 0, rstd 1, a bias.
+// A thread owns columns, so the order of the sum does not depend on the number of threads.
+
+static void sum_rows(real *out, const real *dy, const real *x, const real *mean, const real *rstd, int R, int D,
+                     int G) {
+    int g = D / G, strips = ceil_div(g, COLUMNS);
+#pragma omp parallel for schedule(static)
+    for (int task = 0; task < G * strips; task++) {
+        int j = task / strips, from = task % strips * COLUMNS, width = min(COLUMNS, g - from);
+        size_t at = (size_t)j * g + from;
+        double sum[COLUMNS] = {0};
+        for (int r = 0; r < R; r++) {
+            const real *dyr = dy + (size_t)r * D + at, *xr = x ? x + (size_t)r * D + at : NULL;
+            real m = mean ? mean[(size_t)r * G + j] : 0, s = rstd ? rstd[(size_t)r * G + j] : 1;
+            for (int c = 0; c < width; c++) sum[c] += x ? dyr[c] * ((xr[c] - m) * s) : dyr[c];
+        }
+        for (int c = 0; c < width; c++) out[at + c] += (real)sum[c];
+    }
+}
+
+// ----------------------------------------------------------------------------
+// embedding: out (R,D) = scale * embed[token]; scale is sqrt(D) with scale_emb, else 1
+// backward: a row's gradient goes to its token's row, as often as the token occurs
+
+static void embedding_forward(real *out, const int32_t *tokens, const real *embed, real scale, int R, int D) {
+#pragma omp parallel for schedule(static)
+    for (int r = 0; r < R; r++) {
+        const real *e = embed + (size_t)tokens[r] * D;
+        for (int c = 0; c < D; c++) out[(size_t)r * D + c] = scale * e[c];
+    }
+}
+
+static void embedding_backward(real *dembed, const real *dout, const int32_t *tokens, real scale, int R, int D) {
+#pragma omp parallel for schedule(static)
+    for (int c0 = 0; c0 < D; c0 += COLUMNS) { // columns, since two rows may have the same token
+        for (int r = 0; r < R; r++) {
+            real *de = dembed + (size_t)tokens[r] * D;
+            for (int c = c0; c < min(c0 + COLUMNS, D); c++) de[c] += scale * dout[(size_t)r * D + c];
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------
+// TimestepNorm: group normalization made causal. Per sequence and group, mean and variance of ALL scalars of
+// the group's g = D/G features at ALL tokens up to and including t, n_t = g * (tokens so far) of them:
+//
+//     y_t = (x_t - mean_t) * rstd_t * (weight + 1) + bias,    rstd_t = 1/sqrt(M2_t/n_t + eps)
+//
+// M2 is the sum of squared deviations from the mean. A token's g scalars join the moments by their deviations
+// from the old mean, s1 = sum (x - mean), s2 = sum (x - mean)^2:
+//
+//     mean += s1/n_t,    M2 += s2 - s1^2/n_t
+//
+// which loses nothing when the mean is large, as sum x^2 - n mean^2 would. State: count, mean, M2.
+// inp, out (B,L,D); mean, rstd (B,L,G); *_in, *_out (B,G) and count (B) may be NULL: fresh start, end not kept.
+
+static void timestep_norm_forward(real *out, real *mean, real *rstd, double *mean_out, double *m2_out,
+                                  const real *inp, const real *weight, const real *bias, const double *mean_in,
+                                  const double *m2_in, const int64_t *count, int B, int L, int D, int G,
+                                  double eps) {
+    int g = D / G;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int b = 0; b < B; b++) {
+        for (int j = 0; j < G; j++) {
+            const real *w = weight + (size_t)j * g, *bs = bias + (size_t)j * g;
+            double m = mean_in ? mean_in[b * G + j] : 0, m2 = m2_in ? m2_in[b * G + j] : 0;
+            double n = count ? (double)g * (double)count[b] : 0;
+            for (int t = 0; t < L; t++) {
+                size_t row = (size_t)b * L + t;
+                const real *x = inp + row * D + (size_t)j * g;
+                real *y = out + row * D + (size_t)j * g;
+                double from = n > 0 ? m : x[0], s1 = 0, s2 = 0; // nothing seen: any value serves as mean
+#pragma omp simd reduction(+ : s1, s2)
+                for (int i = 0; i < g; i++) {
+                    double d = x[i] - from;
+                    s1 += d;
+                    s2 += d * d;
+                }
+                n += g;
+                m = from + s1 / n;
+                m2 += s2 - s1 * s1 / n;
+                double r = 1 / sqrt(m2 / n + eps);
+                for (int i = 0; i < g; i++) y[i] = (real)((x[i] - m) * r) * (w[i] + 1) + bs[i];
+                mean[row * G + j] = (real)m;
+                rstd[row * G + j] = (real)r;
+            }
+            if (mean_out) mean_out[b * G + j] = m;
+            if (m2_out) m2_out[b * G + j] = m2;
+        }
+    }
+}
+
+// x_s is in the moments of every t >= s: d mean_t/d x_s = 1/n_t, d var_t/d x_s = 2 (x_s - mean_t)/n_t. With
+// dmean_t = -rstd_t sum_group w dy and dvar_t = -1/2 rstd_t^3 sum_group w dy (x - mean_t), three sums that
+// grow from the last token to the first carry all of that:
+//
+//     U_s = sum_{t>=s} dmean_t/n_t,   V_s = sum_{t>=s} dvar_t/n_t,   W_s = sum_{t>=s} dvar_t mean_t/n_t
+//     dx_s = rstd_s w dy_s + U_s + 2 (x_s V_s - W_s)
+//
+// dmean, dm2 (B,G), or NULL: gradients by the outgoing state, replaced by those by the incoming one.
+
+static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, double *dmean, double *dm2,
+                                   const real *dout, const real *inp, const real *weight, const real *mean,
+                                   const real *rstd, const double *mean_in, const int64_t *count, int B, int L,
+                                   int D, int G) {
+    int g = D / G;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int b = 0; b < B; b++) {
+        for (int j = 0; j < G; j++) {
+            const real *w = weight + (size_t)j * g;
+            double before = count ? (double)g * (double)count[b] : 0, n = before + (double)g * L;
+            double U = 0, V = 0, W = 0;
+            if (dmean) {
+                V = dm2[b * G + j];
+                W = V * mean[((size_t)b * L + L - 1) * G + j];
+                U = dmean[b * G + j] / n;
+            }
+            for (int t = L - 1; t >= 0; t--, n -= g) {
+                size_t row = (size_t)b * L + t;
+                const real *x = inp + row * D + (size_t)j * g, *dy = dout + row * D + (size_t)j * g;
+                real *dx = dinp + row * D + (size_t)j * g;
+                double m = mean[row * G + j], r = rstd[row * G + j], s = 0, d = 0;
+#pragma omp simd reduction(+ : s, d)
+                for (int i = 0; i < g; i++) {
+                    double wdy = (w[i] + 1) * dy[i];
+                    s += wdy;
+                    d += wdy * (x[i] - m);
+                }
+                double dvar = -0.5 * r * r * r * d;
+                U += -r * s / n;
+                V += dvar / n;
+                W += dvar / n * m;
+                for (int i = 0; i < g; i++) {
+                    dx[i] = (real)(r * (w[i] + 1) * dy[i] + U + 2 * (x[i] * V - W));
+                }
+            }
+            if (dmean) {
+                double m = mean_in ? mean_in[b * G + j] : 0;
+                dmean[b * G + j] = before * (U + 2 * (m * V - W));
+                dm2[b * G + j] = V;
+            }
+        }
+    }
+    sum_rows(dweight, dout, inp, mean, rstd, B * L, D, G);
+    sum_rows(dbias, dout, NULL, NULL, NULL, B * L, D, 1);
+}
+
+// ----------------------------------------------------------------------------
+// CEMA, the complex exponential moving average. Per channel d, N complex numbers h that decay and turn:
+//
+//     phi_n = sigmoid(theta) 2 pi n/N,  n = 1..N      p_n = sigmoid(alpha_n)
+//     q_n = (1 - sigmoid(alpha_n) sigmoid(delta_n)) e^(i phi_n)
+//     h_t = q h_(t-1) + p x_t                         y_t = Re sum_n (gamma_n/sqrt(N)) h_t,n + omega x_t
+//
+// Coefficients: from the parameters, once an update. They are complex numbers kept as real and imaginary
+// parts, each (N, D rounded up to whole strips): channels lie side by side, since they are what is vectorised.
+
+enum { STRIP = 2 * LANES }; // channels a task handles: two vectors, so that two chains of products overlap
+
+static int strip_channels(int D) { return ceil_div(D, STRIP) * STRIP; }
+
+typedef struct { real *p, *q_re, *q_im, *g_re, *g_im; } Coefs; // g is gamma/sqrt(N)
+
+static void cema_coefs_forward(Coefs *c, const real *alpha, const real *delta, const real *theta,
+                               const real *gamma, int D, int N) {
+#pragma omp parallel for schedule(static)
+    for (int d = 0; d < D; d++) {
+        for (int n = 0; n < N; n++) {
+            size_t in = (size_t)d * N + n, out = (size_t)n * strip_channels(D) + d;
+            double a = 1 / (1 + exp(-(double)alpha[in])), b = 1 / (1 + exp(-(double)delta[in]));
+            double phi = 2 * PI * (n + 1) / N / (1 + exp(-(double)theta[d]));
+            c->p[out] = (real)a;
+            c->q_re[out] = (real)((1 - a * b) * cos(phi));
+            c->q_im[out] = (real)((1 - a * b) * sin(phi));
+            c->g_re[out] = (real)(gamma[2 * in] / sqrt(N));
+            c->g_im[out] = (real)(gamma[2 * in + 1] / sqrt(N));
+        }
+    }
+}
+
+// The gradient G of a complex number c is kept so that dLoss = Re(conj(G) dc) = G_re dc_re + G_im dc_im. Hence
+// d|q| = Re(conj(G_q) e^(i phi)) and dphi = Re(conj(G_q) i q).
+static void cema_coefs_backward(real *dalpha, real *ddelta, real *dtheta, real *dgamma, const Coefs *dc,
+                                const real *alpha, const real *delta, const real *theta, int D, int N) {
+#pragma omp parallel for schedule(static)
+    for (int d = 0; d < D; d++) {
+        double turn = 1 / (1 + exp(-(double)theta[d])), dturn = 0;
+        for (int n = 0; n < N; n++) {
+            size_t in = (size_t)d * N + n, out = (size_t)n * strip_channels(D) + d;
+            double a = 1 / (1 + exp(-(double)alpha[in])), b = 1 / (1 + exp(-(double)delta[in]));
+            double phi = 2 * PI * (n + 1) / N * turn, re = cos(phi), im = sin(phi);
+            double dabs = dc->q_re[out] * re + dc->q_im[out] * im;
+            double dphi = (1 - a * b) * (dc->q_im[out] * re - dc->q_re[out] * im);
+            dalpha[in] += (real)((dc->p[out] - b * dabs) * a * (1 - a));
+            ddelta[in] += (real)(-a * dabs * b * (1 - b));
+            dturn += dphi * 2 * PI * (n + 1) / N;
+            dgamma[2 * in] += (real)(dc->g_re[out] / sqrt(N));
+            dgamma[2 * in + 1] += (real)(dc->g_im[out] / sqrt(N));
+        }
+        dtheta[d] += (real)(dturn * turn * (1 - turn));
+    }
+}
+
+// One row's channels of a strip; beyond the last channel zeros are read and nothing is written.
+static void strip_read(vec v[2], const real *src, int width) {
+    real lanes[STRIP] = {0};
+    if (width == STRIP) {
+        memcpy(v, src, sizeof lanes);
+        return;
+    }
+    memcpy(lanes, src, (size_t)width * sizeof *src);
+    memcpy(v, lanes, sizeof lanes);
+}
+static void strip_write(real *dst, const vec v[2], int width) { memcpy(dst, v, (size_t)width * sizeof *dst); }
+static void strip_add(real *dst, const vec v[2], int width) {
+    real lanes[STRIP];
+    memcpy(lanes, v, sizeof lanes);
+    for (int c = 0; c < width; c++) dst[c] += lanes[c];
+}
+
+typedef struct { vec p[2], q_re[2], q_im[2], g_re[2], g_im[2]; } StripCoefs; // of one mode n
+static StripCoefs strip_coefs(const Coefs *c, int n, int D, int d0) {
+    StripCoefs s;
+    size_t at = (size_t)n * strip_channels(D) + d0;
+    memcpy(s.p, c->p + at, sizeof s.p);
+    memcpy(s.q_re, c->q_re + at, sizeof s.p);
+    memcpy(s.q_im, c->q_im + at, sizeof s.p);
+    memcpy(s.g_re, c->g_re + at, sizeof s.p);
+    memcpy(s.g_im, c->g_im + at, sizeof s.p);
+    return s;
+}
+
+// The recurrence, token by token. A task owns a strip of channels of one sequence and goes through it in blocks
+// of CEMA_BLOCK tokens, within a block mode by mode, so that h stays in registers. inp, out (B,L,D).
+// h_blocks (B, blocks, 2, N, D): h before each block, for the backward pass; h_in, h_out (B,2,N,D); any may be
+// NULL. h_in and h_out may be the same.
+
+static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp, const Coefs *coefs,
+                         const real *omega, const real *h_in, int B, int L, int D, int N) {
+    int blocks = ceil_div(L, CEMA_BLOCK);
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int b = 0; b < B; b++) {
+        for (int d0 = 0; d0 < D; d0 += STRIP) {
+            int width = min(STRIP, D - d0);
+            vec h[2 * N][2], x[CEMA_BLOCK][2], y[CEMA_BLOCK][2], om[2]; // h: N real parts, N imaginary parts
+            memset(h, 0, sizeof h);
+            for (int i = 0; h_in && i < 2 * N; i++) strip_read(h[i], h_in + ((size_t)b * 2 * N + i) * D + d0, width);
+            strip_read(om, omega + d0, width);
+            for (int block = 0; block < blocks; block++) {
+                int t0 = block * CEMA_BLOCK, T = min(CEMA_BLOCK, L - t0);
+                for (int i = 0; h_blocks && i < 2 * N; i++) {
+                    strip_write(h_blocks + (((size_t)b * blocks + block) * 2 * N + i) * D + d0, h[i], width);
+                }
+                for (int t = 0; t < T; t++) {
+                    strip_read(x[t], inp + ((size_t)b * L + t0 + t) * D + d0, width);
+                    for (int u = 0; u < 2; u++) y[t][u] = om[u] * x[t][u];
+                }
+                for (int n = 0; n < N; n++) {
+                    StripCoefs c = strip_coefs(coefs, n, D, d0);
+                    vec re[2] = {h[n][0], h[n][1]}, im[2] = {h[N + n][0], h[N + n][1]};
+                    for (int t = 0; t < T; t++) {
+                        for (int u = 0; u < 2; u++) {
+                            vec old = re[u];
+                            re[u] = c.q_re[u] * old - c.q_im[u] * im[u] + c.p[u] * x[t][u];
+                            im[u] = c.q_re[u] * im[u] + c.q_im[u] * old;
+                            y[t][u] += c.g_re[u] * re[u] - c.g_im[u] * im[u];
+                        }
+                    }
+                    for (int u = 0; u < 2; u++) h[n][u] = re[u], h[N + n][u] = im[u];
+                }
+                for (int t = 0; t < T; t++) strip_write(out + ((size_t)b * L + t0 + t) * D + d0, y[t], width);
+            }
+            for (int i = 0; h_out && i < 2 * N; i++) {
+                strip_write(h_out + ((size_t)b * 2 * N + i) * D + d0, h[i], width);
+            }
+        }
+    }
+}
+
+// The recurrence reversed: with g = gamma/sqrt(N), the gradient by h_t is
+//
+//     G_t = conj(g) dy_t + conj(q) G_(t+1)            dx_t = omega dy_t + sum_n p Re G_t
+//     dg = sum dy conj(h_t)    dq = sum G_t conj(h_(t-1))    dp = sum x Re G_t    domega = sum x dy
+//     by the incoming state: conj(q) G_1
+//
+// A block's h are computed again from the one kept at its start. A task owns a strip of channels of all
+// sequences, so the parameters' sums need nothing shared. dcoefs is set. dh (B,2,N,D), or NULL: gradient by the
+// outgoing state, replaced by that by the incoming one.
+
+static void cema_backward(real *dinp, Coefs *dcoefs, real *domega, real *dh, const real *dout, const real *inp,
+                          const real *h_blocks, const Coefs *coefs, const real *omega, int B, int L, int D,
+                          int N) {
+    int blocks = ceil_div(L, CEMA_BLOCK);
+#pragma omp parallel for schedule(static)
+    for (int d0 = 0; d0 < D; d0 += STRIP) {
+        int width = min(STRIP, D - d0);
+        vec x[CEMA_BLOCK][2], dy[CEMA_BLOCK][2], dx[CEMA_BLOCK][2];
+        vec h_re[CEMA_BLOCK + 1][2], h_im[CEMA_BLOCK + 1][2]; // of one mode, [t] is before token t
+        vec future[2 * N][2];                                 // conj(q) G_(t+1): gradient by h_t from later tokens
+        StripCoefs grad[N];
+        vec om[2], dom[2] = {0};
+        memset(grad, 0, sizeof grad);
+        strip_read(om, omega + d0, width);
+        for (int b = 0; b < B; b++) {
+            memset(future, 0, sizeof future);
+            for (int i = 0; dh && i < 2 * N; i++) strip_read(future[i], dh + ((size_t)b * 2 * N + i) * D + d0, width);
+            for (int block = blocks - 1; block >= 0; block--) {
+                int t0 = block * CEMA_BLOCK, T = min(CEMA_BLOCK, L - t0);
+                for (int t = 0; t < T; t++) {
+                    strip_read(x[t], inp + ((size_t)b * L + t0 + t) * D + d0, width);
+                    strip_read(dy[t], dout + ((size_t)b * L + t0 + t) * D + d0, width);
+                    for (int u = 0; u < 2; u++) {
+                        dx[t][u] = om[u] * dy[t][u];
+                        dom[u] += x[t][u] * dy[t][u];
+                    }
+                }
+                const real *h0 = h_blocks + ((size_t)b * blocks + block) * 2 * N * D + d0;
+                for (int n = 0; n < N; n++) {
+                    StripCoefs c = strip_coefs(coefs, n, D, d0), s = {0}; // s: this block's sums
+                    strip_read(h_re[0], h0 + (size_t)n * D, width);
+                    strip_read(h_im[0], h0 + ((size_t)N + n) * D, width);
+                    for (int t = 0; t < T; t++) {
+                        for (int u = 0; u < 2; u++) {
+                            vec re = h_re[t][u], im = h_im[t][u];
+                            h_re[t + 1][u] = c.q_re[u] * re - c.q_im[u] * im + c.p[u] * x[t][u];
+                            h_im[t + 1][u] = c.q_re[u] * im + c.q_im[u] * re;
+                        }
+                    }
+                    for (int u = 0; u < 2; u++) {
+                        vec f_re = future[n][u], f_im = future[N + n][u];
+                        for (int t = T - 1; t >= 0; t--) {
+                            vec G_re = c.g_re[u] * dy[t][u] + f_re, G_im = f_im - c.g_im[u] * dy[t][u];
+                            dx[t][u] += c.p[u] * G_re;
+                            s.p[u] += x[t][u] * G_re;
+                            s.q_re[u] += G_re * h_re[t][u] + G_im * h_im[t][u];
+                            s.q_im[u] += G_im * h_re[t][u] - G_re * h_im[t][u];
+                            s.g_re[u] += dy[t][u] * h_re[t + 1][u];
+                            s.g_im[u] -= dy[t][u] * h_im[t + 1][u];
+                            f_re = c.q_re[u] * G_re + c.q_im[u] * G_im;
+                            f_im = c.q_re[u] * G_im - c.q_im[u] * G_re;
+                        }
+                        future[n][u] = f_re, future[N + n][u] = f_im;
+                        grad[n].p[u] += s.p[u];
+                        grad[n].q_re[u] += s.q_re[u], grad[n].q_im[u] += s.q_im[u];
+                        grad[n].g_re[u] += s.g_re[u], grad[n].g_im[u] += s.g_im[u];
+                    }
+                }
+                for (int t = 0; t < T; t++) strip_write(dinp + ((size_t)b * L + t0 + t) * D + d0, dx[t], width);
+            }
+            for (int i = 0; dh && i < 2 * N; i++) strip_write(dh + ((size_t)b * 2 * N + i) * D + d0, future[i], width);
+        }
+        for (int n = 0; n < N; n++) {
+            size_t at = (size_t)n * strip_channels(D) + d0;
+            strip_write(dcoefs->p + at, grad[n].p, STRIP);
+            strip_write(dcoefs->q_re + at, grad[n].q_re, STRIP);
+            strip_write(dcoefs->q_im + at, grad[n].q_im, STRIP);
+            strip_write(dcoefs->g_re + at, grad[n].g_re, STRIP);
+            strip_write(dcoefs->g_im + at, grad[n].g_im, STRIP);
+        }
+        strip_add(domega + d0, dom, width);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// RMSNorm: y = x rstd (weight + 1), rstd = 1/sqrt(mean(x^2) + eps), over the D numbers of a row; weight NULL: no
+// scale. rstd (R). backward, with a = (weight + 1) dy: dx = rstd (a - x rstd^2 mean(a x)).
+
+static void rmsnorm_forward(real *out, real *rstd, const real *inp, const real *weight, int R, int D,
+                            double eps) {
+#pragma omp parallel for schedule(static)
+    for (int r = 0; r < R; r++) {
+        const real *x = inp + (size_t)r * D;
+        real *y = out + (size_t)r * D, squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int c = 0; c < D; c++) squares += x[c] * x[c];
+        real s = (real)(1 / sqrt((double)squares / D + eps));
+        for (int c = 0; c < D; c++) y[c] = x[c] * s * (weight ? weight[c] + 1 : 1);
+        rstd[r] = s;
+    }
+}
+
+static void rmsnorm_backward(real *dinp, real *dweight, const real *dout, const real *inp, const real *weight,
+                             const real *rstd, int R, int D) {
+#pragma omp parallel for schedule(static)
+    for (int r = 0; r < R; r++) {
+        const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
+        real *dx = dinp + (size_t)r * D, s = rstd[r], dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int c = 0; c < D; c++) dot += dy[c] * (weight ? weight[c] + 1 : 1) * x[c];
+        real back = dot / D * s * s;
+        for (int c = 0; c < D; c++) dx[c] = s * (dy[c] * (weight ? weight[c] + 1 : 1) - x[c] * back);
+    }
+    if (dweight) sum_rows(dweight, dout, inp, NULL, rstd, R, D, 1);
+}
+
+// ----------------------------------------------------------------------------
+// linear: out (R,M) = inp (R,K) weight' (M,K) + bias (M); bias may be NULL. forward adds to out if `add`.
+// backward: dinp = dout weight (added to what is there if `add`), dweight += dout' inp, dbias += sum of rows
+
+static void linear_forward(real *out, int add, const real *inp, const real *weight, const real *bias, int R, int K,
+                           int M) {
+    if (R == 1) { // a matrix times a vector: one pass over the weights
+#pragma omp parallel for schedule(static)
+        for (int o = 0; o < M; o++) {
+            const real *w = weight + (size_t)o * K;
+            real sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int i = 0; i < K; i++) sum += w[i] * inp[i];
+            out[o] = sum + (bias ? bias[o] : 0) + (add ? out[o] : 0);
+        }
+        return;
+    }
+    if (bias) {
+#pragma omp parallel for schedule(static)
+        for (int r = 0; r < R; r++) {
+            real *y = out + (size_t)r * M;
+            for (int o = 0; o < M; o++) y[o] = (add ? y[o] : 0) + bias[o];
+        }
+    }
+    gemm(0, 1, R, M, K, inp, K, weight, K, bias || add, out, M);
+}
+
+static void linear_backward(real *dinp, int add, real *dweight, real *dbias, const real *dout, const real *inp,
+                            const real *weight, int R, int K, int M) {
+    gemm(0, 0, R, K, M, dout, M, weight, K, add, dinp, K);
+    gemm(1, 0, M, K, R, dout, M, inp, K, 1, dweight, K);
+    if (dbias) sum_rows(dbias, dout, NULL, NULL, NULL, R, M, 1);
+}
+
+// ----------------------------------------------------------------------------
+// queries and keys from the shared z (R,Z), normalized per head:
+//     q = z (gamma0 + 1)/sqrt(dz) + beta0,    k = z (gamma1 + 1)/sqrt(dz) + beta1;    gamma, beta (2,Z)
+// backward: dz = (dq (gamma0 + 1) + dk (gamma1 + 1))/sqrt(dz); gamma's and beta's gradients are sums over rows
+
+static void qk_forward(real *q, real *k, const real *z, const real *gamma, const real *beta, int R, int Z,
+                       int dz) {
+    real scale = (real)(1 / sqrt(dz));
+#pragma omp parallel for schedule(static)
+    for (int r = 0; r < R; r++) {
+        size_t at = (size_t)r * Z;
+        for (int c = 0; c < Z; c++) {
+            q[at + c] = z[at + c] * (gamma[c] + 1) * scale + beta[c];
+            k[at + c] = z[at + c] * (gamma[Z + c] + 1) * scale + beta[Z + c];
+        }
+    }
+}
+
+static void qk_backward(real *dz_out, real *dgamma, real *dbeta, const real *dq, const real *dk, const real *z,
+                        const real *gamma, int R, int Z, int dz) {
+    real scale = (real)(1 / sqrt(dz));
+#pragma omp parallel for schedule(static)
+    for (int r = 0; r < R; r++) {
+        size_t at = (size_t)r * Z;
+        for (int c = 0; c < Z; c++) {
+            dz_out[at + c] = (dq[at + c] * (gamma[c] + 1) + dk[at + c] * (gamma[Z + c] + 1)) * scale;
+        }
+    }
+#pragma omp parallel for schedule(static)
+    for (int c0 = 0; c0 < Z; c0 += COLUMNS) {
+        int width = min(COLUMNS, Z - c0);
+        double sum[4][COLUMNS] = {0};
+        for (size_t at = (size_t)c0; at < (size_t)R * Z; at += (size_t)Z) {
+            for (int c = 0; c < width; c++) {
+                sum[0][c] += dq[at + c] * z[at + c], sum[1][c] += dk[at + c] * z[at + c];
+                sum[2][c] += dq[at + c], sum[3][c] += dk[at + c];
+            }
+        }
+        for (int c = 0; c < width; c++) {
+            dgamma[c0 + c] += (real)sum[0][c] * scale, dgamma[Z + c0 + c] += (real)sum[1][c] * scale;
+            dbeta[c0 + c] += (real)sum[2][c], dbeta[Z + c0 + c] += (real)sum[3][c];
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------
+// rotary embedding: in each head the pair (2j, 2j+1), taken as a complex number, is turned by
+// e^(i pos base^(-2j/dz)), pos counted from the chunk's start. A rotation's transpose turns the other way, which
+// is the backward pass. table (C, dz/2, 2): cos, sin. count (B): tokens before these, or NULL.
+
+static void rope_table(real *table, int C, int dz, double base) {
+    for (int pos = 0; pos < C; pos++) {
+        for (int j = 0; j < dz / 2; j++, table += 2) {
+            double angle = pos * pow(base, -2.0 * j / dz);
+            table[0] = (real)cos(angle), table[1] = (real)sin(angle);
+        }
+    }
+}
+
+static void rope_turn(real *out, const real *inp, const real *table, const int64_t *count, int sign, int B, int L,
+                      int Z, int dz, int C) {
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int b = 0; b < B; b++) {
+        for (int t = 0; t < L; t++) {
+            int pos = (int)(((count ? count[b] : 0) + t) % C);
+            const real *x = inp + ((size_t)b * L + t) * Z;
+            real *y = out + ((size_t)b * L + t) * Z;
+            for (int c = 0; c < Z; c += 2) {
+                const real *turn = table + (size_t)pos * dz + c % dz;
+                real re = x[c], im = x[c + 1], s = sign * turn[1];
+                y[c] = re * turn[0] - im * s;
+                y[c + 1] = re * s + im * turn[0];
+            }
+        }
+    }
+}
+
+static void rope_forward(real *out, const real *inp, const real *table, const int64_t *count, int B, int L, int Z,
+                         int dz, int C) {
+    rope_turn(out, inp, table, count, 1, B, L, Z, dz, C);
+}
+
+static void rope_backward(real *dinp, const real *dout, const real *table, const int64_t *count, int B, int L,
+                          int Z, int dz, int C) {
+    rope_turn(dinp, dout, table, count, -1, B, L, Z, dz, C);
+}
+
+// ----------------------------------------------------------------------------
+// silu(x) = x sigmoid(x), and the gate out = a silu(b): the attention's (o, r) and the FFN's (f3, f1)
+// backward: silu'(x) = sigmoid(x) (1 + x (1 - sigmoid(x))). In backward, da may be dout.
+
+static void silu_forward(real *out, const real *inp, size_t n) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < n; i++) out[i] = inp[i] * sigmoid(inp[i]);
+}
+
+static void silu_backward(real *dinp, const real *dout, const real *inp, size_t n) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < n; i++) {
+        real s = sigmoid(inp[i]);
+        dinp[i] = dout[i] * s * (1 + inp[i] * (1 - s));
+    }
+}
+
+static void gate_forward(real *out, const real *a, const real *b, size_t n) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < n; i++) out[i] = a[i] * b[i] * sigmoid(b[i]);
+}
+
+static void gate_backward(real *da, real *db, const real *dout, const real *a, const real *b, size_t n) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < n; i++) {
+        real s = sigmoid(b[i]), d = dout[i];
+        db[i] = d * a[i] * s * (1 + b[i] * (1 - s));
+        da[i] = d * b[i] * s;
+    }
+}
+
+// ----------------------------------------------------------------------------
+// attention of one head inside one chunk: nq queries, which are the last nq of nk keys' positions
+//
+//     S_ij = q_i . k_j for j <= i        P = softmax over j        o_i = sum_j P_ij v_j
+//
+// QUERY_ROWS queries at a time, against the keys up to the last of them: scores above the diagonal are few.
+// Of P only lse_i = log sum_j e^(S_ij) is kept. Rows of q, k are ldz long, of v, o lde, of lse ldh.
+// scores (QUERY_ROWS, nk) is scratch.
+
+static void attend_forward(real *o, real *lse, real *scores, const real *q, const real *k, const real *v, int nq,
+                           int nk, int dz, int dv, int ldz, int lde, int ldh) {
+    for (int i0 = 0; i0 < nq; i0 += QUERY_ROWS) {
+        int rows = min(QUERY_ROWS, nq - i0), keys = nk - nq + i0 + rows;
+        gemm(0, 1, rows, keys, dz, q + (size_t)i0 * ldz, ldz, k, ldz, 0, scores, keys);
+#pragma omp parallel for schedule(static)
+        for (int i = 0; i < rows; i++) {
+            real *s = scores + (size_t)i * keys, top = -INFINITY, sum = 0;
+            int seen = keys - rows + i + 1; // keys at or before this query
+            for (int j = 0; j < seen; j++) top = s[j] > top ? s[j] : top;
+#pragma omp simd reduction(+ : sum)
+            for (int j = 0; j < seen; j++) {
+                s[j] = exp_real(s[j] - top);
+                sum += s[j];
+            }
+            for (int j = 0; j < seen; j++) s[j] /= sum;
+            for (int j = seen; j < keys; j++) s[j] = 0;
+            lse[(size_t)(i0 + i) * ldh] = top + (real)log(sum);
+        }
+        gemm(0, 0, rows, dv, keys, scores, keys, v, lde, 0, o + (size_t)i0 * lde, lde);
+    }
+}
+
+// P_ij = e^(S_ij - lse_i) again. Then dv_j = sum_i P_ij do_i; dP_ij = do_i . v_j; through the softmax
+// dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), whose sum is do_i . o_i; dq_i = sum_j dS_ij k_j, dk_j = sum_i dS_ij q_i.
+// dq is set, dk and dv are added to. scores, dscores (QUERY_ROWS, nk) are scratch.
+
+static void attend_backward(real *dq, real *dk, real *dv_out, real *scores, real *dscores, const real *dout,
+                            const real *o, const real *lse, const real *q, const real *k, const real *v, int nq,
+                            int nk, int dz, int dv, int ldz, int lde, int ldh) {
+    for (int i0 = 0; i0 < nq; i0 += QUERY_ROWS) {
+        int rows = min(QUERY_ROWS, nq - i0), keys = nk - nq + i0 + rows;
+        const real *qi = q + (size_t)i0 * ldz, *doi = dout + (size_t)i0 * lde, *oi = o + (size_t)i0 * lde;
+        gemm(0, 1, rows, keys, dz, qi, ldz, k, ldz, 0, scores, keys);
+        gemm(0, 1, rows, keys, dv, doi, lde, v, lde, 0, dscores, keys);
+#pragma omp parallel for schedule(static)
+        for (int i = 0; i < rows; i++) {
+            real *s = scores + (size_t)i * keys, *ds = dscores + (size_t)i * keys, dot = 0;
+            real l = lse[(size_t)(i0 + i) * ldh];
+            int seen = keys - rows + i + 1;
+#pragma omp simd reduction(+ : dot)
+            for (int c = 0; c < dv; c++) dot += doi[(size_t)i * lde + c] * oi[(size_t)i * lde + c];
+#pragma omp simd
+            for (int j = 0; j < seen; j++) {
+                s[j] = exp_real(s[j] - l);
+                ds[j] = s[j] * (ds[j] - dot);
+            }
+            for (int j = seen; j < keys; j++) s[j] = ds[j] = 0;
+        }
+        gemm(0, 0, rows, dz, keys, dscores, keys, k, ldz, 0, dq + (size_t)i0 * ldz, ldz);
+        gemm(1, 0, keys, dz, rows, dscores, keys, qi, ldz, 1, dk, ldz);
+        gemm(1, 0, keys, dv, rows, scores, keys, doi, lde, 1, dv_out, lde);
+    }
+}
+
+// Chunked attention: sequences are cut into chunks of C tokens; a token sees its own chunk up to itself, nothing
+// else. q, k (B,L,Z) are rotated, v, o (B,L,E), lse (B,L,H). With a state, count (B) tokens went before: the
+// first count % C keys and values of the unfinished chunk are in cache_k (B,C,Z), cache_v (B,C,E), and this
+// call's go there too, as far as their chunk stays unfinished. Without: NULL.
+
+static void attention_forward(real *o, real *lse, real *cache_k, real *cache_v, real *scores, const real *q,
+                              const real *k, const real *v, const int64_t *count, int B, int L, int C, int H,
+                              int Z, int E) {
+    int dz = Z / H, dv = E / H;
+    for (int b = 0; b < B; b++) {
+        int past = count ? (int)(count[b] % C) : 0;
+        for (int t = 0, n; t < L; t += n, past = 0) {
+            n = min(C - past, L - t);
+            size_t row = (size_t)b * L + t;
+            const real *kc = k + row * Z, *vc = v + row * E; // the chunk's keys and values
+            if (count && past + n < C + (past > 0)) { // the chunk goes on after this call, or began before it
+                real *ck = cache_k + (size_t)b * C * Z, *cv = cache_v + (size_t)b * C * E;
+                memcpy(ck + (size_t)past * Z, kc, (size_t)n * Z * sizeof *ck);
+                memcpy(cv + (size_t)past * E, vc, (size_t)n * E * sizeof *cv);
+                kc = ck, vc = cv;
+            }
+            for (int h = 0; h < H; h++) {
+                attend_forward(o + row * E + h * dv, lse + row * H + h, scores, q + row * Z + h * dz, kc + h * dz,
+                               vc + h * dv, n, past + n, dz, dv, Z, E, H);
+            }
+        }
+    }
+}
+
+static void attention_backward(real *dq, real *dk, real *dv_out, real *scores, real *dscores, const real *dout,
+                               const real *o, const real *lse, const real *q, const real *k, const real *v, int B,
+                               int L, int C, int H, int Z, int E) {
+    int dz = Z / H, dv = E / H;
+    memset(dk, 0, (size_t)B * L * Z * sizeof *dk);
+    memset(dv_out, 0, (size_t)B * L * E * sizeof *dv_out);
+    for (int b = 0; b < B; b++) {
+        for (int t = 0; t < L; t += C) {
+            int n = min(C, L - t);
+            for (int h = 0; h < H; h++) {
+                size_t z = ((size_t)b * L + t) * Z + h * dz, e = ((size_t)b * L + t) * E + h * dv;
+                attend_backward(dq + z, dk + z, dv_out + e, scores, dscores, dout + e, o + e,
+                                lse + ((size_t)b * L + t) * H + h, q + z, k + z, v + e, n, n, dz, dv, Z, E, H);
+            }
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------
+// LayerNorm: y = (x - mean) rstd (weight + 1) + bias over the D numbers of a row; weight, bias NULL: neither.
+// mean, rstd (R). backward, with a = (weight + 1) dy and n = (x - mean) rstd: dx = rstd (a - mean(a) - n mean(a n)).
+
+static void layernorm_forward(real *out, real *mean, real *rstd, const real *inp, const real *weight,
+                              const real *bias, int R, int D, double eps) {
+#pragma omp parallel for schedule(static)
+    for (int r = 0; r < R; r++) {
+        const real *x = inp + (size_t)r * D;
+        real *y = out + (size_t)r * D, sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int c = 0; c < D; c++) sum += x[c];
+        real m = sum / D;
+#pragma omp simd reduction(+ : squares)
+        for (int c = 0; c < D; c++) squares += (x[c] - m) * (x[c] - m);
+        real s = (real)(1 / sqrt((double)squares / D + eps));
+        for (int c = 0; c < D; c++) y[c] = (x[c] - m) * s * (weight ? weight[c] + 1 : 1) + (bias ? bias[c] : 0);
+        mean[r] = m;
+        rstd[r] = s;
+    }
+}
+
+static void layernorm_backward(real *dinp, real *dweight, real *dbias, const real *dout, const real *inp,
+                               const real *weight, const real *mean, const real *rstd, int R, int D) {
+#pragma omp parallel for schedule(static)
+    for (int r = 0; r < R; r++) {
+        const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
+        real *dx = dinp + (size_t)r * D, m = mean[r], s = rstd[r], sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+        for (int c = 0; c < D; c++) {
+            real a = dy[c] * (weight ? weight[c] + 1 : 1);
+            sum += a;
+            dot += a * (x[c] - m) * s;
+        }
+        sum /= D, dot /= D;
+        for (int c = 0; c < D; c++) {
+            dx[c] = s * (dy[c] * (weight ? weight[c] + 1 : 1) - sum - (x[c] - m) * s * dot);
+        }
+    }
+    if (dweight) {
+        sum_rows(dweight, dout, inp, mean, rstd, R, D, 1);
+        sum_rows(dbias, dout, NULL, NULL, NULL, R, D, 1);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// rescale: out += alpha inp, alpha (D); backward: dinp = alpha dout, dalpha += sum of rows of dout inp
+
+static void rescale_forward(real *out, const real *inp, const real *alpha, int R, int D) {
+#pragma omp parallel for schedule(static)
+    for (int r = 0; r < R; r++) {
+        for (int c = 0; c < D; c++) out[(size_t)r * D + c] += alpha[c] * inp[(size_t)r * D + c];
+    }
+}
+
+static void rescale_backward(real *dinp, real *dalpha, const real *dout, const real *inp, const real *alpha, int R,
+                             int D) {
+#pragma omp parallel for schedule(static)
+    for (int r = 0; r < R; r++) {
+        for (int c = 0; c < D; c++) dinp[(size_t)r * D + c] = alpha[c] * dout[(size_t)r * D + c];
+    }
+    sum_rows(dalpha, dout, inp, NULL, NULL, R, D, 1);
+}
+
+// a residual: out += inp
+static void add(real *out, const real *inp, size_t n) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < n; i++) out[i] += inp[i];
+}
+
+// ----------------------------------------------------------------------------
+// output and loss: logits (R,V) = x output', loss = log sum_v e^logit - logit of the target, in nats
+//
+// LOGIT_ROWS positions at a time, so that the logits of a long sequence never exist whole. Since the block is
+// at hand, forward and backward are one: with dx not NULL, dlogit = grad_scale (softmax - onehot(target)),
+// dx = dlogit output, doutput += dlogit' x. losses (R); a target of -1 gives no loss and no gradient.
+
+static void output_loss(double *losses, real *dx, real *doutput, real *logits, const real *x, const real *output,
+                        const int32_t *targets, double grad_scale, int R, int D, int V) {
+    for (int r0 = 0; r0 < R; r0 += LOGIT_ROWS) {
+        int rows = min(LOGIT_ROWS, R - r0);
+        const real *xr = x + (size_t)r0 * D;
+        linear_forward(logits, 0, xr, output, NULL, rows, D, V);
+#pragma omp parallel for schedule(static)
+        for (int r = 0; r < rows; r++) {
+            real *l = logits + (size_t)r * V, top = -INFINITY;
+            int target = targets[r0 + r];
+            for (int v = 0; v < V; v++) top = l[v] > top ? l[v] : top;
+            double sum = 0, at_target = target < 0 ? 0 : l[target];
+#pragma omp simd reduction(+ : sum)
+            for (int v = 0; v < V; v++) {
+                l[v] = exp_real(l[v] - top);
+                sum += l[v];
+            }
+            losses[r0 + r] = target < 0 ? 0 : log(sum) + top - at_target;
+            real scale = target < 0 ? 0 : (real)(grad_scale / sum);
+            for (int v = 0; dx && v < V; v++) l[v] *= scale;
+            if (dx && target >= 0) l[target] -= (real)grad_scale;
+        }
+        if (dx) linear_backward(dx + (size_t)r0 * D, 0, doutput, NULL, logits, xr, output, rows, D, V);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// activations
+
+typedef struct { // of one layer: what its backward pass reads
+    real *norm_mean, *norm_rstd; // (B,L,G) TimestepNorm's
+    real *xt;                    // (B,L,D) TimestepNorm(x)
+    real *h;                     // (B, L/CEMA_BLOCK, 2, N, D) CEMA's state before each block
+    real *ema, *ema_rstd;        // (B,L,D), (B,L) CEMA(xt), and its RMSNorm's
+    real *mx;                    // (B,L,D) RMSNorm(CEMA(xt))
+    real *z, *z_rstd;            // (B,L,Z), (B,L,H) before its norm
+    real *q, *k;                 // (B,L,Z) before the rotation
+    real *v_in, *r_in;           // (B,L,E) before silu
+    real *o, *lse;               // (B,L,E), (B,L,H)
+    real *y;                     // (B,L,D) the sub-layer's output
+    real *ffn_mean, *ffn_rstd;   // (B,L) LayerNorm's
+    real *u;                     // (B,L,D) LayerNorm(y)
+    real *f1, *f3;               // (B,L,F) u W1', u W3' (swiglu only)
+    real *f2;                    // (B,L,D) before alpha (rescale_nffn only)
+} LayerActs;
+
+typedef struct { // used by every layer in turn
+    real *zn, *q_turned, *k_turned;             // (B,L,Z)
+    real *v, *gated, *hidden;                   // (B,L,E) (B,L,E) (B,L,F)
+    real *scores, *logits;                      // (QUERY_ROWS,C) (LOGIT_ROWS,V)
+    real *dx, *dy, *dmega, *dxt, *dmx, *dema;   // (B,L,D), these and below for backward only
+    real *dq, *dk, *dzn, *dz;                   // (B,L,Z)
+    real *do_, *dr_in, *dv;                     // (B,L,E)
+    real *dhidden, *df1, *dscores;              // (B,L,F) (B,L,F) (QUERY_ROWS,C)
+    Coefs dcoefs;
+} Scratch;
+
+struct Model {
+    Config config;
+    Mode mode;
+    int max_B, max_L;
+    Tensor *tensors;
+    int num_tensors;
+    size_t num_params;
+    real *memory[4]; // PARAMS, GRADS, MOMENT1, MOMENT2
+    Params params, grads;
+    real *acts_memory, *work_memory;
+    LayerActs *acts;                       // (num_layers), all in the same memory unless mode is TRAIN
+    real **x;                              // (num_layers+1) of (B,L,D): blocks' inputs, the last one's output
+    real *final_mean, *final_rstd, *final; // final norm's (B,L,G), and its output (B,L,D)
+    double *losses;                        // (B,L)
+    double *norm_parts;                    // of megalodon_grad_norm
+    int32_t *tokens;                       // (B,L)
+    real *rope;                            // (C, dz/2, 2)
+    Coefs *coefs;                          // (num_layers)
+    int coefs_valid;
+    Scratch scratch;
+    int B, L;       // of the last forward
+    int acts_layer; // the layer whose activations the shared memory holds, -1: none; not in mode TRAIN
+};
+
+// Hands out the next n numbers behind *at; with *at NULL it only counts them. Slices begin at multiples of 16.
+typedef struct { real *at; size_t used; } Arena;
+static void take(real **pointer, Arena *arena, size_t n) {
+    *pointer = arena->at ? arena->at + arena->used : NULL;
+    arena->used += (n + 15) / 16 * 16;
+}
+
+static void layer_acts_take(LayerActs *a, Arena *arena, const Config *c, int B, int L) {
+    size_t R = (size_t)B * L, D = c->model_dim, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim;
+    size_t H = c->num_heads, G = c->norm_num_groups, blocks = (size_t)B * ceil_div(L, CEMA_BLOCK);
+    take(&a->norm_mean, arena, R * G), take(&a->norm_rstd, arena, R * G);
+    take(&a->xt, arena, R * D);
+    take(&a->h, arena, blocks * 2 * c->cema_ndim * D);
+    take(&a->ema, arena, R * D), take(&a->ema_rstd, arena, R);
+    take(&a->mx, arena, R * D);
+    take(&a->z, arena, R * Z), take(&a->z_rstd, arena, R * H);
+    take(&a->q, arena, R * Z), take(&a->k, arena, R * Z);
+    take(&a->v_in, arena, R * E), take(&a->r_in, arena, R * E);
+    take(&a->o, arena, R * E), take(&a->lse, arena, R * H);
+    take(&a->y, arena, R * D);
+    take(&a->ffn_mean, arena, R), take(&a->ffn_rstd, arena, R);
+    take(&a->u, arena, R * D);
+    take(&a->f1, arena, R * F), take(&a->f3, arena, c->swiglu ? R * F : 0);
+    take(&a->f2, arena, c->rescale_nffn ? R * D : 0);
+}
+
+static void coefs_take(Coefs *coefs, Arena *arena, const Config *c) {
+    size_t n = (size_t)c->cema_ndim * strip_channels(c->model_dim);
+    take(&coefs->p, arena, n), take(&coefs->q_re, arena, n), take(&coefs->q_im, arena, n);
+    take(&coefs->g_re, arena, n), take(&coefs->g_im, arena, n);
+}
+
+static void scratch_take(Scratch *s, Arena *arena, const Config *c, Mode mode, int B, int L) {
+    size_t R = (size_t)B * L, D = c->model_dim, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim;
+    take(&s->zn, arena, R * Z), take(&s->q_turned, arena, R * Z), take(&s->k_turned, arena, R * Z);
+    take(&s->v, arena, R * E), take(&s->gated, arena, R * E), take(&s->hidden, arena, R * F);
+    take(&s->scores, arena, (size_t)min(QUERY_ROWS, L) * c->chunk_size);
+    take(&s->logits, arena, (size_t)LOGIT_ROWS * c->vocab_size);
+    if (mode == MEGALODON_INFER) return;
+    take(&s->dx, arena, R * D), take(&s->dy, arena, R * D), take(&s->dmega, arena, R * D);
+    take(&s->dxt, arena, R * D), take(&s->dmx, arena, R * D), take(&s->dema, arena, R * D);
+    take(&s->dq, arena, R * Z), take(&s->dk, arena, R * Z), take(&s->dzn, arena, R * Z), take(&s->dz, arena, R * Z);
+    take(&s->do_, arena, R * E), take(&s->dr_in, arena, R * E), take(&s->dv, arena, R * E);
+    take(&s->dhidden, arena, R * F), take(&s->df1, arena, R * F);
+    take(&s->dscores, arena, (size_t)min(QUERY_ROWS, L) * c->chunk_size);
+    coefs_take(&s->dcoefs, arena, c);
+}
+
+// ----------------------------------------------------------------------------
+// the attention sub-layer: y = mega(x), see megalodon.h. state NULL: fresh start.
+
+static void mega_forward(Model *m, int layer, State *state, const real *x, int B, int L) {
+    const Config *c = &m->config;
+    const LayerParams *w = &m->params.layers[layer];
+    LayerActs *a = &m->acts[layer];
+    Scratch *s = &m->scratch;
+    int D = c->model_dim, N = c->cema_ndim, H = c->num_heads, Z = c->z_dim, E = c->value_dim, C = c->chunk_size;
+    int G = c->norm_num_groups, R = B * L, dz = Z / H;
+    int64_t *count = state ? state->count : NULL;
+    double *mean = state ? state->mean + (size_t)layer * B * G : NULL;
+    double *m2 = state ? state->m2 + (size_t)layer * B * G : NULL;
+    real *h = state ? state->h + (size_t)layer * B * 2 * N * D : NULL;
+    real *cache_k = state ? state->k + (size_t)layer * B * C * Z : NULL;
+    real *cache_v = state ? state->v + (size_t)layer * B * C * E : NULL;
+
+    // xt = TimestepNorm(x), mx = RMSNorm(CEMA(xt))
+    timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, mean, m2, x, w->timenorm_weight, w->timenorm_bias,
+                          mean, m2, count, B, L, D, G, c->norm_eps);
+    cema_forward(a->ema, a->h, h, a->xt, &m->coefs[layer], w->cema_omega, h, B, L, D, N);
+    rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, c->norm_eps);
+    // z = RMSNorm_per_head(mx Wz' + bz), and from it q and k
+    linear_forward(a->z, 0, a->mx, w->wz, w->wz_bias, R, D, Z);
+    rmsnorm_forward(s->zn, a->z_rstd, a->z, NULL, R * H, dz, c->norm_eps);
+    qk_forward(a->q, a->k, s->zn, w->gamma, w->beta, R, Z, dz);
+    rope_forward(s->q_turned, a->q, m->rope, count, B, L, Z, dz, C);
+    rope_forward(s->k_turned, a->k, m->rope, count, B, L, Z, dz, C);
+    // v = silu(xt Wv' + bv)
+    linear_forward(a->v_in, 0, a->xt, w->wv, w->wv_bias, R, D, E);
+    silu_forward(s->v, a->v_in, (size_t)R * E);
+    attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->q_turned, s->k_turned, s->v, count, B, L, C, H,
+                      Z, E);
+    // y = (mx Wh1' + bh1) + (o * r) Wh2' + x, r = silu(mx Wr' + br)
+    linear_forward(a->r_in, 0, a->mx, w->wr, w->wr_bias, R, D, E);
+    gate_forward(s->gated, a->o, a->r_in, (size_t)R * E);
+    memcpy(a->y, x, (size_t)R * D * sizeof *x);
+    linear_forward(a->y, 1, a->mx, w->wh1, w->wh1_bias, R, D, D);
+    linear_forward(a->y, 1, s->gated, w->wh2, NULL, R, E, D);
+}
+
+// dx = gradient by x, from dy that by y. Cheap intermediates (zn, the rotation, v, the gate) are computed again.
+static void mega_backward(Model *m, int layer, real *dx, const real *dy, const real *x, int B, int L) {
+    const Config *c = &m->config;
+    const LayerParams *w = &m->params.layers[layer];
+    LayerParams *dw = &m->grads.layers[layer];
+    LayerActs *a = &m->acts[layer];
+    Scratch *s = &m->scratch;
+    int D = c->model_dim, N = c->cema_ndim, H = c->num_heads, Z = c->z_dim, E = c->value_dim, C = c->chunk_size;
+    int G = c->norm_num_groups, R = B * L, dz = Z / H;
+
+    gate_forward(s->gated, a->o, a->r_in, (size_t)R * E);
+    linear_backward(s->do_, 0, dw->wh2, NULL, dy, s->gated, w->wh2, R, E, D);
+    gate_backward(s->do_, s->dr_in, s->do_, a->o, a->r_in, (size_t)R * E);
+    linear_backward(s->dmx, 0, dw->wh1, dw->wh1_bias, dy, a->mx, w->wh1, R, D, D);
+    linear_backward(s->dmx, 1, dw->wr, dw->wr_bias, s->dr_in, a->mx, w->wr, R, D, E);
+
+    silu_forward(s->v, a->v_in, (size_t)R * E);
+    rope_forward(s->q_turned, a->q, m->rope, NULL, B, L, Z, dz, C);
+    rope_forward(s->k_turned, a->k, m->rope, NULL, B, L, Z, dz, C);
+    attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->o, a->lse, s->q_turned, s->k_turned,
+                       s->v, B, L, C, H, Z, E);
+    rope_backward(s->dq, s->dq, m->rope, NULL, B, L, Z, dz, C);
+    rope_backward(s->dk, s->dk, m->rope, NULL, B, L, Z, dz, C);
+    rmsnorm_forward(s->zn, a->z_rstd, a->z, NULL, R * H, dz, c->norm_eps);
+    qk_backward(s->dzn, dw->gamma, dw->beta, s->dq, s->dk, s->zn, w->gamma, R, Z, dz);
+    rmsnorm_backward(s->dz, NULL, s->dzn, a->z, NULL, a->z_rstd, R * H, dz);
+    linear_backward(s->dmx, 1, dw->wz, dw->wz_bias, s->dz, a->mx, w->wz, R, D, Z);
+
+    rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, R, D);
+    cema_backward(s->dxt, &s->dcoefs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coefs[layer], w->cema_omega,
+                  B, L, D, N);
+    cema_coefs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoefs, w->cema_alpha,
+                        w->cema_delta, w->cema_theta, D, N);
+    silu_backward(s->dv, s->dv, a->v_in, (size_t)R * E);
+    linear_backward(s->dxt, 1, dw->wv, dw->wv_bias, s->dv, a->xt, w->wv, R, D, E);
+    timestep_norm_backward(dx, dw->timenorm_weight, dw->timenorm_bias, NULL, NULL, s->dxt, x, w->timenorm_weight,
+                           a->norm_mean, a->norm_rstd, NULL, NULL, B, L, D, G);
+    add(dx, dy, (size_t)R * D); // y = ... + x
+}
+
+// ----------------------------------------------------------------------------
+// the FFN sub-layer with the block's residual: out = [alpha *] hidden W2' + x,
+// hidden = silu(u W1') [* (u W3')], u = LayerNorm(y)
+
+static void nffn_forward(Model *m, int layer, real *out, const real *x, int R) {
+    const Config *c = &m->config;
+    const LayerParams *w = &m->params.layers[layer];
+    LayerActs *a = &m->acts[layer];
+    Scratch *s = &m->scratch;
+    int D = c->model_dim, F = c->ffn_hidden_dim;
+
+    layernorm_forward(a->u, a->ffn_mean, a->ffn_rstd, a->y, w->norm_weight, w->norm_bias, R, D, c->norm_eps);
+    linear_forward(a->f1, 0, a->u, w->fc1, NULL, R, D, F);
+    if (c->swiglu) {
+        linear_forward(a->f3, 0, a->u, w->fc3, NULL, R, D, F);
+        gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
+    } else {
+        silu_forward(s->hidden, a->f1, (size_t)R * F);
+    }
+    memcpy(out, x, (size_t)R * D * sizeof *x);
+    if (c->rescale_nffn) {
+        linear_forward(a->f2, 0, s->hidden, w->fc2, NULL, R, F, D);
+        rescale_forward(out, a->f2, w->alpha, R, D);
+    } else {
+        linear_forward(out, 1, s->hidden, w->fc2, NULL, R, F, D);
+    }
+}
+
+// dy = gradient by y, from dout. The residual's share, dout itself, is the block's to add.
+static void nffn_backward(Model *m, int layer, real *dy, const real *dout, int R) {
+    const Config *c = &m->config;
+    const LayerParams *w = &m->params.layers[layer];
+    LayerParams *dw = &m->grads.layers[layer];
+    LayerActs *a = &m->acts[layer];
+    Scratch *s = &m->scratch;
+    int D = c->model_dim, F = c->ffn_hidden_dim;
+
+    if (c->swiglu) {
+        gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
+    } else {
+        silu_forward(s->hidden, a->f1, (size_t)R * F);
+    }
+    const real *df2 = dout;
+    if (c->rescale_nffn) {
+        rescale_backward(s->dmx, dw->alpha, dout, a->f2, w->alpha, R, D);
+        df2 = s->dmx;
+    }
+    linear_backward(s->dhidden, 0, dw->fc2, NULL, df2, s->hidden, w->fc2, R, F, D);
+    real *du = s->dxt;
+    if (c->swiglu) {
+        gate_backward(s->dhidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F); // dhidden is now df3
+        linear_backward(du, 0, dw->fc3, NULL, s->dhidden, a->u, w->fc3, R, D, F);
+    } else {
+        silu_backward(s->df1, s->dhidden, a->f1, (size_t)R * F);
+    }
+    linear_backward(du, c->swiglu, dw->fc1, NULL, s->df1, a->u, w->fc1, R, D, F);
+    layernorm_backward(dy, dw->norm_weight, dw->norm_bias, du, a->y, w->norm_weight, a->ffn_mean, a->ffn_rstd, R, D);
+}
+
+// ----------------------------------------------------------------------------
+// the block: y = mega(x), out = nffn(y) + x. The second residual skips both sub-layers.
+
+static void block_forward(Model *m, int layer, State *state, int B, int L) {
+    mega_forward(m, layer, state, m->x[layer], B, L);
+    nffn_forward(m, layer, m->x[layer + 1], m->x[layer], B * L);
+    m->acts_layer = layer;
+}
+
+// Replaces scratch.dx, the gradient by the block's output, by that by its input.
+static void block_backward(Model *m, int layer, int B, int L) {
+    Scratch *s = &m->scratch;
+    if (m->mode == MEGALODON_RECOMPUTE && m->acts_layer != layer) block_forward(m, layer, NULL, B, L);
+    nffn_backward(m, layer, s->dy, s->dx, B * L);
+    mega_backward(m, layer, s->dmega, s->dy, m->x[layer], B, L);
+    add(s->dx, s->dmega, (size_t)B * L * m->config.model_dim);
+}
+
+// ----------------------------------------------------------------------------
+// the model: tokens -> embedding -> blocks -> TimestepNorm -> output
+
+static real embedding_scale(const Config *c) { return c->scale_emb ? (real)sqrt(c->model_dim) : 1; }
+
+void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int L) {
+    const Config *c = &m->config;
+    int D = c->model_dim, G = c->norm_num_groups, layers = c->num_layers;
+    assert(B > 0 && L > 0 && B <= m->max_B && L <= m->max_L && (!state || state->B == B));
+    for (size_t i = 0; i < (size_t)B * L; i++) assert(tokens[i] >= 0 && tokens[i] < c->vocab_size);
+    m->B = B, m->L = L, m->acts_layer = -1;
+    memcpy(m->tokens, tokens, (size_t)B * L * sizeof *tokens);
+    for (int l = 0; l < layers && !m->coefs_valid; l++) {
+        const LayerParams *w = &m->params.layers[l];
+        cema_coefs_forward(&m->coefs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, c->cema_ndim);
+    }
+    m->coefs_valid = 1;
+
+    embedding_forward(m->x[0], tokens, m->params.embed, embedding_scale(c), B * L, D);
+    for (int l = 0; l < layers; l++) block_forward(m, l, state, B, L);
+    double *mean = state ? state->mean + (size_t)layers * B * G : NULL;
+    double *m2 = state ? state->m2 + (size_t)layers * B * G : NULL;
+    timestep_norm_forward(m->final, m->final_mean, m->final_rstd, mean, m2, m->x[layers], m->params.final_norm_weight,
+                          m->params.final_norm_bias, mean, m2, state ? state->count : NULL, B, L, D, G, c->norm_eps);
+    for (int b = 0; state && b < B; b++) state->count[b] += L;
+}
+
+double megalodon_loss(Model *m, const int32_t *targets, double grad_scale, int64_t *counted, real *losses) {
+    int R = m->B * m->L, D = m->config.model_dim, V = m->config.vocab_size;
+    int grad = grad_scale > 0 && m->mode != MEGALODON_INFER;
+    output_loss(m->losses, grad ? m->scratch.dxt : NULL, grad ? m->grads.output : NULL, m->scratch.logits, m->final,
+                m->params.output, targets, grad_scale, R, D, V);
+    double sum = 0;
+    *counted = 0;
+    for (int r = 0; r < R; r++) {
+        sum += m->losses[r];
+        *counted += targets[r] >= 0;
+        if (losses) losses[r] = (real)m->losses[r];
+    }
+    return sum;
+}
+
+void megalodon_backward(Model *m) {
+    const Config *c = &m->config;
+    int B = m->B, L = m->L, D = c->model_dim, G = c->norm_num_groups;
+    Scratch *s = &m->scratch;
+    assert(m->mode != MEGALODON_INFER);
+    timestep_norm_backward(s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, NULL, NULL, s->dxt,
+                           m->x[c->num_layers], m->params.final_norm_weight, m->final_mean, m->final_rstd, NULL, NULL,
+                           B, L, D, G);
+    for (int l = c->num_layers - 1; l >= 0; l--) block_backward(m, l, B, L);
+    embedding_backward(m->grads.embed, s->dx, m->tokens, embedding_scale(c), B * L, D);
+}
+
+void megalodon_logits(Model *m, size_t first, size_t rows, real *dst) {
+    int D = m->config.model_dim, V = m->config.vocab_size;
+    assert(first + rows <= (size_t)m->B * m->L);
+    linear_forward(dst, 0, m->final + first * D, m->params.output, NULL, (int)rows, D, V);
+}
+
+int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
+    const Config *c = &m->config;
+    size_t R = (size_t)m->B * m->L;
+    const real *src = m->final;
+    int width = c->model_dim, silu = 0;
+    assert(m->mode != MEGALODON_INFER);
+    if (layer >= 0) {
+        LayerActs *a = &m->acts[layer];
+        struct { const real *src; int width, silu; } table[NUM_ACTIVATIONS] = {
+            {a->xt, c->model_dim, 0},    {a->ema, c->model_dim, 0}, {a->mx, c->model_dim, 0}, {a->q, c->z_dim, 0},
+            {a->k, c->z_dim, 0},         {a->v_in, c->value_dim, 1}, {a->r_in, c->value_dim, 1}, {a->o, c->value_dim, 0},
+            {a->y, c->model_dim, 0},     {a->u, c->model_dim, 0},   {m->x[layer + 1], c->model_dim, 0}};
+        int i = 0;
+        while (i < NUM_ACTIVATIONS && strcmp(name, megalodon_activations[i])) i++;
+        if (i == NUM_ACTIVATIONS) return 0;
+        src = table[i].src, width = table[i].width, silu = table[i].silu;
+        if (dst && m->mode != MEGALODON_TRAIN && m->acts_layer != layer) block_forward(m, layer, NULL, m->B, m->L);
+    } else if (strcmp(name, "final_norm")) {
+        return 0;
+    }
+    if (dst && silu) silu_forward(dst, src, R * width);
+    if (dst && !silu) memcpy(dst, src, R * width * sizeof *dst);
+    return width;
+}
+
+// ----------------------------------------------------------------------------
+// optimizer
+
+void megalodon_zero_grad(Model *m) { memset(m->memory[GRADS], 0, m->num_params * sizeof(real)); }
+
+// Parts of fixed size are summed in order, so that the threads' number does not show.
+double megalodon_grad_norm(Model *m) {
+    int parts = (int)((m->num_params + NORM_PART - 1) / NORM_PART);
+    double *sums = m->norm_parts, total = 0;
+#pragma omp parallel for schedule(static)
+    for (int p = 0; p < parts; p++) {
+        size_t from = (size_t)p * NORM_PART, to = from + NORM_PART < m->num_params ? from + NORM_PART : m->num_params;
+        const real *g = m->memory[GRADS];
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (size_t i = from; i < to; i++) sum += (double)g[i] * g[i];
+        sums[p] = sum;
+    }
+    for (int p = 0; p < parts; p++) total += sums[p];
+    return sqrt(total);
+}
+
+// AdamW, with g the scaled gradient and k = update + 1: m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2,
+// p = p (1 - lr weight_decay) - lr (m/(1 - beta1^k)) / (sqrt(v/(1 - beta2^k)) + eps). All parameters decay.
+void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, int64_t update) {
+    double k = (double)update + 1;
+    real b1 = (real)o->beta1, b2 = (real)o->beta2, eps = (real)o->eps, gs = (real)grad_scale;
+    real step = (real)(lr / (1 - pow(o->beta1, k))), root = (real)(1 / sqrt(1 - pow(o->beta2, k)));
+    real keep = (real)(1 - lr * o->weight_decay), *p = m->memory[PARAMS], *m1 = m->memory[MOMENT1];
+    real *m2 = m->memory[MOMENT2], c1 = (real)(1 - o->beta1), c2 = (real)(1 - o->beta2);
+    const real *grad = m->memory[GRADS];
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < m->num_params; i++) {
+        real g = grad[i] * gs;
+        m1[i] = b1 * m1[i] + c1 * g;
+        m2[i] = b2 * m2[i] + c2 * g * g;
+        p[i] = p[i] * keep - step * m1[i] / ((real)sqrt(m2[i]) * root + eps);
+    }
+    m->coefs_valid = 0;
+}
+
+// ----------------------------------------------------------------------------
+// memory
+
+static void acts_take(Model *m, Arena *arena) {
+    const Config *c = &m->config;
+    int layers = c->num_layers, B = m->max_B, L = m->max_L;
+    size_t R = (size_t)B * L, D = c->model_dim, G = c->norm_num_groups;
+    size_t kept = arena->used;
+    for (int l = 0; l < layers; l++) {
+        if (m->mode != MEGALODON_TRAIN) arena->used = kept; // every layer gets the same memory
+        layer_acts_take(&m->acts[l], arena, c, B, L);
+    }
+    real *in = NULL, *out = NULL;
+    for (int l = 0; l <= layers; l++) {
+        real **x = l % 2 ? &out : &in; // without a backward pass two take turns
+        if (m->mode != MEGALODON_INFER || l < 2) take(x, arena, R * D);
+        m->x[l] = *x;
+    }
+    take(&m->final_mean, arena, R * G), take(&m->final_rstd, arena, R * G), take(&m->final, arena, R * D);
+}
+
+static void work_take(Model *m, Arena *arena) {
+    const Config *c = &m->config;
+    scratch_take(&m->scratch, arena, c, m->mode, m->max_B, m->max_L);
+    take(&m->rope, arena, (size_t)c->chunk_size * (c->z_dim / c->num_heads));
+    for (int l = 0; l < c->num_layers; l++) coefs_take(&m->coefs[l], arena, c);
+    // double and int32_t arrays in the same block: at most two numbers of ours for each of theirs
+    real *at;
+    take(&at, arena, 2 * (size_t)m->max_B * m->max_L), m->losses = (double *)(void *)at;
+    take(&at, arena, 2 * (m->num_params / NORM_PART + 1)), m->norm_parts = (double *)(void *)at;
+    take(&at, arena, (size_t)m->max_B * m->max_L), m->tokens = (int32_t *)(void *)at;
+}
+
+// A model with its tables but no memory for numbers.
+static Model *model_outline(const Config *config, Mode mode, int B, int L) {
+    size_t layers = (size_t)config->num_layers;
+    Model *m = calloc(1, sizeof *m);
+    if (!m) return NULL;
+    *m = (Model){.config = *config, .mode = mode, .max_B = B, .max_L = L, .acts_layer = -1};
+    m->tensors = megalodon_tensors(config, &m->num_tensors, &m->num_params);
+    m->params.layers = calloc(layers, sizeof *m->params.layers);
+    m->grads.layers = calloc(layers, sizeof *m->grads.layers);
+    m->acts = calloc(layers, sizeof *m->acts);
+    m->x = calloc(layers + 1, sizeof *m->x);
+    m->coefs = calloc(layers, sizeof *m->coefs);
+    if (m->tensors && m->params.layers && m->grads.layers && m->acts && m->x && m->coefs) return m;
+    megalodon_free(m);
+    return NULL;
+}
+
+MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
+    MemoryPlan plan = {0};
+    Model *m = model_outline(config, mode, B, L);
+    if (!m) return plan;
+    Arena acts = {0}, work = {0};
+    acts_take(m, &acts);
+    work_take(m, &work);
+    plan.params = m->num_params * sizeof(real);
+    if (mode != MEGALODON_INFER) plan.grads = plan.params, plan.moments = 2 * plan.params;
+    plan.activations = acts.used * sizeof(real);
+    plan.scratch = work.used * sizeof(real);
+    megalodon_free(m);
+    return plan;
+}
+
+static real *allocate(size_t bytes) { // zeros, aligned for vectors
+    real *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (memory) memset(memory, 0, bytes);
+    return memory;
+}
+
+Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
+    Model *m = model_outline(config, mode, B, L);
+    if (!m) return NULL;
+    MemoryPlan plan = megalodon_memory(config, mode, B, L);
+    m->acts_memory = allocate(plan.activations);
+    m->work_memory = allocate(plan.scratch);
+    int blocks = mode == MEGALODON_INFER ? 1 : 4, complete = m->acts_memory && m->work_memory;
+    for (int i = 0; i < blocks; i++) complete &= (m->memory[i] = allocate(plan.params)) != NULL;
+    if (!complete) {
+        megalodon_free(m);
+        return NULL;
+    }
+    Arena acts = {.at = m->acts_memory}, work = {.at = m->work_memory};
+    acts_take(m, &acts);
+    work_take(m, &work);
+    megalodon_point(&m->params, m->memory[PARAMS], config, m->tensors, m->num_tensors);
+    if (mode != MEGALODON_INFER) megalodon_point(&m->grads, m->memory[GRADS], config, m->tensors, m->num_tensors);
+    rope_table(m->rope, config->chunk_size, config->z_dim / config->num_heads, config->rope_base);
+    return m;
+}
+
+void megalodon_free(Model *m) {
+    if (!m) return;
+    for (int i = 0; i < 4; i++) free(m->memory[i]);
+    free(m->acts_memory), free(m->work_memory);
+    free(m->tensors), free(m->params.layers), free(m->grads.layers), free(m->acts), free(m->x), free(m->coefs);
+    free(m);
+}
+
+void megalodon_read(Model *m, Block block, size_t first, size_t n, real *dst) {
+    assert(m->memory[block] && first + n <= m->num_params);
+    memcpy(dst, m->memory[block] + first, n * sizeof *dst);
+}
+
+void megalodon_write(Model *m, Block block, size_t first, size_t n, const real *src) {
+    assert(m->memory[block] && first + n <= m->num_params);
+    memcpy(m->memory[block] + first, src, n * sizeof *src);
+    if (block == PARAMS) m->coefs_valid = 0;
+}
+
+State *state_new(const Config *c, int B) {
+    State *s = calloc(1, sizeof *s);
+    if (!s) return NULL;
+    size_t layers = (size_t)c->num_layers, rows = (size_t)B, G = c->norm_num_groups;
+    size_t counts = (rows + 7) / 8 * 8, moments = (layers + 1) * rows * G, chunk = layers * rows * c->chunk_size;
+    size_t h = layers * rows * 2 * c->cema_ndim * c->model_dim, k = chunk * c->z_dim, v = chunk * c->value_dim;
+    s->B = B;
+    s->bytes = counts * sizeof *s->count + 2 * moments * sizeof *s->mean + (h + k + v) * sizeof(real);
+    s->memory = allocate(s->bytes);
+    if (!s->memory) {
+        free(s);
+        return NULL;
+    }
+    s->count = s->memory;
+    s->mean = (double *)(void *)(s->count + counts);
+    s->m2 = s->mean + moments;
+    s->h = (real *)(void *)(s->m2 + moments);
+    s->k = s->h + h;
+    s->v = s->k + k;
+    return s;
+}
+
+void state_free(State *s) {
+    if (!s) return;
+    free(s->memory);
+    free(s);
+}
+
+void state_reset(State *s) { memset(s->memory, 0, s->bytes); }
+
+void state_read(const State *s, size_t first, size_t bytes, void *dst) {
+    assert(first + bytes <= s->bytes);
+    memcpy(dst, (char *)s->memory + first, bytes);
+}
+
+void state_write(State *s, size_t first, size_t bytes, const void *src) {
+    assert(first + bytes <= s->bytes);
+    memcpy((char *)s->memory + first, src, bytes);
+}
+
+// ----------------------------------------------------------------------------
+// the machine
+
+#ifdef MEGALODON_BLAS
+void openblas_set_num_threads(int) __attribute__((weak)); // OpenBLAS has threads of its own
+#endif
+
+void megalodon_threads(int threads) {
+#ifdef _OPENMP
+    omp_set_num_threads(threads);
+#endif
+#ifdef MEGALODON_BLAS
+    if (openblas_set_num_threads) openblas_set_num_threads(threads);
+#endif
+    (void)threads;
+}
+
+const char *megalodon_backend(void) {
+    static char text[96];
+    int threads = 1;
+    const char *blas = "own matrix product", *width = sizeof(real) == 4 ? "float32" : "float64";
+#ifdef _OPENMP
+    threads = omp_get_max_threads();
+#endif
+#ifdef MEGALODON_BLAS
+    blas = "BLAS";
+#endif
+    snprintf(text, sizeof text, "CPU, %s, %d thread%s, %s", width, threads, threads > 1 ? "s" : "", blas);
+    return text;
+}

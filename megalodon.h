@@ -1,0 +1,260 @@
+/*
+megalodon.h: the contract. What a Megalodon model is (configuration, parameters, state) and the functions a
+backend implements. megalodon.c implements them for the CPU; a program chooses its backend by what it is
+linked with, and sees nothing of it but this file.
+
+The model (arXiv 2404.08801; where the paper and the released code differ, this is the released code):
+
+    tokens -> embedding -> num_layers x block -> TimestepNorm -> output -> logits
+
+    block(x):  y = mega(x)                     attention sub-layer, its own residual inside
+               out = nffn(y) + x               the FFN reads y, the residual is the block INPUT x (two hops)
+
+    mega(x):   xt = TimestepNorm(x)            causal group norm over time
+               mx = RMSNorm(CEMA(xt))          complex exponential moving average
+               z  = RMSNorm_per_head(mx Wz' + bz)
+               q  = z (gamma0+1)/sqrt(dz) + beta0        k = z (gamma1+1)/sqrt(dz) + beta1
+               v  = silu(xt Wv' + bv)                    from xt, not mx
+               r  = silu(mx Wr' + br)
+               o  = causal attention(rope(q), rope(k), v) inside chunks of C tokens
+               y  = (mx Wh1' + bh1) + (o * r) Wh2' + x
+
+    nffn(y):   u = LayerNorm(y)
+               [alpha *] (silu(u W1') [* (u W3')]) W2'
+
+Letters used everywhere:
+    B batch, L sequence length, V vocab_size, D model_dim, N cema_ndim, C chunk_size,
+    H num_heads, Z z_dim (dz = Z/H), E value_dim (dv = E/H), F ffn_hidden_dim, G norm_num_groups (g = D/G)
+*/
+#ifndef MEGALODON_H
+#define MEGALODON_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+// Numbers as the host sees them. The double build (-DMEGALODON_DOUBLE) serves the gradient checks.
+#ifdef MEGALODON_DOUBLE
+typedef double real;
+#else
+typedef float real;
+#endif
+
+// ----------------------------------------------------------------------------
+// configuration
+
+typedef struct {
+    int num_layers, model_dim, z_dim, value_dim, num_heads, ffn_hidden_dim, cema_ndim, chunk_size;
+    int vocab_size, norm_num_groups;
+    int swiglu, rescale_nffn, scale_emb, share_emb, norm_affine; // booleans
+    double norm_eps, rope_base;
+} Config;
+
+typedef struct {
+    const char *name;
+    Config config;
+    int64_t num_parameters; // what the parameter table below must add up to
+} Preset;
+
+// layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base
+static const Preset megalodon_presets[] = {
+    {"mega200M", {12, 1024, 256, 2048, 1, 2560, 16, 2048, 32000, 32, 0, 0, 0, 0, 1, 1e-5, 1e4}, 220627968},
+    {"mega1.3B", {24, 2048, 512, 4096, 2, 4864, 16, 2048, 32000, 64, 0, 0, 0, 0, 1, 1e-5, 1e4}, 1342832640},
+    {"mega1.3B_pg19", {24, 2048, 512, 4096, 2, 3584, 16, 2048, 32000, 64, 1, 0, 1, 1, 1, 1e-5, 1e4}, 1327628288},
+    {"mega7.1B", {32, 4096, 1024, 8192, 4, 11264, 16, 2048, 32000, 64, 0, 0, 0, 0, 1, 1e-5, 1e4}, 7117381632},
+    {"mega7.3B", {32, 4096, 1024, 8192, 4, 8192, 16, 2048, 32000, 64, 1, 0, 0, 0, 1, 1e-5, 1e4}, 7385817088},
+    {"paper7B", {32, 4096, 1024, 8192, 4, 8192, 16, 4096, 32000, 64, 1, 0, 0, 0, 1, 1e-5, 1e5}, 7385817088},
+    {"enwik8", {6, 384, 192, 384, 3, 1024, 8, 256, 256, 32, 1, 0, 0, 0, 1, 1e-5, 1e4}, 11359104},
+    {"demo", {4, 128, 64, 256, 1, 256, 8, 64, 256, 16, 1, 0, 0, 0, 1, 1e-5, 1e4}, 0},
+};
+enum { NUM_PRESETS = sizeof megalodon_presets / sizeof megalodon_presets[0] };
+
+// ----------------------------------------------------------------------------
+// parameters: all of them in one block of memory, in checkpoint order, and pointers into it
+
+typedef struct { // of one layer; norm_affine off: no rmsnorm_weight, norm_weight, norm_bias (NULL)
+    real *gamma, *beta;                                                  // (2,Z) q's and k's affine
+    real *timenorm_weight, *timenorm_bias;                               // (D)
+    real *cema_alpha, *cema_delta, *cema_theta, *cema_gamma, *cema_omega; // (D,N) (D,N) (D) (D,N,2) (D)
+    real *rmsnorm_weight;                                                // (D)
+    real *wv, *wv_bias, *wz, *wz_bias, *wr, *wr_bias, *wh1, *wh1_bias;   // (out,D) and (out)
+    real *wh2;                                                           // (D,E), no bias
+    real *alpha;                                                         // (D), rescale_nffn only
+    real *norm_weight, *norm_bias;                                       // (D)
+    real *fc1, *fc2, *fc3;                                               // (F,D) (D,F) (F,D), fc3 with swiglu only
+} LayerParams;
+
+typedef struct {
+    real *embed;                               // (V,D)
+    LayerParams *layers;                       // (num_layers)
+    real *final_norm_weight, *final_norm_bias; // (D)
+    real *output;                              // (V,D); embed itself with share_emb
+} Params;
+
+// Initial values. All weights of norms, and gamma of q and k, are stored as an offset from one.
+typedef enum {
+    INIT_ZERO,
+    INIT_LINEAR,     // N(0, 1/sqrt(3 fan_in)), Kaiming normal with a = sqrt(5)
+    INIT_EMBED,      // N(0, 1/sqrt(D)) truncated at 3 deviations
+    INIT_CEMA_LOGIT, // N(0, 0.2)
+    INIT_CEMA_THETA, // ln(f/(1-f)), f = D^(-i/D), i = 1..D, in random order over the channels
+    INIT_CEMA_GAMMA, // real part N(0,1), imaginary part 0
+    INIT_CEMA_OMEGA, // N(0, 0.25) truncated to [-1, 1]
+    INIT_NFFN_ALPHA, // 0.1 * 0.5^layer
+} Init;
+
+typedef enum { ALWAYS, IF_SWIGLU, IF_RESCALE, IF_AFFINE, IF_UNTIED } Condition; // when a tensor exists
+
+typedef struct {
+    const char *name;  // in a checkpoint; a layer's stand behind "layers.i."
+    int per_layer;     // field lies in LayerParams, not in Params
+    size_t field;      // offset of the pointer there
+    const char *shape; // the letters above, or a digit for itself
+    Init init;
+    Condition condition;
+} ParamRow;
+
+#define IN_MODEL(f) 0, offsetof(Params, f)
+#define IN_LAYER(f) 1, offsetof(LayerParams, f)
+static const ParamRow megalodon_params[] = { // the parameter table, in checkpoint order
+    {"embed.weight", IN_MODEL(embed), "VD", INIT_EMBED, ALWAYS},
+    {"mega.gamma", IN_LAYER(gamma), "2Z", INIT_ZERO, ALWAYS},
+    {"mega.beta", IN_LAYER(beta), "2Z", INIT_ZERO, ALWAYS},
+    {"mega.timenorm.weight", IN_LAYER(timenorm_weight), "D", INIT_ZERO, ALWAYS},
+    {"mega.timenorm.bias", IN_LAYER(timenorm_bias), "D", INIT_ZERO, ALWAYS},
+    {"mega.cema.alpha", IN_LAYER(cema_alpha), "DN1", INIT_CEMA_LOGIT, ALWAYS},
+    {"mega.cema.delta", IN_LAYER(cema_delta), "DN1", INIT_CEMA_LOGIT, ALWAYS},
+    {"mega.cema.theta", IN_LAYER(cema_theta), "D11", INIT_CEMA_THETA, ALWAYS},
+    {"mega.cema.gamma", IN_LAYER(cema_gamma), "DN2", INIT_CEMA_GAMMA, ALWAYS},
+    {"mega.cema.omega", IN_LAYER(cema_omega), "D1", INIT_CEMA_OMEGA, ALWAYS},
+    {"mega.rmsnorm.weight", IN_LAYER(rmsnorm_weight), "D", INIT_ZERO, IF_AFFINE},
+    {"mega.wv.weight", IN_LAYER(wv), "ED", INIT_LINEAR, ALWAYS},
+    {"mega.wv.bias", IN_LAYER(wv_bias), "E", INIT_ZERO, ALWAYS},
+    {"mega.wz.weight", IN_LAYER(wz), "ZD", INIT_LINEAR, ALWAYS},
+    {"mega.wz.bias", IN_LAYER(wz_bias), "Z", INIT_ZERO, ALWAYS},
+    {"mega.wr.weight", IN_LAYER(wr), "ED", INIT_LINEAR, ALWAYS},
+    {"mega.wr.bias", IN_LAYER(wr_bias), "E", INIT_ZERO, ALWAYS},
+    {"mega.wh1.weight", IN_LAYER(wh1), "DD", INIT_LINEAR, ALWAYS},
+    {"mega.wh1.bias", IN_LAYER(wh1_bias), "D", INIT_ZERO, ALWAYS},
+    {"mega.wh2.weight", IN_LAYER(wh2), "DE", INIT_LINEAR, ALWAYS},
+    {"nffn.alpha", IN_LAYER(alpha), "D", INIT_NFFN_ALPHA, IF_RESCALE},
+    {"nffn.norm.weight", IN_LAYER(norm_weight), "D", INIT_ZERO, IF_AFFINE},
+    {"nffn.norm.bias", IN_LAYER(norm_bias), "D", INIT_ZERO, IF_AFFINE},
+    {"nffn.fc1.weight", IN_LAYER(fc1), "FD", INIT_LINEAR, ALWAYS},
+    {"nffn.fc2.weight", IN_LAYER(fc2), "DF", INIT_LINEAR, ALWAYS},
+    {"nffn.fc3.weight", IN_LAYER(fc3), "FD", INIT_LINEAR, IF_SWIGLU},
+    {"output.final_norm.weight", IN_MODEL(final_norm_weight), "D", INIT_ZERO, ALWAYS},
+    {"output.final_norm.bias", IN_MODEL(final_norm_bias), "D", INIT_ZERO, ALWAYS},
+    {"output.output.weight", IN_MODEL(output), "VD", INIT_EMBED, IF_UNTIED},
+};
+enum { NUM_PARAM_ROWS = sizeof megalodon_params / sizeof megalodon_params[0] };
+
+typedef struct { // one tensor of a model: a row of the table in one layer
+    char name[64];
+    const ParamRow *row;
+    int layer; // -1: not in a layer
+    int ndim, shape[3];
+    size_t offset, size; // place in the block, in elements
+} Tensor;
+
+// The functions below that do not depend on the backend are in plumbing/params.c.
+// All tensors of a model in checkpoint order; *count gets their number, *size the elements of the block
+// (either may be NULL). Freed by the caller; NULL when memory is out.
+Tensor *megalodon_tensors(const Config *config, int *count, size_t *size);
+
+// Points params (whose array of layers the caller has) into memory, with share_emb output at embed.
+void megalodon_point(Params *params, real *memory, const Config *config, const Tensor *tensors, int count);
+
+// ----------------------------------------------------------------------------
+// random numbers: Philox4x32-10, counter based, so that every backend and every rank draws the same
+
+enum { STREAM_INIT = 0, STREAM_DATA = 1000, STREAM_SAMPLE = 1001 }; // STREAM_INIT + row of the parameter table
+
+void megalodon_philox(uint32_t out[4], uint64_t seed, uint32_t stream, uint32_t step, uint32_t layer,
+                      uint32_t element);
+
+// Fills one tensor of (tensor->size) with its initial values (ARCHITECTURE: see Init).
+void megalodon_init(real *values, const Tensor *tensor, const Config *config, uint64_t seed);
+
+// ----------------------------------------------------------------------------
+// the model. Its memory belongs to the backend (host or device); the host reaches it by read and write.
+
+typedef struct Model Model;
+
+typedef enum {
+    MEGALODON_INFER,     // no gradients, one layer's activations
+    MEGALODON_TRAIN,     // gradients, optimizer, every layer's activations
+    MEGALODON_RECOMPUTE, // as TRAIN, but only block inputs are kept: backward runs each block's forward again
+} Mode;
+
+typedef struct { size_t params, grads, moments, activations, scratch; } MemoryPlan; // bytes
+
+// What a model for up to B sequences of L tokens will allocate.
+MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L);
+
+// Parameters are zero until written. NULL when memory is out. The configuration must be valid.
+Model *megalodon_new(const Config *config, Mode mode, int B, int L);
+void megalodon_free(Model *model);
+
+// Copies n elements from element `first` on of a block laid out as megalodon_tensors() says.
+typedef enum { PARAMS, GRADS, MOMENT1, MOMENT2 } Block;
+void megalodon_read(Model *model, Block block, size_t first, size_t n, real *dst);
+void megalodon_write(Model *model, Block block, size_t first, size_t n, const real *src);
+
+// ----------------------------------------------------------------------------
+// state: all that a model remembers of the tokens it has read. Its size does not depend on how many.
+
+typedef struct {
+    int B;
+    size_t bytes;
+    void *memory;      // one block, owned by the backend, behind all of these:
+    int64_t *count;    // (B) tokens read: TimestepNorm's n is g*count, the place in the chunk count % C
+    double *mean, *m2; // (num_layers+1, B, G) TimestepNorm's running mean and sum of squared deviations
+    real *h;           // (num_layers, B, 2, N, D) CEMA's complex h: real parts, then imaginary parts
+    real *k, *v;       // (num_layers, B, C, Z), (num_layers, B, C, E) the unfinished chunk's, k rotated
+} State;
+
+State *state_new(const Config *config, int B); // fresh; NULL when memory is out
+void state_free(State *state);
+void state_reset(State *state); // fresh again: nothing read yet
+void state_read(const State *state, size_t first, size_t bytes, void *dst);
+void state_write(State *state, size_t first, size_t bytes, const void *src);
+
+// ----------------------------------------------------------------------------
+// running it
+
+// Reads tokens (B,L), each in 0..V-1, up to the final norm's output. With a state (of B rows) the sequences
+// continue where it stands and it moves on: whole, in pieces or token by token gives the same numbers to
+// rounding. Without, they start fresh; only then may megalodon_backward follow.
+void megalodon_forward(Model *model, State *state, const int32_t *tokens, int B, int L);
+
+// Cross-entropy of the last forward's positions against targets (B,L), -1 = not counted: returns the sum in
+// nats, *counted gets the number of positions; losses, if not NULL, gets each position's (0 where not counted).
+// The logits exist in blocks of rows only. grad_scale > 0 also starts the backward pass, with the gradient
+// of grad_scale * sum.
+double megalodon_loss(Model *model, const int32_t *targets, double grad_scale, int64_t *counted, real *losses);
+
+// Adds the gradients of the last megalodon_loss with grad_scale > 0 to GRADS.
+void megalodon_backward(Model *model);
+
+void megalodon_zero_grad(Model *model);
+double megalodon_grad_norm(Model *model); // one L2 norm over all gradients
+
+// One AdamW step: gradients times grad_scale first; update is 0 for the first one.
+typedef struct { double beta1, beta2, eps, weight_decay; } AdamW;
+void megalodon_update(Model *model, const AdamW *adamw, double lr, double grad_scale, int64_t update);
+
+// Logits of rows first.. of the last forward's B*L positions, to dst (rows, V).
+void megalodon_logits(Model *model, size_t first, size_t rows, real *dst);
+
+// An activation of the last forward (without state), whole, to dst: one of megalodon_activations with its
+// layer, or layer = -1 for "final_norm" (B,L,D). dst NULL: nothing is done. Returns its width, 0 if unknown.
+int megalodon_activation(Model *model, int layer, const char *name, real *dst);
+static const char *const megalodon_activations[] = { // in data-flow order
+    "mega.timenorm", "mega.cema", "mega.rmsnorm", "mega.q", "mega.k", "mega.v",
+    "mega.r", "mega.attn", "mega.out", "nffn.norm", "nffn.out"};
+enum { NUM_ACTIVATIONS = sizeof megalodon_activations / sizeof megalodon_activations[0] };
+
+void megalodon_threads(int threads);  // how many the backend uses, where that is a choice
+const char *megalodon_backend(void); // one line: what runs this, e.g. "CPU, float32, 2 threads, BLAS"
+
+#endif

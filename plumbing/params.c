@@ -1,0 +1,150 @@
+// The parameter table put to use: tensors with sizes and places, pointers, initial values. Host code, the
+// same for every backend.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../megalodon.h"
+
+static int dimension(const Config *c, char letter) {
+    switch (letter) {
+    case 'V': return c->vocab_size;
+    case 'D': return c->model_dim;
+    case 'N': return c->cema_ndim;
+    case 'Z': return c->z_dim;
+    case 'E': return c->value_dim;
+    case 'F': return c->ffn_hidden_dim;
+    default: return letter - '0';
+    }
+}
+
+static int exists(const Config *c, Condition condition) {
+    switch (condition) {
+    case IF_SWIGLU: return c->swiglu;
+    case IF_RESCALE: return c->rescale_nffn;
+    case IF_AFFINE: return c->norm_affine;
+    case IF_UNTIED: return !c->share_emb;
+    default: return 1;
+    }
+}
+
+static void add_tensor(Tensor *list, int *count, size_t *size, const Config *c, const ParamRow *row,
+                       int layer) {
+    if (!exists(c, row->condition)) return;
+    Tensor t = {.row = row, .layer = layer, .offset = *size, .size = 1};
+    if (row->per_layer) {
+        snprintf(t.name, sizeof t.name, "layers.%d.%s", layer, row->name);
+    } else {
+        snprintf(t.name, sizeof t.name, "%s", row->name);
+    }
+    for (const char *s = row->shape; *s; s++) {
+        t.shape[t.ndim++] = dimension(c, *s);
+        t.size *= (size_t)dimension(c, *s);
+    }
+    list[(*count)++] = t;
+    *size += t.size;
+}
+
+Tensor *megalodon_tensors(const Config *config, int *count, size_t *size) {
+    Tensor *list = malloc(((size_t)config->num_layers + 1) * NUM_PARAM_ROWS * sizeof *list);
+    if (!list) return NULL;
+    int n = 0;
+    size_t total = 0;
+    // model rows, and where the table comes to the rows of a layer, those once per layer
+    for (int i = 0; i < NUM_PARAM_ROWS;) {
+        int end = i;
+        while (end < NUM_PARAM_ROWS && megalodon_params[end].per_layer) end++;
+        if (end == i) {
+            add_tensor(list, &n, &total, config, &megalodon_params[i++], -1);
+            continue;
+        }
+        for (int layer = 0; layer < config->num_layers; layer++) {
+            for (int r = i; r < end; r++) add_tensor(list, &n, &total, config, &megalodon_params[r], layer);
+        }
+        i = end;
+    }
+    if (count) *count = n;
+    if (size) *size = total;
+    return list;
+}
+
+void megalodon_point(Params *params, real *memory, const Config *config, const Tensor *tensors, int count) {
+    memset(params->layers, 0, (size_t)config->num_layers * sizeof *params->layers);
+    for (int i = 0; i < count; i++) {
+        const Tensor *t = &tensors[i];
+        char *base = t->layer < 0 ? (char *)params : (char *)&params->layers[t->layer];
+        *(real **)(void *)(base + t->row->field) = memory + t->offset;
+    }
+    if (config->share_emb) params->output = params->embed;
+}
+
+// ----------------------------------------------------------------------------
+// Philox4x32-10 (Salmon et al., 2011): ten rounds of two 32x32 -> 64 bit products
+
+void megalodon_philox(uint32_t out[4], uint64_t seed, uint32_t stream, uint32_t step, uint32_t layer,
+                      uint32_t element) {
+    uint32_t c0 = stream, c1 = step, c2 = layer, c3 = element;
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    for (int round = 0; round < 10; round++) {
+        uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
+        c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
+        c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
+        c1 = (uint32_t)b;
+        c3 = (uint32_t)a;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+}
+
+// One draw of N(0,1) by Box-Muller, redrawn (the counter's step) until it lies within the limit.
+static double normal(uint64_t seed, const Tensor *t, size_t element, double limit) {
+    uint32_t stream = STREAM_INIT + (uint32_t)(t->row - megalodon_params), r[4];
+    for (uint32_t attempt = 0;; attempt++) {
+        megalodon_philox(r, seed, stream, attempt, (uint32_t)(t->layer + 1), (uint32_t)element);
+        double u = (r[0] + 0.5) / 4294967296.0, v = (r[1] + 0.5) / 4294967296.0;
+        double z = sqrt(-2 * log(u)) * cos(2 * 3.14159265358979323846 * v);
+        if (fabs(z) <= limit) return z;
+    }
+}
+
+void megalodon_init(real *values, const Tensor *t, const Config *config, uint64_t seed) {
+    size_t n = t->size, D = (size_t)config->model_dim;
+    switch (t->row->init) {
+    case INIT_ZERO: memset(values, 0, n * sizeof *values); break;
+    case INIT_LINEAR: {
+        double deviation = 1 / sqrt(3.0 * t->shape[1]);
+        for (size_t i = 0; i < n; i++) values[i] = (real)(deviation * normal(seed, t, i, INFINITY));
+        break;
+    }
+    case INIT_EMBED:
+        for (size_t i = 0; i < n; i++) values[i] = (real)(normal(seed, t, i, 3) / sqrt((double)D));
+        break;
+    case INIT_CEMA_LOGIT:
+        for (size_t i = 0; i < n; i++) values[i] = (real)(0.2 * normal(seed, t, i, INFINITY));
+        break;
+    case INIT_CEMA_THETA:
+        for (size_t i = 0; i < n; i++) {
+            double f = pow((double)D, -(double)(i + 1) / (double)D);
+            values[i] = (real)log(f / (1 - f));
+        }
+        for (size_t i = n - 1; i > 0; i--) { // Fisher-Yates
+            uint32_t r[4], stream = STREAM_INIT + (uint32_t)(t->row - megalodon_params);
+            megalodon_philox(r, seed, stream, 0, (uint32_t)(t->layer + 1), (uint32_t)i);
+            size_t j = (size_t)(((uint64_t)r[0] * (i + 1)) >> 32);
+            real swap = values[i];
+            values[i] = values[j], values[j] = swap;
+        }
+        break;
+    case INIT_CEMA_GAMMA:
+        for (size_t i = 0; i < n; i++) values[i] = i % 2 ? 0 : (real)normal(seed, t, i, INFINITY);
+        break;
+    case INIT_CEMA_OMEGA:
+        for (size_t i = 0; i < n; i++) values[i] = (real)(0.25 * normal(seed, t, i, 4));
+        break;
+    case INIT_NFFN_ALPHA:
+        for (size_t i = 0; i < n; i++) values[i] = (real)(0.1 * pow(0.5, t->layer));
+        break;
+    }
+}
