@@ -131,13 +131,20 @@ static void gemm_tile(real *C, int ldc, const real *a, const real *b, int K, int
 }
 
 // Packs `count` rows (or columns) of a matrix, K long, into panels of `width`: out (panels, K, width), zero
-// where the last panel has no more. Element (i,k) lies at A[i*si + k*sk].
+// where the last panel has no more. Element (i,k) lies at A[i*si + k*sk]; one of the strides is 1.
 static void gemm_pack(real *out, const real *A, size_t si, size_t sk, int count, int K, int width) {
     for (int i0 = 0; i0 < count; i0 += width, out += (size_t)K * width) {
-        for (int i = 0; i < width; i++) {
-            const real *a = A + (size_t)(i0 + i) * si;
-            int inside = i0 + i < count;
-            for (int k = 0; k < K; k++) out[(size_t)k * width + i] = inside ? a[(size_t)k * sk] : 0;
+        const real *panel = A + (size_t)i0 * si;
+        int inside = min(width, count - i0);
+        if (inside < width) memset(out, 0, (size_t)K * width * sizeof *out);
+        if (si == 1) { // in the order in which A lies in memory
+            for (int k = 0; k < K; k++) {
+                for (int i = 0; i < inside; i++) out[(size_t)k * width + i] = panel[(size_t)k * sk + i];
+            }
+        } else {
+            for (int i = 0; i < inside; i++) {
+                for (int k = 0; k < K; k++) out[(size_t)k * width + i] = panel[i * si + k];
+            }
         }
     }
 }
@@ -748,6 +755,7 @@ static void attend_forward(real *o, real *lse, real *scores, const real *q, cons
         for (int i = 0; i < rows; i++) {
             real *s = scores + (size_t)i * keys, top = -INFINITY, sum = 0;
             int seen = keys - rows + i + 1; // keys at or before this query
+#pragma omp simd reduction(max : top)
             for (int j = 0; j < seen; j++) top = s[j] > top ? s[j] : top;
 #pragma omp simd reduction(+ : sum)
             for (int j = 0; j < seen; j++) {
@@ -928,6 +936,7 @@ static void output_loss(double *losses, real *dx, real *doutput, real *logits, c
         for (int r = 0; r < rows; r++) {
             real *l = logits + (size_t)r * V, top = -INFINITY;
             int target = targets[r0 + r];
+#pragma omp simd reduction(max : top)
             for (int v = 0; v < V; v++) top = l[v] > top ? l[v] : top;
             double sum = 0, at_target = target < 0 ? 0 : l[target];
 #pragma omp simd reduction(+ : sum)

@@ -1,0 +1,118 @@
+# megalodon.c: `make` builds the programs, `make help` lists what else there is.
+
+CC ?= cc
+PROGRAMS = train sample compare
+
+# gnu11: C11 with POSIX. NaN must stay NaN, so no -ffast-math: only what changes neither NaN nor infinity.
+CFLAGS = -std=gnu11 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp-simd
+CFLAGS += -Wall -Wextra -Wshadow
+LDLIBS = -lm
+
+# For this machine's instructions only, unless PORTABLE=1.
+ifndef PORTABLE
+CFLAGS += -march=native
+endif
+ifdef WERROR
+CFLAGS += -Werror
+endif
+ifdef SANITIZE
+CFLAGS += -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+endif
+
+# Does a program with this header compile and link with these flags? Then the flags, otherwise nothing.
+probe = $(shell mkdir -p build; printf '\043include <$(1)>\nint main(void) { return 0; }\n' | \
+        $(CC) -x c - $(2) -o build/probe 2>/dev/null && echo '$(2)')
+
+# OpenMP: loops run on all cores. NO_OMP=1 does without.
+ifndef NO_OMP
+OMP := $(call probe,omp.h,-fopenmp)
+endif
+CFLAGS += $(or $(OMP),-Wno-unknown-pragmas)
+
+# CBLAS: matrix products by OpenBLAS, several times faster than our own. NO_BLAS=1 does without;
+# BLAS="-I... -l..." names another one.
+ifndef NO_BLAS
+BLAS := $(or $(BLAS),$(call probe,cblas.h,-lopenblas),\
+             $(call probe,cblas.h,-I/usr/include/openblas -lopenblas))
+endif
+CFLAGS += $(if $(BLAS),-DMEGALODON_BLAS $(filter -I%,$(BLAS)))
+LDLIBS += $(filter-out -I%,$(BLAS))
+
+all: $(PROGRAMS)
+	@echo "built $(PROGRAMS): $(CC), $(if $(OMP),OpenMP,no OpenMP), $(if $(BLAS),BLAS $(BLAS),no BLAS),\
+	for $(if $(PORTABLE),any machine of this kind,this machine). Next: ./train, or make help"
+
+help:
+	@echo 'make             ./train, ./sample, ./compare'
+	@echo 'make demo        trains a small model for a minute, then lets it write'
+	@echo 'make test        checks layers, gradients, files and programs; ends with "N passed, N failed"'
+	@echo 'make test-mutants  checks these checks'
+	@echo 'make clean       removes what was built'
+	@echo 'Switches, for all of them: NO_OMP=1  NO_BLAS=1  PORTABLE=1 (no -march=native)  WERROR=1'
+	@echo '    SANITIZE=1 (AddressSanitizer and UBSan)  CC=clang  BLAS="-l..." (another CBLAS than OpenBLAS)'
+
+# ---------------------------------------------------------------- objects, in build/ and build/double/
+
+# Everything depends on the flags, so that another switch builds it all again.
+FLAGS := $(CC) $(CFLAGS) $(LDLIBS)
+ifneq ($(FLAGS),$(shell cat build/flags 2>/dev/null))
+$(shell mkdir -p build/double; echo '$(FLAGS)' > build/flags)
+endif
+
+# All but the programs' own files goes into a library, of which the linker takes what a program lacks.
+vpath %.c . plumbing tests
+LIBRARY = megalodon.o $(filter-out compare.o,$(notdir $(patsubst %.c,%.o,$(wildcard plumbing/*.c))))
+
+build/%.o: %.c build/flags
+	$(CC) $(CFLAGS) -MMD -MP -c $< -o $@
+
+build/double/%.o: %.c build/flags
+	$(CC) $(CFLAGS) -DMEGALODON_DOUBLE -MMD -MP -c $< -o $@
+
+build/library.a: $(addprefix build/,$(LIBRARY))
+build/double/library.a: $(addprefix build/double/,$(LIBRARY))
+build/library.a build/double/library.a:
+	@rm -f $@
+	@$(AR) rcs $@ $^
+
+$(PROGRAMS): %: build/%.o build/library.a
+	$(CC) $(CFLAGS) $^ $(LDLIBS) -o $@
+
+# The double build of a program, of train for instance, whose --dump is then the better reference.
+build/double/train build/double/sample: %: %.o build/double/library.a
+	$(CC) $(CFLAGS) $^ $(LDLIBS) -o $@
+
+-include $(wildcard build/*.d build/double/*.d)
+.PRECIOUS: build/%.o build/double/%.o
+
+# ---------------------------------------------------------------- tests
+
+# Each tests/test_*.c is a program, each tests/test_*.sh a script: a line a check, then "N passed, N failed".
+# Those in DOUBLE_TESTS are built for doubles; test_model is built for both.
+DOUBLE_TESTS = test_layers test_model
+FLOAT_TESTS = $(filter-out test_layers,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c)))
+TESTS = $(addprefix build/double/,$(DOUBLE_TESTS)) $(addprefix build/,$(FLOAT_TESTS))
+
+$(addprefix build/,$(FLOAT_TESTS)): %: %.o build/library.a
+	$(CC) $(CFLAGS) $^ $(LDLIBS) -o $@
+
+$(addprefix build/double/,$(DOUBLE_TESTS)): %: %.o build/double/library.a
+	$(CC) $(CFLAGS) $^ $(LDLIBS) -o $@
+
+test: $(PROGRAMS) $(TESTS)
+	@sh tests/run.sh $(TESTS) $(sort $(wildcard tests/test_*.sh))
+
+# Breaks megalodon.c in one place after another and demands that a test notices. Takes long.
+test-mutants:
+	bash tests/mutants.sh
+
+# ---------------------------------------------------------------- demo
+
+demo: $(PROGRAMS)
+	./train --out build/demo --overwrite
+	./sample --model build/demo --prompt "The "
+
+clean:
+	rm -rf build $(PROGRAMS)
+
+.PHONY: all help test test-mutants demo clean

@@ -1,0 +1,274 @@
+// ./compare A B: the tensors that two safetensors files share, side by side, in the order in which the model
+// computes them, so that the first one over tolerance is the place to look. A is the reference.
+#include <math.h>    // defines: fabs, sqrt, isnan, isfinite
+#include <stdbool.h> // defines: bool
+#include <stdlib.h>  // defines: qsort, calloc, strtod, getenv
+#include <string.h>  // defines: strcmp, strncmp, strlen
+#include <unistd.h>  // defines: isatty
+#include "safetensors.h"
+
+static const char help[] =
+    "usage: ./compare A.safetensors B.safetensors [--tolerance X]\n"
+    "Compares B's tensors with A's of the same names, in data-flow order. One passes\n"
+    "if |A - B| / |A|, L2 norms, is at most 5e-6 (grad.*: 2e-5, train.*: 2e-6), or X;\n"
+    "integers must be equal. NaN fails, and act.*, grad.* or loss that B misses.\n"
+    "Exit status: 0 all passed, 1 some failed, 2 wrong usage or an unreadable file.\n";
+
+// The data flow. Names are matched by their beginning; "*" stands for "layers.i."; layers stay together.
+// Names under one entry, or under none, stay in the file's order.
+static const char *const input_order[] = {"tokens", "targets", NULL};
+static const char *const act_order[] = {
+    "*mega.timenorm", "*mega.cema", "*mega.rmsnorm", "*mega.q",   "*mega.k",    "*mega.v", "*mega.r",
+    "*mega.attn",     "*mega.out",  "*nffn.norm",    "*nffn.out", "final_norm", "logits",  NULL};
+static const char *const grad_order[] = {
+    "output.output.", "output.final_norm.", "*nffn.alpha", "*nffn.fc2.", "*nffn.fc3.",
+    "*nffn.fc1.",     "*nffn.norm.",        "*mega.wh2.",  "*mega.wh1.", "*mega.wr.",
+    "*mega.wv.",      "*mega.gamma",        "*mega.beta",  "*mega.wz.",  "*mega.rmsnorm.",
+    "*mega.cema.",    "*mega.timenorm.",    "embed.",      NULL};
+static const char *const no_order[] = {NULL};
+
+typedef enum { INPUT, ACT, LOSS, TRAIN, GRAD, OTHER, KINDS } Kind;
+static const struct {
+    const char *prefix, *title;
+    double tolerance;
+    const char *const *order;
+} kinds[KINDS] = {
+    {"input.", "input", 5e-6, input_order},  {"act.", "activation", 5e-6, act_order},
+    {"loss", "loss", 5e-6, no_order},        {"train.", "training step", 2e-6, no_order},
+    {"grad.", "gradient", 2e-5, grad_order}, {"", "parameter", 5e-6, no_order},
+};
+
+typedef struct {
+    const StTensor *a, *b; // b is NULL if B misses it
+    Kind kind;
+    int layer, place;                 // layer: -1 if in none; counted from the last one for gradients
+    double max_abs, relative, cosine; // relative: |A - B| / |A|
+    int64_t worst;                    // the element that differs most, or the first NaN
+    double worst_a, worst_b;          // its values
+    double tolerance;
+    bool passed;
+    char note[256]; // why there are no measures, "" if there are
+} Row;
+
+static const char *red = "", *green = "", *bold = "", *plain = "";
+
+static Kind kind_of(const char *name) {
+    for (int k = 0; k < OTHER; k++) {
+        size_t n = strlen(kinds[k].prefix) + (k == LOSS); // "loss" is a whole name
+        if (strncmp(name, kinds[k].prefix, n) == 0) return (Kind)k;
+    }
+    return OTHER;
+}
+
+static bool required(Kind kind) { return kind == ACT || kind == LOSS || kind == GRAD; }
+
+static Row make_row(const StTensor *a, const StTensor *b) {
+    Row r = {.a = a, .b = b, .kind = kind_of(a->name), .layer = -1};
+    const char *const *order = kinds[r.kind].order, *rest = a->name + strlen(kinds[r.kind].prefix);
+    int layer = 0, used = 0;
+    sscanf(rest, "layers.%9d.%n", &layer, &used);
+    for (; order[r.place] != NULL; r.place++) {
+        const char *entry = order[r.place] + (used > 0);
+        if ((used > 0) == (order[r.place][0] == '*') && strncmp(entry, rest + used, strlen(entry)) == 0)
+            break;
+    }
+    if (used > 0 && order[r.place] != NULL) r.layer = r.kind == GRAD ? 999999999 - layer : layer;
+    return r;
+}
+
+static int by_data_flow(const void *x, const void *y) {
+    const Row *r = x, *s = y;
+    if (r->kind != s->kind) return r->kind < s->kind ? -1 : 1;
+    if (r->layer >= 0 && s->layer >= 0 && r->layer != s->layer) return r->layer < s->layer ? -1 : 1;
+    if (r->place != s->place) return r->place < s->place ? -1 : 1;
+    return (r->a > s->a) - (r->a < s->a);
+}
+
+static bool exact(const Row *r) { return st_is_integer(r->a->type) && st_is_integer(r->b->type); }
+
+// Compares two tensors of one shape, in pieces, so that memory stays constant.
+static bool measure(StFile *fa, StFile *fb, Row *r, char *err) {
+    enum { PIECE = 8192 };
+    static union {
+        double real;
+        int64_t whole;
+    } a[PIECE], b[PIECE];
+    const bool whole = exact(r);
+    const StType as = whole ? ST_I64 : ST_F64;
+    if (whole) r->tolerance = 0;
+    double xx = 0, yy = 0, xy = 0, dd = 0;
+    bool a_zero = true, b_zero = true;
+    r->max_abs = -1;
+    for (int64_t n = st_count(r->a), start = 0; start < n; start += PIECE) {
+        const int64_t piece = n - start < PIECE ? n - start : PIECE;
+        if (!st_read(fa, r->a, start, piece, a, as, err)) return false;
+        if (!st_read(fb, r->b, start, piece, b, as, err)) return false;
+        for (int64_t i = 0; i < piece; i++) {
+            double x = whole ? (double)a[i].whole : a[i].real, y = whole ? (double)b[i].whole : b[i].real;
+            double diff = fabs(x - y);
+            if (whole && a[i].whole != b[i].whole) diff = fmax(diff, 1); // a double may not tell them apart
+            xx += x * x;
+            yy += y * y;
+            xy += x * y;
+            dd += diff * diff;
+            a_zero = a_zero && x == 0;
+            b_zero = b_zero && y == 0;
+            if (isnan(r->max_abs) || diff <= r->max_abs) continue;
+            r->max_abs = diff;
+            r->worst = start + i;
+            r->worst_a = x;
+            r->worst_b = y;
+        }
+    }
+    r->relative = r->max_abs == 0 ? 0 : sqrt(dd) / sqrt(xx);
+    r->cosine = xx > 0 && yy > 0 ? xy / (sqrt(xx) * sqrt(yy)) : NAN;
+    if (a_zero) snprintf(r->note, sizeof r->note, "all zero in %s", b_zero ? "both" : "A, but not in B");
+    r->passed = a_zero ? b_zero : r->relative <= r->tolerance; // false for NaN
+    return true;
+}
+
+// The shape, "2x48x64", or the place of an element, "0,40,12", if that is not negative.
+static char *tuple(char text[200], const StTensor *t, int64_t element) {
+    int at = snprintf(text, 200, "%s", t->ndim == 0 ? "scalar" : "");
+    int64_t stride = st_count(t);
+    for (int i = 0; i < t->ndim; i++) {
+        if (element >= 0) stride /= t->shape[i];
+        long long value = element >= 0 ? element / stride % t->shape[i] : t->shape[i];
+        at += snprintf(text + at, 200 - (size_t)at, "%s%lld", i == 0 ? "" : element >= 0 ? "," : "x", value);
+    }
+    return text;
+}
+
+static bool same_shape(const StTensor *a, const StTensor *b) {
+    bool same = a->ndim == b->ndim;
+    for (int i = 0; same && i < a->ndim; i++) same = a->shape[i] == b->shape[i];
+    return same;
+}
+
+static void print_row(const Row *r, int name_width, int shape_width) {
+    char shape[200], place[200];
+    printf("%-*s  %-*s  ", name_width, r->a->name, shape_width, tuple(shape, r->a, -1));
+    if (r->note[0] != 0) {
+        printf("%7s  %7s  %9s  %-*s", "-", "-", "-", shape_width + 32, r->note);
+    } else {
+        printf("%7.1e  %7.1e  %9.7f  %-*s", r->max_abs, r->relative, r->cosine, shape_width,
+               tuple(place, r->a, r->worst));
+        printf("  %14.8g  %14.8g", r->worst_a, r->worst_b);
+    }
+    printf("  %s%s%s\n", r->passed ? green : red, r->passed ? "ok" : "FAIL", plain);
+}
+
+// Judges and prints all rows; returns how many failed, -1 if a file could not be read.
+static int print_table(StFile *fa, StFile *fb, Row *rows, int count, double tolerance, char *err) {
+    int failed = 0, names = 4, shapes = 8; // widths
+    bool marked = false;
+    char shape[200];
+    for (const Row *r = rows; r < rows + count; r++) {
+        int name = (int)strlen(r->a->name), length = (int)strlen(tuple(shape, r->a, -1));
+        names = name > names ? name : names;
+        shapes = length > shapes ? length : shapes;
+    }
+    printf("%s%-*s  %-*s  max abs   rel L2     cosine  ", bold, names, "name", shapes, "shape");
+    printf("%-*s  %14s  %14s%s\n", shapes, "worst at", "A", "B", plain);
+    for (Row *r = rows; r < rows + count; r++) {
+        const bool measurable = r->b != NULL && same_shape(r->a, r->b);
+        r->tolerance = tolerance >= 0 ? tolerance : kinds[r->kind].tolerance;
+        if (r->b == NULL)
+            snprintf(r->note, sizeof r->note, "B misses it");
+        else if (!measurable)
+            snprintf(r->note, sizeof r->note, "B has shape %s", tuple(shape, r->b, -1));
+        else if (!measure(fa, fb, r, err))
+            return -1;
+        if (r == rows || r[-1].kind != r->kind) printf("\n");
+        print_row(r, names, shapes);
+        failed += !r->passed;
+        if (marked || r->passed || !measurable) continue;
+        printf("%s<-- first over tolerance%s in data-flow order: ", red, plain);
+        printf("%.2g is not <= %.2g\n", r->relative, r->tolerance);
+        marked = true;
+    }
+    return failed;
+}
+
+// Lists the tensors of one file that the other misses and need not have.
+static void list_unmatched(const StFile *f, const StFile *other, bool reference) {
+    for (const StTensor *t = f->tensors; t < f->tensors + f->count; t++) {
+        if (st_find(other, t->name) != NULL || (reference && required(kind_of(t->name)))) continue;
+        printf("not compared, only in %s: %s\n", f->path, t->name);
+    }
+}
+
+static void print_summary(const Row *rows, int count, int failed) {
+    for (int k = 0; k < KINDS; k++) {
+        const Row *worst = NULL; // the first NaN, if there is one
+        for (const Row *r = rows; r < rows + count; r++) {
+            if ((int)r->kind != k || r->note[0] != 0 || exact(r)) continue;
+            if (worst == NULL || (!isnan(worst->relative) && !(r->relative <= worst->relative))) worst = r;
+        }
+        if (worst != NULL)
+            printf("worst %-13s  %.1e at %s\n", kinds[k].title, worst->relative, worst->a->name);
+    }
+    const char *color = failed > 0 || count == 0 ? red : green;
+    printf("%s%d tensors compared, %d passed, %d failed%s\n", color, count, count - failed, failed, plain);
+    if (count == 0) printf("nothing was compared: the files have no tensor in common\n");
+}
+
+// Returns the exit status.
+static int compare_files(StFile *fa, StFile *fb, double tolerance, char *err) {
+    Row *rows = calloc((size_t)fa->count + 1, sizeof *rows);
+    int count = 0;
+    if (rows == NULL) return snprintf(err, ST_ERR, "out of memory"), 2;
+    for (const StTensor *t = fa->tensors; t < fa->tensors + fa->count; t++) {
+        const StTensor *other = st_find(fb, t->name);
+        if (other != NULL || required(kind_of(t->name))) rows[count++] = make_row(t, other);
+    }
+    qsort(rows, (size_t)count, sizeof *rows, by_data_flow);
+    int failed = print_table(fa, fb, rows, count, tolerance, err);
+    if (failed >= 0) {
+        printf("\n");
+        list_unmatched(fa, fb, true);
+        list_unmatched(fb, fa, false);
+        print_summary(rows, count, failed);
+    }
+    free(rows);
+    return failed < 0 ? 2 : failed > 0 || count == 0;
+}
+
+static int usage(const char *problem, const char *what) {
+    fprintf(stderr, "compare: %s%s\n%s", problem, what, help);
+    return 2;
+}
+
+int main(int argc, char **argv) {
+    const char *paths[2];
+    double tolerance = -1; // by kind
+    int given = 0;
+    for (int i = 1; i < argc; i++) {
+        char *end = "";
+        if (strcmp(argv[i], "--help") == 0) {
+            fputs(help, stdout);
+            return 0;
+        } else if (strcmp(argv[i], "--tolerance") == 0) {
+            if (++i < argc) tolerance = strtod(argv[i], &end);
+            if (i == argc || end == argv[i] || *end != 0 || !(tolerance >= 0 && isfinite(tolerance))) {
+                return usage("--tolerance needs a number, 0 or more, not ", i < argc ? argv[i] : "nothing");
+            }
+        } else if (argv[i][0] == '-' || given == 2) {
+            return usage(given == 2 ? "more than two files: " : "unknown option ", argv[i]);
+        } else {
+            paths[given++] = argv[i];
+        }
+    }
+    if (given < 2) return usage("two files are needed", "");
+    if (isatty(STDOUT_FILENO) && (getenv("NO_COLOR") == NULL || getenv("NO_COLOR")[0] == 0)) {
+        red = "\033[31m", green = "\033[32m", bold = "\033[1m", plain = "\033[0m";
+    }
+    char err[ST_ERR];
+    StFile a = {0}, b = {0};
+    bool opened = st_open(&a, paths[0], err) && st_open(&b, paths[1], err);
+    int status = opened ? compare_files(&a, &b, tolerance, err) : 2;
+    if (status == 2) fprintf(stderr, "compare: %s\n", err);
+    st_close(&a);
+    st_close(&b);
+    return status;
+}

@@ -1,0 +1,193 @@
+#include <math.h>   // defines: isfinite
+#include <stddef.h> // defines: offsetof
+#include <stdlib.h> // defines: free
+#include <string.h> // defines: memcmp, memcpy, strcmp
+#include "json.h"
+#include "plumbing.h"
+
+typedef enum { INTEGER, BOOLEAN, NUMBER } FieldKind;
+typedef struct {
+    const char *name;
+    FieldKind kind;
+    size_t offset;
+} Field;
+
+static const Field fields[] = {
+    {"num_layers", INTEGER, offsetof(Config, num_layers)},
+    {"model_dim", INTEGER, offsetof(Config, model_dim)},
+    {"z_dim", INTEGER, offsetof(Config, z_dim)},
+    {"value_dim", INTEGER, offsetof(Config, value_dim)},
+    {"num_heads", INTEGER, offsetof(Config, num_heads)},
+    {"ffn_hidden_dim", INTEGER, offsetof(Config, ffn_hidden_dim)},
+    {"cema_ndim", INTEGER, offsetof(Config, cema_ndim)},
+    {"chunk_size", INTEGER, offsetof(Config, chunk_size)},
+    {"vocab_size", INTEGER, offsetof(Config, vocab_size)},
+    {"norm_num_groups", INTEGER, offsetof(Config, norm_num_groups)},
+    {"swiglu", BOOLEAN, offsetof(Config, swiglu)},
+    {"rescale_nffn", BOOLEAN, offsetof(Config, rescale_nffn)},
+    {"scale_emb", BOOLEAN, offsetof(Config, scale_emb)},
+    {"share_emb", BOOLEAN, offsetof(Config, share_emb)},
+    {"norm_affine", BOOLEAN, offsetof(Config, norm_affine)},
+    {"norm_eps", NUMBER, offsetof(Config, norm_eps)},
+    {"rope_base", NUMBER, offsetof(Config, rope_base)},
+};
+enum { NUM_FIELDS = sizeof fields / sizeof fields[0] };
+
+const Config *find_preset(const char *name) {
+    char list[256] = "";
+    for (int i = 0; i < NUM_PRESETS; i++) {
+        if (strcmp(megalodon_presets[i].name, name) == 0) return &megalodon_presets[i].config;
+        size_t n = strlen(list);
+        snprintf(list + n, sizeof list - n, " %s", megalodon_presets[i].name);
+    }
+    usage_error("--preset %s: none of that name; there are%s", name, list);
+}
+
+Config config_defaults(void) {
+    // layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base
+    return (Config){8, 1024, 256, 2048, 1, 2048, 16, 2048, 0, 32, 0, 0, 0, 0, 1, 1e-5, 1e4};
+}
+
+// ----------------------------------------------------------------------------
+// JSON
+
+static void read_field(Json *j, Config *c, const Field *f) {
+    char *at = (char *)c + f->offset;
+    int64_t whole;
+    bool boolean;
+    if (f->kind == NUMBER) {
+        const bool null = strcmp(f->name, "rope_base") == 0 && json_null_follows(j);
+        if (null) *(double *)(void *)at = 1e4;
+        if (!null) json_number(j, (double *)(void *)at);
+    } else if (f->kind == BOOLEAN) {
+        if (json_bool(j, &boolean)) *(int *)(void *)at = boolean;
+    } else if (json_int(j, &whole)) {
+        *(int *)(void *)at = (int)whole;
+        if (whole != (int)whole) json_fail(j, "%s %lld is out of range", f->name, (long long)whole);
+    }
+}
+
+// Fields of the released configuration that are no part of ours: taken if they change nothing.
+static void read_foreign(Json *j, const char *key, int64_t *output_size) {
+    char mode[32];
+    double p;
+    if (strcmp(key, "efficient_attn") == 0 || strcmp(key, "layerwise_ckpt") == 0) {
+        json_skip(j);
+    } else if (strcmp(key, "dropout") == 0 || strcmp(key, "hidden_dropout") == 0 ||
+               strcmp(key, "attention_dropout") == 0) {
+        if (json_number(j, &p) && p != 0) json_fail(j, "%s %g is not supported, only 0", key, p);
+    } else if (strcmp(key, "init_mode") == 0) {
+        if (json_string(j, mode, sizeof mode) && strcmp(mode, "he") != 0)
+            json_fail(j, "init_mode \"%s\" is not supported, only \"he\"", mode);
+    } else if (strcmp(key, "output_size") == 0) {
+        json_int(j, output_size);
+    } else {
+        json_fail(j, "unknown field '%s'", key);
+    }
+}
+
+bool config_from_json(Config *c, const char *text, char *err) {
+    Json j;
+    char key[64];
+    int64_t output_size = -1;
+    bool seen[NUM_FIELDS] = {false};
+    json_begin(&j, text, strlen(text));
+    json_object(&j);
+    while (json_object_next(&j, key, sizeof key)) {
+        int i = 0;
+        while (i < NUM_FIELDS && strcmp(key, fields[i].name) != 0) i++;
+        if (i == NUM_FIELDS) {
+            read_foreign(&j, key, &output_size);
+            continue;
+        }
+        if (seen[i]) json_fail(&j, "field '%s' twice", key);
+        seen[i] = true;
+        read_field(&j, c, &fields[i]);
+    }
+    json_end(&j);
+    if (output_size != -1 && output_size != c->vocab_size)
+        json_fail(&j, "output_size %lld is not supported, only -1 or vocab_size", (long long)output_size);
+    if (j.error[0] != 0) snprintf(err, ST_ERR, "%s", j.error);
+    return j.error[0] == 0;
+}
+
+void config_from_file(Config *c, const char *path) {
+    char err[ST_ERR], *text = read_text(path, err);
+    if (text == NULL) fatal("--config %s", err);
+    if (!config_from_json(c, text, err)) fatal("--config %s: %s", path, err);
+    free(text);
+}
+
+char *config_to_json(const Config *c) {
+    char *text = NULL;
+    size_t size;
+    FILE *out = open_memstream(&text, &size);
+    if (out == NULL) fatal("out of memory");
+    fputs("{", out);
+    for (const Field *f = fields; f < fields + NUM_FIELDS; f++) {
+        const void *at = (const char *)c + f->offset;
+        fprintf(out, "\"%s\": ", f->name);
+        if (f->kind == NUMBER)
+            write_number(out, *(const double *)at);
+        else if (f->kind == BOOLEAN)
+            fputs(*(const int *)at ? "true" : "false", out);
+        else
+            fprintf(out, "%d", *(const int *)at);
+        fputs(", ", out);
+    }
+    fputs("\"init_mode\": \"he\", \"output_size\": -1, \"dropout\": 0.0, \"hidden_dropout\": 0.0, "
+          "\"attention_dropout\": 0.0}",
+          out);
+    fclose(out);
+    return text;
+}
+
+// ----------------------------------------------------------------------------
+// rules
+
+bool config_equal(const Config *a, const Config *b) {
+    for (const Field *f = fields; f < fields + NUM_FIELDS; f++) {
+        size_t size = f->kind == NUMBER ? sizeof(double) : sizeof(int);
+        if (memcmp((const char *)a + f->offset, (const char *)b + f->offset, size) != 0) return false;
+    }
+    return true;
+}
+
+bool config_check(const Config *c, char *err) {
+    for (const Field *f = fields; f < fields + NUM_FIELDS; f++) {
+        const void *at = (const char *)c + f->offset;
+        if (f->kind == NUMBER && !(isfinite(*(const double *)at) && *(const double *)at > 0))
+            return snprintf(err, ST_ERR, "%s %g is not positive", f->name, *(const double *)at), false;
+        int most = strcmp(f->name, "num_layers") == 0 ? MAX_LAYERS : MAX_DIM, value = *(const int *)at;
+        if (f->kind == INTEGER && (value < 1 || value > most))
+            return snprintf(err, ST_ERR, "%s %d is not in 1..%d", f->name, value, most), false;
+    }
+    if (c->z_dim % c->num_heads != 0 || c->value_dim % c->num_heads != 0)
+        snprintf(err, ST_ERR, "num_heads %d does not divide z_dim %d and value_dim %d", c->num_heads,
+                 c->z_dim, c->value_dim);
+    else if (c->z_dim / c->num_heads % 2 != 0)
+        snprintf(err, ST_ERR, "z_dim / num_heads = %d / %d is odd: rotation needs pairs", c->z_dim,
+                 c->num_heads);
+    else if (c->model_dim % c->norm_num_groups != 0)
+        snprintf(err, ST_ERR, "norm_num_groups %d does not divide model_dim %d", c->norm_num_groups,
+                 c->model_dim);
+    else if (c->norm_num_groups == c->model_dim)
+        snprintf(err, ST_ERR, "norm_num_groups %d: a group needs at least 2 of the %d features",
+                 c->norm_num_groups, c->model_dim);
+    else
+        return true;
+    return false;
+}
+
+void config_apply(Config *c, const Config *flags, const Option *options, const char *owner) {
+    for (const Field *f = fields; f < fields + NUM_FIELDS; f++) {
+        const char *flag = (const char *)flags + f->offset;
+        char *at = (char *)c + f->offset;
+        size_t size = f->kind == NUMBER ? sizeof(double) : sizeof(int);
+        const Option *o = option_given(options, flag);
+        if (o == NULL) continue;
+        if (owner != NULL && memcmp(at, flag, size) != 0)
+            usage_error("--%s contradicts the configuration in %s; leave it out", o->name, owner);
+        memcpy(at, flag, size);
+    }
+}

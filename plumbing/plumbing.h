@@ -1,0 +1,160 @@
+// What the programs need besides the model: errors, options, configurations, data, checkpoints, sampling.
+// Errors of users and files end the program here: a message on stderr and status 1, 2 for the command line.
+#pragma once
+#include <stdbool.h> // defines: bool
+#include <stdint.h>  // defines: int64_t, uint64_t
+#include <stdio.h>   // defines: FILE, size_t
+#include "../megalodon.h"
+#include "safetensors.h"
+
+// ----------------------------------------------------------------------------
+// system.c: errors, time, memory
+
+void fatal(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2))); // "error: ...", status 1
+void usage_error(const char *format, ...)
+    __attribute__((noreturn, format(printf, 1, 2))); // the same, status 2
+void *allocate(size_t count, size_t size);    // zeroed; never NULL; overflow and lack of memory are fatal
+char *read_text(const char *path, char *err); // a file of at most 1 MiB, freed by the caller; NULL and err
+double seconds(void);                         // of a clock that never goes back
+double peak_memory(void);                     // of this process so far, in MiB
+
+// What the model and `extra` more bytes will take; refused, with its MiB, if this machine has less.
+MemoryPlan check_memory(const Config *config, Mode mode, int B, int L, size_t extra);
+
+// Starts the program again with OMP_WAIT_POLICY=passive unless the user has set it; main's first call. By
+// default OpenMP's threads spin while they wait, and take the cores from BLAS's threads and other programs.
+void wait_passively(char **argv);
+
+// Puts DIR of the running executable, then "/" and name, into path: files that come with the programs.
+void beside_executable(char *path, size_t size, const char *name);
+
+// ----------------------------------------------------------------------------
+// options.c: the command line
+
+typedef enum {
+    OPT_END,     // ends a table
+    OPT_HEADING, // for --help; kept counts for all options under it
+    OPT_SWITCH,  // int, --name sets it to 1
+    OPT_BOOL,    // int, --name and --no-name
+    OPT_INT,     // int
+    OPT_INT64,   // int64_t
+    OPT_REAL,    // double
+    OPT_TEXT     // const char *
+} OptionKind;
+
+typedef struct {
+    OptionKind kind;
+    const char *name; // without the dashes
+    void *value;      // its default stands there already
+    double min, max;  // of a number; both allowed
+    const char *arg;  // what --help calls a text: FILE, NAME
+    const char *help; // one line, with the unit
+    bool kept;        // belongs to a run: --resume takes it from there
+    bool given;       // on the command line
+} Option;
+
+// Reads --name VALUE and --name=VALUE into the table's values; the last one counts. --help and -h print
+// `about` and the table with its defaults, and end the program.
+void options_parse(Option *options, int argc, char **argv, const char *about);
+const Option *option_given(const Option *options, const void *value); // by where its value lies; NULL if not
+
+void options_write(const Option *options, FILE *out); // the kept ones, a line each: name, space, value
+// Takes options from such a text, except those that were given. The text must stay: values point into it.
+bool options_read(Option *options, char *text, char *err);
+void write_number(FILE *out, double value); // with as many digits as bring the same number back
+
+// ----------------------------------------------------------------------------
+// config.c: configurations
+
+enum { MAX_LAYERS = 4096, MAX_DIM = 1 << 20 }; // keep every product of sizes within 64 bits
+
+const Config *find_preset(const char *name); // usage error listing all if there is none of that name
+Config config_defaults(void);                // of the released configuration; vocab_size 0: it has none
+
+// Sets the fields that the JSON text has, released names; refuses other keys and what is not supported.
+bool config_from_json(Config *config, const char *text, char *err);
+void config_from_file(Config *config, const char *path); // the same for --config FILE.json
+char *config_to_json(const Config *config);              // freed by the caller
+bool config_check(const Config *config, char *err);      // is it a model?
+bool config_equal(const Config *a, const Config *b);
+
+// Sets in *config what model flags say that were given; their options' values lie in *flags. If owner is not
+// NULL, a file's name, *config is that file's and a flag that says otherwise is refused.
+void config_apply(Config *config, const Config *flags, const Option *options, const char *owner);
+
+// ----------------------------------------------------------------------------
+// data.c: token files, mapped into memory as they are
+
+typedef struct {
+    const char *path;
+    const unsigned char *bytes; // little-endian
+    int width;                  // bytes a token: 1 raw, 2 from a .bin file
+    size_t count, first;        // tokens here; place of the first one in the file
+} Tokens;
+
+// Opens a raw file, each byte a token, or a .bin token file. Every token is checked against vocab_size.
+Tokens tokens_open(const char *path, int vocab_size);
+static inline int32_t token_at(const Tokens *t, size_t i) {
+    return t->width == 1 ? t->bytes[i] : t->bytes[2 * i] | t->bytes[2 * i + 1] << 8;
+}
+Tokens tokens_part(const Tokens *t, size_t first, size_t count);     // shares the memory
+void tokens_need(const Tokens *t, int seq_len, const char *purpose); // refused if shorter than seq_len + 1
+
+// Training rows, B of L tokens and the tokens after each: row b is the step's row first_row + b.
+void draw_rows(const Tokens *t, uint64_t seed, int64_t step, int first_row, int B, int L, int32_t *inputs,
+               int32_t *targets);
+
+// Validation: up to B consecutive windows from window `first` on. Returns how many there were.
+int read_windows(const Tokens *t, size_t first, int B, int L, int32_t *inputs, int32_t *targets);
+
+// input.tokens and input.targets (B,L) of a dump, allocated; every one is checked against vocab_size.
+void read_batch(const char *path, int vocab_size, int *B, int *L, int32_t **inputs, int32_t **targets);
+
+// ----------------------------------------------------------------------------
+// checkpoint.c: models, optimizers and dumps in safetensors files
+
+// Opens a checkpoint FILE, or the newest in a run's DIR that opens. If it says its configuration, that goes,
+// checked, into *config; otherwise *config stays and the result is false.
+bool checkpoint_open(StFile *file, Config *config, const char *path);
+// Fills the model's parameters from it and closes it. Anything wrong is fatal, with the tensor's name.
+void checkpoint_load(StFile *file, Model *model, const Config *config);
+
+// The same without ending the program, for run.c.
+bool save_model(const char *path, Model *model, const Config *config, char *err);
+bool load_model(StFile *file, Model *model, const Config *config, char *err);
+bool save_optimizer(const char *path, Model *model, const Config *config, int64_t seed, int64_t step,
+                    double val_loss, char *err);
+bool load_optimizer(StFile *file, Model *model, const Config *config, int64_t seed, int64_t step, char *err);
+
+// Writes inputs, activations, logits, loss and gradients of the last forward and backward.
+void write_dump(const char *path, Model *model, const Config *config, const int32_t *inputs,
+                const int32_t *targets, int B, int L, double loss);
+
+// A state and the logits (V) after its last token, in one file; what does not fit the configuration is fatal.
+void save_state(const char *path, const State *state, const Config *config, const real *logits);
+void load_state(const char *path, State *state, const Config *config, real *logits);
+
+// ----------------------------------------------------------------------------
+// run.c: a run's directory: lock, options.txt (the kept options), step-XXXXXXXX/{model,optimizer}.safetensors
+
+enum { PATH_SIZE = 4096 };
+
+// Makes and locks the directory. One with checkpoints is refused unless resume; overwrite deletes them.
+void run_claim(const char *dir, const Option *options, bool resume, bool overwrite);
+// Writes the checkpoint of `step` updates; val_loss NaN if unknown. Keeps the newest two and the best.
+void run_save(const char *dir, Model *model, const Config *config, int64_t seed, int64_t step,
+              double val_loss);
+// Options and configuration, for setting up; then parameters and moments from the newest checkpoint that
+// loads: returns its step. Those that do not load are named on stderr.
+void run_open(const char *dir, Option *options, Config *config);
+int64_t run_load(const char *dir, Model *model, const Config *config, int64_t seed);
+// The path of the model of a run's checkpoint i, 0 the newest; false if there are not as many.
+bool run_model(char path[PATH_SIZE], const char *dir, int i);
+
+// ----------------------------------------------------------------------------
+// sampler.c
+
+double sample_uniform(uint64_t seed, int64_t position, int row); // in [0,1), from STREAM_SAMPLE
+// Draws from softmax(logits / temperature), cut to the top_k largest (0: all), then to the fewest whose
+// probabilities sum to top_p (1: all); random in [0,1). temperature 0: the largest.
+int sample_token(const real *logits, int V, double temperature, int top_k, double top_p, double random);

@@ -1,0 +1,267 @@
+#!/usr/bin/env bash
+# Tests the tests: breaks megalodon.c in one place at a time and demands that some test notices. From the root
+# of the repository: bash tests/mutants.sh [word]; with a word, only those whose line contains it.
+#
+# A line of the list is `function: old text  =>  new text`. The old text must stand in exactly one line of
+# that function; a mutant that does not apply or does not compile is a failure too.
+
+list() {
+    cat <<'END'
+exp_real: x = x < -86.0f ? -86.0f : x  =>  x = x > -86.0f ? x : -86.0f
+exp_real: x = x > 88.0f ? 88.0f : x  =>  x = x > 88.5f ? 88.5f : x
+exp_real: 1.0f / 120  =>  1.0f / 100
+exp_real: - n * 1.42860677e-6f  =>
+sigmoid: exp_real(-x)  =>  exp_real(x)
+gemm_tile: c[j] += tile[i][j]  =>  c[j] = tile[i][j]
+gemm_tile: c[j] = tile[i][j]  =>  c[j] += tile[i][j]
+gemm_pack: panel[i * si + k]  =>  panel[i * si]
+gemm: k0 > 0 || beta != 0);  =>  beta != 0);
+gemm: *= beta  =>  *= 1
+gemm: ak = ta ? (size_t)lda : 1  =>  ak = ta ? (size_t)M : 1
+sum_rows: ((xr[c] - m) * s)  =>  (xr[c] * s)
+sum_rows: ((xr[c] - m) * s)  =>  (xr[c] - m)
+sum_rows: out[at + c] += (real)sum[c]  =>  out[at + c] = (real)sum[c]
+embedding_forward: scale * e[c]  =>  e[c]
+embedding_backward: de[c] += scale  =>  de[c] = scale
+embedding_backward: scale * dout  =>  dout
+timestep_norm_forward: n += g  =>  n += 1
+timestep_norm_forward: (double)g * (double)count[b]  =>  (double)count[b]
+timestep_norm_forward: s2 - s1 * s1 / n  =>  s2
+timestep_norm_forward: double from = n > 0 ? m : x[0]  =>  double from = x[0]
+timestep_norm_forward: double m = mean_in ? mean_in[b * G + j] : 0, m2 =  =>  float m = mean_in ? mean_in[b * G + j] : 0, m2 =
+timestep_norm_forward: double m = mean_in ? mean_in[b * G + j] : 0, m2 =  =>  double m = mean_in ? mean_in[b * G + j] : 0; float m2 =
+timestep_norm_forward: m2_in ? m2_in[b * G + j] : 0  =>  0
+timestep_norm_forward: m2_out[b * G + j] = m2  =>  m2_out[b * G + j] = 0
+timestep_norm_forward: * (w[i] + 1) + bs[i]  =>  * w[i] + bs[i]
+timestep_norm_forward: sqrt(m2 / n + eps)  =>  sqrt(m2 / n)
+timestep_norm_backward: U += -r * s / n  =>  U += r * s / n
+timestep_norm_backward: V += dvar / n  =>  V += dvar
+timestep_norm_backward: W += dvar / n * m  =>  W = dvar / n * m
+timestep_norm_backward: dvar = -0.5 * r * r * r * d  =>  dvar = -0.5 * r * r * d
+timestep_norm_backward: t--, n -= g  =>  t--
+timestep_norm_backward: (w[i] + 1) * dy[i] + U  =>  w[i] * dy[i] + U
+timestep_norm_backward: + 2 * (x[i] * V - W)  =>
+timestep_norm_backward: U = dmean[b * G + j] / n  =>  U = 0
+timestep_norm_backward: before * (U + 2 * (m * V - W))  =>  before * U
+timestep_norm_backward: dm2[b * G + j] = V  =>  dm2[b * G + j] = 0
+timestep_norm_backward: double before = count ? (double)g * (double)count[b] : 0  =>  double before = 0
+cema_coefs_forward: 2 * PI * (n + 1) / N  =>  2 * PI * n / N
+cema_coefs_forward: (1 - a * b) * sin(phi)  =>  (1 - a) * sin(phi)
+cema_coefs_forward: gamma[2 * in] / sqrt(N)  =>  gamma[2 * in] / N
+cema_coefs_backward: dc->p[out] - b * dabs  =>  dc->p[out] + b * dabs
+cema_coefs_backward: -a * dabs * b  =>  a * dabs * b
+cema_coefs_backward: dturn * turn * (1 - turn)  =>  dturn * turn
+cema_coefs_backward: dc->q_im[out] * re - dc->q_re[out] * im  =>  dc->q_im[out] * re + dc->q_re[out] * im
+cema_coefs_backward: dgamma[2 * in + 1] +=  =>  dgamma[2 * in + 1] =
+cema_forward: y[t][u] = om[u] * x[t][u]  =>  y[t][u] = x[t][u]
+cema_forward: c.q_re[u] * old - c.q_im[u] * im[u]  =>  c.q_re[u] * old + c.q_im[u] * im[u]
+cema_forward: c.g_re[u] * re[u] - c.g_im[u] * im[u]  =>  c.g_re[u] * re[u]
+cema_forward: h_in && i < 2 * N  =>  h_in && i < N
+cema_forward: h_out && i < 2 * N  =>  h_out && i < N
+cema_forward: (size_t)b * blocks + block) * 2 * N  =>  (size_t)b * blocks) * 2 * N
+cema_backward: dx[t][u] = om[u] * dy[t][u]  =>  dx[t][u] = 0 * dy[t][u]
+cema_backward: dom[u] += x[t][u]  =>  dom[u] = x[t][u]
+cema_backward: G_im * h_re[t][u] - G_re * h_im[t][u]  =>  G_im * h_re[t][u] + G_re * h_im[t][u]
+cema_backward: s.g_im[u] -= dy[t][u]  =>  s.g_im[u] += dy[t][u]
+cema_backward: s.g_re[u] += dy[t][u] * h_re[t + 1][u]  =>  s.g_re[u] += dy[t][u] * h_re[t][u]
+cema_backward: future[n][u] = f_re, future[N + n][u] = f_im  =>  future[n][u] = f_re
+cema_backward: dh && i < 2 * N; i++) strip_write  =>  dh && i < N; i++) strip_write
+cema_backward: strip_add(domega  =>  strip_write(domega
+cema_backward: + block) * 2 * N * D + d0  =>  ) * 2 * N * D + d0
+rmsnorm_forward: squares / D + eps  =>  squares / D
+rmsnorm_forward: weight[c] + 1 : 1  =>  weight[c] : 1
+rmsnorm_backward: dot / D * s * s  =>  dot / D * s
+rmsnorm_backward: - x[c] * back  =>
+rmsnorm_backward: if (dweight)  =>  if (0)
+linear_forward: sum + (bias ? bias[o] : 0)  =>  sum
+linear_forward: (add ? out[o] : 0)  =>  0
+linear_forward: (add ? y[o] : 0) + bias[o]  =>  bias[o]
+linear_forward: bias || add, out  =>  add, out
+linear_backward: K, add, dinp  =>  K, 0, dinp
+linear_backward: inp, K, 1, dweight  =>  inp, K, 0, dweight
+linear_backward: if (dbias)  =>  if (0)
+qk_forward: (gamma[c] + 1) * scale  =>  gamma[c] * scale
+qk_forward: (gamma[Z + c] + 1) * scale  =>  (gamma[c] + 1) * scale
+qk_forward: beta[Z + c]  =>  beta[c]
+qk_backward: (gamma[c] + 1) + dk  =>  (gamma[c] + 1) - dk
+qk_backward: (real)sum[0][c] * scale  =>  (real)sum[0][c]
+qk_backward: sum[3][c] += dk  =>  sum[3][c] += dq
+rope_table: -2.0 * j / dz  =>  -1.0 * j / dz
+rope_turn: (count ? count[b] : 0) + t  =>  t
+rope_turn: (count ? count[b] : 0) + t  =>  (count ? count[0] : 0) + t
+rope_turn: re * turn[0] - im * s  =>  re * turn[0] + im * s
+rope_backward: count, -1, B  =>  count, 1, B
+silu_forward: inp[i] * sigmoid(inp[i])  =>  sigmoid(inp[i])
+silu_backward: 1 + inp[i] * (1 - s)  =>  1 + inp[i]
+gate_forward: a[i] * b[i] * sigmoid  =>  a[i] * sigmoid
+gate_backward: 1 + b[i] * (1 - s)  =>  1 - b[i] * (1 - s)
+gate_backward: d * b[i] * s  =>  d * s
+attend_forward: keys - rows + i + 1;  =>  keys - rows + i + (i > 0);
+attend_forward: keys - rows + i + 1;  =>  keys - rows + i + 1 + (i < rows - 1);
+attend_forward: j < keys; j++) s[j] = 0  =>  j < keys; j++) s[j] = 1e-3
+attend_forward: top + (real)log(sum)  =>  (real)log(sum)
+attend_forward: s[j] /= sum  =>  s[j] /= 1
+attend_backward: ds[j] - dot  =>  ds[j]
+attend_backward: s[j] - l)  =>  s[j])
+attend_backward: s[j] = ds[j] = 0  =>  s[j] = 0
+attend_backward: qi, ldz, 1, dk  =>  qi, ldz, 0, dk
+attend_backward: doi, lde, 1, dv_out  =>  doi, lde, 0, dv_out
+attention_forward: past = count ?  =>  past = 0 && count ?
+attention_forward: t += n, past = 0  =>  t += n
+attention_forward: C + (past > 0)  =>  C
+attention_forward: cv + (size_t)past * E, vc  =>  cv, vc
+attention_backward: int n = min(C, L - t)  =>  int n = L - t < C ? 1 : C
+attention_backward: memset(dk, 0,  =>  memset(dk, 0, 0 *
+layernorm_forward: real m = sum / D  =>  real m = 0
+layernorm_forward: (bias ? bias[c] : 0)  =>  0
+layernorm_backward: - sum - (x[c] - m)  =>  - (x[c] - m)
+layernorm_backward: (x[c] - m) * s * dot  =>  (x[c] - m) * dot
+layernorm_backward: sum_rows(dbias  =>  if (0) sum_rows(dbias
+rescale_forward: + c] += alpha[c]  =>  + c] = alpha[c]
+rescale_backward: = alpha[c] * dout  =>  = dout
+add: out[i] += inp[i]  =>  out[i] = inp[i]
+output_loss: losses[r0 + r] = target < 0 ? 0 :  =>  losses[r0 + r] =
+output_loss: target < 0 ? 0 : (real)(grad_scale / sum)  =>  (real)(grad_scale / sum)
+output_loss: (real)(grad_scale / sum)  =>  (real)(1 / sum)
+output_loss: l[target] -= (real)grad_scale  =>  l[target] -= 0
+output_loss: *xr = x + (size_t)r0 * D  =>  *xr = x
+output_loss: dx + (size_t)r0 * D, 0  =>  dx + (size_t)r0 * D, 1
+mega_forward: memcpy(a->y, x,  =>  memset(a->y, 0,
+mega_forward: linear_forward(a->v_in, 0, a->xt  =>  linear_forward(a->v_in, 0, a->mx
+mega_forward: linear_forward(a->r_in, 0, a->mx  =>  linear_forward(a->r_in, 0, a->xt
+mega_forward: a->k, m->rope, count  =>  a->k, m->rope, NULL
+mega_forward: real *h = state ? state->h + (size_t)layer  =>  real *h = state ? state->h + 0 * (size_t)layer
+mega_forward: mean, m2, count, B, L  =>  mean, m2, NULL, B, L
+mega_backward: linear_backward(s->dmx, 1, dw->wr  =>  linear_backward(s->dmx, 0, dw->wr
+mega_backward: linear_backward(s->dxt, 1, dw->wv  =>  linear_backward(s->dxt, 0, dw->wv
+mega_backward: rope_backward(s->dk, s->dk  =>  rope_backward(s->dk, s->dq
+mega_backward: silu_backward(s->dv, s->dv, a->v_in  =>  silu_backward(s->dv, s->dv, a->r_in
+mega_backward: add(dx, dy, (size_t)R * D)  =>  add(dx, dy, 0)
+nffn_forward: memcpy(out, x,  =>  memcpy(out, a->y,
+nffn_forward: gate_forward(s->hidden, a->f3, a->f1  =>  gate_forward(s->hidden, a->f1, a->f3
+nffn_backward: df2 = s->dmx  =>  df2 = dout
+nffn_backward: linear_backward(du, c->swiglu  =>  linear_backward(du, 0
+block_forward: m->acts_layer = layer  =>  m->acts_layer = 0
+block_backward: m->acts_layer != layer  =>  m->acts_layer < 0
+block_backward: add(s->dx, s->dmega  =>  memcpy(s->dx, s->dmega
+embedding_scale: sqrt(c->model_dim)  =>  1
+megalodon_forward: state->count[b] += L  =>  state->count[b] += 1
+megalodon_forward: b < B; b++) state->count  =>  b < 1; b++) state->count
+megalodon_forward: double *mean = state ? state->mean + (size_t)layers  =>  double *mean = state ? state->mean + 0 * (size_t)layers
+megalodon_loss: targets[r] >= 0  =>  targets[r] >= -1
+megalodon_backward: embedding_scale(c)  =>  1
+megalodon_logits: m->final + first * D  =>  m->final
+megalodon_activation: m->acts_layer != layer) block_forward  =>  m->acts_layer < 0) block_forward
+megalodon_zero_grad: m->num_params * sizeof(real)  =>  sizeof(real)
+megalodon_grad_norm: total += sums[p]  =>  total = sums[p]
+megalodon_grad_norm: return sqrt(total)  =>  return total
+megalodon_update: k = (double)update + 1  =>  k = (double)update + 2
+megalodon_update: lr / (1 - pow(o->beta1, k))  =>  lr
+megalodon_update: 1 / sqrt(1 - pow(o->beta2, k))  =>  1
+megalodon_update: 1 - lr * o->weight_decay  =>  1 - o->weight_decay
+megalodon_update: c2 * g * g  =>  c2 * g
+megalodon_update: grad[i] * gs  =>  grad[i]
+megalodon_update: * root + eps  =>  * root
+megalodon_update: m->coefs_valid = 0  =>  m->coefs_valid = 1
+acts_take: m->mode != MEGALODON_TRAIN) arena  =>  m->mode != MEGALODON_TRAIN + 9) arena
+acts_take: m->mode != MEGALODON_INFER || l < 2  =>  l < 2
+megalodon_write: m->coefs_valid = 0  =>  m->coefs_valid = 1
+state_reset: s->bytes  =>  s->bytes / 2
+state_read: (char *)s->memory + first  =>  (char *)s->memory
+state_write: (char *)s->memory + first  =>  (char *)s->memory
+END
+}
+
+# Prints a file with the mutation made; fails unless the old text stood there exactly once.
+mutate() { # function, old, new, file
+    NAME=$1 OLD=$2 NEW=$3 awk '
+        /^[a-z]/ && index($0, ENVIRON["NAME"] "(") { inside = 1 }
+        inside && (at = index($0, ENVIRON["OLD"])) {
+            rest = substr($0, at + length(ENVIRON["OLD"]))
+            count += 1 + (index(rest, ENVIRON["OLD"]) > 0)
+            $0 = substr($0, 1, at - 1) ENVIRON["NEW"] rest
+        }
+        { print }
+        /^}/ || /^[a-z].*}$/ { inside = 0 }
+        END { exit count != 1 }' "$4"
+}
+
+flags="-std=gnu11 -O1 -w -DSTOP_AT_FAILURE"
+CC=${CC:-cc}
+
+build() { # test, in a folder with a megalodon.c
+    case $1 in
+    test_layers) $CC $flags -DMEGALODON_DOUBLE tests/test_layers.c params.o -lm -o test ;;
+    test_model) $CC $flags -DMEGALODON_DOUBLE megalodon.c "$tmp/test_model.o" params.o -lm -o test ;;
+    test_float) $CC $flags tests/test_float.c plumbing/params.c -lm -o test ;;
+    esac > out 2>&1
+}
+
+# Sets verdict: "survived", "caught by TEST: CHECK", or "error: ...".
+try() { # function
+    verdict=survived
+    local order="test_layers test_model test_float"
+    case $1 in # of what test_layers does not call
+    mega* | nffn* | block* | embedding_scale | acts_take | state* | add) order="test_model" ;;
+    exp_real) order="test_float" ;;
+    esac
+    for test in $order; do
+        if ! build $test; then
+            verdict="error: does not compile: $(grep -m 1 error: out)"
+            return
+        fi
+        timeout 100 ./test > out 2>&1 && continue
+        local line
+        line=$(grep FAIL out | head -n 1 | sed 's/  .*//')
+        verdict="caught by $test: ${line:-it crashes}"
+        return
+    done
+}
+
+worker() { # number: every second mutant
+    local number=0 line name old new rest
+    mkdir -p "$tmp/$1/tests" && cd "$tmp/$1" || exit 1
+    cp -r "$root/plumbing" "$root/megalodon.h" .
+    cp "$root"/tests/*.[ch] tests/
+    $CC $flags -DMEGALODON_DOUBLE -c plumbing/params.c -o params.o || exit 1
+    while IFS= read -r line; do
+        number=$((number + 1))
+        [ $((number % 2)) -eq "$1" ] || continue
+        name=${line%%: *} rest=${line#*: }
+        old=${rest%%  =>*} new=${rest#*=>}
+        new=${new#  }
+        if mutate "$name" "$old" "$new" "$root/megalodon.c" > megalodon.c; then
+            try "$name"
+        else
+            verdict="error: the text is not there exactly once"
+        fi
+        case $verdict in caught*) echo "ok    $line   [$verdict]" ;; *) echo "FAIL  $line   [$verdict]" ;; esac
+    done < "$tmp/list" | tee "$tmp/result.$1"
+}
+
+root=$PWD
+tmp=$(mktemp -d) || exit 1
+trap 'rm -rf "$tmp"' EXIT
+list | grep -F -e "${1:-}" > "$tmp/list"
+$CC $flags -DMEGALODON_DOUBLE -c tests/test_model.c -o "$tmp/test_model.o" || exit 1
+
+# first without any mutation: all must pass
+mkdir "$tmp/none" && cd "$tmp/none" || exit 1
+cp -r "$root/plumbing" "$root/megalodon.h" "$root/megalodon.c" .
+mkdir tests && cp "$root"/tests/*.[ch] tests/
+$CC $flags -DMEGALODON_DOUBLE -c plumbing/params.c -o params.o || exit 1
+try unmutated
+cd "$root" || exit 1
+if [ "$verdict" != survived ]; then
+    echo "FAIL  without a mutation the tests fail already   [$verdict]"
+    echo "0 passed, 1 failed"
+    exit 1
+fi
+
+worker 0 &
+worker 1 &
+wait
+passed=$(cat "$tmp"/result.* | grep -c '^ok')
+failed=$(($(wc -l < "$tmp/list") - passed))
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]

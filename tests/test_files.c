@@ -1,0 +1,289 @@
+// Checks of the file formats: ./test_files [path of compare]
+// JSON; safetensors round trips and refusals; and, if its path is given, what ./compare says and returns.
+#include <math.h>     // defines: NAN
+#include <stdarg.h>   // defines: va_list
+#include <stdlib.h>   // defines: mkdtemp
+#include <string.h>   // defines: strstr, memcmp
+#include <sys/wait.h> // defines: WEXITSTATUS
+#include <unistd.h>   // defines: access, unlink, rmdir
+#include "../plumbing/json.h"
+#include "../plumbing/safetensors.h"
+
+static int passed, failed;
+static char folder[] = "/tmp/test_files_XXXXXX", file_a[64], file_b[64], err[ST_ERR];
+
+static void check(bool ok, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    printf("%s  ", ok ? "ok  " : "FAIL");
+    vprintf(format, args);
+    printf("\n");
+    va_end(args);
+    *(ok ? &passed : &failed) += 1;
+}
+
+// ---------------------------------------------------------------- JSON
+
+static void check_json(bool valid, const char *text, size_t size) {
+    Json j;
+    json_begin(&j, text, size);
+    json_skip(&j);
+    check(json_end(&j) == valid, "JSON %s: %.40s%s%s", valid ? "read" : "refused", text, valid ? "" : "   ",
+          j.error);
+}
+
+static void test_json(void) {
+    static const char *const good[] = {"{}", " [1, -0.5e+3, true, false, null, \"x\"] ",
+                                       "{\"a\": {\"b\": [[]]}}", "0"};
+    static const char *const bad[] = {
+        "",       "{",       "[1,]",      "{\"a\":1,}",  "[1 2]",      "{\"a\" 1}", "{a: 1}",
+        "01",     "1.",      ".5",        "+1",          "-",          "1e",        "0x10",
+        "1e999",  "NaN",     "nul",       "truefalse",   "[] []",      "/**/ 1",    "\"a",
+        "\"\t\"", "\"\\x\"", "\"\\u12\"", "\"\\u0000\"", "\"\\ud800\""};
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) check_json(true, good[i], strlen(good[i]));
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) check_json(false, bad[i], strlen(bad[i]));
+    check_json(false, "1\0 2", 4); // a NUL inside
+
+    char deep[2001], text[32];
+    memset(deep, '[', 1000);
+    memset(deep + 1000, ']', 1000);
+    deep[2000] = 0;
+    check_json(false, deep, 2000);
+    Json j;
+    const char *escapes = "\"\\u00e9\\ud83d\\ude00\\n\\\"\"", *decoded = "\xC3\xA9\xF0\x9F\x98\x80\n\"";
+    json_begin(&j, escapes, strlen(escapes));
+    check(json_string(&j, text, sizeof text) && json_end(&j) && strcmp(text, decoded) == 0,
+          "JSON escapes become UTF-8");
+    json_begin(&j, escapes, strlen(escapes));
+    check(!json_string(&j, text, 8) && strstr(j.error, "longer than 7 bytes"), "JSON string too long: %s",
+          j.error);
+    int64_t value;
+    json_begin(&j, "9223372036854775808", 19);
+    check(!json_int(&j, &value), "JSON integer too large: %s", j.error);
+    json_begin(&j, "1.0", 3);
+    check(!json_int(&j, &value), "JSON integer with a fraction: %s", j.error);
+}
+
+// ---------------------------------------------------------------- safetensors
+
+// Writes one tensor called x (and a config) in two pieces.
+static bool write_tensor(const char *path, const char *name, StType type, int64_t rows, const void *data,
+                         size_t bytes) {
+    StWriter w;
+    StTensor t = {.name = (char *)name, .type = type, .ndim = rows > 0 ? 2 : 0, .shape = {rows, 2}};
+    st_create(&w, path, "{\"a\": \"\\\\\n\"}", &t, 1, err);
+    st_write(&w, data, bytes / 2, err);
+    st_write(&w, (const char *)data + bytes / 2, bytes - bytes / 2, err);
+    return st_finish(&w, err);
+}
+
+static void test_round_trip(const char *label, StType type, StType as, const void *data, size_t bytes,
+                            const void *expected, size_t size) {
+    StFile f = {0};
+    char back[64];
+    bool ok = write_tensor(file_a, "x", type, 2, data, bytes) && st_open(&f, file_a, err) && f.count == 1;
+    const StTensor *t = ok ? st_find(&f, "x") : NULL;
+    ok =
+        t != NULL && t->type == type && st_count(t) == 4 && f.data_start % 8 == 0 && st_find(&f, "y") == NULL;
+    ok = ok && strcmp(f.config, "{\"a\": \"\\\\\n\"}") == 0 && st_read(&f, t, 1, 3, back, as, err);
+    check(ok && memcmp(back, (const char *)expected + size, 3 * size) == 0, "round trip %s", label);
+    st_close(&f);
+}
+
+static void test_round_trips(void) {
+    const double f64[4] = {0.5, -1.5, 1e300, 0x1p-1074}, small[4] = {0.5, -1.5, 3, -0.25},
+                 whole[4] = {0, -1, 5, 7};
+    const float f32[4] = {0.5f, -1.5f, 3, -0.25f};
+    const uint16_t bf16[4] = {0x3F00, 0xBFC0, 0x4040, 0xBE80};
+    const int64_t i64[4] = {0, -1, 5, 7}, wide[4] = {0, INT64_MIN, INT64_MAX, 1};
+    const int32_t i32[4] = {0, -1, 5, 7};
+    test_round_trip("F64", ST_F64, ST_F64, f64, sizeof f64, f64, 8);
+    test_round_trip("F64 as F32", ST_F64, ST_F32, small, sizeof small, f32, 4);
+    test_round_trip("F32", ST_F32, ST_F32, f32, sizeof f32, f32, 4);
+    test_round_trip("F32 as F64", ST_F32, ST_F64, f32, sizeof f32, small, 8);
+    test_round_trip("BF16 as F32", ST_BF16, ST_F32, bf16, sizeof bf16, f32, 4);
+    test_round_trip("BF16 as F64", ST_BF16, ST_F64, bf16, sizeof bf16, small, 8);
+    test_round_trip("I64", ST_I64, ST_I64, wide, sizeof wide, wide, 8);
+    test_round_trip("I64 as I32", ST_I64, ST_I32, i64, sizeof i64, i32, 4);
+    test_round_trip("I64 as F64", ST_I64, ST_F64, i64, sizeof i64, whole, 8);
+    test_round_trip("I32", ST_I32, ST_I32, i32, sizeof i32, i32, 4);
+    test_round_trip("I32 as I64", ST_I32, ST_I64, i32, sizeof i32, i64, 8);
+
+    StFile f;
+    int32_t narrow[4];
+    float real[4];
+    bool ok = write_tensor(file_a, "x", ST_I64, 2, wide, sizeof wide) && st_open(&f, file_a, err);
+    ok = ok && !st_read(&f, f.tensors, 0, 4, narrow, ST_I32, err) && strstr(err, "'x'") && strstr(err, "I32");
+    check(ok, "I64 that does not fit I32: %s", err);
+    check(ok && !st_read(&f, f.tensors, 0, 4, real, ST_F32, err) && strstr(err, "is I64, not F32"),
+          "wrong type: %s", err);
+    check(ok && !st_read(&f, f.tensors, 2, 3, narrow, ST_I64, err) && strstr(err, "shorter"),
+          "past its end: %s", err);
+    st_close(&f);
+    ok = write_tensor(file_a, "n", ST_I64, 0, i64 + 2, 8) && st_open(&f, file_a, err);
+    check(ok && f.tensors->ndim == 0 && st_count(f.tensors) == 1, "a scalar");
+    st_close(&f);
+
+    // a writer that fails leaves the old file, and nothing else
+    char tmp[80];
+    snprintf(tmp, sizeof tmp, "%s.tmp", file_a);
+    check(!write_tensor(file_a, "x", ST_I64, 2, wide, 24) && strstr(err, "incomplete"), "too little data: %s",
+          err);
+    check(!write_tensor(file_a, "x", ST_I64, 2, wide, 24 + 16) && strstr(err, "more data"),
+          "too much data: %s", err);
+    ok = access(tmp, F_OK) != 0 && st_open(&f, file_a, err) && st_find(&f, "n") != NULL;
+    check(ok, "the old file is still there, the temporary one is not");
+    if (ok) st_close(&f);
+    check(!write_tensor("/nonexistent/x", "x", ST_I64, 0, i64, 8) && strstr(err, "/nonexistent/x"),
+          "no folder: %s", err);
+}
+
+// A file with this header and this many bytes of data must be refused, with the file's name and these words.
+static void test_refusal(const char *header, uint64_t length, size_t data, const char *words) {
+    FILE *out = fopen(file_b, "wb");
+    StFile f;
+    fwrite(&length, sizeof length, 1, out);
+    fputs(header, out);
+    for (size_t i = 0; i < data; i++) fputc(1, out);
+    fclose(out);
+    bool refused = !st_open(&f, file_b, err);
+    if (!refused) st_close(&f);
+    check(refused && strstr(err, file_b) && strstr(err, words), "refused: %s", refused ? err : header);
+}
+
+#define ENTRY(name, type, shape, begin, end)                                                                 \
+    "\"" name "\":{\"dtype\":\"" type "\",\"shape\":[" shape "],\"data_offsets\":[" begin "," end "]}"
+
+static void test_refusals(void) {
+    static const struct {
+        const char *header;
+        size_t data;
+        const char *words;
+    } bad[] = {
+        {"{" ENTRY("x", "F32", "2", "0", "8") "}", 7, "'x': ends after the file does: truncated?"},
+        {"{" ENTRY("x", "F32", "2", "0", "8") "}", 9, "1 bytes after the last tensor"},
+        {"{" ENTRY("x", "F32", "3", "0", "8") "}", 8, "'x': header, byte"},
+        {"{" ENTRY("x", "F32", "-2", "0", "8") "}", 8, "negative size -2"},
+        {"{" ENTRY("x", "F32", "4294967296,4294967296", "0", "0") "}", 0, "shape overflows"},
+        {"{" ENTRY("x", "F32", "1,1,1,1,1,1,1,1,1", "0", "4") "}", 4, "more than 8 sizes"},
+        {"{" ENTRY("x", "F16", "4", "0", "8") "}", 8, "dtype F16 is none of"},
+        {"{" ENTRY("x", "F32", "2", "8", "0") "}", 8, "data_offsets is not"},
+        {"{" ENTRY("x", "F32", "2", "0", "8") "," ENTRY("y", "F32", "2", "4", "12") "}", 12,
+         "'y': overlaps 'x'"},
+        {"{" ENTRY("x", "F32", "2", "0", "8") "," ENTRY("y", "F32", "2", "12", "20") "}", 20,
+         "'y': a gap before it"},
+        {"{" ENTRY("x", "F32", "2", "0", "8") "," ENTRY("x", "F32", "2", "8", "16") "}", 16,
+         "'x': occurs twice"},
+        {"{\"x\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8],\"more\":1}}", 8,
+         "unknown field 'more'"},
+        {"{\"x\":{\"dtype\":\"F32\",\"dtype\":\"F32\"}}", 8, "field 'dtype' twice"},
+        {"{\"x\":{\"dtype\":\"F32\",\"shape\":[2]}}", 8, "field 'data_offsets' is missing"},
+        {"{\"x\\u001b\":1}", 8, "control character in a name"},
+        {"{\"__metadata__\":{\"config\":1}}", 0, "expected"},
+        {"{\"__metadata__\":{\"config\":\"\",\"config\":\"\"}}", 0, "config twice"},
+        {"{\"__metadata__\":{},\"__metadata__\":{}}", 0, "metadata twice"},
+        {"{\"__metadata__\":{\"config\":", 0, "expected"},
+        {"{" ENTRY("x", "F32", "2", "0", "8") ",}", 8, "expected"},
+        {"{} {}", 0, "expected nothing more"},
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        test_refusal(bad[i].header, strlen(bad[i].header), bad[i].data, bad[i].words);
+    }
+    test_refusal("{}", 3, 0, "is cut short");
+    test_refusal("{}", UINT64_MAX, 0, "above the limit of 100 MB");
+    StFile f;
+    check(!st_open(&f, folder, err) && strstr(err, "regular"), "refused: %s", err);
+    check(!st_open(&f, "/nonexistent", err), "refused: %s", err);
+    fclose(fopen(file_b, "wb"));
+    check(!st_open(&f, file_b, err) && strstr(err, "truncated"), "refused: %s", err);
+}
+
+// ---------------------------------------------------------------- compare
+
+// Runs compare on two files of one tensor each; it must return the status and print the words.
+static void test_compare(const char *program, const char *options, const char *name_a, const float *a,
+                         const char *name_b, const float *b, int status, const char *words) {
+    char command[512], output[4096];
+    bool ok =
+        write_tensor(file_a, name_a, ST_F32, 2, a, 16) && write_tensor(file_b, name_b, ST_F32, 2, b, 16);
+    snprintf(command, sizeof command, "'%s' '%s' '%s' %s 2>&1", program, file_a, file_b, options);
+    FILE *pipe = popen(command, "r");
+    output[fread(output, 1, sizeof output - 1, pipe)] = 0;
+    int got = WEXITSTATUS(pclose(pipe));
+    check(ok && got == status && strstr(output, words), "compare %s %s %s: status %d, '%s'", name_a, name_b,
+          options, got, words);
+}
+
+// The mark must stand under the tensor that comes first in data-flow order, whatever the order in the file.
+static void test_order(const char *program) {
+    static const char *const names[] = {"embed.weight", "layers.0.mega.wz.weight", "layers.1.mega.wz.weight",
+                                        "layers.1.mega.wh2.weight", "output.output.weight"};
+    StTensor t[5];
+    StWriter w;
+    char text[5][40], line[256], before[256] = "", command[512], last[40] = "";
+    for (int round = 0; round < 2; round++) { // file_a holds ones, file_b twos
+        const float value[1] = {(float)round + 1};
+        for (int i = 0; i < 5; i++) {
+            snprintf(text[i], sizeof text[i], "grad.%s", names[i]);
+            t[i] = (StTensor){.name = text[i], .type = ST_F32};
+        }
+        st_create(&w, round == 0 ? file_a : file_b, NULL, t, 5, err);
+        for (int i = 0; i < 5; i++) st_write(&w, value, sizeof value, err);
+        check(st_finish(&w, err), "five gradients written");
+    }
+    snprintf(command, sizeof command, "'%s' '%s' '%s'", program, file_a, file_b);
+    FILE *pipe = popen(command, "r");
+    bool marked = false;
+    while (fgets(line, sizeof line, pipe) != NULL) {
+        if (strstr(line, "first over tolerance"))
+            marked = strstr(before, "grad.output.output.weight") != NULL;
+        if (strncmp(line, "grad.", 5) == 0) sscanf(line, "%39s", last);
+        strcpy(before, line);
+    }
+    pclose(pipe);
+    check(marked && strcmp(last, "grad.embed.weight") == 0,
+          "compare: gradients from output to embedding, first marked");
+}
+
+static void test_compares(const char *program) {
+    const float one[4] = {1, 2, 3, 4}, near[4] = {1, 2, 3, 4.00001f}, far[4] = {1, 2, 3, 4.001f},
+                none[4] = {0}, nan[4] = {1, NAN, 3, 4};
+    test_compare(program, "", "act.logits", one, "act.logits", near, 0,
+                 "1 tensors compared, 1 passed, 0 failed");
+    test_compare(program, "", "act.logits", one, "act.logits", far, 1, "first over tolerance");
+    test_compare(program, "", "act.logits", one, "act.logits", far, 1, "1,1");
+    test_compare(program, "--tolerance 1e-3", "act.logits", one, "act.logits", far, 0, "1 passed");
+    test_compare(program, "--tolerance 0", "act.logits", one, "act.logits", near, 1, "first over tolerance");
+    test_compare(program, "", "act.logits", one, "act.logits", nan, 1, "nan");
+    test_compare(program, "", "act.logits", nan, "act.logits", nan, 1, "FAIL");
+    test_compare(program, "", "act.logits", none, "act.logits", one, 1, "all zero in A, but not in B");
+    test_compare(program, "", "act.logits", one, "act.logits", none, 1, "FAIL");
+    test_compare(program, "", "act.logits", none, "act.logits", none, 0, "all zero in both");
+    test_compare(program, "", "grad.x", one, "y", one, 1, "B misses it");
+    test_compare(program, "", "x", one, "y", one, 1, "nothing was compared");
+    test_compare(program, "--tolerance x", "x", one, "x", one, 2, "--tolerance");
+    test_compare(program, "third", "x", one, "x", one, 2, "usage");
+    char command[512];
+    snprintf(command, sizeof command, "'%s' '%s' /nonexistent >/dev/null 2>&1", program, file_a);
+    check(WEXITSTATUS(system(command)) == 2, "compare: an unreadable file");
+
+    test_order(program);
+}
+
+int main(int argc, char **argv) {
+    if (mkdtemp(folder) == NULL) {
+        perror(folder);
+        return 1;
+    }
+    snprintf(file_a, sizeof file_a, "%s/a.safetensors", folder);
+    snprintf(file_b, sizeof file_b, "%s/b.safetensors", folder);
+    test_json();
+    test_round_trips();
+    test_refusals();
+    if (argc > 1) test_compares(argv[1]);
+    unlink(file_a);
+    unlink(file_b);
+    rmdir(folder);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}

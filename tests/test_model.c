@@ -1,0 +1,426 @@
+// The whole model through megalodon.h: gradients, recomputation, accumulation, state, optimizer. Built twice,
+// with megalodon.c and plumbing/params.c: with -DMEGALODON_DOUBLE, where gradients are also measured, and in
+// float.
+#include "check.h"
+
+#ifdef MEGALODON_DOUBLE
+enum { DOUBLE = 1 };
+#else
+enum { DOUBLE = 0 };
+#endif
+enum { ELEMENTS = 30, MAX_TOKENS = 256 };
+
+static const double ROUNDING = DOUBLE ? 1e-12 : 1e-5; // between orders of summation
+
+typedef struct {
+    const char *name;
+    Config config;
+    int B, L;
+} Case;
+
+// layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base
+static const Case cases[] = {
+    {"L below C, N 1", {2, 8, 4, 6, 1, 10, 1, 16, 11, 2, 0, 0, 0, 0, 1, 1e-5, 1e4}, 2, 7},
+    {"L = C, 3 heads, N 16, swiglu", {2, 12, 12, 9, 3, 7, 16, 8, 11, 3, 1, 0, 0, 0, 1, 1e-5, 100}, 2, 8},
+    {"L = 2 C, rescale, scaled, tied", {2, 10, 6, 5, 1, 9, 4, 8, 13, 5, 0, 1, 1, 1, 1, 1e-3, 1e4}, 2, 16},
+    {"L ragged, 3 heads, swiglu, rescale, no affine",
+     {2, 12, 6, 6, 3, 8, 2, 8, 7, 6, 1, 1, 0, 0, 0, 1e-2, 50},
+     2,
+     19},
+    {"C odd, one group, tied, no affine", {3, 8, 8, 8, 2, 12, 3, 5, 9, 1, 0, 0, 0, 1, 0, 1e-5, 1e4}, 3, 13},
+    {"L above a block of CEMA, N 16, scaled",
+     {1, 19, 4, 7, 1, 6, 16, 32, 17, 1, 1, 0, 1, 0, 1, 1e-5, 1e4},
+     1,
+     75},
+};
+enum { NUM_CASES = sizeof cases / sizeof *cases };
+
+// A model with random parameters away from their initial values, and a batch, every fifth target ignored.
+typedef struct {
+    const Case *c;
+    Model *model;
+    size_t size; // of the parameters
+    int num_tensors;
+    Tensor *tensors;
+    real *params, *grads;
+    int32_t tokens[MAX_TOKENS], targets[MAX_TOKENS];
+} Setup;
+
+static Setup setup(const Case *c, Mode mode) {
+    Setup s = {.c = c, .model = megalodon_new(&c->config, mode, c->B, c->L)};
+    s.tensors = megalodon_tensors(&c->config, &s.num_tensors, &s.size);
+    s.params = calloc(s.size, sizeof *s.params);
+    s.grads = calloc(s.size, sizeof *s.grads);
+    for (int i = 0; i < s.num_tensors; i++) {
+        const Tensor *t = &s.tensors[i];
+        megalodon_init(s.params + t->offset, t, &c->config, 1);
+        for (size_t k = t->offset; k < t->offset + t->size; k++)
+            s.params[k] += (real)(0.3 * random_real(2, k));
+    }
+    megalodon_write(s.model, PARAMS, 0, s.size, s.params);
+    for (int i = 0; i < c->B * c->L; i++) {
+        s.tokens[i] = (int32_t)((random_real(3, (size_t)i) + 1) / 2 * c->config.vocab_size);
+        s.targets[i] =
+            i % 5 == 3 ? -1 : (int32_t)((random_real(4, (size_t)i) + 1) / 2 * c->config.vocab_size);
+    }
+    return s;
+}
+
+static void setup_free(Setup *s) {
+    megalodon_free(s->model);
+    free(s->tensors), free(s->params), free(s->grads);
+}
+
+// One batch forward and backward, its gradients added; returns the sum of the losses.
+static double train(Setup *s, const int32_t *tokens, const int32_t *targets, int B, double grad_scale) {
+    int64_t counted;
+    megalodon_forward(s->model, NULL, tokens, B, s->c->L);
+    double sum = megalodon_loss(s->model, targets, grad_scale, &counted, NULL);
+    megalodon_backward(s->model);
+    megalodon_read(s->model, GRADS, 0, s->size, s->grads);
+    return sum;
+}
+
+static const char *named(const char *name, const char *what) {
+    static char text[160];
+    snprintf(text, sizeof text, "%s: %s", name, what);
+    return text;
+}
+
+// ----------------------------------------------------------------------------
+// gradients
+
+#ifdef MEGALODON_DOUBLE
+static double loss(void *context) {
+    Setup *s = context;
+    int64_t counted;
+    megalodon_write(s->model, PARAMS, 0, s->size, s->params);
+    megalodon_forward(s->model, NULL, s->tokens, s->c->B, s->c->L);
+    return 0.37 * megalodon_loss(s->model, s->targets, 0, &counted, NULL);
+}
+
+static void test_gradients(const Case *c) {
+    Setup s = setup(c, MEGALODON_TRAIN);
+    train(&s, s.tokens, s.targets, c->B, 0.37);
+    for (int i = 0; i < s.num_tensors; i++) {
+        const Tensor *t = &s.tensors[i];
+        check_gradient(t->name, loss, &s, s.params + t->offset, s.grads + t->offset, t->size, ELEMENTS, 1e-7);
+    }
+    setup_free(&s);
+}
+#endif
+
+// Recomputing gives the same bits; gradients are added up; two micro-batches are one batch.
+static void test_modes(const Case *c) {
+    Setup a = setup(c, MEGALODON_TRAIN), b = setup(c, MEGALODON_RECOMPUTE);
+    const Config *g = &c->config;
+    size_t R = (size_t)c->B * c->L, widest = (size_t)(g->model_dim + g->z_dim + g->value_dim);
+    real *kept = malloc(a.size * sizeof *kept), *act_a = malloc(R * widest * sizeof *act_a);
+    real *act_b = malloc(R * widest * sizeof *act_b);
+    double sum = train(&a, a.tokens, a.targets, c->B, 0.5), again = train(&b, b.tokens, b.targets, c->B, 0.5);
+    check_true(named(c->name, "same loss with recompute"), sum == again && sum > 0);
+    check_same(named(c->name, "same gradients with recompute"), b.grads, a.grads, a.size * sizeof *kept);
+
+    int same = 1;
+    for (int layer = 0; layer < g->num_layers; layer++) {
+        for (int i = 0; i < NUM_ACTIVATIONS; i++) {
+            const char *name = megalodon_activations[i];
+            size_t width = (size_t)megalodon_activation(a.model, layer, name, act_a);
+            same &= width > 0 && (size_t)megalodon_activation(b.model, layer, name, act_b) == width;
+            same &= memcmp(act_a, act_b, R * width * sizeof *act_a) == 0;
+        }
+    }
+    check_true(named(c->name, "same activations with recompute"), same);
+    check_true(named(c->name, "unknown activations"),
+               megalodon_activation(a.model, 0, "nffn.in", NULL) == 0 &&
+                   megalodon_activation(a.model, -1, "nffn.out", NULL) == 0);
+
+    memcpy(kept, a.grads, a.size * sizeof *kept);
+    train(&a, a.tokens, a.targets, c->B, 0.5);
+    for (size_t i = 0; i < a.size; i++) kept[i] *= 2;
+    check_real(named(c->name, "gradients add up"), a.grads, kept, a.size, ROUNDING);
+    megalodon_zero_grad(a.model);
+    for (int row = 0; row < c->B; row++) { train(&a, a.tokens + row * c->L, a.targets + row * c->L, 1, 1); }
+    check_real(named(c->name, "row by row = the batch"), a.grads, kept, a.size, ROUNDING);
+    setup_free(&a), setup_free(&b);
+    free(kept), free(act_a), free(act_b);
+}
+
+// The loss from the logits by its definition; targets of -1 give neither loss nor gradient.
+static void test_loss(const Case *c) {
+    Setup s = setup(c, MEGALODON_TRAIN);
+    int R = c->B * c->L, V = c->config.vocab_size;
+    real *logits = malloc((size_t)R * V * sizeof *logits), *losses = malloc((size_t)R * sizeof *losses);
+    real *expected = calloc((size_t)R, sizeof *expected);
+    double total = 0;
+    int64_t counted, count = 0;
+    megalodon_forward(s.model, NULL, s.tokens, c->B, c->L);
+    megalodon_logits(s.model, 0, 3, logits); // in two parts
+    megalodon_logits(s.model, 3, (size_t)R - 3, logits + 3 * V);
+    for (int r = 0; r < R; r++) {
+        double sum = 0;
+        for (int v = 0; v < V; v++) sum += exp(logits[r * V + v]);
+        if (s.targets[r] < 0) continue;
+        expected[r] = (real)(log(sum) - logits[r * V + s.targets[r]]);
+        total += expected[r];
+        count++;
+    }
+    double sum = megalodon_loss(s.model, s.targets, 0, &counted, losses);
+    check(named(c->name, "loss"), &sum, &total, 1, ROUNDING);
+    check_real(named(c->name, "losses"), losses, expected, (size_t)R, ROUNDING);
+    check_true(named(c->name, "positions counted"), counted == count);
+    for (int r = 0; r < R; r++) s.targets[r] = -1;
+    sum = train(&s, s.tokens, s.targets, c->B, 1);
+    int none = sum == 0;
+    for (size_t i = 0; i < s.size; i++) none &= s.grads[i] == 0;
+    check_true(named(c->name, "no targets, no loss, no gradient"), none);
+    setup_free(&s);
+    free(logits), free(losses), free(expected);
+}
+
+// ----------------------------------------------------------------------------
+// state
+
+// Reads tokens in pieces of n (n = 0: of growing size) and keeps all logits.
+static void read_pieces(Setup *s, State *state, int n, real *logits) {
+    int B = s->c->B, L = s->c->L, V = s->c->config.vocab_size;
+    int32_t piece[MAX_TOKENS];
+    for (int t = 0, size = n ? n : 1; t < L; t += size, size += n == 0) {
+        size = size < L - t ? size : L - t;
+        for (int b = 0; b < B; b++)
+            memcpy(piece + b * size, s->tokens + b * L + t, (size_t)size * sizeof *piece);
+        megalodon_forward(s->model, state, piece, B, size);
+        for (int b = 0; b < B; b++) {
+            megalodon_logits(s->model, (size_t)b * size, (size_t)size, logits + ((size_t)b * L + t) * V);
+        }
+    }
+}
+
+// The arrays of a state; of the cached keys and values those of the unfinished chunk, so far.
+static void check_state(const char *name, const Config *c, const State *a, const State *b) {
+    size_t rows = (size_t)c->num_layers * a->B, moments = rows + (size_t)a->B;
+    size_t h = rows * 2 * c->cema_ndim * c->model_dim;
+    int past = (int)(b->count[0] % c->chunk_size);
+    check_same(named(name, "count"), a->count, b->count, (size_t)a->B * sizeof *a->count);
+    check(named(name, "mean"), a->mean, b->mean, moments * c->norm_num_groups, ROUNDING);
+    check(named(name, "m2"), a->m2, b->m2, moments * c->norm_num_groups, ROUNDING);
+    check_real(named(name, "h"), a->h, b->h, h, ROUNDING);
+    for (size_t r = 0; r < rows && past > 0; r++) {
+        size_t k = r * c->chunk_size * c->z_dim, v = r * c->chunk_size * c->value_dim;
+        check_real(named(name, "k"), a->k + k, b->k + k, (size_t)past * c->z_dim, ROUNDING);
+        check_real(named(name, "v"), a->v + v, b->v + v, (size_t)past * c->value_dim, ROUNDING);
+    }
+}
+
+static void test_state(const Case *c) {
+    Setup s = setup(c, MEGALODON_INFER);
+    const Config *g = &c->config;
+    const int pieces[] = {c->L, 1, 2, g->chunk_size - 1, g->chunk_size, g->chunk_size + 1, 7, 0};
+    size_t n = (size_t)c->B * c->L * g->vocab_size;
+    real *whole = malloc(n * sizeof *whole), *logits = malloc(n * sizeof *logits);
+    State *first = state_new(g, c->B), *state = state_new(g, c->B);
+    char name[80];
+    read_pieces(&s, NULL, c->L, whole);
+    read_pieces(&s, first, 1, logits);
+    check_real(named(c->name, "token by token = whole"), logits, whole, n, ROUNDING);
+    for (int i = 0; i < (int)(sizeof pieces / sizeof *pieces); i++) {
+        if (pieces[i] > c->L) continue;
+        state_reset(state);
+        read_pieces(&s, state, pieces[i], logits);
+        snprintf(name, sizeof name, "%.24s, pieces of %d", c->name, pieces[i]);
+        check_real(named(name, "logits"), logits, whole, n, ROUNDING);
+        check_state(name, g, state, first);
+    }
+
+    // written down and read back, also in two halves: goes on bit for bit
+    State *copy = state_new(g, c->B);
+    size_t half = state->bytes / 2;
+    char *bytes = malloc(state->bytes);
+    state_read(state, half, state->bytes - half, bytes + half);
+    state_read(state, 0, half, bytes);
+    state_write(copy, 0, half, bytes);
+    state_write(copy, half, state->bytes - half, bytes + half);
+    read_pieces(&s, state, 3, whole);
+    read_pieces(&s, copy, 3, logits);
+    check_same(named(c->name, "a written state continues the same"), logits, whole, n * sizeof *whole);
+    state_reset(state);
+    memset(bytes, 0, state->bytes);
+    check_same(named(c->name, "reset"), state->memory, bytes, state->bytes);
+    state_free(first), state_free(state), state_free(copy), setup_free(&s);
+    free(whole), free(logits), free(bytes);
+}
+
+static void copy_rows(void *to, int b, int B, const void *from, int layers,
+                      size_t bytes) { // (layers,B,...) from (layers,...)
+    for (int l = 0; l < layers; l++) {
+        memcpy((char *)to + ((size_t)l * B + b) * bytes, (const char *)from + l * bytes, bytes);
+    }
+}
+
+// The rows of a state may stand at different places: two sequences, one 3 tokens ahead, go on as they would
+// alone.
+static void test_rows(const Case *c) {
+    Setup s = setup(c, MEGALODON_INFER);
+    const Config *g = &c->config;
+    int L = 4, layers = g->num_layers;
+    size_t moments = (size_t)g->norm_num_groups * sizeof(double), C = (size_t)g->chunk_size;
+    size_t n = (size_t)L * g->vocab_size;
+    real *alone = malloc(2 * n * sizeof *alone), *together = malloc(2 * n * sizeof *together);
+    State *both = state_new(g, 2);
+    for (int b = 0; b < 2; b++) {
+        State *one = state_new(g, 1);
+        megalodon_forward(s.model, one, s.tokens, 1, 2 + 3 * b);
+        both->count[b] = one->count[0];
+        copy_rows(both->mean, b, 2, one->mean, layers + 1, moments),
+            copy_rows(both->m2, b, 2, one->m2, layers + 1, moments);
+        copy_rows(both->h, b, 2, one->h, layers, 2 * (size_t)g->cema_ndim * g->model_dim * sizeof(real));
+        copy_rows(both->k, b, 2, one->k, layers, C * g->z_dim * sizeof(real));
+        copy_rows(both->v, b, 2, one->v, layers, C * g->value_dim * sizeof(real));
+        megalodon_forward(s.model, one, s.tokens + b * L, 1, L);
+        megalodon_logits(s.model, 0, (size_t)L, alone + b * n);
+        state_free(one);
+    }
+    megalodon_forward(s.model, both, s.tokens, 2, L);
+    megalodon_logits(s.model, 0, 2 * (size_t)L, together);
+    check_real(named(c->name, "rows at different places"), together, alone, 2 * n, ROUNDING);
+    state_free(both), setup_free(&s);
+    free(alone), free(together);
+}
+
+// ----------------------------------------------------------------------------
+// optimizer, threads, learning
+
+// Large enough for several parts of the gradient norm, and for two threads to share.
+static const Case large = {"large", {2, 40, 24, 56, 2, 72, 4, 32, 3000, 4, 1, 1, 0, 0, 1, 1e-5, 1e4}, 2, 70};
+
+static void test_optimizer(void) {
+    Setup s = setup(&large, MEGALODON_TRAIN);
+    AdamW o = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-3, .weight_decay = 0.1};
+    double *p = malloc(s.size * sizeof *p), *m = calloc(s.size, sizeof *m), *v = calloc(s.size, sizeof *v),
+           squares = 0;
+    for (size_t i = 0; i < s.size; i++) p[i] = s.params[i];
+    for (int k = 0; k < 3; k++) {
+        double lr = 0.01 * (k + 1);
+        random_fill(s.grads, s.size, 5 + (uint64_t)k, 0.1, 0.01);
+        megalodon_write(s.model, GRADS, 0, s.size, s.grads);
+        megalodon_update(s.model, &o, lr, 0.7, k);
+        for (size_t i = 0; i < s.size; i++) {
+            double g = 0.7 * s.grads[i];
+            m[i] = 0.9 * m[i] + (1 - 0.9) * g;
+            v[i] = 0.95 * v[i] + (1 - 0.95) * g * g;
+            p[i] -= lr * 0.1 * p[i] +
+                    lr * m[i] / (1 - pow(0.9, k + 1)) / (sqrt(v[i] / (1 - pow(0.95, k + 1))) + 1e-3);
+        }
+    }
+    for (size_t i = 0; i < s.size; i++) squares += (double)s.grads[i] * s.grads[i];
+    double norm = megalodon_grad_norm(s.model), expected = sqrt(squares);
+    check("norm of the gradients", &norm, &expected, 1, 1e-12);
+    const struct {
+        const char *name;
+        Block block;
+        const double *expected;
+    } blocks[] = {{"AdamW, three steps: parameters", PARAMS, p},
+                  {"first moments", MOMENT1, m},
+                  {"second moments", MOMENT2, v}};
+    for (int i = 0; i < 3; i++) {
+        double *wide = malloc(s.size * sizeof *wide);
+        megalodon_read(s.model, blocks[i].block, 0, s.size, s.params);
+        for (size_t k = 0; k < s.size; k++) wide[k] = s.params[k];
+        check(blocks[i].name, wide, blocks[i].expected, s.size, DOUBLE ? 1e-13 : 1e-6);
+        free(wide);
+    }
+    setup_free(&s);
+    free(p), free(m), free(v);
+}
+
+// An update or a write shows in the next forward pass: nothing derived from the parameters is left over.
+static void test_fresh(void) {
+    Setup a = setup(&cases[1], MEGALODON_TRAIN), b = setup(&cases[1], MEGALODON_TRAIN);
+    AdamW o = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8};
+    train(&a, a.tokens, a.targets, 2, 1);
+    train(&b, a.tokens, a.targets, 2, 1);
+    megalodon_update(a.model, &o, 0.1, 1, 0);
+    megalodon_read(a.model, PARAMS, 0, a.size, a.params);
+    megalodon_write(b.model, PARAMS, 0, a.size, a.params);
+    Model *fresh = a.model;
+    double after_update = train(&a, a.tokens, a.targets, 2, 1),
+           after_write = train(&b, a.tokens, a.targets, 2, 1);
+    a.model = megalodon_new(&cases[1].config, MEGALODON_TRAIN, 2, cases[1].L);
+    megalodon_write(a.model, PARAMS, 0, a.size, a.params);
+    double expected = train(&a, a.tokens, a.targets, 2, 1);
+    check_true("an update shows at once", after_update == expected);
+    check_true("a write shows at once", after_write == expected);
+    megalodon_free(fresh), setup_free(&a), setup_free(&b);
+}
+
+// scale_emb is an embedding sqrt(D) times as large.
+static void test_scale(void) {
+    Setup s = setup(&cases[NUM_CASES - 1], MEGALODON_INFER);
+    Case plain = cases[NUM_CASES - 1];
+    plain.config.scale_emb = 0;
+    Setup p = setup(&plain, MEGALODON_INFER);
+    size_t rows = (size_t)plain.L, n = rows * plain.config.vocab_size;
+    real *a = malloc(n * sizeof *a), *b = malloc(n * sizeof *b);
+    for (size_t i = 0; i < p.tensors[0].size; i++)
+        p.params[i] *= (real)sqrt(plain.config.model_dim); // the first tensor
+    megalodon_write(p.model, PARAMS, 0, p.size, p.params);
+    megalodon_forward(s.model, NULL, s.tokens, 1, plain.L);
+    megalodon_forward(p.model, NULL, s.tokens, 1, plain.L);
+    megalodon_logits(s.model, 0, rows, a);
+    megalodon_logits(p.model, 0, rows, b);
+    check_real("scale_emb = a larger embedding", a, b, n, ROUNDING);
+    setup_free(&s), setup_free(&p);
+    free(a), free(b);
+}
+
+// One and two threads give the same bits, but for a BLAS, which may sum in another order.
+static void test_threads(void) {
+    int blas = strstr(megalodon_backend(), "BLAS") != NULL;
+    Setup s[2] = {setup(&large, MEGALODON_TRAIN), setup(&large, MEGALODON_TRAIN)};
+    double sum[2];
+    for (int i = 0; i < 2; i++) {
+        megalodon_threads(i + 1);
+        sum[i] = train(&s[i], s[i].tokens, s[i].targets, large.B, 1);
+    }
+    check_real("two threads = one, gradients", s[1].grads, s[0].grads, s[0].size, blas ? 1e-1 * ROUNDING : 0);
+    check("two threads = one, loss", &sum[1], &sum[0], 1, blas ? 1e-1 * ROUNDING : 0);
+    megalodon_threads(1);
+    setup_free(&s[0]), setup_free(&s[1]);
+}
+
+static void test_learning(void) {
+    static const Case c = {"learning", {2, 16, 8, 24, 1, 24, 4, 8, 11, 4, 1, 0, 0, 0, 1, 1e-5, 1e4}, 2, 20};
+    Setup s = setup(&c, MEGALODON_TRAIN);
+    AdamW o = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.01};
+    double mean = 0;
+    for (int k = 0; k < 120; k++) {
+        megalodon_zero_grad(s.model);
+        mean = train(&s, s.tokens, s.targets, c.B, 1.0 / 32) / 32; // 40 targets, a fifth of them ignored
+        double norm = megalodon_grad_norm(s.model);
+        megalodon_update(s.model, &o, 1e-2, norm > 1 ? 1 / norm : 1, k);
+    }
+    printf("loss of one batch after 120 steps: %.4f\n", mean);
+    check_true("one batch is learnt by heart", mean < 0.05);
+    setup_free(&s);
+}
+
+int main(void) {
+    megalodon_threads(1); // sharing work as small as this takes longer than doing it
+    printf("%s\n%-48s %9s  %6s\n", megalodon_backend(), "", "rel. L2", "tol");
+    test_optimizer();
+    test_fresh();
+    test_scale();
+    test_threads();
+    for (int i = 0; i < NUM_CASES; i++) {
+        test_modes(&cases[i]);
+        test_loss(&cases[i]);
+        test_state(&cases[i]);
+        if (cases[i].B > 1) test_rows(&cases[i]);
+#ifdef MEGALODON_DOUBLE
+        printf("%s, gradients:\n", cases[i].name);
+        test_gradients(&cases[i]);
+#endif
+    }
+    test_learning();
+    return check_done();
+}

@@ -1,0 +1,182 @@
+# ./train as a user meets it: runs, checkpoints, resuming, signals, what is refused. Run from the repository's root.
+train=$PWD/train
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$folder" || exit 1
+passed=0
+failed=0
+
+check() { # NAME COMMAND...: the command must succeed
+    name=$1
+    shift
+    if "$@" > check.out 2>&1; then
+        echo "ok    $name"
+        passed=$((passed + 1))
+    else
+        echo "FAIL  $name"
+        sed 's/^/      /' check.out | tail -n 5
+        failed=$((failed + 1))
+    fi
+}
+
+refused() { # STATUS TEXT OPTIONS...: ./train must end with that status and say the text on stderr
+    status=$1
+    text=$2
+    shift 2
+    "$train" --threads 1 $small --out refused "$@" > out.txt 2> err.txt
+    got=$?
+    if [ $got -eq "$status" ] && grep -q -F -e "$text" err.txt; then
+        echo "ok    refused: $*"
+        passed=$((passed + 1))
+    else
+        echo "FAIL  refused: $* (status $got, expected $status and '$text')"
+        sed 's/^/      /' err.txt | tail -n 5
+        failed=$((failed + 1))
+    fi
+}
+
+same() { cmp "$1/model.safetensors" "$2/model.safetensors" && cmp "$1/optimizer.safetensors" "$2/optimizer.safetensors"; }
+columns() { cut -d, -f1-4,7 "$1"; } # all but the times
+same_log() { columns "$1" > log1.txt; columns "$2" > log2.txt; cmp log1.txt log2.txt; }
+steps_in() { ls "$1" | grep step- | tr '\n' ' '; }
+quiet() { "$train" --threads 1 "$@" > quiet.out 2>&1; }
+close() { # LOG LOG: steps, losses and norms agree to 1e-6
+    paste -d, "$1" "$2" | awk -F, 'function far(a, b) { return (a - b) ^ 2 > 1e-12 * b ^ 2 }
+        NR > 1 && ($1 != $8 || far($2, $9) || far($3, $10)) { bad = 1 } END { exit bad || NR < 2 }'
+}
+
+small="--model-dim 16 --num-layers 2 --z-dim 8 --value-dim 16 --num-heads 2 --ffn-hidden-dim 16 --cema-ndim 2
+       --chunk-size 8 --norm-num-groups 4 --data text --batch-size 2 --seq-len 12 --warmup 3 --val-batches 2"
+awk 'BEGIN { for (i = 0; i < 600; i++) printf "%d squared is %d\n", i, i * i }' > text
+zeros() { head -c "$1" /dev/zero; }
+{ printf '\210\330\064\001\001\000\000\000\220\001\000\000'; zeros 1012; # 400 tokens: 0 and 257 in turn
+  i=0; while [ $i -lt 200 ]; do printf '\000\000\001\001'; i=$((i + 1)); done; } > tokens.bin
+
+# ---------------------------------------------------------------- runs and checkpoints
+
+check "a run" quiet $small --out a --steps 12 --save-every 5 --val-every 4 --log a.csv
+check "the newest two checkpoints are kept" [ "$(steps_in a)" = "step-00000010 step-00000012 " ]
+check "the log has a row a step" [ "$(wc -l < a.csv)" -eq 13 ]
+check "the log has its columns" [ "$(head -n 1 a.csv)" = "step,loss,grad_norm,lr,ms,tokens_per_s,val_loss" ]
+check "validated at 4, 8, 12 and at saves" [ "$(awk -F, 'NR > 1 && $7 != "" { printf "%s ", $1 }' a.csv)" = "4 5 8 10 12 " ]
+check "the same again gives the same" quiet $small --out b --steps 12 --save-every 5 --val-every 4 --log b.csv
+check "  checkpoints" same a/step-00000012 b/step-00000012
+check "  logs" same_log a.csv b.csv
+check "another seed" quiet $small --out c --steps 12 --seed 2 --log c.csv
+check "  gives other losses" [ "$(cut -d, -f2 a.csv | tail -n 1)" != "$(cut -d, -f2 c.csv | tail -n 1)" ]
+check "the best by validation is kept" quiet $small --out best --steps 12 --save-every 3 --lr 1 --schedule constant --warmup 10
+check "  beside the newest two" [ "$(steps_in best | wc -w)" -eq 3 ]
+
+# ---------------------------------------------------------------- resuming
+
+mkdir r && cp -r a/step-00000010 a/options.txt r && cp a.csv r.csv
+check "resumed from step 10" quiet --resume r --log r.csv
+check "  checkpoint as of the whole run" same a/step-00000012 r/step-00000012
+check "  log as of the whole run" same_log a.csv r.csv
+check "resumed when there is nothing left to do" quiet --resume r
+cp -r a d && head -c 9999 a/step-00000012/model.safetensors > d/step-00000012/model.safetensors
+check "a damaged newest checkpoint is passed over" quiet --resume d --log d.csv
+check "  with a warning" grep -q 'warning.*step-00000012' quiet.out
+check "  and written anew" same a/step-00000012 d/step-00000012
+check "longer than planned" quiet --resume d --steps 15
+check "  keeps on" [ -d d/step-00000015 ]
+
+interrupt() { # SIGNAL DIR: sends it to a run after a few steps; leaves its status
+    rm -f i.csv
+    "$train" --threads 1 $small --out "$2" --steps 1000000 --schedule constant --val-every 0 --save-every 0 --log i.csv > i.out 2>&1 &
+    while ! [ -f i.csv ] || [ "$(wc -l < i.csv)" -lt 4 ]; do sleep 0.05; done
+    quiet $small --out "$2" --overwrite
+    second=$?
+    kill -s "$1" $!
+    wait $!
+    status=$?
+}
+interrupt INT int
+check "a second run in the same folder is refused" [ $second -eq 1 ]
+check "  and says why" grep -q -F -e '--out int: another run' quiet.out
+check "SIGINT ends with status 130" [ $status -eq 130 ]
+step=$(tail -n 1 i.csv | cut -d, -f1)
+check "  having saved the last step" [ "$(steps_in int)" = "step-$(printf %08d "$step") " ]
+check "resumed after SIGINT" quiet --resume int --steps $((step + 3))
+check "the same uninterrupted" quiet $small --out whole --schedule constant --val-every 0 --save-every 0 --log w.csv --steps $((step + 3))
+check "  model" cmp int/step-*"$((step + 3))"/model.safetensors whole/step-*/model.safetensors
+check "  log" same_log i.csv w.csv
+interrupt TERM term
+check "SIGTERM ends with status 143" [ $status -eq 143 ]
+
+# ---------------------------------------------------------------- ways to train
+
+check "gradient accumulation" quiet $small --out acc --steps 6 --batch-size 1 --grad-accum 2 --log acc.csv --schedule constant
+check "one batch as large" quiet $small --out one --steps 6 --log one.csv --schedule constant
+check "  gives the same losses and norms" close acc.csv one.csv
+check "recomputing" quiet $small --out rec --steps 6 --log rec.csv --schedule constant --recompute
+check "  gives the same losses and norms" close rec.csv one.csv
+check "tokens of 16 bits" quiet $small --out bin --data tokens.bin --vocab-size 258 --steps 40 --lr 0.02
+check "  are learnt" awk '/^step +40/ { exit !($5 < 3) }' quiet.out
+check "--init takes a run" quiet --init a --data text --batch-size 2 --seq-len 12 --steps 1 --out init
+check "--eval" quiet --init a/step-00000012/model.safetensors --data text --batch-size 2 --seq-len 12 --val-batches 2 --eval
+check "  gives the loss of the run's last validation" [ "$(sed -n 's/^val loss \([0-9.]*\) .*/\1/p' quiet.out)" = \
+    "$(tail -n 1 a.csv | cut -d, -f7 | xargs printf %.6f)" ]
+check "a dump" quiet $small --steps 2 --dump dump.safetensors
+check "  saves no checkpoint" [ ! -e out ]
+check "a dump's batch" quiet --init a --batch dump.safetensors --steps 1 --dump again.safetensors
+echo '{"num_layers": 1, "model_dim": 8, "z_dim": 4, "value_dim": 4, "ffn_hidden_dim": 4, "norm_num_groups": 2,
+       "chunk_size": 8, "vocab_size": 256}' > c.json
+check "--config" quiet --config c.json --cema-ndim 3 --data text --seq-len 12 --steps 1 --out conf
+check "  with a flag over it" grep -q '1 layers, model_dim 8,.* cema_ndim 3' quiet.out
+check "help" quiet --help
+check "  lists the options with their defaults" grep -q -e '--lr X .*(0.003)' quiet.out
+
+# ---------------------------------------------------------------- what is refused
+
+refused 2 "'--learning-rate'" --learning-rate 1
+refused 2 "the nearest is --seq-len" --seqlen 12
+refused 2 "'12'" 12
+refused 2 "--steps needs a value" --steps
+refused 2 "--steps 1.5: not an integer" --steps 1.5
+refused 2 "--steps 0: not an integer from 1 to" --steps 0
+refused 2 "--lr x: not a number" --lr x
+refused 2 "--lr -1: not a number from 0 to" --lr=-1
+refused 2 "--lr nan" --lr nan
+refused 2 "--batch-size 99999999999999999999" --batch-size 99999999999999999999
+refused 2 "--beta2 1:" --beta2 1
+refused 2 "--swiglu takes no value" --swiglu=1
+refused 2 "--schedule step" --schedule step
+refused 2 "--preset gpt2: none of that name; there are mega200M" --preset gpt2
+refused 2 "num_heads 3 does not divide" --num-heads 3
+refused 2 "norm_num_groups 16" --norm-num-groups 16
+refused 2 "--model-dim contradicts the configuration in a" --init a --model-dim 32
+refused 2 "--preset contradicts the configuration in a" --init a --preset enwik8
+refused 2 "--resume does not go with" --resume a --init a --out a
+refused 1 "no checkpoint loads" --resume a --out a --seed 3
+check "  and the seed named" grep -q "is of seed 1 and step 12, not of --seed 3" err.txt
+refused 2 "--out: --resume DIR saves to the same DIR" --resume a
+refused 1 "no-such-file: No such file" --data no-such-file
+refused 1 "use a smaller --seq-len" --seq-len 20000
+refused 1 "text: token 0 is 48, but the vocabulary has 48: use --vocab-size" --vocab-size 48
+refused 1 "tokens.bin: token 1 is 257, but the vocabulary has 256: use --vocab-size 258" --data tokens.bin
+printf '\210\330\064\001\002\000\000\000' > v2.bin && zeros 1100 >> v2.bin
+refused 1 "v2.bin: a .bin token file of version 2" --data v2.bin
+printf '\241\331\064\001\001\000\000\000' > wide.bin && zeros 1100 >> wide.bin
+refused 1 "wide.bin: a .bin file of 32-bit tokens" --data wide.bin
+head -c 1500 tokens.bin > short.bin
+refused 1 "short.bin: its header says 400 tokens" --data short.bin
+: > empty
+refused 1 "empty: empty" --data empty
+refused 1 "What helps: --recompute" --preset paper7B --batch-size 65536 --seq-len 1000
+refused 1 "below 2^31" --batch-size 65536 --seq-len 1200 --num-heads 32 --z-dim 64 --value-dim 32
+echo '{"model_dim": 8, "depth": 3}' > bad.json
+refused 1 "--config bad.json: byte" --config bad.json
+refused 1 "--out a: holds a run, at step 12. Continue it with --resume a, replace it with --overwrite" --out a
+refused 1 "--resume nowhere: holds no run" --resume nowhere --out nowhere
+refused 1 "error: text: " --init text
+sed 's/"config"/"konfig"/' a/step-00000012/model.safetensors > bare.safetensors
+refused 1 "says no configuration" --init bare.safetensors
+refused 2 "--batch does not go with" --batch dump.safetensors
+"$train" --batch bare.safetensors 2> err.txt
+check "refused: --batch without the tensors" grep -q "bare.safetensors: no tensor 'input.tokens'" err.txt
+refused 1 "loss" --lr 1e6 --lr-init-ratio 1 --warmup 0 --steps 200 --grad-clip 0 --out diverged
+check "a run that diverged saved nothing" [ "$(steps_in diverged)" = "" ]
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]

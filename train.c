@@ -1,0 +1,376 @@
+// ./train: trains a Megalodon language model, or only measures one (--eval). Without arguments: a small model
+// of bytes on the text in dev/data/demo.txt. In this order: settings, setting up, one step, validation, a
+// sample, the log, main.
+#include <math.h>   // defines: INFINITY, NAN, cos, fmin, isfinite, log
+#include <signal.h> // defines: sigaction
+#include <stdlib.h> // defines: free, strtoll
+#include <string.h> // defines: strcmp, strerror
+#include <errno.h>  // defines: errno
+#include "plumbing/plumbing.h"
+
+// ----------------------------------------------------------------------------
+// settings
+
+// clang-format off
+static struct {
+    Config config; // what the model flags say
+    const char *preset, *config_file, *init, *resume, *data, *val_data, *batch, *schedule, *out, *log, *dump;
+    int batch_size, seq_len, grad_accum, recompute, threads, eval, overwrite;
+    int64_t steps, warmup, seed, val_every, val_batches, sample_every, save_every;
+    double lr, lr_init_ratio, lr_end_ratio, grad_clip;
+    AdamW adamw;
+} s = {
+    .batch_size = 8, .seq_len = 256, .grad_accum = 1, .seed = 1,
+    .steps = 300, .lr = 3e-3, .schedule = "cosine", .warmup = 20, .lr_init_ratio = 1e-4, .lr_end_ratio = 0.1,
+    .adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1}, .grad_clip = 1,
+    .val_every = 100, .val_batches = 20, .save_every = 1000,
+};
+
+static Option options[] = {
+    {OPT_HEADING, .help = "Model (a checkpoint brings its own)"},
+    {OPT_TEXT, "preset", &s.preset, .arg = "NAME",
+     .help = "demo, enwik8, mega200M, mega1.3B, mega1.3B_pg19, mega7.1B, mega7.3B, paper7B"},
+    {OPT_TEXT, "config", &s.config_file, .arg = "FILE.json", .help = "configuration, released field names"},
+    {OPT_INT, "num-layers", &s.config.num_layers, 1, MAX_LAYERS, .help = "blocks"},
+    {OPT_INT, "vocab-size", &s.config.vocab_size, 1, MAX_DIM, .help = "tokens there are"},
+    {OPT_INT, "model-dim", &s.config.model_dim, 1, MAX_DIM, .help = "width of the residual stream"},
+    {OPT_INT, "num-heads", &s.config.num_heads, 1, MAX_DIM, .help = "attention heads"},
+    {OPT_INT, "z-dim", &s.config.z_dim, 1, MAX_DIM, .help = "width of queries and keys, all heads together"},
+    {OPT_INT, "value-dim", &s.config.value_dim, 1, MAX_DIM, .help = "width of values, all heads together"},
+    {OPT_INT, "ffn-hidden-dim", &s.config.ffn_hidden_dim, 1, MAX_DIM, .help = "width inside the FFN"},
+    {OPT_INT, "cema-ndim", &s.config.cema_ndim, 1, MAX_DIM, .help = "modes of a channel's moving average"},
+    {OPT_INT, "chunk-size", &s.config.chunk_size, 1, MAX_DIM, .help = "tokens of an attention chunk"},
+    {OPT_INT, "norm-num-groups", &s.config.norm_num_groups, 1, MAX_DIM, .help = "groups of TimestepNorm"},
+    {OPT_REAL, "norm-eps", &s.config.norm_eps, 1e-30, 1e30, .help = "added to variances"},
+    {OPT_REAL, "rope-base", &s.config.rope_base, 1e-30, 1e30, .help = "base of the rotary frequencies"},
+    {OPT_BOOL, "swiglu", &s.config.swiglu, .help = "gated FFN"},
+    {OPT_BOOL, "rescale-nffn", &s.config.rescale_nffn, .help = "a scale on each channel of the FFN's output"},
+    {OPT_BOOL, "scale-emb", &s.config.scale_emb, .help = "embedding times sqrt(model-dim)"},
+    {OPT_BOOL, "share-emb", &s.config.share_emb, .help = "the output's weights are the embedding"},
+    {OPT_BOOL, "norm-affine", &s.config.norm_affine, .help = "weights in RMSNorm and LayerNorm"},
+
+    {OPT_HEADING, .help = "Data", .kept = true},
+    {OPT_TEXT, "data", &s.data, .arg = "FILE", .help = "raw bytes, or a .bin token file (dev/data/demo.txt)"},
+    {OPT_TEXT, "val-data", &s.val_data, .arg = "FILE", .help = "to validate on (the last tenth of --data)"},
+    {OPT_TEXT, "batch", &s.batch, .arg = "FILE", .help = "a dump, whose input is that of every step"},
+    {OPT_INT, "batch-size", &s.batch_size, 1, 1 << 16, .help = "sequences of a batch"},
+    {OPT_INT, "seq-len", &s.seq_len, 1, 1 << 28, .help = "tokens of a sequence"},
+    {OPT_INT, "grad-accum", &s.grad_accum, 1, 1 << 14, .help = "batches of a step"},
+
+    {OPT_HEADING, .help = "Optimization", .kept = true},
+    {OPT_INT64, "steps", &s.steps, 1, 1e9, .help = "updates in all, those before --resume included"},
+    {OPT_REAL, "lr", &s.lr, 0, 1e6, .help = "peak learning rate"},
+    {OPT_TEXT, "schedule", &s.schedule, .arg = "NAME", .help = "after warm-up: constant, linear, cosine"},
+    {OPT_INT64, "warmup", &s.warmup, 0, 1e9, .help = "steps of rising rate"},
+    {OPT_REAL, "lr-init-ratio", &s.lr_init_ratio, 0, 1, .help = "first rate as a multiple of --lr"},
+    {OPT_REAL, "lr-end-ratio", &s.lr_end_ratio, 0, 1, .help = "last rate as a multiple of --lr"},
+    {OPT_REAL, "weight-decay", &s.adamw.weight_decay, 0, 1e6, .help = "of every parameter, times the rate"},
+    {OPT_REAL, "beta1", &s.adamw.beta1, 0, 0.999999, .help = "AdamW's decay of the mean gradient"},
+    {OPT_REAL, "beta2", &s.adamw.beta2, 0, 0.999999, .help = "AdamW's decay of the mean square"},
+    {OPT_REAL, "eps", &s.adamw.eps, 1e-30, 1, .help = "AdamW's, added to the root of the mean square"},
+    {OPT_REAL, "grad-clip", &s.grad_clip, 0, 1e30, .help = "largest norm of a step's gradient; 0: any"},
+    {OPT_INT64, "seed", &s.seed, 0, (double)INT64_MAX, .help = "of initial values, data order and samples"},
+    {OPT_SWITCH, "recompute", &s.recompute, .help = "keep block inputs only: less memory, more time"},
+
+    {OPT_HEADING, .help = "Reports", .kept = true},
+    {OPT_INT64, "val-every", &s.val_every, 0, 1e9, .help = "steps between validations (and at saves); 0: no"},
+    {OPT_INT64, "val-batches", &s.val_batches, 0, 1e9, .help = "batches to validate on; 0: all there are"},
+    {OPT_INT64, "sample-every", &s.sample_every, 0, 1e9, .help = "steps between samples; 0: one at the end"},
+    {OPT_INT64, "save-every", &s.save_every, 0, 1e9, .help = "steps between checkpoints; 0: one at the end"},
+    {OPT_TEXT, "log", &s.log, .arg = "FILE.csv", .help = "a row for every step"},
+
+    {OPT_HEADING, .help = "This run"},
+    {OPT_TEXT, "init", &s.init, .arg = "FILE", .help = "start from a checkpoint, or a run's newest"},
+    {OPT_TEXT, "out", &s.out, .arg = "DIR", .help = "save here (out; nowhere with --batch or --dump)"},
+    {OPT_SWITCH, "overwrite", &s.overwrite, .help = "replace the run that --out holds"},
+    {OPT_TEXT, "resume", &s.resume, .arg = "DIR", .help = "continue the run in DIR, with its own settings"},
+    {OPT_SWITCH, "eval", &s.eval, .help = "only validate"},
+    {OPT_TEXT, "dump", &s.dump, .arg = "FILE", .help = "tensors of the last step, for ./compare"},
+    {OPT_INT, "threads", &s.threads, 0, 1024, .help = "of the CPU; 0: all"},
+    {OPT_END, .help = NULL},
+};
+// clang-format on
+
+typedef struct {
+    Tokens train, val;         // not with --batch
+    int B, L;                  // of a batch
+    int32_t *inputs, *targets; // (B,L)
+    int64_t counted;           // positions of a step that have a target
+} Data;
+
+// The configuration: that of the checkpoint which --resume or --init names, and flags may not contradict it;
+// otherwise the preset's, then --config's fields, then single flags.
+static Config configure(StFile *init) {
+    char err[ST_ERR];
+    const char *owner = s.resume ? s.resume : s.init;
+    const bool named = s.preset != NULL || s.config_file != NULL;
+    Config asked =
+        s.config_file && !s.preset ? config_defaults() : *find_preset(s.preset ? s.preset : "demo");
+    if (s.config_file) config_from_file(&asked, s.config_file);
+    Config config = asked;
+    if (s.resume)
+        run_open(s.resume, options, &config);
+    else if (s.init && !checkpoint_open(init, &config, s.init))
+        owner = NULL;
+    if (s.init && owner == NULL && !named)
+        fatal("--init %s: says no configuration; give it with --config or --preset", s.init);
+    if (owner != NULL && named && !config_equal(&asked, &config))
+        usage_error("--%s contradicts the configuration in %s; leave it out", s.preset ? "preset" : "config",
+                    owner);
+    config_apply(&config, &s.config, options, owner);
+    if (!config_check(&config, err)) usage_error("the model's configuration: %s", err);
+    return config;
+}
+
+static Data open_data(int vocab_size) {
+    static char demo[PATH_SIZE];
+    Data d = {.B = s.batch_size, .L = s.seq_len};
+    if (s.batch != NULL) {
+        read_batch(s.batch, vocab_size, &d.B, &d.L, &d.inputs, &d.targets);
+        if ((option_given(options, &s.batch_size) && s.batch_size != d.B) ||
+            (option_given(options, &s.seq_len) && s.seq_len != d.L))
+            usage_error("--batch-size or --seq-len contradicts --batch %s, which is %d x %d", s.batch, d.B,
+                        d.L);
+        for (int i = 0; i < d.B * d.L; i++) d.counted += d.targets[i] >= 0;
+        if (d.counted == 0) fatal("--batch %s: every target is -1", s.batch);
+        d.counted *= s.grad_accum;
+        return d;
+    }
+    beside_executable(demo, sizeof demo, "dev/data/demo.txt");
+    if (!s.eval || s.val_data == NULL) {
+        d.train = tokens_open(s.data ? s.data : demo, vocab_size);
+        size_t tenth = s.val_data ? 0 : d.train.count / 10;
+        d.val = tokens_part(&d.train, d.train.count - tenth, tenth);
+        d.train.count -= tenth;
+    }
+    if (s.val_data != NULL) d.val = tokens_open(s.val_data, vocab_size);
+    if (!s.eval) tokens_need(&d.train, d.L, "training");
+    if (s.eval || s.val_every > 0) tokens_need(&d.val, d.L, "validation");
+    d.inputs = allocate((size_t)d.B * (size_t)d.L, sizeof *d.inputs);
+    d.targets = allocate((size_t)d.B * (size_t)d.L, sizeof *d.targets);
+    d.counted = (int64_t)d.B * d.L * s.grad_accum;
+    return d;
+}
+
+static void fill_model(Model *model, const Config *config) {
+    int count;
+    Tensor *tensors = megalodon_tensors(config, &count, NULL);
+    if (tensors == NULL) fatal("out of memory");
+    for (const Tensor *t = tensors; t < tensors + count; t++) {
+        real *values = allocate(t->size, sizeof *values);
+        megalodon_init(values, t, config, (uint64_t)s.seed);
+        megalodon_write(model, PARAMS, t->offset, t->size, values);
+        free(values);
+    }
+    free(tensors);
+}
+
+static void print_header(const Config *c, const Data *d, const MemoryPlan *p) {
+    const double mib = 1048576, total = (double)p->params + (double)p->grads + (double)p->moments +
+                                        (double)p->activations + (double)p->scratch;
+    printf("backend     %s\n", megalodon_backend());
+    printf("model       %d layers, model_dim %d, %d heads, z_dim %d, value_dim %d, ffn_hidden_dim %d%s, "
+           "cema_ndim %d,\n"
+           "            chunk_size %d, vocab_size %d, norm_num_groups %d%s%s%s%s\n",
+           c->num_layers, c->model_dim, c->num_heads, c->z_dim, c->value_dim, c->ffn_hidden_dim,
+           c->swiglu ? " swiglu" : "", c->cema_ndim, c->chunk_size, c->vocab_size, c->norm_num_groups,
+           c->rescale_nffn ? ", rescale_nffn" : "", c->scale_emb ? ", scale_emb" : "",
+           c->share_emb ? ", share_emb" : "", c->norm_affine ? "" : ", no norm_affine");
+    printf("parameters  %zu\n", p->params / sizeof(real));
+    printf("memory      %.1f MiB: parameters %.1f, gradients %.1f, moments %.1f, activations %.1f, scratch "
+           "%.1f\n",
+           total / mib, (double)p->params / mib, (double)p->grads / mib, (double)p->moments / mib,
+           (double)p->activations / mib, (double)p->scratch / mib);
+    if (s.batch)
+        printf("data        %s, %d x %d tokens\n", s.batch, d->B, d->L);
+    else
+        printf("data        %s: %zu tokens to train on, %zu to validate\n",
+               d->train.path ? d->train.path : d->val.path, d->train.count, d->val.count);
+    printf("step        %d x %d x %d tokens, lr %g %s, seed %lld\n\n", s.grad_accum, d->B, d->L, s.lr,
+           s.schedule, (long long)s.seed);
+}
+
+// ----------------------------------------------------------------------------
+// training
+
+// Of update k = 0, 1, ..: up from lr_init_ratio * lr during the warm-up, then down to lr_end_ratio * lr.
+static double learning_rate(int64_t k) {
+    const double W = (double)s.warmup, i = s.lr_init_ratio, e = s.lr_end_ratio;
+    if (k < s.warmup) return s.lr * (i + (double)k * (1 - i) / W);
+    const double t = ((double)k - W) / ((double)s.steps - W), pi = 3.14159265358979323846;
+    if (strcmp(s.schedule, "linear") == 0) return s.lr * (t * e + 1 - t);
+    if (strcmp(s.schedule, "cosine") == 0) return s.lr * (e + (1 - e) * (1 + cos(pi * t)) / 2);
+    return s.lr;
+}
+
+// Gradients of the step's mean loss, summed over its batches. Returns the loss.
+static double accumulate(Model *model, Data *d, int64_t step) {
+    double sum = 0;
+    int64_t counted;
+    megalodon_zero_grad(model);
+    for (int a = 0; a < s.grad_accum; a++) {
+        if (s.batch == NULL)
+            draw_rows(&d->train, (uint64_t)s.seed, step, a * d->B, d->B, d->L, d->inputs, d->targets);
+        megalodon_forward(model, NULL, d->inputs, d->B, d->L);
+        sum += megalodon_loss(model, d->targets, 1 / (double)d->counted, &counted, NULL);
+        megalodon_backward(model);
+    }
+    return sum / (double)d->counted;
+}
+
+// The mean loss of the validation windows, printed.
+static double validate(Model *model, const Data *d) {
+    double sum = 0;
+    int64_t counted, all = 0;
+    size_t windows = 0;
+    for (int64_t i = 0; i < s.val_batches || s.val_batches == 0; i++) {
+        int rows = read_windows(&d->val, windows, d->B, d->L, d->inputs, d->targets);
+        if (rows == 0) break;
+        megalodon_forward(model, NULL, d->inputs, rows, d->L);
+        sum += megalodon_loss(model, d->targets, 0, &counted, NULL);
+        all += counted;
+        windows += (size_t)rows;
+    }
+    printf("val loss %.6f nats = %.6f bits per %s | %zu windows of %d\n", sum / (double)all,
+           sum / (double)all / log(2), d->val.width == 1 ? "byte" : "token", windows, d->L);
+    if (!isfinite(sum)) fatal("the validation loss is %g: nothing was saved after the last checkpoint", sum);
+    return sum / (double)all;
+}
+
+// Writes what the model makes of a newline, or of the first token of the data.
+static void write_sample(Model *model, State *state, const Data *d, int V) {
+    enum { LENGTH = 256 };
+    const bool bytes = d->train.width == 1;
+    int32_t token = bytes ? '\n' : token_at(&d->train, 0);
+    if (token >= V) token = 0;
+    real *logits = allocate((size_t)V, sizeof *logits);
+    state_reset(state);
+    printf("----\n");
+    for (int64_t i = 0; i < LENGTH; i++) {
+        megalodon_forward(model, state, &token, 1, 1);
+        megalodon_logits(model, 0, 1, logits);
+        token = sample_token(logits, V, 0.9, 0, 0.95, sample_uniform((uint64_t)s.seed, i, 0));
+        const bool shown = token == '\n' || token == '\t' || (token >= 32 && token < 256 && token != 127);
+        if (bytes)
+            putchar(shown ? token : '?');
+        else
+            printf("%d ", token);
+    }
+    printf("\n----\n");
+    free(logits);
+}
+
+// The log, with the rows of the steps before `step` that an earlier part of this run wrote.
+static FILE *open_log(int64_t step) {
+    static const char header[] = "step,loss,grad_norm,lr,ms,tokens_per_s,val_loss\n";
+    char line[512] = "", tmp[PATH_SIZE];
+    FILE *old = step > 0 ? fopen(s.log, "r") : NULL;
+    snprintf(tmp, sizeof tmp, "%s%s", s.log, old ? ".tmp" : "");
+    if (old != NULL && fgets(line, sizeof line, old) != NULL && strcmp(line, header) != 0)
+        fatal("--log %s: its first line is not that of our logs; give another name", s.log);
+    FILE *file = fopen(tmp, "w");
+    if (file == NULL) fatal("--log %s: %s", s.log, strerror(errno));
+    fputs(header, file);
+    while (old != NULL && fgets(line, sizeof line, old) != NULL) {
+        if (strtoll(line, NULL, 10) <= step) fputs(line, file);
+    }
+    if (old != NULL && (fclose(old) != 0 || rename(tmp, s.log) != 0))
+        fatal("--log %s: %s", s.log, strerror(errno));
+    return file;
+}
+
+static volatile sig_atomic_t stopped; // the signal that asks to finish, 0 until then
+static void on_signal(int number) { stopped = number; }
+
+int main(int argc, char **argv) {
+    wait_passively(argv);
+    s.config = *find_preset("demo");
+    options_parse(
+        options, argc, argv,
+        "usage: ./train [options]\n\nTrains a Megalodon language model. Without options: a small model of "
+        "bytes on dev/data/demo.txt.\nDefaults in parentheses.\n");
+    if (s.resume && (s.init || s.overwrite)) usage_error("--resume does not go with --init or --overwrite");
+    if (s.resume && s.out && strcmp(s.out, s.resume) != 0)
+        usage_error("--out: --resume DIR saves to the same DIR");
+    StFile init = {0};
+    const Config config = configure(&init);
+    if (strcmp(s.schedule, "constant") != 0 && strcmp(s.schedule, "linear") != 0 &&
+        strcmp(s.schedule, "cosine") != 0)
+        usage_error("--schedule %s: it is constant, linear or cosine", s.schedule);
+    if (s.batch && (s.eval || s.data || s.val_data))
+        usage_error("--batch does not go with --data, --val-data, --eval");
+    if (s.threads > 0) megalodon_threads(s.threads);
+
+    // data, then memory, then the directory: everything that can be refused comes before the first step
+    Data data = open_data(config.vocab_size);
+    const Mode mode = s.eval ? MEGALODON_INFER : s.recompute ? MEGALODON_RECOMPUTE : MEGALODON_TRAIN;
+    State *state = s.eval || s.batch ? NULL : state_new(&config, 1); // for samples
+    const MemoryPlan plan = check_memory(&config, mode, data.B, data.L, state ? state->bytes : 0);
+    Model *model = megalodon_new(&config, mode, data.B, data.L);
+    if (model == NULL || (state == NULL && !s.eval && !s.batch)) fatal("out of memory");
+    const char *out = s.resume ? s.resume : s.out ? s.out : s.batch || s.dump ? NULL : "out";
+    if (out != NULL && !s.eval) run_claim(out, options, s.resume != NULL, s.overwrite);
+    print_header(&config, &data, &plan);
+    int64_t step = 0;
+    if (s.resume)
+        step = run_load(s.resume, model, &config, s.seed);
+    else if (s.init)
+        checkpoint_load(&init, model, &config);
+    else
+        fill_model(model, &config);
+    const int64_t end = s.eval ? step : s.steps;
+    if (s.eval)
+        validate(model, &data);
+    else if (step >= end)
+        printf("step %lld of %lld: nothing left to do; --steps is the total\n", (long long)step,
+               (long long)end);
+    FILE *log_file = s.log && step < end ? open_log(step) : NULL;
+    // a second signal ends the program at once
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESETHAND};
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+
+    const double begin = seconds();
+    bool halt = false; // at the end of this step
+    while (step < end && !halt) {
+        const double start = seconds(), lr = learning_rate(step);
+        const double loss = accumulate(model, &data, step), norm = megalodon_grad_norm(model);
+        if (!isfinite(loss) || !isfinite(norm))
+            fatal("step %lld: loss %g, gradient norm %g: nothing was saved after the last checkpoint. What "
+                  "helps: a smaller --lr, a longer --warmup, --grad-clip 1", (long long)step + 1, loss, norm);
+        if (s.dump && step + 1 == end)
+            write_dump(s.dump, model, &config, data.inputs, data.targets, data.B, data.L, loss);
+        const double scale = s.grad_clip > 0 ? fmin(1, s.grad_clip / (norm + 1e-6)) : 1;
+        megalodon_update(model, &s.adamw, lr, scale, step);
+        step++;
+        const double time = seconds() - start, speed = (double)data.B * data.L * s.grad_accum / time;
+        printf("step %5lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.1fk tok/s\n", (long long)step,
+               (long long)end, loss, norm, lr, time * 1e3, speed / 1e3);
+
+        const bool last = step == end;
+        halt = stopped != 0;
+        const bool save = out && (last || halt || (s.save_every > 0 && step % s.save_every == 0));
+        double val_loss = NAN;
+        if (!s.batch && s.val_every > 0 && !halt && (last || save || step % s.val_every == 0))
+            val_loss = validate(model, &data);
+        if (log_file != NULL) {
+            fprintf(log_file, "%lld,%.9g,%.9g,%.9g,%.9g,%.9g,", (long long)step, loss, norm, lr, time * 1e3,
+                    speed);
+            if (!isnan(val_loss)) fprintf(log_file, "%.9g", val_loss);
+            if (fputc('\n', log_file) == EOF || fflush(log_file) != 0)
+                fatal("--log %s: %s", s.log, strerror(errno));
+        }
+        if (save) run_save(out, model, &config, s.seed, step, val_loss);
+        if (!s.batch && !halt && (last || (s.sample_every > 0 && step % s.sample_every == 0)))
+            write_sample(model, state, &data, config.vocab_size);
+        fflush(stdout);
+    }
+    if (!s.eval)
+        printf("%s at step %lld after %.1f s, peak memory %.0f MiB%s%s\n", halt ? "stopped" : "done",
+               (long long)step, seconds() - begin, peak_memory(), out ? "; saved in " : "", out ? out : "");
+    if (log_file != NULL) fclose(log_file);
+    free(data.inputs), free(data.targets);
+    megalodon_free(model);
+    state_free(state);
+    return halt ? 128 + stopped : 0;
+}
