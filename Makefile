@@ -5,7 +5,8 @@ PROGRAMS = train sample compare
 
 # gnu11: C11 with POSIX. NaN must stay NaN, so no -ffast-math: only what changes neither NaN nor infinity.
 CFLAGS = -std=gnu11 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp-simd
-CFLAGS += -Wall -Wextra -Wshadow
+# pass-failed: clang tells of every loop that it does not vectorise.
+CFLAGS += -Wall -Wextra -Wshadow -Wno-pass-failed
 LDLIBS = -lm
 
 # For this machine's instructions only, unless PORTABLE=1.
@@ -29,18 +30,22 @@ OMP := $(call probe,omp.h,-fopenmp)
 endif
 CFLAGS += $(or $(OMP),-Wno-unknown-pragmas)
 
-# CBLAS: matrix products by OpenBLAS, several times faster than our own. NO_BLAS=1 does without;
-# BLAS="-I... -l..." names another one.
+# CBLAS: matrix products by OpenBLAS, faster than our own. Its threads must be OpenMP's (Debian's package
+# libopenblas-openmp-dev, in a folder of its own) or absent: two pools of threads get in each other's way and are
+# several times slower than our own product. NO_BLAS=1 does without; BLAS="-I... -l..." names another library.
+comma := ,
 ifndef NO_BLAS
-BLAS := $(or $(BLAS),$(call probe,cblas.h,-lopenblas),\
-             $(call probe,cblas.h,-I/usr/include/openblas -lopenblas))
+SHARING := $(firstword $(wildcard /usr/lib/*/openblas-openmp))
+openblas = $(shell mkdir -p build; printf '\043include <cblas.h>\nint main(void) { return openblas_get_parallel() == 1; }\n' | \
+           $(CC) -x c - $(1) -o build/probe 2>/dev/null && { [ -z '$(OMP)' ] || build/probe; } && echo '$(1)')
+BLAS := $(or $(BLAS),$(if $(SHARING),$(call openblas,-L$(SHARING) -Wl$(comma)-rpath$(comma)$(SHARING) -lopenblas)),\
+        $(call openblas,-lopenblas),$(call openblas,-I/usr/include/openblas -lopenblas))
 endif
 CFLAGS += $(if $(BLAS),-DMEGALODON_BLAS $(filter -I%,$(BLAS)))
 LDLIBS += $(filter-out -I%,$(BLAS))
 
 all: $(PROGRAMS)
-	@echo "built $(PROGRAMS): $(CC), $(if $(OMP),OpenMP,no OpenMP), $(if $(BLAS),BLAS $(BLAS),no BLAS),\
-	for $(if $(PORTABLE),any machine of this kind,this machine). Next: ./train, or make help"
+	@echo "built $(PROGRAMS): $(CC), $(if $(OMP),OpenMP,no OpenMP), $(if $(BLAS),BLAS $(filter -l%,$(BLAS)),own matrix product), $(if $(PORTABLE),portable,for this machine). Next: ./train, or make help"
 
 help:
 	@echo 'make             ./train, ./sample, ./compare'

@@ -39,6 +39,7 @@ enum {
     LOGIT_ROWS = 128,  // positions whose logits exist at a time
     COLUMNS = 64,      // columns a thread sums over all rows, for parameter gradients
     NORM_PART = 65536, // elements a thread sums for the gradient norm
+    FEW = 32768,       // numbers for which it does not pay to wake other threads
 };
 
 static const double PI = 3.14159265358979323846;
@@ -94,8 +95,8 @@ static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, co
 #else
 #define cblas_gemm cblas_sgemm
 #endif
-    cblas_gemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, M, N, K, 1, A, lda,
-               B, ldb, beta, C, ldc);
+    cblas_gemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, M, N, K, 1, A, lda, B,
+               ldb, beta, C, ldc);
 }
 
 #else
@@ -160,7 +161,7 @@ static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, co
     // fewer rows a task when there would be fewer tasks than threads
     int rows = ceil_div(ceil_div(M * ceil_div(N, GEMM_N), threads), TILE_M) * TILE_M;
     rows = min(rows < TILE_M ? TILE_M : rows, GEMM_M);
-#pragma omp parallel for collapse(2) schedule(static)
+#pragma omp parallel for collapse(2) schedule(static) if ((double)M * N * K > FEW)
     for (int i0 = 0; i0 < M; i0 += rows) {
         for (int j0 = 0; j0 < N; j0 += GEMM_N) {
             static _Thread_local real a[GEMM_M * GEMM_K], b[GEMM_N * GEMM_K];
@@ -215,7 +216,7 @@ static void sum_rows(real *out, const real *dy, const real *x, const real *mean,
 // backward: a row's gradient goes to its token's row, as often as the token occurs
 
 static void embedding_forward(real *out, const int32_t *tokens, const real *embed, real scale, int R, int D) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (R > 1)
     for (int r = 0; r < R; r++) {
         const real *e = embed + (size_t)tokens[r] * D;
         for (int c = 0; c < D; c++) out[(size_t)r * D + c] = scale * e[c];
@@ -246,12 +247,11 @@ static void embedding_backward(real *dembed, const real *dout, const int32_t *to
 // which loses nothing when the mean is large, as sum x^2 - n mean^2 would. State: count, mean, M2.
 // inp, out (B,L,D); mean, rstd (B,L,G); *_in, *_out (B,G) and count (B) may be NULL: fresh start, end not kept.
 
-static void timestep_norm_forward(real *out, real *mean, real *rstd, double *mean_out, double *m2_out,
-                                  const real *inp, const real *weight, const real *bias, const double *mean_in,
-                                  const double *m2_in, const int64_t *count, int B, int L, int D, int G,
-                                  double eps) {
+static void timestep_norm_forward(real *out, real *mean, real *rstd, double *mean_out, double *m2_out, const real *inp,
+                                  const real *weight, const real *bias, const double *mean_in, const double *m2_in,
+                                  const int64_t *count, int B, int L, int D, int G, double eps) {
     int g = D / G;
-#pragma omp parallel for collapse(2) schedule(static)
+#pragma omp parallel for collapse(2) schedule(static) if (L > 1)
     for (int b = 0; b < B; b++) {
         for (int j = 0; j < G; j++) {
             const real *w = weight + (size_t)j * g, *bs = bias + (size_t)j * g;
@@ -291,10 +291,9 @@ static void timestep_norm_forward(real *out, real *mean, real *rstd, double *mea
 //
 // dmean, dm2 (B,G), or NULL: gradients by the outgoing state, replaced by those by the incoming one.
 
-static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, double *dmean, double *dm2,
-                                   const real *dout, const real *inp, const real *weight, const real *mean,
-                                   const real *rstd, const double *mean_in, const int64_t *count, int B, int L,
-                                   int D, int G) {
+static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, double *dmean, double *dm2, const real *dout,
+                                   const real *inp, const real *weight, const real *mean, const real *rstd,
+                                   const double *mean_in, const int64_t *count, int B, int L, int D, int G) {
     int g = D / G;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < B; b++) {
@@ -322,9 +321,7 @@ static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, doubl
                 U += -r * s / n;
                 V += dvar / n;
                 W += dvar / n * m;
-                for (int i = 0; i < g; i++) {
-                    dx[i] = (real)(r * (w[i] + 1) * dy[i] + U + 2 * (x[i] * V - W));
-                }
+                for (int i = 0; i < g; i++) { dx[i] = (real)(r * (w[i] + 1) * dy[i] + U + 2 * (x[i] * V - W)); }
             }
             if (dmean) {
                 double m = mean_in ? mean_in[b * G + j] : 0;
@@ -351,10 +348,12 @@ enum { STRIP = 2 * LANES }; // channels a task handles: two vectors, so that two
 
 static int strip_channels(int D) { return ceil_div(D, STRIP) * STRIP; }
 
-typedef struct { real *p, *q_re, *q_im, *g_re, *g_im; } Coefs; // g is gamma/sqrt(N)
+typedef struct {
+    real *p, *q_re, *q_im, *g_re, *g_im;
+} Coefs; // g is gamma/sqrt(N)
 
-static void cema_coefs_forward(Coefs *c, const real *alpha, const real *delta, const real *theta,
-                               const real *gamma, int D, int N) {
+static void cema_coefs_forward(Coefs *c, const real *alpha, const real *delta, const real *theta, const real *gamma,
+                               int D, int N) {
 #pragma omp parallel for schedule(static)
     for (int d = 0; d < D; d++) {
         for (int n = 0; n < N; n++) {
@@ -410,7 +409,9 @@ static void strip_add(real *dst, const vec v[2], int width) {
     for (int c = 0; c < width; c++) dst[c] += lanes[c];
 }
 
-typedef struct { vec p[2], q_re[2], q_im[2], g_re[2], g_im[2]; } StripCoefs; // of one mode n
+typedef struct {
+    vec p[2], q_re[2], q_im[2], g_re[2], g_im[2];
+} StripCoefs; // of one mode n
 static StripCoefs strip_coefs(const Coefs *c, int n, int D, int d0) {
     StripCoefs s;
     size_t at = (size_t)n * strip_channels(D) + d0;
@@ -427,10 +428,10 @@ static StripCoefs strip_coefs(const Coefs *c, int n, int D, int d0) {
 // h_blocks (B, blocks, 2, N, D): h before each block, for the backward pass; h_in, h_out (B,2,N,D); any may be
 // NULL. h_in and h_out may be the same.
 
-static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp, const Coefs *coefs,
-                         const real *omega, const real *h_in, int B, int L, int D, int N) {
+static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp, const Coefs *coefs, const real *omega,
+                         const real *h_in, int B, int L, int D, int N) {
     int blocks = ceil_div(L, CEMA_BLOCK);
-#pragma omp parallel for collapse(2) schedule(static)
+#pragma omp parallel for collapse(2) schedule(static) if (L > 1)
     for (int b = 0; b < B; b++) {
         for (int d0 = 0; d0 < D; d0 += STRIP) {
             int width = min(STRIP, D - d0);
@@ -480,8 +481,7 @@ static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp
 // outgoing state, replaced by that by the incoming one.
 
 static void cema_backward(real *dinp, Coefs *dcoefs, real *domega, real *dh, const real *dout, const real *inp,
-                          const real *h_blocks, const Coefs *coefs, const real *omega, int B, int L, int D,
-                          int N) {
+                          const real *h_blocks, const Coefs *coefs, const real *omega, int B, int L, int D, int N) {
     int blocks = ceil_div(L, CEMA_BLOCK);
 #pragma omp parallel for schedule(static)
     for (int d0 = 0; d0 < D; d0 += STRIP) {
@@ -557,9 +557,8 @@ static void cema_backward(real *dinp, Coefs *dcoefs, real *domega, real *dh, con
 // RMSNorm: y = x rstd (weight + 1), rstd = 1/sqrt(mean(x^2) + eps), over the D numbers of a row; weight NULL: no
 // scale. rstd (R). backward, with a = (weight + 1) dy: dx = rstd (a - x rstd^2 mean(a x)).
 
-static void rmsnorm_forward(real *out, real *rstd, const real *inp, const real *weight, int R, int D,
-                            double eps) {
-#pragma omp parallel for schedule(static)
+static void rmsnorm_forward(real *out, real *rstd, const real *inp, const real *weight, int R, int D, double eps) {
+#pragma omp parallel for schedule(static) if (R > 1)
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D;
         real *y = out + (size_t)r * D, squares = 0;
@@ -592,7 +591,7 @@ static void rmsnorm_backward(real *dinp, real *dweight, const real *dout, const 
 static void linear_forward(real *out, int add, const real *inp, const real *weight, const real *bias, int R, int K,
                            int M) {
     if (R == 1) { // a matrix times a vector: one pass over the weights
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if ((size_t)M * K > FEW)
         for (int o = 0; o < M; o++) {
             const real *w = weight + (size_t)o * K;
             real sum = 0;
@@ -624,10 +623,9 @@ static void linear_backward(real *dinp, int add, real *dweight, real *dbias, con
 //     q = z (gamma0 + 1)/sqrt(dz) + beta0,    k = z (gamma1 + 1)/sqrt(dz) + beta1;    gamma, beta (2,Z)
 // backward: dz = (dq (gamma0 + 1) + dk (gamma1 + 1))/sqrt(dz); gamma's and beta's gradients are sums over rows
 
-static void qk_forward(real *q, real *k, const real *z, const real *gamma, const real *beta, int R, int Z,
-                       int dz) {
+static void qk_forward(real *q, real *k, const real *z, const real *gamma, const real *beta, int R, int Z, int dz) {
     real scale = (real)(1 / sqrt(dz));
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (R > 1)
     for (int r = 0; r < R; r++) {
         size_t at = (size_t)r * Z;
         for (int c = 0; c < Z; c++) {
@@ -680,7 +678,7 @@ static void rope_table(real *table, int C, int dz, double base) {
 
 static void rope_turn(real *out, const real *inp, const real *table, const int64_t *count, int sign, int B, int L,
                       int Z, int dz, int C) {
-#pragma omp parallel for collapse(2) schedule(static)
+#pragma omp parallel for collapse(2) schedule(static) if (L > 1)
     for (int b = 0; b < B; b++) {
         for (int t = 0; t < L; t++) {
             int pos = (int)(((count ? count[b] : 0) + t) % C);
@@ -701,8 +699,8 @@ static void rope_forward(real *out, const real *inp, const real *table, const in
     rope_turn(out, inp, table, count, 1, B, L, Z, dz, C);
 }
 
-static void rope_backward(real *dinp, const real *dout, const real *table, const int64_t *count, int B, int L,
-                          int Z, int dz, int C) {
+static void rope_backward(real *dinp, const real *dout, const real *table, const int64_t *count, int B, int L, int Z,
+                          int dz, int C) {
     rope_turn(dinp, dout, table, count, -1, B, L, Z, dz, C);
 }
 
@@ -711,7 +709,7 @@ static void rope_backward(real *dinp, const real *dout, const real *table, const
 // backward: silu'(x) = sigmoid(x) (1 + x (1 - sigmoid(x))). In backward, da may be dout.
 
 static void silu_forward(real *out, const real *inp, size_t n) {
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(static) if (n > FEW)
     for (size_t i = 0; i < n; i++) out[i] = inp[i] * sigmoid(inp[i]);
 }
 
@@ -724,7 +722,7 @@ static void silu_backward(real *dinp, const real *dout, const real *inp, size_t 
 }
 
 static void gate_forward(real *out, const real *a, const real *b, size_t n) {
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(static) if (n > FEW)
     for (size_t i = 0; i < n; i++) out[i] = a[i] * b[i] * sigmoid(b[i]);
 }
 
@@ -751,7 +749,7 @@ static void attend_forward(real *o, real *lse, real *scores, const real *q, cons
     for (int i0 = 0; i0 < nq; i0 += QUERY_ROWS) {
         int rows = min(QUERY_ROWS, nq - i0), keys = nk - nq + i0 + rows;
         gemm(0, 1, rows, keys, dz, q + (size_t)i0 * ldz, ldz, k, ldz, 0, scores, keys);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows > 1)
         for (int i = 0; i < rows; i++) {
             real *s = scores + (size_t)i * keys, top = -INFINITY, sum = 0;
             int seen = keys - rows + i + 1; // keys at or before this query
@@ -775,8 +773,8 @@ static void attend_forward(real *o, real *lse, real *scores, const real *q, cons
 // dq is set, dk and dv are added to. scores, dscores (QUERY_ROWS, nk) are scratch.
 
 static void attend_backward(real *dq, real *dk, real *dv_out, real *scores, real *dscores, const real *dout,
-                            const real *o, const real *lse, const real *q, const real *k, const real *v, int nq,
-                            int nk, int dz, int dv, int ldz, int lde, int ldh) {
+                            const real *o, const real *lse, const real *q, const real *k, const real *v, int nq, int nk,
+                            int dz, int dv, int ldz, int lde, int ldh) {
     for (int i0 = 0; i0 < nq; i0 += QUERY_ROWS) {
         int rows = min(QUERY_ROWS, nq - i0), keys = nk - nq + i0 + rows;
         const real *qi = q + (size_t)i0 * ldz, *doi = dout + (size_t)i0 * lde, *oi = o + (size_t)i0 * lde;
@@ -808,8 +806,8 @@ static void attend_backward(real *dq, real *dk, real *dv_out, real *scores, real
 // call's go there too, as far as their chunk stays unfinished. Without: NULL.
 
 static void attention_forward(real *o, real *lse, real *cache_k, real *cache_v, real *scores, const real *q,
-                              const real *k, const real *v, const int64_t *count, int B, int L, int C, int H,
-                              int Z, int E) {
+                              const real *k, const real *v, const int64_t *count, int B, int L, int C, int H, int Z,
+                              int E) {
     int dz = Z / H, dv = E / H;
     for (int b = 0; b < B; b++) {
         int past = count ? (int)(count[b] % C) : 0;
@@ -817,7 +815,7 @@ static void attention_forward(real *o, real *lse, real *cache_k, real *cache_v, 
             n = min(C - past, L - t);
             size_t row = (size_t)b * L + t;
             const real *kc = k + row * Z, *vc = v + row * E; // the chunk's keys and values
-            if (count && past + n < C + (past > 0)) { // the chunk goes on after this call, or began before it
+            if (count && past + n < C + (past > 0)) {        // the chunk goes on after this call, or began before it
                 real *ck = cache_k + (size_t)b * C * Z, *cv = cache_v + (size_t)b * C * E;
                 memcpy(ck + (size_t)past * Z, kc, (size_t)n * Z * sizeof *ck);
                 memcpy(cv + (size_t)past * E, vc, (size_t)n * E * sizeof *cv);
@@ -853,9 +851,9 @@ static void attention_backward(real *dq, real *dk, real *dv_out, real *scores, r
 // LayerNorm: y = (x - mean) rstd (weight + 1) + bias over the D numbers of a row; weight, bias NULL: neither.
 // mean, rstd (R). backward, with a = (weight + 1) dy and n = (x - mean) rstd: dx = rstd (a - mean(a) - n mean(a n)).
 
-static void layernorm_forward(real *out, real *mean, real *rstd, const real *inp, const real *weight,
-                              const real *bias, int R, int D, double eps) {
-#pragma omp parallel for schedule(static)
+static void layernorm_forward(real *out, real *mean, real *rstd, const real *inp, const real *weight, const real *bias,
+                              int R, int D, double eps) {
+#pragma omp parallel for schedule(static) if (R > 1)
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D;
         real *y = out + (size_t)r * D, sum = 0, squares = 0;
@@ -884,9 +882,7 @@ static void layernorm_backward(real *dinp, real *dweight, real *dbias, const rea
             dot += a * (x[c] - m) * s;
         }
         sum /= D, dot /= D;
-        for (int c = 0; c < D; c++) {
-            dx[c] = s * (dy[c] * (weight ? weight[c] + 1 : 1) - sum - (x[c] - m) * s * dot);
-        }
+        for (int c = 0; c < D; c++) { dx[c] = s * (dy[c] * (weight ? weight[c] + 1 : 1) - sum - (x[c] - m) * s * dot); }
     }
     if (dweight) {
         sum_rows(dweight, dout, inp, mean, rstd, R, D, 1);
@@ -898,7 +894,7 @@ static void layernorm_backward(real *dinp, real *dweight, real *dbias, const rea
 // rescale: out += alpha inp, alpha (D); backward: dinp = alpha dout, dalpha += sum of rows of dout inp
 
 static void rescale_forward(real *out, const real *inp, const real *alpha, int R, int D) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (R > 1)
     for (int r = 0; r < R; r++) {
         for (int c = 0; c < D; c++) out[(size_t)r * D + c] += alpha[c] * inp[(size_t)r * D + c];
     }
@@ -932,7 +928,7 @@ static void output_loss(double *losses, real *dx, real *doutput, real *logits, c
         int rows = min(LOGIT_ROWS, R - r0);
         const real *xr = x + (size_t)r0 * D;
         linear_forward(logits, 0, xr, output, NULL, rows, D, V);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows > 1)
         for (int r = 0; r < rows; r++) {
             real *l = logits + (size_t)r * V, top = -INFINITY;
             int target = targets[r0 + r];
@@ -956,7 +952,7 @@ static void output_loss(double *losses, real *dx, real *doutput, real *logits, c
 // ----------------------------------------------------------------------------
 // activations
 
-typedef struct { // of one layer: what its backward pass reads
+typedef struct {                 // of one layer: what its backward pass reads
     real *norm_mean, *norm_rstd; // (B,L,G) TimestepNorm's
     real *xt;                    // (B,L,D) TimestepNorm(x)
     real *h;                     // (B, L/CEMA_BLOCK, 2, N, D) CEMA's state before each block
@@ -973,14 +969,14 @@ typedef struct { // of one layer: what its backward pass reads
     real *f2;                    // (B,L,D) before alpha (rescale_nffn only)
 } LayerActs;
 
-typedef struct { // used by every layer in turn
-    real *zn, *q_turned, *k_turned;             // (B,L,Z)
-    real *v, *gated, *hidden;                   // (B,L,E) (B,L,E) (B,L,F)
-    real *scores, *logits;                      // (QUERY_ROWS,C) (LOGIT_ROWS,V)
-    real *dx, *dy, *dmega, *dxt, *dmx, *dema;   // (B,L,D), these and below for backward only
-    real *dq, *dk, *dzn, *dz;                   // (B,L,Z)
-    real *do_, *dr_in, *dv;                     // (B,L,E)
-    real *dhidden, *df1, *dscores;              // (B,L,F) (B,L,F) (QUERY_ROWS,C)
+typedef struct {                              // used by every layer in turn
+    real *zn, *q_turned, *k_turned;           // (B,L,Z)
+    real *v, *gated, *hidden;                 // (B,L,E) (B,L,E) (B,L,F)
+    real *scores, *logits;                    // (QUERY_ROWS,C) (LOGIT_ROWS,V)
+    real *dx, *dy, *dmega, *dxt, *dmx, *dema; // (B,L,D), these and below for backward only
+    real *dq, *dk, *dzn, *dz;                 // (B,L,Z)
+    real *do_, *dr_in, *dv;                   // (B,L,E)
+    real *dhidden, *df1, *dscores;            // (B,L,F) (B,L,F) (QUERY_ROWS,C)
     Coefs dcoefs;
 } Scratch;
 
@@ -1009,7 +1005,10 @@ struct Model {
 };
 
 // Hands out the next n numbers behind *at; with *at NULL it only counts them. Slices begin at multiples of 16.
-typedef struct { real *at; size_t used; } Arena;
+typedef struct {
+    real *at;
+    size_t used;
+} Arena;
 static void take(real **pointer, Arena *arena, size_t n) {
     *pointer = arena->at ? arena->at + arena->used : NULL;
     arena->used += (n + 15) / 16 * 16;
@@ -1074,8 +1073,8 @@ static void mega_forward(Model *m, int layer, State *state, const real *x, int B
     real *cache_v = state ? state->v + (size_t)layer * B * C * E : NULL;
 
     // xt = TimestepNorm(x), mx = RMSNorm(CEMA(xt))
-    timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, mean, m2, x, w->timenorm_weight, w->timenorm_bias,
-                          mean, m2, count, B, L, D, G, c->norm_eps);
+    timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, mean, m2, x, w->timenorm_weight, w->timenorm_bias, mean,
+                          m2, count, B, L, D, G, c->norm_eps);
     cema_forward(a->ema, a->h, h, a->xt, &m->coefs[layer], w->cema_omega, h, B, L, D, N);
     rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, c->norm_eps);
     // z = RMSNorm_per_head(mx Wz' + bz), and from it q and k
@@ -1087,8 +1086,8 @@ static void mega_forward(Model *m, int layer, State *state, const real *x, int B
     // v = silu(xt Wv' + bv)
     linear_forward(a->v_in, 0, a->xt, w->wv, w->wv_bias, R, D, E);
     silu_forward(s->v, a->v_in, (size_t)R * E);
-    attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->q_turned, s->k_turned, s->v, count, B, L, C, H,
-                      Z, E);
+    attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->q_turned, s->k_turned, s->v, count, B, L, C, H, Z,
+                      E);
     // y = (mx Wh1' + bh1) + (o * r) Wh2' + x, r = silu(mx Wr' + br)
     linear_forward(a->r_in, 0, a->mx, w->wr, w->wr_bias, R, D, E);
     gate_forward(s->gated, a->o, a->r_in, (size_t)R * E);
@@ -1116,8 +1115,8 @@ static void mega_backward(Model *m, int layer, real *dx, const real *dy, const r
     silu_forward(s->v, a->v_in, (size_t)R * E);
     rope_forward(s->q_turned, a->q, m->rope, NULL, B, L, Z, dz, C);
     rope_forward(s->k_turned, a->k, m->rope, NULL, B, L, Z, dz, C);
-    attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->o, a->lse, s->q_turned, s->k_turned,
-                       s->v, B, L, C, H, Z, E);
+    attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->o, a->lse, s->q_turned, s->k_turned, s->v,
+                       B, L, C, H, Z, E);
     rope_backward(s->dq, s->dq, m->rope, NULL, B, L, Z, dz, C);
     rope_backward(s->dk, s->dk, m->rope, NULL, B, L, Z, dz, C);
     rmsnorm_forward(s->zn, a->z_rstd, a->z, NULL, R * H, dz, c->norm_eps);
@@ -1126,8 +1125,8 @@ static void mega_backward(Model *m, int layer, real *dx, const real *dy, const r
     linear_backward(s->dmx, 1, dw->wz, dw->wz_bias, s->dz, a->mx, w->wz, R, D, Z);
 
     rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, R, D);
-    cema_backward(s->dxt, &s->dcoefs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coefs[layer], w->cema_omega,
-                  B, L, D, N);
+    cema_backward(s->dxt, &s->dcoefs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coefs[layer], w->cema_omega, B, L,
+                  D, N);
     cema_coefs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoefs, w->cema_alpha,
                         w->cema_delta, w->cema_theta, D, N);
     silu_backward(s->dv, s->dv, a->v_in, (size_t)R * E);
@@ -1282,10 +1281,20 @@ int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
     assert(m->mode != MEGALODON_INFER);
     if (layer >= 0) {
         LayerActs *a = &m->acts[layer];
-        struct { const real *src; int width, silu; } table[NUM_ACTIVATIONS] = {
-            {a->xt, c->model_dim, 0},    {a->ema, c->model_dim, 0}, {a->mx, c->model_dim, 0}, {a->q, c->z_dim, 0},
-            {a->k, c->z_dim, 0},         {a->v_in, c->value_dim, 1}, {a->r_in, c->value_dim, 1}, {a->o, c->value_dim, 0},
-            {a->y, c->model_dim, 0},     {a->u, c->model_dim, 0},   {m->x[layer + 1], c->model_dim, 0}};
+        struct {
+            const real *src;
+            int width, silu;
+        } table[NUM_ACTIVATIONS] = {{a->xt, c->model_dim, 0},
+                                    {a->ema, c->model_dim, 0},
+                                    {a->mx, c->model_dim, 0},
+                                    {a->q, c->z_dim, 0},
+                                    {a->k, c->z_dim, 0},
+                                    {a->v_in, c->value_dim, 1},
+                                    {a->r_in, c->value_dim, 1},
+                                    {a->o, c->value_dim, 0},
+                                    {a->y, c->model_dim, 0},
+                                    {a->u, c->model_dim, 0},
+                                    {m->x[layer + 1], c->model_dim, 0}};
         int i = 0;
         while (i < NUM_ACTIVATIONS && strcmp(name, megalodon_activations[i])) i++;
         if (i == NUM_ACTIVATIONS) return 0;

@@ -55,6 +55,7 @@ typedef struct {
     int64_t num_parameters; // what the parameter table below must add up to
 } Preset;
 
+// clang-format off
 // layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base
 static const Preset megalodon_presets[] = {
     {"mega200M", {12, 1024, 256, 2048, 1, 2560, 16, 2048, 32000, 32, 0, 0, 0, 0, 1, 1e-5, 1e4}, 220627968},
@@ -64,23 +65,24 @@ static const Preset megalodon_presets[] = {
     {"mega7.3B", {32, 4096, 1024, 8192, 4, 8192, 16, 2048, 32000, 64, 1, 0, 0, 0, 1, 1e-5, 1e4}, 7385817088},
     {"paper7B", {32, 4096, 1024, 8192, 4, 8192, 16, 4096, 32000, 64, 1, 0, 0, 0, 1, 1e-5, 1e5}, 7385817088},
     {"enwik8", {6, 384, 192, 384, 3, 1024, 8, 256, 256, 32, 1, 0, 0, 0, 1, 1e-5, 1e4}, 11359104},
-    {"demo", {4, 128, 64, 256, 1, 256, 8, 64, 256, 16, 1, 0, 0, 0, 1, 1e-5, 1e4}, 0},
+    {"demo", {4, 128, 64, 256, 1, 256, 8, 64, 256, 16, 1, 0, 0, 0, 1, 1e-5, 1e4}, 974336},
 };
+// clang-format on
 enum { NUM_PRESETS = sizeof megalodon_presets / sizeof megalodon_presets[0] };
 
 // ----------------------------------------------------------------------------
 // parameters: all of them in one block of memory, in checkpoint order, and pointers into it
 
-typedef struct { // of one layer; norm_affine off: no rmsnorm_weight, norm_weight, norm_bias (NULL)
-    real *gamma, *beta;                                                  // (2,Z) q's and k's affine
-    real *timenorm_weight, *timenorm_bias;                               // (D)
+typedef struct {        // of one layer; norm_affine off: no rmsnorm_weight, norm_weight, norm_bias (NULL)
+    real *gamma, *beta; // (2,Z) q's and k's affine
+    real *timenorm_weight, *timenorm_bias;                                // (D)
     real *cema_alpha, *cema_delta, *cema_theta, *cema_gamma, *cema_omega; // (D,N) (D,N) (D) (D,N,2) (D)
-    real *rmsnorm_weight;                                                // (D)
-    real *wv, *wv_bias, *wz, *wz_bias, *wr, *wr_bias, *wh1, *wh1_bias;   // (out,D) and (out)
-    real *wh2;                                                           // (D,E), no bias
-    real *alpha;                                                         // (D), rescale_nffn only
-    real *norm_weight, *norm_bias;                                       // (D)
-    real *fc1, *fc2, *fc3;                                               // (F,D) (D,F) (F,D), fc3 with swiglu only
+    real *rmsnorm_weight;                                                 // (D)
+    real *wv, *wv_bias, *wz, *wz_bias, *wr, *wr_bias, *wh1, *wh1_bias;    // (out,D) and (out)
+    real *wh2;                                                            // (D,E), no bias
+    real *alpha;                                                          // (D), rescale_nffn only
+    real *norm_weight, *norm_bias;                                        // (D)
+    real *fc1, *fc2, *fc3;                                                // (F,D) (D,F) (F,D), fc3 with swiglu only
 } LayerParams;
 
 typedef struct {
@@ -113,6 +115,7 @@ typedef struct {
     Condition condition;
 } ParamRow;
 
+// clang-format off
 #define IN_MODEL(f) 0, offsetof(Params, f)
 #define IN_LAYER(f) 1, offsetof(LayerParams, f)
 static const ParamRow megalodon_params[] = { // the parameter table, in checkpoint order
@@ -146,6 +149,7 @@ static const ParamRow megalodon_params[] = { // the parameter table, in checkpoi
     {"output.final_norm.bias", IN_MODEL(final_norm_bias), "D", INIT_ZERO, ALWAYS},
     {"output.output.weight", IN_MODEL(output), "VD", INIT_EMBED, IF_UNTIED},
 };
+// clang-format on
 enum { NUM_PARAM_ROWS = sizeof megalodon_params / sizeof megalodon_params[0] };
 
 typedef struct { // one tensor of a model: a row of the table in one layer
@@ -169,8 +173,7 @@ void megalodon_point(Params *params, real *memory, const Config *config, const T
 
 enum { STREAM_INIT = 0, STREAM_DATA = 1000, STREAM_SAMPLE = 1001 }; // STREAM_INIT + row of the parameter table
 
-void megalodon_philox(uint32_t out[4], uint64_t seed, uint32_t stream, uint32_t step, uint32_t layer,
-                      uint32_t element);
+void megalodon_philox(uint32_t out[4], uint64_t seed, uint32_t stream, uint32_t step, uint32_t layer, uint32_t element);
 
 // Fills one tensor of (tensor->size) with its initial values (ARCHITECTURE: see Init).
 void megalodon_init(real *values, const Tensor *tensor, const Config *config, uint64_t seed);
@@ -186,7 +189,9 @@ typedef enum {
     MEGALODON_RECOMPUTE, // as TRAIN, but only block inputs are kept: backward runs each block's forward again
 } Mode;
 
-typedef struct { size_t params, grads, moments, activations, scratch; } MemoryPlan; // bytes
+typedef struct {
+    size_t params, grads, moments, activations, scratch;
+} MemoryPlan; // bytes
 
 // What a model for up to B sequences of L tokens will allocate.
 MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L);
@@ -240,7 +245,9 @@ void megalodon_zero_grad(Model *model);
 double megalodon_grad_norm(Model *model); // one L2 norm over all gradients
 
 // One AdamW step: gradients times grad_scale first; update is 0 for the first one.
-typedef struct { double beta1, beta2, eps, weight_decay; } AdamW;
+typedef struct {
+    double beta1, beta2, eps, weight_decay;
+} AdamW;
 void megalodon_update(Model *model, const AdamW *adamw, double lr, double grad_scale, int64_t update);
 
 // Logits of rows first.. of the last forward's B*L positions, to dst (rows, V).
@@ -250,11 +257,11 @@ void megalodon_logits(Model *model, size_t first, size_t rows, real *dst);
 // layer, or layer = -1 for "final_norm" (B,L,D). dst NULL: nothing is done. Returns its width, 0 if unknown.
 int megalodon_activation(Model *model, int layer, const char *name, real *dst);
 static const char *const megalodon_activations[] = { // in data-flow order
-    "mega.timenorm", "mega.cema", "mega.rmsnorm", "mega.q", "mega.k", "mega.v",
-    "mega.r", "mega.attn", "mega.out", "nffn.norm", "nffn.out"};
+    "mega.timenorm", "mega.cema", "mega.rmsnorm", "mega.q",    "mega.k",  "mega.v",
+    "mega.r",        "mega.attn", "mega.out",     "nffn.norm", "nffn.out"};
 enum { NUM_ACTIVATIONS = sizeof megalodon_activations / sizeof megalodon_activations[0] };
 
-void megalodon_threads(int threads);  // how many the backend uses, where that is a choice
+void megalodon_threads(int threads); // how many the backend uses, where that is a choice
 const char *megalodon_backend(void); // one line: what runs this, e.g. "CPU, float32, 2 threads, BLAS"
 
 #endif

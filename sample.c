@@ -23,7 +23,8 @@ static Option options[] = {
     {OPT_TEXT, "prompt", &prompt, .arg = "TEXT", .help = "the text to go on from"},
     {OPT_TEXT, "prompt-file", &prompt_path, .arg = "FILE", .help = "the same from a file"},
     {OPT_INT, "num-tokens", &num_tokens, 0, INT32_MAX, .arg = "N", .help = "tokens to write"},
-    {OPT_REAL, "temperature", &temperature, 0, 100, .arg = "X", .help = "logits are divided by it; 0: always the likeliest token"},
+    {OPT_REAL, "temperature", &temperature, 0, 100, .arg = "X",
+     .help = "logits are divided by it; 0: always the likeliest token"},
     {OPT_INT, "top-k", &top_k, 0, INT32_MAX, .arg = "N", .help = "only the N likeliest tokens; 0: all"},
     {OPT_REAL, "top-p", &top_p, 0, 1, .arg = "X", .help = "only the likeliest tokens that make up this probability"},
     {OPT_INT64, "seed", &seed, 0, INT64_MAX, .arg = "N", .help = "of the random numbers: same seed, same text"},
@@ -56,7 +57,8 @@ static int32_t *get_prompt(const Config *c, size_t *count) {
     int32_t *tokens = allocate(*count, sizeof *tokens);
     for (size_t i = 0; i < *count; i++) {
         tokens[i] = bytes[i];
-        if (bytes[i] >= c->vocab_size) fatal("the prompt's byte %d is not among the model's %d tokens", bytes[i], c->vocab_size);
+        if (bytes[i] >= c->vocab_size)
+            fatal("the prompt's byte %d is not among the model's %d tokens", bytes[i], c->vocab_size);
     }
     return tokens;
 }
@@ -66,7 +68,8 @@ static void write_byte(int32_t token) {
 }
 
 static void generate(Model *model, const Config *c) {
-    if (c->vocab_size > 256) fatal("%s: its %d tokens are not bytes; only byte-level models can write text", model_path, c->vocab_size);
+    if (c->vocab_size > 256)
+        fatal("%s: its %d tokens are not bytes; only byte-level models can write text", model_path, c->vocab_size);
     State *state = state_new(c, 1);
     real *logits = allocate((size_t)c->vocab_size, sizeof *logits);
     size_t count;
@@ -81,8 +84,8 @@ static void generate(Model *model, const Config *c) {
     for (int i = 0; i < num_tokens; i++) {
         int64_t position;
         state_read(state, 0, sizeof position, &position); // state->count[0], wherever it lies
-        int32_t token = sample_token(logits, c->vocab_size, temperature, top_k, top_p,
-                                     sample_uniform((uint64_t)seed, position, 0));
+        int32_t token =
+            sample_token(logits, c->vocab_size, temperature, top_k, top_p, sample_uniform((uint64_t)seed, position, 0));
         write_byte(token);
         read_tokens(model, state, &token, 1, logits);
     }
@@ -110,7 +113,8 @@ static void score(Model *model, const Config *c) {
     for (size_t i = 0; i < n; i += PIECE) {
         int L = n - i < PIECE ? (int)(n - i) : PIECE;
         int64_t counted;
-        for (int t = 0; t < L; t++) tokens[t] = token_at(&file, i + (size_t)t), targets[t] = token_at(&file, i + (size_t)t + 1);
+        for (int t = 0; t < L; t++)
+            tokens[t] = token_at(&file, i + (size_t)t), targets[t] = token_at(&file, i + (size_t)t + 1);
         megalodon_forward(model, state, tokens, 1, L);
         megalodon_loss(model, targets, 0, &counted, losses);
         for (int t = 0; t < L; t++) {
@@ -127,23 +131,27 @@ static void score(Model *model, const Config *c) {
     }
     printf("%-25s %12zu %14.4f\n", "all", n, total / (double)n);
     if (!isfinite(total)) fatal("--score %s: the loss is not finite", score_path);
-    fprintf(stderr, "# %zu %ss in %.1f s, %.0f tokens/s\n", n, unit, seconds() - start, (double)n / (seconds() - start));
+    fprintf(stderr, "# %zu %ss in %.1f s, %.0f tokens/s\n", n, unit, seconds() - start,
+            (double)n / (seconds() - start));
     state_free(state);
     free(tokens), free(targets), free(losses);
 }
 
 int main(int argc, char **argv) {
+    wait_passively(argv);
     options_parse(options, argc, argv,
                   "Writes text with a trained model, or scores a file with it.\n"
                   "  ./sample --model out --prompt \"Once\" --num-tokens 500\n");
     if (!model_path) usage_error("--model is needed: a checkpoint file or a run's folder");
     if (prompt && prompt_path) usage_error("--prompt and --prompt-file exclude each other");
-    if (score_path && (prompt || prompt_path || state_in || state_out)) usage_error("--score reads its file only: no prompt, no state");
+    if (score_path && (prompt || prompt_path || state_in || state_out))
+        usage_error("--score reads its file only: no prompt, no state");
     if (threads) megalodon_threads(threads);
 
     StFile file;
     Config config = config_defaults();
-    if (!checkpoint_open(&file, &config, model_path)) fatal("%s: no configuration under the metadata key 'config'", model_path);
+    if (!checkpoint_open(&file, &config, model_path))
+        fatal("%s: no configuration under the metadata key 'config'", model_path);
     check_memory(&config, MEGALODON_INFER, 1, PIECE, 0);
     Model *model = megalodon_new(&config, MEGALODON_INFER, 1, PIECE);
     if (!model) fatal("out of memory for the model");

@@ -104,8 +104,7 @@ static Config configure(StFile *init) {
     char err[ST_ERR];
     const char *owner = s.resume ? s.resume : s.init;
     const bool named = s.preset != NULL || s.config_file != NULL;
-    Config asked =
-        s.config_file && !s.preset ? config_defaults() : *find_preset(s.preset ? s.preset : "demo");
+    Config asked = s.config_file && !s.preset ? config_defaults() : *find_preset(s.preset ? s.preset : "demo");
     if (s.config_file) config_from_file(&asked, s.config_file);
     Config config = asked;
     if (s.resume)
@@ -115,8 +114,7 @@ static Config configure(StFile *init) {
     if (s.init && owner == NULL && !named)
         fatal("--init %s: says no configuration; give it with --config or --preset", s.init);
     if (owner != NULL && named && !config_equal(&asked, &config))
-        usage_error("--%s contradicts the configuration in %s; leave it out", s.preset ? "preset" : "config",
-                    owner);
+        usage_error("--%s contradicts the configuration in %s; leave it out", s.preset ? "preset" : "config", owner);
     config_apply(&config, &s.config, options, owner);
     if (!config_check(&config, err)) usage_error("the model's configuration: %s", err);
     return config;
@@ -129,8 +127,7 @@ static Data open_data(int vocab_size) {
         read_batch(s.batch, vocab_size, &d.B, &d.L, &d.inputs, &d.targets);
         if ((option_given(options, &s.batch_size) && s.batch_size != d.B) ||
             (option_given(options, &s.seq_len) && s.seq_len != d.L))
-            usage_error("--batch-size or --seq-len contradicts --batch %s, which is %d x %d", s.batch, d.B,
-                        d.L);
+            usage_error("--batch-size or --seq-len contradicts --batch %s, which is %d x %d", s.batch, d.B, d.L);
         for (int i = 0; i < d.B * d.L; i++) d.counted += d.targets[i] >= 0;
         if (d.counted == 0) fatal("--batch %s: every target is -1", s.batch);
         d.counted *= s.grad_accum;
@@ -184,10 +181,10 @@ static void print_header(const Config *c, const Data *d, const MemoryPlan *p) {
     if (s.batch)
         printf("data        %s, %d x %d tokens\n", s.batch, d->B, d->L);
     else
-        printf("data        %s: %zu tokens to train on, %zu to validate\n",
-               d->train.path ? d->train.path : d->val.path, d->train.count, d->val.count);
-    printf("step        %d x %d x %d tokens, lr %g %s, seed %lld\n\n", s.grad_accum, d->B, d->L, s.lr,
-           s.schedule, (long long)s.seed);
+        printf("data        %s: %zu tokens to train on, %zu to validate\n", d->train.path ? d->train.path : d->val.path,
+               d->train.count, d->val.count);
+    printf("step        %d x %d x %d tokens, lr %g %s, seed %lld\n\n", s.grad_accum, d->B, d->L, s.lr, s.schedule,
+           (long long)s.seed);
 }
 
 // ----------------------------------------------------------------------------
@@ -209,8 +206,7 @@ static double accumulate(Model *model, Data *d, int64_t step) {
     int64_t counted;
     megalodon_zero_grad(model);
     for (int a = 0; a < s.grad_accum; a++) {
-        if (s.batch == NULL)
-            draw_rows(&d->train, (uint64_t)s.seed, step, a * d->B, d->B, d->L, d->inputs, d->targets);
+        if (s.batch == NULL) draw_rows(&d->train, (uint64_t)s.seed, step, a * d->B, d->B, d->L, d->inputs, d->targets);
         megalodon_forward(model, NULL, d->inputs, d->B, d->L);
         sum += megalodon_loss(model, d->targets, 1 / (double)d->counted, &counted, NULL);
         megalodon_backward(model);
@@ -231,8 +227,8 @@ static double validate(Model *model, const Data *d) {
         all += counted;
         windows += (size_t)rows;
     }
-    printf("val loss %.6f nats = %.6f bits per %s | %zu windows of %d\n", sum / (double)all,
-           sum / (double)all / log(2), d->val.width == 1 ? "byte" : "token", windows, d->L);
+    printf("val loss %.6f nats = %.6f bits per %s | %zu windows of %d\n", sum / (double)all, sum / (double)all / log(2),
+           d->val.width == 1 ? "byte" : "token", windows, d->L);
     if (!isfinite(sum)) fatal("the validation loss is %g: nothing was saved after the last checkpoint", sum);
     return sum / (double)all;
 }
@@ -274,8 +270,7 @@ static FILE *open_log(int64_t step) {
     while (old != NULL && fgets(line, sizeof line, old) != NULL) {
         if (strtoll(line, NULL, 10) <= step) fputs(line, file);
     }
-    if (old != NULL && (fclose(old) != 0 || rename(tmp, s.log) != 0))
-        fatal("--log %s: %s", s.log, strerror(errno));
+    if (old != NULL && (fclose(old) != 0 || rename(tmp, s.log) != 0)) fatal("--log %s: %s", s.log, strerror(errno));
     return file;
 }
 
@@ -285,20 +280,16 @@ static void on_signal(int number) { stopped = number; }
 int main(int argc, char **argv) {
     wait_passively(argv);
     s.config = *find_preset("demo");
-    options_parse(
-        options, argc, argv,
-        "usage: ./train [options]\n\nTrains a Megalodon language model. Without options: a small model of "
-        "bytes on dev/data/demo.txt.\nDefaults in parentheses.\n");
+    options_parse(options, argc, argv,
+                  "usage: ./train [options]\n\nTrains a Megalodon language model. Without options: a small model of "
+                  "bytes on dev/data/demo.txt.\nDefaults in parentheses.\n");
     if (s.resume && (s.init || s.overwrite)) usage_error("--resume does not go with --init or --overwrite");
-    if (s.resume && s.out && strcmp(s.out, s.resume) != 0)
-        usage_error("--out: --resume DIR saves to the same DIR");
+    if (s.resume && s.out && strcmp(s.out, s.resume) != 0) usage_error("--out: --resume DIR saves to the same DIR");
     StFile init = {0};
     const Config config = configure(&init);
-    if (strcmp(s.schedule, "constant") != 0 && strcmp(s.schedule, "linear") != 0 &&
-        strcmp(s.schedule, "cosine") != 0)
+    if (strcmp(s.schedule, "constant") != 0 && strcmp(s.schedule, "linear") != 0 && strcmp(s.schedule, "cosine") != 0)
         usage_error("--schedule %s: it is constant, linear or cosine", s.schedule);
-    if (s.batch && (s.eval || s.data || s.val_data))
-        usage_error("--batch does not go with --data, --val-data, --eval");
+    if (s.batch && (s.eval || s.data || s.val_data)) usage_error("--batch does not go with --data, --val-data, --eval");
     if (s.threads > 0) megalodon_threads(s.threads);
 
     // data, then memory, then the directory: everything that can be refused comes before the first step
@@ -322,8 +313,7 @@ int main(int argc, char **argv) {
     if (s.eval)
         validate(model, &data);
     else if (step >= end)
-        printf("step %lld of %lld: nothing left to do; --steps is the total\n", (long long)step,
-               (long long)end);
+        printf("step %lld of %lld: nothing left to do; --steps is the total\n", (long long)step, (long long)end);
     FILE *log_file = s.log && step < end ? open_log(step) : NULL;
     // a second signal ends the program at once
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESETHAND};
@@ -337,7 +327,8 @@ int main(int argc, char **argv) {
         const double loss = accumulate(model, &data, step), norm = megalodon_grad_norm(model);
         if (!isfinite(loss) || !isfinite(norm))
             fatal("step %lld: loss %g, gradient norm %g: nothing was saved after the last checkpoint. What "
-                  "helps: a smaller --lr, a longer --warmup, --grad-clip 1", (long long)step + 1, loss, norm);
+                  "helps: a smaller --lr, a longer --warmup, --grad-clip 1",
+                  (long long)step + 1, loss, norm);
         if (s.dump && step + 1 == end)
             write_dump(s.dump, model, &config, data.inputs, data.targets, data.B, data.L, loss);
         const double scale = s.grad_clip > 0 ? fmin(1, s.grad_clip / (norm + 1e-6)) : 1;
@@ -354,11 +345,9 @@ int main(int argc, char **argv) {
         if (!s.batch && s.val_every > 0 && !halt && (last || save || step % s.val_every == 0))
             val_loss = validate(model, &data);
         if (log_file != NULL) {
-            fprintf(log_file, "%lld,%.9g,%.9g,%.9g,%.9g,%.9g,", (long long)step, loss, norm, lr, time * 1e3,
-                    speed);
+            fprintf(log_file, "%lld,%.9g,%.9g,%.9g,%.9g,%.9g,", (long long)step, loss, norm, lr, time * 1e3, speed);
             if (!isnan(val_loss)) fprintf(log_file, "%.9g", val_loss);
-            if (fputc('\n', log_file) == EOF || fflush(log_file) != 0)
-                fatal("--log %s: %s", s.log, strerror(errno));
+            if (fputc('\n', log_file) == EOF || fflush(log_file) != 0) fatal("--log %s: %s", s.log, strerror(errno));
         }
         if (save) run_save(out, model, &config, s.seed, step, val_loss);
         if (!s.batch && !halt && (last || (s.sample_every > 0 && step % s.sample_every == 0)))
@@ -366,8 +355,8 @@ int main(int argc, char **argv) {
         fflush(stdout);
     }
     if (!s.eval)
-        printf("%s at step %lld after %.1f s, peak memory %.0f MiB%s%s\n", halt ? "stopped" : "done",
-               (long long)step, seconds() - begin, peak_memory(), out ? "; saved in " : "", out ? out : "");
+        printf("%s at step %lld after %.1f s, peak memory %.0f MiB%s%s\n", halt ? "stopped" : "done", (long long)step,
+               seconds() - begin, peak_memory(), out ? "; saved in " : "", out ? out : "");
     if (log_file != NULL) fclose(log_file);
     free(data.inputs), free(data.targets);
     megalodon_free(model);

@@ -83,8 +83,7 @@ static bool read_block(StFile *f, const StTensor *t, Model *m, Block block, size
 
 static const char *shape_text(const StTensor *t, char text[ST_DIMS * 24]) {
     int n = snprintf(text, 2, "(");
-    for (int i = 0; i < t->ndim; i++)
-        n += sprintf(text + n, "%s%lld", i > 0 ? ", " : "", (long long)t->shape[i]);
+    for (int i = 0; i < t->ndim; i++) n += sprintf(text + n, "%s%lld", i > 0 ? ", " : "", (long long)t->shape[i]);
     sprintf(text + n, ")");
     return text;
 }
@@ -150,8 +149,7 @@ bool save_model(const char *path, Model *m, const Config *c, char *err) {
         } else if (t->type == ST_I64) {
             ok = st_write(&w, &zero, sizeof zero, err);
         }
-        for (int64_t i = 0; (kind == ROPE_FREQS || kind == PRIOR) && t->type == ST_F32 && i < t->shape[0];
-             i++) {
+        for (int64_t i = 0; (kind == ROPE_FREQS || kind == PRIOR) && t->type == ST_F32 && i < t->shape[0]; i++) {
             const float value = kind == PRIOR ? 0 : (float)rope_frequency(c, i);
             ok = ok && st_write(&w, &value, sizeof value, err);
         }
@@ -169,14 +167,12 @@ static bool check_derived(StFile *f, const StTensor *t, Kind kind, const Config 
     for (int64_t done = 0; done < st_count(t); done += PIECE) {
         int64_t piece = st_count(t) - done < PIECE ? st_count(t) - done : PIECE;
         if (!st_read(f, t, done, piece, values, ST_F64, err)) return false;
-        if (kind == TIED && !st_read(f, st_find(f, "embed.weight"), done, piece, embed, ST_F64, err))
-            return false;
+        if (kind == TIED && !st_read(f, st_find(f, "embed.weight"), done, piece, embed, ST_F64, err)) return false;
         for (int64_t i = 0; i < piece; i++) {
             double wanted = kind == PRIOR ? 0 : kind == TIED ? embed[i] : rope_frequency(c, done + i);
             if (!(fabs(values[i] - wanted) <= tolerance * wanted))
-                return fail(err, "%.200s: tensor '%s' is %g at element %lld and should be %g%s", f->path,
-                            t->name, values[i], (long long)(done + i), wanted,
-                            kind == TIED ? " as embed.weight is" : "");
+                return fail(err, "%.200s: tensor '%s' is %g at element %lld and should be %g%s", f->path, t->name,
+                            values[i], (long long)(done + i), wanted, kind == TIED ? " as embed.weight is" : "");
         }
     }
     return true;
@@ -188,8 +184,7 @@ static bool refuse_extra(const StFile *f, const Layout *a, char *err) {
         int j = 0;
         while (j < a->n && strcmp(a->list[j].name, f->tensors[i].name) != 0) j++;
         if (j == a->n)
-            return fail(err, "%.200s: tensor '%s' is none that the configuration has", f->path,
-                        f->tensors[i].name);
+            return fail(err, "%.200s: tensor '%s' is none that the configuration has", f->path, f->tensors[i].name);
     }
     return true;
 }
@@ -206,8 +201,7 @@ bool load_model(StFile *f, Model *m, const Config *c, char *err) {
         if (t == NULL && (kind == PRIOR || kind == ROPE_FREQS)) continue;
         ok = check_shape(f, t, &a.list[i], err);
         if (ok)
-            ok = kind == PARAM ? read_block(f, t, m, PARAMS, param->offset, err)
-                               : check_derived(f, t, kind, c, err);
+            ok = kind == PARAM ? read_block(f, t, m, PARAMS, param->offset, err) : check_derived(f, t, kind, c, err);
         param += kind == PARAM;
     }
     if (ok && found < f->count) ok = refuse_extra(f, &a, err);
@@ -315,11 +309,10 @@ static Layout dump_layout(Model *m, const Config *c, int B, int L) {
     return a;
 }
 
-void write_dump(const char *path, Model *m, const Config *c, const int32_t *inputs, const int32_t *targets,
-                int B, int L, double loss) {
+void write_dump(const char *path, Model *m, const Config *c, const int32_t *inputs, const int32_t *targets, int B,
+                int L, double loss) {
     const size_t R = (size_t)B * (size_t)L, V = (size_t)c->vocab_size;
-    const size_t room =
-        R * (size_t)(c->model_dim + c->z_dim + c->value_dim) + V; // any activation, a row of logits
+    const size_t room = R * (size_t)(c->model_dim + c->z_dim + c->value_dim) + V; // any activation, a row of logits
     const real loss_value = (real)loss;
     char err[ST_ERR];
     StWriter w;
@@ -412,14 +405,16 @@ void load_state(const char *path, State *state, const Config *c, real *logits) {
         void *values = allocate(tensor_bytes(&a.list[i]), 1);
         if (!st_read(&f, t, 0, st_count(t), values, a.list[i].type, err)) fatal("--state-in %s", err);
         for (int64_t n = 0; n < st_count(t); n++) {
-            const double value = i == 0                         ? (double)((int64_t *)values)[n]
+            const double value = i == 0                     ? (double)((int64_t *)values)[n]
                                  : a.list[i].type == ST_F64 ? ((double *)values)[n]
                                                             : (double)((float *)values)[n];
             if (!isfinite(value) || ((i == 0 || i == 2) && value < 0))
                 fatal("--state-in %s: tensor '%s' is %g at element %lld", path, t->name, value, (long long)n);
         }
-        if (i < a.n - 1) state_write(state, state_offset(state, i), tensor_bytes(&a.list[i]), values);
-        else memcpy(logits, values, tensor_bytes(&a.list[i]));
+        if (i < a.n - 1)
+            state_write(state, state_offset(state, i), tensor_bytes(&a.list[i]), values);
+        else
+            memcpy(logits, values, tensor_bytes(&a.list[i]));
         free(values);
     }
     st_close(&f);

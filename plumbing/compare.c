@@ -7,24 +7,22 @@
 #include <unistd.h>  // defines: isatty
 #include "safetensors.h"
 
-static const char help[] =
-    "usage: ./compare A.safetensors B.safetensors [--tolerance X]\n"
-    "Compares B's tensors with A's of the same names, in data-flow order. One passes\n"
-    "if |A - B| / |A|, L2 norms, is at most 5e-6 (grad.*: 2e-5, train.*: 2e-6), or X;\n"
-    "integers must be equal. NaN fails, and act.*, grad.* or loss that B misses.\n"
-    "Exit status: 0 all passed, 1 some failed, 2 wrong usage or an unreadable file.\n";
+static const char help[] = "usage: ./compare A.safetensors B.safetensors [--tolerance X]\n"
+                           "Compares B's tensors with A's of the same names, in data-flow order. One passes\n"
+                           "if |A - B| / |A|, L2 norms, is at most 5e-6 (grad.*: 2e-5, train.*: 2e-6), or X;\n"
+                           "integers must be equal. NaN fails, and act.*, grad.* or loss that B misses.\n"
+                           "Exit status: 0 all passed, 1 some failed, 2 wrong usage or an unreadable file.\n";
 
 // The data flow. Names are matched by their beginning; "*" stands for "layers.i."; layers stay together.
 // Names under one entry, or under none, stay in the file's order.
 static const char *const input_order[] = {"tokens", "targets", NULL};
-static const char *const act_order[] = {
-    "*mega.timenorm", "*mega.cema", "*mega.rmsnorm", "*mega.q",   "*mega.k",    "*mega.v", "*mega.r",
-    "*mega.attn",     "*mega.out",  "*nffn.norm",    "*nffn.out", "final_norm", "logits",  NULL};
+static const char *const act_order[] = {"*mega.timenorm", "*mega.cema", "*mega.rmsnorm", "*mega.q",   "*mega.k",
+                                        "*mega.v",        "*mega.r",    "*mega.attn",    "*mega.out", "*nffn.norm",
+                                        "*nffn.out",      "final_norm", "logits",        NULL};
 static const char *const grad_order[] = {
-    "output.output.", "output.final_norm.", "*nffn.alpha", "*nffn.fc2.", "*nffn.fc3.",
-    "*nffn.fc1.",     "*nffn.norm.",        "*mega.wh2.",  "*mega.wh1.", "*mega.wr.",
-    "*mega.wv.",      "*mega.gamma",        "*mega.beta",  "*mega.wz.",  "*mega.rmsnorm.",
-    "*mega.cema.",    "*mega.timenorm.",    "embed.",      NULL};
+    "output.output.", "output.final_norm.", "*nffn.alpha",     "*nffn.fc2.", "*nffn.fc3.",  "*nffn.fc1.", "*nffn.norm.",
+    "*mega.wh2.",     "*mega.wh1.",         "*mega.wr.",       "*mega.wv.",  "*mega.gamma", "*mega.beta", "*mega.wz.",
+    "*mega.rmsnorm.", "*mega.cema.",        "*mega.timenorm.", "embed.",     NULL};
 static const char *const no_order[] = {NULL};
 
 typedef enum { INPUT, ACT, LOSS, TRAIN, GRAD, OTHER, KINDS } Kind;
@@ -69,8 +67,7 @@ static Row make_row(const StTensor *a, const StTensor *b) {
     sscanf(rest, "layers.%9d.%n", &layer, &used);
     for (; order[r.place] != NULL; r.place++) {
         const char *entry = order[r.place] + (used > 0);
-        if ((used > 0) == (order[r.place][0] == '*') && strncmp(entry, rest + used, strlen(entry)) == 0)
-            break;
+        if ((used > 0) == (order[r.place][0] == '*') && strncmp(entry, rest + used, strlen(entry)) == 0) break;
     }
     if (used > 0 && order[r.place] != NULL) r.layer = r.kind == GRAD ? 999999999 - layer : layer;
     return r;
@@ -205,8 +202,7 @@ static void print_summary(const Row *rows, int count, int failed) {
             if ((int)r->kind != k || r->note[0] != 0 || exact(r)) continue;
             if (worst == NULL || (!isnan(worst->relative) && !(r->relative <= worst->relative))) worst = r;
         }
-        if (worst != NULL)
-            printf("worst %-13s  %.1e at %s\n", kinds[k].title, worst->relative, worst->a->name);
+        if (worst != NULL) printf("worst %-13s  %.1e at %s\n", kinds[k].title, worst->relative, worst->a->name);
     }
     const char *color = failed > 0 || count == 0 ? red : green;
     printf("%s%d tensors compared, %d passed, %d failed%s\n", color, count, count - failed, failed, plain);

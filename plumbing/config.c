@@ -163,17 +163,15 @@ bool config_check(const Config *c, char *err) {
             return snprintf(err, ST_ERR, "%s %d is not in 1..%d", f->name, value, most), false;
     }
     if (c->z_dim % c->num_heads != 0 || c->value_dim % c->num_heads != 0)
-        snprintf(err, ST_ERR, "num_heads %d does not divide z_dim %d and value_dim %d", c->num_heads,
-                 c->z_dim, c->value_dim);
+        snprintf(err, ST_ERR, "num_heads %d does not divide z_dim %d and value_dim %d", c->num_heads, c->z_dim,
+                 c->value_dim);
     else if (c->z_dim / c->num_heads % 2 != 0)
-        snprintf(err, ST_ERR, "z_dim / num_heads = %d / %d is odd: rotation needs pairs", c->z_dim,
-                 c->num_heads);
+        snprintf(err, ST_ERR, "z_dim / num_heads = %d / %d is odd: rotation needs pairs", c->z_dim, c->num_heads);
     else if (c->model_dim % c->norm_num_groups != 0)
-        snprintf(err, ST_ERR, "norm_num_groups %d does not divide model_dim %d", c->norm_num_groups,
-                 c->model_dim);
+        snprintf(err, ST_ERR, "norm_num_groups %d does not divide model_dim %d", c->norm_num_groups, c->model_dim);
     else if (c->norm_num_groups == c->model_dim)
-        snprintf(err, ST_ERR, "norm_num_groups %d: a group needs at least 2 of the %d features",
-                 c->norm_num_groups, c->model_dim);
+        snprintf(err, ST_ERR, "norm_num_groups %d: a group needs at least 2 of the %d features", c->norm_num_groups,
+                 c->model_dim);
     else
         return true;
     return false;

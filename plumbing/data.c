@@ -22,8 +22,8 @@ static void read_header(Tokens *t) {
         fatal("%s: a .bin token file of version %d; only version %d is read", t->path, header[1], VERSION);
     size_t size = t->count;
     if (header[2] < 0 || size < HEADER || size - HEADER != 2 * (size_t)header[2])
-        fatal("%s: its header says %d tokens of 2 bytes, but %zu bytes follow it: truncated or damaged",
-              t->path, header[2], size < HEADER ? 0 : size - HEADER);
+        fatal("%s: its header says %d tokens of 2 bytes, but %zu bytes follow it: truncated or damaged", t->path,
+              header[2], size < HEADER ? 0 : size - HEADER);
     t->bytes += HEADER;
     t->width = 2;
     t->count = (size_t)header[2];
@@ -44,9 +44,8 @@ Tokens tokens_open(const char *path, int vocab_size) {
     if (t.width == 1 && vocab_size >= 256) return t;
     for (size_t i = 0; i < t.count; i++) {
         if (token_at(&t, i) >= vocab_size)
-            fatal(
-                "%s: token %zu is %d, but the vocabulary has %d: use --vocab-size %d or more, or other data",
-                path, i, token_at(&t, i), vocab_size, t.width == 1 ? 256 : token_at(&t, i) + 1);
+            fatal("%s: token %zu is %d, but the vocabulary has %d: use --vocab-size %d or more, or other data", path, i,
+                  token_at(&t, i), vocab_size, t.width == 1 ? 256 : token_at(&t, i) + 1);
     }
     return t;
 }
@@ -61,8 +60,8 @@ Tokens tokens_part(const Tokens *t, size_t first, size_t count) {
 
 void tokens_need(const Tokens *t, int seq_len, const char *purpose) {
     if (t->count > (size_t)seq_len) return;
-    fatal("%s: %zu tokens for %s, but --seq-len %d needs %d: use a smaller --seq-len or %s", t->path,
-          t->count, purpose, seq_len, seq_len + 1, t->first > 0 ? "--val-data FILE" : "a longer file");
+    fatal("%s: %zu tokens for %s, but --seq-len %d needs %d: use a smaller --seq-len or %s", t->path, t->count, purpose,
+          seq_len, seq_len + 1, t->first > 0 ? "--val-data FILE" : "a longer file");
 }
 
 static void copy_row(const Tokens *t, size_t start, int L, int32_t *inputs, int32_t *targets) {

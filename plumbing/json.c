@@ -31,9 +31,7 @@ static bool expect(Json *j, char c) {
     return true;
 }
 
-void json_begin(Json *j, const char *text, size_t size) {
-    *j = (Json){.start = text, .at = text, .end = text + size};
-}
+void json_begin(Json *j, const char *text, size_t size) { *j = (Json){.start = text, .at = text, .end = text + size}; }
 
 bool json_end(Json *j) {
     peek(j);
@@ -129,8 +127,7 @@ static const char *number_end(Json *j, bool integer) {
     const char *p = j->at + (*j->at == '-'), *start = p;
     bool ok = j->error[0] == 0 && digits(&p) && (*start != '0' || p == start + 1); // no leading zeros
     if (ok && *p == '.') ok = !integer && (p++, digits(&p));
-    if (ok && (*p == 'e' || *p == 'E'))
-        ok = !integer && (p += p[1] == '+' || p[1] == '-' ? 2 : 1, digits(&p));
+    if (ok && (*p == 'e' || *p == 'E')) ok = !integer && (p += p[1] == '+' || p[1] == '-' ? 2 : 1, digits(&p));
     if (!ok) json_fail(j, integer ? "expected an integer" : "expected a number");
     return ok ? p : NULL;
 }

@@ -33,13 +33,9 @@ static bool has_value(const Option *o) {
 static void print_help(const Option *options, const char *about) {
     printf("%s", about);
     for (const Option *o = options; o->kind != OPT_END; o++) {
-        const char *arg = o->kind == OPT_TEXT   ? o->arg
-                          : o->kind == OPT_REAL ? "X"
-                          : o->kind >= OPT_INT  ? "N"
-                                                : "";
-        int n = o->kind == OPT_HEADING
-                    ? printf("\n%s", o->help)
-                    : printf("  --%s%s %s", o->kind == OPT_BOOL ? "[no-]" : "", o->name, arg);
+        const char *arg = o->kind == OPT_TEXT ? o->arg : o->kind == OPT_REAL ? "X" : o->kind >= OPT_INT ? "N" : "";
+        int n = o->kind == OPT_HEADING ? printf("\n%s", o->help)
+                                       : printf("  --%s%s %s", o->kind == OPT_BOOL ? "[no-]" : "", o->name, arg);
         if (o->kind != OPT_HEADING) printf("%*s  %s", n < 26 ? 26 - n : 0, "", o->help);
         if (o->kind == OPT_BOOL) printf(*(int *)o->value ? " (on)" : " (off)");
         if (o->kind >= OPT_INT && has_value(o)) {
@@ -122,8 +118,7 @@ static bool set_value(const Option *o, const char *text) {
 
 void options_parse(Option *options, int argc, char **argv, const char *about) {
     bool kept = false;
-    for (Option *o = options; o->kind != OPT_END; o++)
-        kept = o->kept = o->kind == OPT_HEADING ? o->kept : kept;
+    for (Option *o = options; o->kind != OPT_END; o++) kept = o->kept = o->kind == OPT_HEADING ? o->kept : kept;
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) print_help(options, about);
     }
@@ -143,8 +138,7 @@ void options_parse(Option *options, int argc, char **argv, const char *about) {
         const char *value = equals != NULL ? equals + 1 : i + 1 < argc ? argv[++i] : NULL;
         if (value == NULL) usage_error("--%s needs a value", o->name);
         if (!set_value(o, value))
-            usage_error("--%s %s: not %s from %.10g to %.10g", o->name, value, kind_names[o->kind], o->min,
-                        o->max);
+            usage_error("--%s %s: not %s from %.10g to %.10g", o->name, value, kind_names[o->kind], o->min, o->max);
     }
 }
 
@@ -169,8 +163,7 @@ bool options_read(Option *options, char *text, char *err) {
     for (char *line = strtok(text, "\n"); line != NULL; line = strtok(NULL, "\n")) {
         size_t length = strcspn(line, " ");
         Option *o = find(options, line, length, &off);
-        bool ok =
-            o != NULL && o->kept && line[length] == ' ' && (o->given || set_value(o, line + length + 1));
+        bool ok = o != NULL && o->kept && line[length] == ' ' && (o->given || set_value(o, line + length + 1));
         if (!ok) return snprintf(err, ST_ERR, "'%.100s' is no option", line), false;
     }
     return true;

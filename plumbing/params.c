@@ -9,28 +9,39 @@
 
 static int dimension(const Config *c, char letter) {
     switch (letter) {
-    case 'V': return c->vocab_size;
-    case 'D': return c->model_dim;
-    case 'N': return c->cema_ndim;
-    case 'Z': return c->z_dim;
-    case 'E': return c->value_dim;
-    case 'F': return c->ffn_hidden_dim;
-    default: return letter - '0';
+    case 'V':
+        return c->vocab_size;
+    case 'D':
+        return c->model_dim;
+    case 'N':
+        return c->cema_ndim;
+    case 'Z':
+        return c->z_dim;
+    case 'E':
+        return c->value_dim;
+    case 'F':
+        return c->ffn_hidden_dim;
+    default:
+        return letter - '0';
     }
 }
 
 static int exists(const Config *c, Condition condition) {
     switch (condition) {
-    case IF_SWIGLU: return c->swiglu;
-    case IF_RESCALE: return c->rescale_nffn;
-    case IF_AFFINE: return c->norm_affine;
-    case IF_UNTIED: return !c->share_emb;
-    default: return 1;
+    case IF_SWIGLU:
+        return c->swiglu;
+    case IF_RESCALE:
+        return c->rescale_nffn;
+    case IF_AFFINE:
+        return c->norm_affine;
+    case IF_UNTIED:
+        return !c->share_emb;
+    default:
+        return 1;
     }
 }
 
-static void add_tensor(Tensor *list, int *count, size_t *size, const Config *c, const ParamRow *row,
-                       int layer) {
+static void add_tensor(Tensor *list, int *count, size_t *size, const Config *c, const ParamRow *row, int layer) {
     if (!exists(c, row->condition)) return;
     Tensor t = {.row = row, .layer = layer, .offset = *size, .size = 1};
     if (row->per_layer) {
@@ -112,7 +123,9 @@ static double normal(uint64_t seed, const Tensor *t, size_t element, double limi
 void megalodon_init(real *values, const Tensor *t, const Config *config, uint64_t seed) {
     size_t n = t->size, D = (size_t)config->model_dim;
     switch (t->row->init) {
-    case INIT_ZERO: memset(values, 0, n * sizeof *values); break;
+    case INIT_ZERO:
+        memset(values, 0, n * sizeof *values);
+        break;
     case INIT_LINEAR: {
         double deviation = 1 / sqrt(3.0 * t->shape[1]);
         for (size_t i = 0; i < n; i++) values[i] = (real)(deviation * normal(seed, t, i, INFINITY));

@@ -10,9 +10,8 @@
 // ----------------------------------------------------------------------------
 // system.c: errors, time, memory
 
-void fatal(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2))); // "error: ...", status 1
-void usage_error(const char *format, ...)
-    __attribute__((noreturn, format(printf, 1, 2))); // the same, status 2
+void fatal(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));       // "error: ...", status 1
+void usage_error(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2))); // the same, status 2
 void *allocate(size_t count, size_t size);    // zeroed; never NULL; overflow and lack of memory are fatal
 char *read_text(const char *path, char *err); // a file of at most 1 MiB, freed by the caller; NULL and err
 double seconds(void);                         // of a clock that never goes back
@@ -122,13 +121,13 @@ void checkpoint_load(StFile *file, Model *model, const Config *config);
 // The same without ending the program, for run.c.
 bool save_model(const char *path, Model *model, const Config *config, char *err);
 bool load_model(StFile *file, Model *model, const Config *config, char *err);
-bool save_optimizer(const char *path, Model *model, const Config *config, int64_t seed, int64_t step,
-                    double val_loss, char *err);
+bool save_optimizer(const char *path, Model *model, const Config *config, int64_t seed, int64_t step, double val_loss,
+                    char *err);
 bool load_optimizer(StFile *file, Model *model, const Config *config, int64_t seed, int64_t step, char *err);
 
 // Writes inputs, activations, logits, loss and gradients of the last forward and backward.
-void write_dump(const char *path, Model *model, const Config *config, const int32_t *inputs,
-                const int32_t *targets, int B, int L, double loss);
+void write_dump(const char *path, Model *model, const Config *config, const int32_t *inputs, const int32_t *targets,
+                int B, int L, double loss);
 
 // A state and the logits (V) after its last token, in one file; what does not fit the configuration is fatal.
 void save_state(const char *path, const State *state, const Config *config, const real *logits);
@@ -142,8 +141,7 @@ enum { PATH_SIZE = 4096 };
 // Makes and locks the directory. One with checkpoints is refused unless resume; overwrite deletes them.
 void run_claim(const char *dir, const Option *options, bool resume, bool overwrite);
 // Writes the checkpoint of `step` updates; val_loss NaN if unknown. Keeps the newest two and the best.
-void run_save(const char *dir, Model *model, const Config *config, int64_t seed, int64_t step,
-              double val_loss);
+void run_save(const char *dir, Model *model, const Config *config, int64_t seed, int64_t step, double val_loss);
 // Options and configuration, for setting up; then parameters and moments from the newest checkpoint that
 // loads: returns its step. Those that do not load are named on stderr.
 void run_open(const char *dir, Option *options, Config *config);

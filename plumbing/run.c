@@ -50,8 +50,8 @@ bool run_model(char path[PATH_SIZE], const char *dir, int i) {
 
 // Removes step-XXXXXXXX, or step-XXXXXXXX.tmp, with what we write there.
 static void remove_step(const char *dir, int64_t step, const char *suffix) {
-    static const char *const files[] = {"/model.safetensors", "/optimizer.safetensors",
-                                        "/model.safetensors.tmp", "/optimizer.safetensors.tmp", ""};
+    static const char *const files[] = {"/model.safetensors", "/optimizer.safetensors", "/model.safetensors.tmp",
+                                        "/optimizer.safetensors.tmp", ""};
     char path[PATH_SIZE], rest[64];
     for (int i = 0; i < 5; i++) {
         snprintf(rest, sizeof rest, "%s%s", suffix, files[i]);
@@ -70,12 +70,10 @@ void run_claim(const char *dir, const Option *options, bool resume, bool overwri
         if (mkdir(path, 0777) != 0 && errno != EEXIST) fatal("--out %s: %s: %s", dir, path, strerror(errno));
         *p = '/';
     }
-    int lock =
-        open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666); // stays open, and locked, until the program ends
+    int lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666); // stays open, and locked, until the program ends
     if (lock < 0) fatal("--out %s: %s", path, strerror(errno));
     if (flock(lock, LOCK_EX | LOCK_NB) != 0)
-        fatal("--out %s: %s", dir,
-              errno == EWOULDBLOCK ? "another run is writing there now" : strerror(errno));
+        fatal("--out %s: %s", dir, errno == EWOULDBLOCK ? "another run is writing there now" : strerror(errno));
     int count;
     int64_t *steps = list_steps(dir, ".tmp", &count); // what a run that was killed had not finished
     for (int i = 0; i < count; i++) remove_step(dir, steps[i], ".tmp");
@@ -120,8 +118,7 @@ static void prune(const char *dir) {
     free(steps);
 }
 
-void run_save(const char *dir, Model *model, const Config *config, int64_t seed, int64_t step,
-              double val_loss) {
+void run_save(const char *dir, Model *model, const Config *config, int64_t seed, int64_t step, double val_loss) {
     char tmp[PATH_SIZE], path[PATH_SIZE], err[ST_ERR];
     step_path(tmp, dir, step, ".tmp");
     remove_step(dir, step, ".tmp");

@@ -253,8 +253,7 @@ bool st_read(StFile *f, const StTensor *t, int64_t first, int64_t n, void *dst, 
         void *target = from == as ? (void *)to : raw;
         if (fread(target, size, piece, f->file) != piece) return fail(err, f->path, t, "cannot be read");
         for (size_t i = 0; from != as && i < piece; i++) {
-            if (!convert(to, i, as, raw + i * size, from))
-                return fail(err, f->path, t, "a value exceeds I32");
+            if (!convert(to, i, as, raw + i * size, from)) return fail(err, f->path, t, "a value exceeds I32");
         }
     }
     return true;
@@ -334,8 +333,7 @@ bool st_sync_folder(const char *path, char *err) {
     const char *slash = strrchr(path, '/');
     char *folder = slash == NULL ? strdup(".") : strndup(path, (size_t)(slash - path) + 1);
     int fd = folder == NULL ? -1 : open(folder, O_RDONLY);
-    bool ok =
-        fd >= 0 && (fsync(fd) == 0 || errno == EINVAL); // EINVAL: this file system does not sync folders
+    bool ok = fd >= 0 && (fsync(fd) == 0 || errno == EINVAL); // EINVAL: this file system does not sync folders
     if (!ok) fail(err, path, NULL, "cannot sync its folder: %s", strerror(errno));
     if (fd >= 0) close(fd);
     free(folder);

@@ -15,8 +15,7 @@ static int by_probability(const void *x, const void *y) {
 
 double sample_uniform(uint64_t seed, int64_t position, int row) {
     uint32_t r[4];
-    megalodon_philox(r, seed, STREAM_SAMPLE, (uint32_t)position, (uint32_t)((uint64_t)position >> 32),
-                     (uint32_t)row);
+    megalodon_philox(r, seed, STREAM_SAMPLE, (uint32_t)position, (uint32_t)((uint64_t)position >> 32), (uint32_t)row);
     return (double)((uint64_t)r[1] << 21 ^ r[0] >> 11) * 0x1p-53;
 }
 

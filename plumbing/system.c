@@ -73,15 +73,15 @@ MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t extra) 
     const double mib = 1048576, rows = (double)B * L;
     const double physical = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / mib;
     // The layers' outputs and one layer's widest tensors. If these are too much, the plan might overflow.
-    double need = rows *
-                  ((mode == MEGALODON_INFER ? 1 : c->num_layers) * (double)c->model_dim + c->value_dim +
-                   c->ffn_hidden_dim) *
-                  sizeof(real) / mib;
+    double need =
+        rows *
+        ((mode == MEGALODON_INFER ? 1 : c->num_layers) * (double)c->model_dim + c->value_dim + c->ffn_hidden_dim) *
+        sizeof(real) / mib;
     MemoryPlan p = {0};
     if (need <= physical && rows * c->num_heads <= INT32_MAX) {
         p = megalodon_memory(c, mode, B, L);
-        need = ((double)p.params + (double)p.grads + (double)p.moments + (double)p.activations +
-                (double)p.scratch + (double)extra) /
+        need = ((double)p.params + (double)p.grads + (double)p.moments + (double)p.activations + (double)p.scratch +
+                (double)extra) /
                mib;
     }
     if (p.params > 0 && need <= physical) return p;

@@ -26,8 +26,8 @@ static inline void check_true(const char *name, int ok) {
     check_count(ok);
 }
 
-// The comparing function: the relative L2 difference |a - b| / |b| must be at most tol. NaN and infinity fail,
-// since they compare false; so does a reference that is all zero, which would say nothing.
+// The comparing function: the relative L2 difference |a - b| / |b| must be at most tol. NaN and infinity
+// fail, since they compare false; so does a reference that is all zero, which would say nothing.
 static inline int within(double *relative, const double *a, const double *b, size_t n, double tol) {
     double difference = 0, norm = 0;
     for (size_t i = 0; i < n; i++) {
@@ -76,8 +76,8 @@ static inline void random_fill(real *x, size_t n, uint64_t seed, double scale, d
 
 typedef double Loss(void *context); // reads the values, wherever the context has them
 
-static inline void check_gradient(const char *name, Loss *loss, void *context, real *value, const real *grad,
-                                  size_t n, size_t elements, double tol) {
+static inline void check_gradient(const char *name, Loss *loss, void *context, real *value, const real *grad, size_t n,
+                                  size_t elements, double tol) {
     static const int point[4] = {1, -1, 2, -2}, factor[4] = {8, -8, -1, 1};
     const double h = 4e-4;
     size_t count = n < elements ? n : elements;

@@ -28,18 +28,15 @@ static void check_json(bool valid, const char *text, size_t size) {
     Json j;
     json_begin(&j, text, size);
     json_skip(&j);
-    check(json_end(&j) == valid, "JSON %s: %.40s%s%s", valid ? "read" : "refused", text, valid ? "" : "   ",
-          j.error);
+    check(json_end(&j) == valid, "JSON %s: %.40s%s%s", valid ? "read" : "refused", text, valid ? "" : "   ", j.error);
 }
 
 static void test_json(void) {
-    static const char *const good[] = {"{}", " [1, -0.5e+3, true, false, null, \"x\"] ",
-                                       "{\"a\": {\"b\": [[]]}}", "0"};
+    static const char *const good[] = {"{}", " [1, -0.5e+3, true, false, null, \"x\"] ", "{\"a\": {\"b\": [[]]}}", "0"};
     static const char *const bad[] = {
-        "",       "{",       "[1,]",      "{\"a\":1,}",  "[1 2]",      "{\"a\" 1}", "{a: 1}",
-        "01",     "1.",      ".5",        "+1",          "-",          "1e",        "0x10",
-        "1e999",  "NaN",     "nul",       "truefalse",   "[] []",      "/**/ 1",    "\"a",
-        "\"\t\"", "\"\\x\"", "\"\\u12\"", "\"\\u0000\"", "\"\\ud800\""};
+        "",      "{",      "[1,]", "{\"a\":1,}", "[1 2]",   "{\"a\" 1}", "{a: 1}",      "01",         "1.",
+        ".5",    "+1",     "-",    "1e",         "0x10",    "1e999",     "NaN",         "nul",        "truefalse",
+        "[] []", "/**/ 1", "\"a",  "\"\t\"",     "\"\\x\"", "\"\\u12\"", "\"\\u0000\"", "\"\\ud800\""};
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) check_json(true, good[i], strlen(good[i]));
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) check_json(false, bad[i], strlen(bad[i]));
     check_json(false, "1\0 2", 4); // a NUL inside
@@ -55,8 +52,7 @@ static void test_json(void) {
     check(json_string(&j, text, sizeof text) && json_end(&j) && strcmp(text, decoded) == 0,
           "JSON escapes become UTF-8");
     json_begin(&j, escapes, strlen(escapes));
-    check(!json_string(&j, text, 8) && strstr(j.error, "longer than 7 bytes"), "JSON string too long: %s",
-          j.error);
+    check(!json_string(&j, text, 8) && strstr(j.error, "longer than 7 bytes"), "JSON string too long: %s", j.error);
     int64_t value;
     json_begin(&j, "9223372036854775808", 19);
     check(!json_int(&j, &value), "JSON integer too large: %s", j.error);
@@ -83,16 +79,14 @@ static void test_round_trip(const char *label, StType type, StType as, const voi
     char back[64];
     bool ok = write_tensor(file_a, "x", type, 2, data, bytes) && st_open(&f, file_a, err) && f.count == 1;
     const StTensor *t = ok ? st_find(&f, "x") : NULL;
-    ok =
-        t != NULL && t->type == type && st_count(t) == 4 && f.data_start % 8 == 0 && st_find(&f, "y") == NULL;
+    ok = t != NULL && t->type == type && st_count(t) == 4 && f.data_start % 8 == 0 && st_find(&f, "y") == NULL;
     ok = ok && strcmp(f.config, "{\"a\": \"\\\\\n\"}") == 0 && st_read(&f, t, 1, 3, back, as, err);
     check(ok && memcmp(back, (const char *)expected + size, 3 * size) == 0, "round trip %s", label);
     st_close(&f);
 }
 
 static void test_round_trips(void) {
-    const double f64[4] = {0.5, -1.5, 1e300, 0x1p-1074}, small[4] = {0.5, -1.5, 3, -0.25},
-                 whole[4] = {0, -1, 5, 7};
+    const double f64[4] = {0.5, -1.5, 1e300, 0x1p-1074}, small[4] = {0.5, -1.5, 3, -0.25}, whole[4] = {0, -1, 5, 7};
     const float f32[4] = {0.5f, -1.5f, 3, -0.25f};
     const uint16_t bf16[4] = {0x3F00, 0xBFC0, 0x4040, 0xBE80};
     const int64_t i64[4] = {0, -1, 5, 7}, wide[4] = {0, INT64_MIN, INT64_MAX, 1};
@@ -115,10 +109,9 @@ static void test_round_trips(void) {
     bool ok = write_tensor(file_a, "x", ST_I64, 2, wide, sizeof wide) && st_open(&f, file_a, err);
     ok = ok && !st_read(&f, f.tensors, 0, 4, narrow, ST_I32, err) && strstr(err, "'x'") && strstr(err, "I32");
     check(ok, "I64 that does not fit I32: %s", err);
-    check(ok && !st_read(&f, f.tensors, 0, 4, real, ST_F32, err) && strstr(err, "is I64, not F32"),
-          "wrong type: %s", err);
-    check(ok && !st_read(&f, f.tensors, 2, 3, narrow, ST_I64, err) && strstr(err, "shorter"),
-          "past its end: %s", err);
+    check(ok && !st_read(&f, f.tensors, 0, 4, real, ST_F32, err) && strstr(err, "is I64, not F32"), "wrong type: %s",
+          err);
+    check(ok && !st_read(&f, f.tensors, 2, 3, narrow, ST_I64, err) && strstr(err, "shorter"), "past its end: %s", err);
     st_close(&f);
     ok = write_tensor(file_a, "n", ST_I64, 0, i64 + 2, 8) && st_open(&f, file_a, err);
     check(ok && f.tensors->ndim == 0 && st_count(f.tensors) == 1, "a scalar");
@@ -127,15 +120,13 @@ static void test_round_trips(void) {
     // a writer that fails leaves the old file, and nothing else
     char tmp[80];
     snprintf(tmp, sizeof tmp, "%s.tmp", file_a);
-    check(!write_tensor(file_a, "x", ST_I64, 2, wide, 24) && strstr(err, "incomplete"), "too little data: %s",
-          err);
-    check(!write_tensor(file_a, "x", ST_I64, 2, wide, 24 + 16) && strstr(err, "more data"),
-          "too much data: %s", err);
+    check(!write_tensor(file_a, "x", ST_I64, 2, wide, 24) && strstr(err, "incomplete"), "too little data: %s", err);
+    check(!write_tensor(file_a, "x", ST_I64, 2, wide, 24 + 16) && strstr(err, "more data"), "too much data: %s", err);
     ok = access(tmp, F_OK) != 0 && st_open(&f, file_a, err) && st_find(&f, "n") != NULL;
     check(ok, "the old file is still there, the temporary one is not");
     if (ok) st_close(&f);
-    check(!write_tensor("/nonexistent/x", "x", ST_I64, 0, i64, 8) && strstr(err, "/nonexistent/x"),
-          "no folder: %s", err);
+    check(!write_tensor("/nonexistent/x", "x", ST_I64, 0, i64, 8) && strstr(err, "/nonexistent/x"), "no folder: %s",
+          err);
 }
 
 // A file with this header and this many bytes of data must be refused, with the file's name and these words.
@@ -151,7 +142,7 @@ static void test_refusal(const char *header, uint64_t length, size_t data, const
     check(refused && strstr(err, file_b) && strstr(err, words), "refused: %s", refused ? err : header);
 }
 
-#define ENTRY(name, type, shape, begin, end)                                                                 \
+#define ENTRY(name, type, shape, begin, end)                                                                           \
     "\"" name "\":{\"dtype\":\"" type "\",\"shape\":[" shape "],\"data_offsets\":[" begin "," end "]}"
 
 static void test_refusals(void) {
@@ -168,14 +159,10 @@ static void test_refusals(void) {
         {"{" ENTRY("x", "F32", "1,1,1,1,1,1,1,1,1", "0", "4") "}", 4, "more than 8 sizes"},
         {"{" ENTRY("x", "F16", "4", "0", "8") "}", 8, "dtype F16 is none of"},
         {"{" ENTRY("x", "F32", "2", "8", "0") "}", 8, "data_offsets is not"},
-        {"{" ENTRY("x", "F32", "2", "0", "8") "," ENTRY("y", "F32", "2", "4", "12") "}", 12,
-         "'y': overlaps 'x'"},
-        {"{" ENTRY("x", "F32", "2", "0", "8") "," ENTRY("y", "F32", "2", "12", "20") "}", 20,
-         "'y': a gap before it"},
-        {"{" ENTRY("x", "F32", "2", "0", "8") "," ENTRY("x", "F32", "2", "8", "16") "}", 16,
-         "'x': occurs twice"},
-        {"{\"x\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8],\"more\":1}}", 8,
-         "unknown field 'more'"},
+        {"{" ENTRY("x", "F32", "2", "0", "8") "," ENTRY("y", "F32", "2", "4", "12") "}", 12, "'y': overlaps 'x'"},
+        {"{" ENTRY("x", "F32", "2", "0", "8") "," ENTRY("y", "F32", "2", "12", "20") "}", 20, "'y': a gap before it"},
+        {"{" ENTRY("x", "F32", "2", "0", "8") "," ENTRY("x", "F32", "2", "8", "16") "}", 16, "'x': occurs twice"},
+        {"{\"x\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8],\"more\":1}}", 8, "unknown field 'more'"},
         {"{\"x\":{\"dtype\":\"F32\",\"dtype\":\"F32\"}}", 8, "field 'dtype' twice"},
         {"{\"x\":{\"dtype\":\"F32\",\"shape\":[2]}}", 8, "field 'data_offsets' is missing"},
         {"{\"x\\u001b\":1}", 8, "control character in a name"},
@@ -204,14 +191,13 @@ static void test_refusals(void) {
 static void test_compare(const char *program, const char *options, const char *name_a, const float *a,
                          const char *name_b, const float *b, int status, const char *words) {
     char command[512], output[4096];
-    bool ok =
-        write_tensor(file_a, name_a, ST_F32, 2, a, 16) && write_tensor(file_b, name_b, ST_F32, 2, b, 16);
+    bool ok = write_tensor(file_a, name_a, ST_F32, 2, a, 16) && write_tensor(file_b, name_b, ST_F32, 2, b, 16);
     snprintf(command, sizeof command, "'%s' '%s' '%s' %s 2>&1", program, file_a, file_b, options);
     FILE *pipe = popen(command, "r");
     output[fread(output, 1, sizeof output - 1, pipe)] = 0;
     int got = WEXITSTATUS(pclose(pipe));
-    check(ok && got == status && strstr(output, words), "compare %s %s %s: status %d, '%s'", name_a, name_b,
-          options, got, words);
+    check(ok && got == status && strstr(output, words), "compare %s %s %s: status %d, '%s'", name_a, name_b, options,
+          got, words);
 }
 
 // The mark must stand under the tensor that comes first in data-flow order, whatever the order in the file.
@@ -235,8 +221,7 @@ static void test_order(const char *program) {
     FILE *pipe = popen(command, "r");
     bool marked = false;
     while (fgets(line, sizeof line, pipe) != NULL) {
-        if (strstr(line, "first over tolerance"))
-            marked = strstr(before, "grad.output.output.weight") != NULL;
+        if (strstr(line, "first over tolerance")) marked = strstr(before, "grad.output.output.weight") != NULL;
         if (strncmp(line, "grad.", 5) == 0) sscanf(line, "%39s", last);
         strcpy(before, line);
     }
@@ -246,10 +231,9 @@ static void test_order(const char *program) {
 }
 
 static void test_compares(const char *program) {
-    const float one[4] = {1, 2, 3, 4}, near[4] = {1, 2, 3, 4.00001f}, far[4] = {1, 2, 3, 4.001f},
-                none[4] = {0}, nan[4] = {1, NAN, 3, 4};
-    test_compare(program, "", "act.logits", one, "act.logits", near, 0,
-                 "1 tensors compared, 1 passed, 0 failed");
+    const float one[4] = {1, 2, 3, 4}, near[4] = {1, 2, 3, 4.00001f}, far[4] = {1, 2, 3, 4.001f}, none[4] = {0},
+                nan[4] = {1, NAN, 3, 4};
+    test_compare(program, "", "act.logits", one, "act.logits", near, 0, "1 tensors compared, 1 passed, 0 failed");
     test_compare(program, "", "act.logits", one, "act.logits", far, 1, "first over tolerance");
     test_compare(program, "", "act.logits", one, "act.logits", far, 1, "1,1");
     test_compare(program, "--tolerance 1e-3", "act.logits", one, "act.logits", far, 0, "1 passed");

@@ -8,14 +8,12 @@
 static void test_moments(void) {
     enum { PIECE = 4096, PIECES = 245, D = 8, G = 2, g = D / G };
     static real x[PIECE * D], y[PIECE * D], expected[PIECE * D], row_mean[PIECE * G], row_rstd[PIECE * G];
-    double mean[G] = {0}, m2[G] = {0}, sum[G] = {0}, squares[G] = {0}, seen[G],
-           n = (double)PIECE * PIECES * g;
+    double mean[G] = {0}, m2[G] = {0}, sum[G] = {0}, squares[G] = {0}, seen[G], n = (double)PIECE * PIECES * g;
     real weight[D] = {0}, bias[D] = {0};
     int64_t count = 0;
     for (int p = 0; p < PIECES; p++, count += PIECE) {
         random_fill(x, PIECE * D, (uint64_t)p, sqrt(3), 1000); // deviation 1
-        timestep_norm_forward(y, row_mean, row_rstd, mean, m2, x, weight, bias, mean, m2, &count, 1, PIECE, D,
-                              G, 1e-5);
+        timestep_norm_forward(y, row_mean, row_rstd, mean, m2, x, weight, bias, mean, m2, &count, 1, PIECE, D, G, 1e-5);
         for (int i = 0; i < PIECE * D; i++) sum[i % D / g] += x[i];
     }
     for (int j = 0; j < G; j++) sum[j] /= n;
@@ -23,8 +21,7 @@ static void test_moments(void) {
         random_fill(x, PIECE * D, (uint64_t)p, sqrt(3), 1000);
         for (int i = 0; i < PIECE * D; i++) squares[i % D / g] += pow(x[i] - sum[i % D / g], 2);
     }
-    for (int j = 0; j < G; j++)
-        seen[j] = mean[j] - 1000, sum[j] -= 1000; // what is left of them when centered
+    for (int j = 0; j < G; j++) seen[j] = mean[j] - 1000, sum[j] -= 1000; // what is left of them when centered
     check("mean of 1003520 tokens around 1000, less 1000", seen, sum, G, 1e-7);
     check("their squared deviations", m2, squares, G, 1e-10);
     for (int i = (PIECE - 1) * D; i < PIECE * D; i++) {
@@ -50,10 +47,8 @@ static void test_exp(void) {
     check_true("exp_real rises", rising);
     check_true("exp_real(0) = 1", exp_real(0) == 1);
     check_true("exp_real keeps NaN", isnan(exp_real(NAN)) && isnan(exp_real(-NAN)));
-    check_true("exp_real holds x above -86",
-               exp_real(-1e30f) == exp_real(-86) && exp_real(-INFINITY) == exp_real(-86));
-    check_true("exp_real holds x below 88",
-               exp_real(1e30f) == exp_real(88) && exp_real(INFINITY) == exp_real(88));
+    check_true("exp_real holds x above -86", exp_real(-1e30f) == exp_real(-86) && exp_real(-INFINITY) == exp_real(-86));
+    check_true("exp_real holds x below 88", exp_real(1e30f) == exp_real(88) && exp_real(INFINITY) == exp_real(88));
     check_true("exp_real(88) is finite", isfinite(exp_real(88)));
     check_true("sigmoid's ends",
                sigmoid(-1000) < 1e-37f && sigmoid(-1000) >= 0 && sigmoid(1000) == 1 && isnan(sigmoid(NAN)));

@@ -100,8 +100,7 @@ static void test_comparing(void) {
     check_true("comparing: equal passes", within(&relative, one, one, 3, 0));
     check_true("comparing: relative to the reference", within(&relative, near, one, 3, 1.001e-3));
     check_true("comparing: over tolerance fails", !within(&relative, near, one, 3, 0.999e-3));
-    check_true("comparing: NaN fails",
-               !within(&relative, nan, one, 3, 1) && !within(&relative, one, nan, 3, 1));
+    check_true("comparing: NaN fails", !within(&relative, nan, one, 3, 1) && !within(&relative, one, nan, 3, 1));
     check_true("comparing: NaN fails, even if in both", !within(&relative, nan, nan, 3, 1));
     check_true("comparing: infinity fails",
                !within(&relative, infinite, one, 3, 1) && !within(&relative, one, infinite, 3, 1));
@@ -138,8 +137,7 @@ static void test_gemm(void) {
             }
             gemm(ta, tb, M, N, K, A, lda, B, ldb, beta, C, ldc);
             char name[96];
-            snprintf(name, sizeof name, "gemm %dx%dx%d, A%s B%s, beta %g", M, N, K, ta ? "'" : "",
-                     tb ? "'" : "", beta);
+            snprintf(name, sizeof name, "gemm %dx%dx%d, A%s B%s, beta %g", M, N, K, ta ? "'" : "", tb ? "'" : "", beta);
             check(name, C, expected, (size_t)M * ldc, 1e-14);
             free(A), free(B), free(C), free(expected);
         }
@@ -160,13 +158,13 @@ static void test_embedding(void) {
 }
 
 static void timestep_norm_f(Case *c) {
-    timestep_norm_forward(c->out[0], c->kept[0], c->kept[1], c->out[1], c->out[2], c->in[0], c->in[1],
-                          c->in[2], c->in[3], c->in[4], c->count, c->B, c->L, c->D, c->G, EPS);
+    timestep_norm_forward(c->out[0], c->kept[0], c->kept[1], c->out[1], c->out[2], c->in[0], c->in[1], c->in[2],
+                          c->in[3], c->in[4], c->count, c->B, c->L, c->D, c->G, EPS);
 }
 static void timestep_norm_b(Case *c) {
     for (int i = 1; i < 3 && c->in[3]; i++) memcpy(c->din[i + 2], c->dout[i], c->out_size[i] * sizeof(real));
-    timestep_norm_backward(c->din[0], c->din[1], c->din[2], c->din[3], c->din[4], c->dout[0], c->in[0],
-                           c->in[1], c->kept[0], c->kept[1], c->in[3], c->count, c->B, c->L, c->D, c->G);
+    timestep_norm_backward(c->din[0], c->din[1], c->din[2], c->din[3], c->din[4], c->dout[0], c->in[0], c->in[1],
+                           c->kept[0], c->kept[1], c->in[3], c->count, c->B, c->L, c->D, c->G);
 }
 static void test_timestep_norm(void) {
     int64_t count[2] = {5, 1000};
@@ -193,16 +191,14 @@ static Coefs coefs_in(real *memory, int D, int N) { // five arrays one after the
 static void cema_f(Case *c) { // inp, alpha, delta, theta, gamma, omega, h
     Coefs coefs = coefs_in(c->kept[0], c->D, c->N);
     cema_coefs_forward(&coefs, c->in[1], c->in[2], c->in[3], c->in[4], c->D, c->N);
-    cema_forward(c->out[0], c->kept[2], c->out[1], c->in[0], &coefs, c->in[5], c->in[6], c->B, c->L, c->D,
-                 c->N);
+    cema_forward(c->out[0], c->kept[2], c->out[1], c->in[0], &coefs, c->in[5], c->in[6], c->B, c->L, c->D, c->N);
 }
 static void cema_b(Case *c) {
     Coefs coefs = coefs_in(c->kept[0], c->D, c->N), dcoefs = coefs_in(c->kept[1], c->D, c->N);
     if (c->in[6]) memcpy(c->din[6], c->dout[1], c->out_size[1] * sizeof(real));
-    cema_backward(c->din[0], &dcoefs, c->din[5], c->din[6], c->dout[0], c->in[0], c->kept[2], &coefs,
-                  c->in[5], c->B, c->L, c->D, c->N);
-    cema_coefs_backward(c->din[1], c->din[2], c->din[3], c->din[4], &dcoefs, c->in[1], c->in[2], c->in[3],
-                        c->D, c->N);
+    cema_backward(c->din[0], &dcoefs, c->din[5], c->din[6], c->dout[0], c->in[0], c->kept[2], &coefs, c->in[5], c->B,
+                  c->L, c->D, c->N);
+    cema_coefs_backward(c->din[1], c->din[2], c->din[3], c->din[4], &dcoefs, c->in[1], c->in[2], c->in[3], c->D, c->N);
 }
 static void cema_case(int L, int D, int N, int state) {
     Case c = {.forward = cema_f, .backward = cema_b, .B = 2, .L = L, .D = D, .N = N};
@@ -225,9 +221,7 @@ static void test_cema(void) {
     cema_case(2 * CEMA_BLOCK + 11, 3, 16, 1);
 }
 
-static void rmsnorm_f(Case *c) {
-    rmsnorm_forward(c->out[0], c->kept[0], c->in[0], c->in[1], c->R, c->D, EPS);
-}
+static void rmsnorm_f(Case *c) { rmsnorm_forward(c->out[0], c->kept[0], c->in[0], c->in[1], c->R, c->D, EPS); }
 static void rmsnorm_b(Case *c) {
     rmsnorm_backward(c->din[0], c->din[1], c->dout[0], c->in[0], c->in[1], c->kept[0], c->R, c->D);
 }
@@ -247,8 +241,7 @@ static void linear_f(Case *c) { // with add, what is in out counts too, and is a
     linear_forward(c->out[0], c->add, c->in[0], c->in[1], c->in[2], c->R, c->K, c->M);
 }
 static void linear_b(Case *c) {
-    linear_backward(c->din[0], c->add, c->din[1], c->din[2], c->dout[0], c->in[0], c->in[1], c->R, c->K,
-                    c->M);
+    linear_backward(c->din[0], c->add, c->din[1], c->din[2], c->dout[0], c->in[0], c->in[1], c->R, c->K, c->M);
     if (c->add) memcpy(c->din[3], c->dout[0], c->out_size[0] * sizeof(real));
 }
 static void test_linear(void) {
@@ -266,12 +259,9 @@ static void test_linear(void) {
     }
 }
 
-static void qk_f(Case *c) {
-    qk_forward(c->out[0], c->out[1], c->in[0], c->in[1], c->in[2], c->R, c->Z, c->Z / c->H);
-}
+static void qk_f(Case *c) { qk_forward(c->out[0], c->out[1], c->in[0], c->in[1], c->in[2], c->R, c->Z, c->Z / c->H); }
 static void qk_b(Case *c) {
-    qk_backward(c->din[0], c->din[1], c->din[2], c->dout[0], c->dout[1], c->in[0], c->in[1], c->R, c->Z,
-                c->Z / c->H);
+    qk_backward(c->din[0], c->din[1], c->din[2], c->dout[0], c->dout[1], c->in[0], c->in[1], c->R, c->Z, c->Z / c->H);
 }
 static void test_qk(void) {
     Case c = {.forward = qk_f, .backward = qk_b, .R = 5, .Z = COLUMNS + 2, .H = 3};
@@ -325,13 +315,12 @@ static void test_gates(void) {
 // One head in a chunk, of heads of 2 and 3 numbers beside one more each: rows are longer than a head.
 static void attend_f(Case *c) {
     memset(c->out[0], 0, c->out_size[0] * sizeof(real)); // the other column is not the head's to write
-    attend_forward(c->out[0], c->kept[0], c->kept[1], c->in[0], c->in[1], c->in[2], c->nq, c->nk, 2, 3, 3, 4,
-                   2);
+    attend_forward(c->out[0], c->kept[0], c->kept[1], c->in[0], c->in[1], c->in[2], c->nq, c->nk, 2, 3, 3, 4, 2);
 }
 static void attend_b(Case *c) {
     memset(c->din[0], 0, c->in_size[0] * sizeof(real));
-    attend_backward(c->din[0], c->din[1], c->din[2], c->kept[1], c->kept[2], c->dout[0], c->out[0],
-                    c->kept[0], c->in[0], c->in[1], c->in[2], c->nq, c->nk, 2, 3, 3, 4, 2);
+    attend_backward(c->din[0], c->din[1], c->din[2], c->kept[1], c->kept[2], c->dout[0], c->out[0], c->kept[0],
+                    c->in[0], c->in[1], c->in[2], c->nq, c->nk, 2, 3, 3, 4, 2);
 }
 static void attend_case(int nq, int nk) {
     Case c = {.forward = attend_f, .backward = attend_b, .nq = nq, .nk = nk};
@@ -347,22 +336,15 @@ static void attend_case(int nq, int nk) {
 }
 
 static void attention_f(Case *c) {
-    attention_forward(c->out[0], c->kept[0], NULL, NULL, c->kept[1], c->in[0], c->in[1], c->in[2], NULL, c->B,
-                      c->L, c->C, c->H, c->Z, c->E);
+    attention_forward(c->out[0], c->kept[0], NULL, NULL, c->kept[1], c->in[0], c->in[1], c->in[2], NULL, c->B, c->L,
+                      c->C, c->H, c->Z, c->E);
 }
 static void attention_b(Case *c) {
-    attention_backward(c->din[0], c->din[1], c->din[2], c->kept[1], c->kept[2], c->dout[0], c->out[0],
-                       c->kept[0], c->in[0], c->in[1], c->in[2], c->B, c->L, c->C, c->H, c->Z, c->E);
+    attention_backward(c->din[0], c->din[1], c->din[2], c->kept[1], c->kept[2], c->dout[0], c->out[0], c->kept[0],
+                       c->in[0], c->in[1], c->in[2], c->B, c->L, c->C, c->H, c->Z, c->E);
 }
 static void attention_case(int L, int C, int H) {
-    Case c = {.forward = attention_f,
-              .backward = attention_b,
-              .B = 2,
-              .L = L,
-              .C = C,
-              .H = H,
-              .Z = 2 * H,
-              .E = 3 * H};
+    Case c = {.forward = attention_f, .backward = attention_b, .B = 2, .L = L, .C = C, .H = H, .Z = 2 * H, .E = 3 * H};
     size_t R = 2 * (size_t)L;
     input(&c, "q", R * c.Z, SET, 2, 0), input(&c, "k", R * c.Z, SET, 2, 0);
     input(&c, "v", R * c.E, SET, 1, 0);
@@ -385,8 +367,8 @@ static void layernorm_f(Case *c) {
     layernorm_forward(c->out[0], c->kept[0], c->kept[1], c->in[0], c->in[1], c->in[2], c->R, c->D, EPS);
 }
 static void layernorm_b(Case *c) {
-    layernorm_backward(c->din[0], c->din[1], c->din[2], c->dout[0], c->in[0], c->in[1], c->kept[0],
-                       c->kept[1], c->R, c->D);
+    layernorm_backward(c->din[0], c->din[1], c->din[2], c->dout[0], c->in[0], c->in[1], c->kept[0], c->kept[1], c->R,
+                       c->D);
 }
 static void test_layernorm(void) {
     for (int affine = 0; affine < 2; affine++) {
@@ -425,19 +407,15 @@ static void output_loss_f(Case *c) {
 }
 static void output_loss_b(Case *c) {
     double losses[LOGIT_ROWS + 9];
-    output_loss(losses, c->din[0], c->din[1], c->kept[0], c->in[0], c->in[1], c->tokens, c->dout[0][0], c->R,
-                c->D, c->V);
+    output_loss(losses, c->din[0], c->din[1], c->kept[0], c->in[0], c->in[1], c->tokens, c->dout[0][0], c->R, c->D,
+                c->V);
 }
 static void test_output_loss(void) {
     static const int rows[3] = {1, 7, LOGIT_ROWS + 9};
     int32_t targets[LOGIT_ROWS + 9];
     for (int i = 0; i < 3; i++) {
-        Case c = {.forward = output_loss_f,
-                  .backward = output_loss_b,
-                  .tokens = targets,
-                  .R = rows[i],
-                  .D = 5,
-                  .V = 11};
+        Case c = {
+            .forward = output_loss_f, .backward = output_loss_b, .tokens = targets, .R = rows[i], .D = 5, .V = 11};
         for (int r = 0; r < c.R; r++) targets[r] = r % 3 == 1 ? -1 : (7 * r + 2) % c.V;
         input(&c, "x", (size_t)c.R * 5, SET, 2, 0);
         input(&c, "output", 11 * 5, ADDED, 1, 0);
@@ -467,8 +445,7 @@ static void test_cema_definition(int paper) {
             for (int j = 0; j <= t; j++) {
                 double k = 0;
                 for (int n = 0; n < N; n++) {
-                    double p = 1 / (1 + exp(-alpha[d * N + n])),
-                           phi = 2 * PI * (n + 1) / N / (1 + exp(-theta[d]));
+                    double p = 1 / (1 + exp(-alpha[d * N + n])), phi = 2 * PI * (n + 1) / N / (1 + exp(-theta[d]));
                     double decay = pow(1 - p / (1 + exp(-delta[d * N + n])), j), angle = phi * (j + paper);
                     double re = gamma[2 * (d * N + n)], im = gamma[2 * (d * N + n) + 1];
                     k += p * decay * (re * cos(angle) - im * sin(angle)) / sqrt(N);
@@ -490,8 +467,7 @@ static void test_cema_definition(int paper) {
 static void test_cema_real(void) {
     enum { L = 2 * CEMA_BLOCK, D = 2 };
     real *x = numbers(L * D, 1, 0), *memory = numbers((size_t)5 * strip_channels(D), 1, 0);
-    real alpha[D] = {0.3, -0.7}, delta[D] = {-1, 0.5}, theta[D] = {-800, -800},
-         gamma[2 * D] = {1.5, 0, -0.5, 0};
+    real alpha[D] = {0.3, -0.7}, delta[D] = {-1, 0.5}, theta[D] = {-800, -800}, gamma[2 * D] = {1.5, 0, -0.5, 0};
     real omega[D] = {0}, y[L * D], expected[L * D], average[D] = {0};
     for (int t = 0; t < L; t++) {
         for (int d = 0; d < D; d++) {
@@ -570,8 +546,7 @@ static void test_attention_definition(void) {
                 for (int j = 0; j < dz; j += 2) {
                     const real *a = q + t * Z + h * dz + j, *b = k + s * Z + h * dz + j;
                     double angle = (t - s) * pow(10, -(double)j / dz);
-                    score +=
-                        (a[0] * b[0] + a[1] * b[1]) * cos(angle) + (a[0] * b[1] - a[1] * b[0]) * sin(angle);
+                    score += (a[0] * b[0] + a[1] * b[1]) * cos(angle) + (a[0] * b[1] - a[1] * b[0]) * sin(angle);
                 }
                 e[s - first] = exp(score);
                 sum += e[s - first];

@@ -23,15 +23,9 @@ static const Case cases[] = {
     {"L below C, N 1", {2, 8, 4, 6, 1, 10, 1, 16, 11, 2, 0, 0, 0, 0, 1, 1e-5, 1e4}, 2, 7},
     {"L = C, 3 heads, N 16, swiglu", {2, 12, 12, 9, 3, 7, 16, 8, 11, 3, 1, 0, 0, 0, 1, 1e-5, 100}, 2, 8},
     {"L = 2 C, rescale, scaled, tied", {2, 10, 6, 5, 1, 9, 4, 8, 13, 5, 0, 1, 1, 1, 1, 1e-3, 1e4}, 2, 16},
-    {"L ragged, 3 heads, swiglu, rescale, no affine",
-     {2, 12, 6, 6, 3, 8, 2, 8, 7, 6, 1, 1, 0, 0, 0, 1e-2, 50},
-     2,
-     19},
+    {"L ragged, 3 heads, swiglu, rescale, no affine", {2, 12, 6, 6, 3, 8, 2, 8, 7, 6, 1, 1, 0, 0, 0, 1e-2, 50}, 2, 19},
     {"C odd, one group, tied, no affine", {3, 8, 8, 8, 2, 12, 3, 5, 9, 1, 0, 0, 0, 1, 0, 1e-5, 1e4}, 3, 13},
-    {"L above a block of CEMA, N 16, scaled",
-     {1, 19, 4, 7, 1, 6, 16, 32, 17, 1, 1, 0, 1, 0, 1, 1e-5, 1e4},
-     1,
-     75},
+    {"L above a block of CEMA, N 16, scaled", {1, 19, 4, 7, 1, 6, 16, 32, 17, 1, 1, 0, 1, 0, 1, 1e-5, 1e4}, 1, 75},
 };
 enum { NUM_CASES = sizeof cases / sizeof *cases };
 
@@ -54,14 +48,12 @@ static Setup setup(const Case *c, Mode mode) {
     for (int i = 0; i < s.num_tensors; i++) {
         const Tensor *t = &s.tensors[i];
         megalodon_init(s.params + t->offset, t, &c->config, 1);
-        for (size_t k = t->offset; k < t->offset + t->size; k++)
-            s.params[k] += (real)(0.3 * random_real(2, k));
+        for (size_t k = t->offset; k < t->offset + t->size; k++) s.params[k] += (real)(0.3 * random_real(2, k));
     }
     megalodon_write(s.model, PARAMS, 0, s.size, s.params);
     for (int i = 0; i < c->B * c->L; i++) {
         s.tokens[i] = (int32_t)((random_real(3, (size_t)i) + 1) / 2 * c->config.vocab_size);
-        s.targets[i] =
-            i % 5 == 3 ? -1 : (int32_t)((random_real(4, (size_t)i) + 1) / 2 * c->config.vocab_size);
+        s.targets[i] = i % 5 == 3 ? -1 : (int32_t)((random_real(4, (size_t)i) + 1) / 2 * c->config.vocab_size);
     }
     return s;
 }
@@ -131,9 +123,8 @@ static void test_modes(const Case *c) {
         }
     }
     check_true(named(c->name, "same activations with recompute"), same);
-    check_true(named(c->name, "unknown activations"),
-               megalodon_activation(a.model, 0, "nffn.in", NULL) == 0 &&
-                   megalodon_activation(a.model, -1, "nffn.out", NULL) == 0);
+    check_true(named(c->name, "unknown activations"), megalodon_activation(a.model, 0, "nffn.in", NULL) == 0 &&
+                                                          megalodon_activation(a.model, -1, "nffn.out", NULL) == 0);
 
     memcpy(kept, a.grads, a.size * sizeof *kept);
     train(&a, a.tokens, a.targets, c->B, 0.5);
@@ -187,8 +178,7 @@ static void read_pieces(Setup *s, State *state, int n, real *logits) {
     int32_t piece[MAX_TOKENS];
     for (int t = 0, size = n ? n : 1; t < L; t += size, size += n == 0) {
         size = size < L - t ? size : L - t;
-        for (int b = 0; b < B; b++)
-            memcpy(piece + b * size, s->tokens + b * L + t, (size_t)size * sizeof *piece);
+        for (int b = 0; b < B; b++) memcpy(piece + b * size, s->tokens + b * L + t, (size_t)size * sizeof *piece);
         megalodon_forward(s->model, state, piece, B, size);
         for (int b = 0; b < B; b++) {
             megalodon_logits(s->model, (size_t)b * size, (size_t)size, logits + ((size_t)b * L + t) * V);
@@ -296,8 +286,7 @@ static const Case large = {"large", {2, 40, 24, 56, 2, 72, 4, 32, 3000, 4, 1, 1,
 static void test_optimizer(void) {
     Setup s = setup(&large, MEGALODON_TRAIN);
     AdamW o = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-3, .weight_decay = 0.1};
-    double *p = malloc(s.size * sizeof *p), *m = calloc(s.size, sizeof *m), *v = calloc(s.size, sizeof *v),
-           squares = 0;
+    double *p = malloc(s.size * sizeof *p), *m = calloc(s.size, sizeof *m), *v = calloc(s.size, sizeof *v), squares = 0;
     for (size_t i = 0; i < s.size; i++) p[i] = s.params[i];
     for (int k = 0; k < 3; k++) {
         double lr = 0.01 * (k + 1);
@@ -308,8 +297,7 @@ static void test_optimizer(void) {
             double g = 0.7 * s.grads[i];
             m[i] = 0.9 * m[i] + (1 - 0.9) * g;
             v[i] = 0.95 * v[i] + (1 - 0.95) * g * g;
-            p[i] -= lr * 0.1 * p[i] +
-                    lr * m[i] / (1 - pow(0.9, k + 1)) / (sqrt(v[i] / (1 - pow(0.95, k + 1))) + 1e-3);
+            p[i] -= lr * 0.1 * p[i] + lr * m[i] / (1 - pow(0.9, k + 1)) / (sqrt(v[i] / (1 - pow(0.95, k + 1))) + 1e-3);
         }
     }
     for (size_t i = 0; i < s.size; i++) squares += (double)s.grads[i] * s.grads[i];
@@ -319,9 +307,8 @@ static void test_optimizer(void) {
         const char *name;
         Block block;
         const double *expected;
-    } blocks[] = {{"AdamW, three steps: parameters", PARAMS, p},
-                  {"first moments", MOMENT1, m},
-                  {"second moments", MOMENT2, v}};
+    } blocks[] = {
+        {"AdamW, three steps: parameters", PARAMS, p}, {"first moments", MOMENT1, m}, {"second moments", MOMENT2, v}};
     for (int i = 0; i < 3; i++) {
         double *wide = malloc(s.size * sizeof *wide);
         megalodon_read(s.model, blocks[i].block, 0, s.size, s.params);
@@ -343,8 +330,7 @@ static void test_fresh(void) {
     megalodon_read(a.model, PARAMS, 0, a.size, a.params);
     megalodon_write(b.model, PARAMS, 0, a.size, a.params);
     Model *fresh = a.model;
-    double after_update = train(&a, a.tokens, a.targets, 2, 1),
-           after_write = train(&b, a.tokens, a.targets, 2, 1);
+    double after_update = train(&a, a.tokens, a.targets, 2, 1), after_write = train(&b, a.tokens, a.targets, 2, 1);
     a.model = megalodon_new(&cases[1].config, MEGALODON_TRAIN, 2, cases[1].L);
     megalodon_write(a.model, PARAMS, 0, a.size, a.params);
     double expected = train(&a, a.tokens, a.targets, 2, 1);

@@ -55,8 +55,7 @@ static void test_names(void) {
         const Tensor *t = &tensors[i];
         char text[128];
         int n = snprintf(text, sizeof text, "%s (%d", t->name, t->shape[0]);
-        for (int d = 1; d < t->ndim; d++)
-            n += snprintf(text + n, sizeof text - (size_t)n, ",%d", t->shape[d]);
+        for (int d = 1; d < t->ndim; d++) n += snprintf(text + n, sizeof text - (size_t)n, ",%d", t->shape[d]);
         snprintf(text + n, sizeof text - (size_t)n, ")");
         if (strcmp(text, expected[i]) == 0)
             same++;
@@ -68,8 +67,7 @@ static void test_names(void) {
     c.swiglu = c.rescale_nffn = c.norm_affine = 0;
     c.share_emb = 1;
     tensors = megalodon_tensors(&c, &count, NULL);
-    check_true("fc3, alpha, output.output and three norm tensors are left out when off",
-               count == EXPECTED - 6);
+    check_true("fc3, alpha, output.output and three norm tensors are left out when off", count == EXPECTED - 6);
     free(tensors);
 }
 
@@ -78,8 +76,8 @@ static void test_philox(void) {
     static const uint32_t answers[][10] = {
         {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
         {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
-        {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09, 0x94fdcceb,
-         0x5001e420, 0x24126ea1}};
+        {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09, 0x94fdcceb, 0x5001e420,
+         0x24126ea1}};
     for (int i = 0; i < 3; i++) {
         const uint32_t *a = answers[i];
         uint32_t out[4];
@@ -119,8 +117,7 @@ static void test_init(void) {
                    allowed = 4 / sqrt((double)t->size); // four deviations of the estimates
             if (strcmp(t->name, rows[r].name) != 0) continue;
             check_true(t->name, fabs(mean) <= s * allowed && fabs(sqrt(square) - s) <= s * allowed &&
-                                    most <= rows[r].limit * (1 + 1e-6) &&
-                                    memcmp(x, again, t->size * sizeof *x) == 0);
+                                    most <= rows[r].limit * (1 + 1e-6) && memcmp(x, again, t->size * sizeof *x) == 0);
         }
         if (strcmp(t->name, "layers.1.mega.cema.theta") == 0) { // every f = D^(-i/D) once
             int found = 0, D = c->model_dim;

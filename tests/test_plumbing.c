@@ -28,24 +28,21 @@ static void test_config(void) {
         Config c = config_defaults();
         char *json = config_to_json(&megalodon_presets[i].config);
         bool ok = config_from_json(&c, json, err) && config_check(&c, err);
-        check_true("a preset's configuration, to JSON and back",
-                   ok && config_equal(&c, &megalodon_presets[i].config));
+        check_true("a preset's configuration, to JSON and back", ok && config_equal(&c, &megalodon_presets[i].config));
         free(json);
     }
     Config c = config_defaults();
-    bool ok =
-        config_from_json(&c,
-                         "{\"vocab_size\": 300, \"output_size\": 300, \"rope_base\": null, \"dropout\": 0, "
-                         "\"init_mode\": \"he\", \"efficient_attn\": \"x\", \"layerwise_ckpt\": true}",
-                         err);
+    bool ok = config_from_json(&c,
+                               "{\"vocab_size\": 300, \"output_size\": 300, \"rope_base\": null, \"dropout\": 0, "
+                               "\"init_mode\": \"he\", \"efficient_attn\": \"x\", \"layerwise_ckpt\": true}",
+                               err);
     check_true("defaults, and fields that change nothing",
                ok && config_check(&c, err) && c.num_layers == 8 && c.rope_base == 1e4 && c.vocab_size == 300);
     refuse_config("{}", "vocab_size");
     refuse_config("{\"vocab_size\": 9, \"layers\": 3}", "'layers'");
     refuse_config("{\"vocab_size\": 9, \"vocab_size\": 9}", "'vocab_size' twice");
     refuse_config("{\"vocab_size\": 9, \"dropout\": 0.1}", "dropout 0.1 is not supported");
-    refuse_config("{\"vocab_size\": 9, \"attention_dropout\": 0.1}",
-                  "attention_dropout 0.1 is not supported");
+    refuse_config("{\"vocab_size\": 9, \"attention_dropout\": 0.1}", "attention_dropout 0.1 is not supported");
     refuse_config("{\"vocab_size\": 9, \"init_mode\": \"bert\"}", "init_mode \"bert\" is not supported");
     refuse_config("{\"vocab_size\": 9, \"output_size\": 8}", "output_size 8 is not supported");
     refuse_config("{\"vocab_size\": 9, \"num_heads\": 3}", "num_heads 3");
@@ -67,8 +64,7 @@ static void test_data(void) {
     unsigned char bytes[N];
     int32_t inputs[B * L], targets[B * L], other[B * L], unused[B * L];
     int seen[N] = {0}, first = 1, last = 0, successors = 1, windows;
-    for (int i = 0; i < N; i++)
-        bytes[i] = (unsigned char)(i / 4); // a token and its place: t = 4 * token + ...
+    for (int i = 0; i < N; i++) bytes[i] = (unsigned char)(i / 4); // a token and its place: t = 4 * token + ...
     write_file(bytes, N);
     Tokens t = tokens_open(path, 256), tail = tokens_part(&t, 900, 100);
     for (int step = 0; step < STEPS; step++) {
@@ -92,8 +88,7 @@ static void test_data(void) {
     windows = read_windows(&tail, 0, B, L, inputs, targets);
     check_true("windows: first one", windows == B && inputs[0] == 225 && inputs[L] == bytes[910]);
     windows = read_windows(&tail, 8, B, L, inputs, targets);
-    check_true("windows: only one that has a token behind it is left",
-               windows == 1 && targets[L - 1] == bytes[990]);
+    check_true("windows: only one that has a token behind it is left", windows == 1 && targets[L - 1] == bytes[990]);
     unlink(path);
 }
 
@@ -120,8 +115,8 @@ static void test_sampler(void) {
     check_true("sampler: temperature 0 and top-k 1 give the largest", greedy && k1);
     check_true("sampler: top-k 2", k2[2] + k2[3] == DRAWS && k2[3] > 0);
     check_true("sampler: top-p 0.9", p9[2] + p9[3] + p9[1] == DRAWS && p9[1] > 0);
-    check_true("sampler: the ends of [0,1)", sample_token(logits, 5, 1, 0, 1, 0) == 0 &&
-                                                 sample_token(logits, 5, 1, 0, 1, 1 - 0x1p-53) == 4);
+    check_true("sampler: the ends of [0,1)",
+               sample_token(logits, 5, 1, 0, 1, 0) == 0 && sample_token(logits, 5, 1, 0, 1, 1 - 0x1p-53) == 4);
 }
 
 // ----------------------------------------------------------------------------
@@ -138,8 +133,7 @@ static bool load(Model *model, const Config *c) {
 }
 
 // The good file with one number of a tensor replaced must be refused with the tensor's name.
-static void refuse_value(Model *model, const char *good, size_t size, const char *name, const void *value,
-                         size_t n) {
+static void refuse_value(Model *model, const char *good, size_t size, const char *name, const void *value, size_t n) {
     char *bad = malloc(size), line[128];
     StFile f;
     write_file(good, size);
@@ -173,8 +167,7 @@ static void test_checkpoint(void) {
     const int64_t count = 1;
     size_t n, size;
     Tensor *tensors = megalodon_tensors(&config, NULL, &n);
-    Model *a = megalodon_new(&config, MEGALODON_INFER, 1, 1),
-          *b = megalodon_new(&config, MEGALODON_INFER, 1, 1);
+    Model *a = megalodon_new(&config, MEGALODON_INFER, 1, 1), *b = megalodon_new(&config, MEGALODON_INFER, 1, 1);
     real *values = malloc(n * sizeof *values), *loaded = malloc(n * sizeof *loaded);
     random_fill(values, n, 1, 1, 0);
     megalodon_write(a, PARAMS, 0, n, values);
@@ -196,14 +189,12 @@ static void test_checkpoint(void) {
     refuse_header(b, good, size, "layers.1.mega.wr.bias", "layers.1.mega.wr.biaz",
                   "'layers.1.mega.wr.bias' is missing");
     refuse_header(b, good, size, "rope.freqs", "rope.fraqs", "'rope.fraqs' is none");
-    refuse_header(b, good, size, "\"shape\":[8,6]", "\"shape\":[6,8]",
-                  "'layers.0.mega.wh2.weight' has shape (6, 8)");
+    refuse_header(b, good, size, "\"shape\":[8,6]", "\"shape\":[6,8]", "'layers.0.mega.wh2.weight' has shape (6, 8)");
     write_file(good, size - 1);
     check_true("refused: truncated checkpoint", !load(b, &config) && strstr(err, "truncated") != NULL);
     good[size] = 0;
     write_file(good, size + 1);
-    check_true("refused: over-long checkpoint",
-               !load(b, &config) && strstr(err, "after the last tensor") != NULL);
+    check_true("refused: over-long checkpoint", !load(b, &config) && strstr(err, "after the last tensor") != NULL);
     Config other = config;
     other.rope_base = 1e5;
     write_file(good, size);

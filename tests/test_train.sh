@@ -83,8 +83,13 @@ check "  keeps on" [ -d d/step-00000015 ]
 
 interrupt() { # SIGNAL DIR: sends it to a run after a few steps; leaves its status
     rm -f i.csv
+    tries=0
     "$train" --threads 1 $small --out "$2" --steps 1000000 --schedule constant --val-every 0 --save-every 0 --log i.csv > i.out 2>&1 &
-    while ! [ -f i.csv ] || [ "$(wc -l < i.csv)" -lt 4 ]; do sleep 0.05; done
+    while ! [ -f i.csv ] || [ "$(wc -l < i.csv)" -lt 4 ]; do
+        tries=$((tries + 1))
+        [ $tries -lt 600 ] || break
+        sleep 0.05
+    done
     quiet $small --out "$2" --overwrite
     second=$?
     kill -s "$1" $!
