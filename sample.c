@@ -138,7 +138,7 @@ static void score(Model *model, const Config *c) {
 }
 
 int main(int argc, char **argv) {
-    wait_passively(argv);
+    wait_briefly(argv);
     options_parse(options, argc, argv,
                   "Writes text with a trained model, or scores a file with it.\n"
                   "  ./sample --model out --prompt \"Once\" --num-tokens 500\n");

@@ -278,7 +278,7 @@ static volatile sig_atomic_t stopped; // the signal that asks to finish, 0 until
 static void on_signal(int number) { stopped = number; }
 
 int main(int argc, char **argv) {
-    wait_passively(argv);
+    wait_briefly(argv);
     s.config = *find_preset("demo");
     options_parse(options, argc, argv,
                   "usage: ./train [options]\n\nTrains a Megalodon language model. Without options: a small model of "

@@ -20,9 +20,10 @@ double peak_memory(void);                     // of this process so far, in MiB
 // What the model and `extra` more bytes will take; refused, with its MiB, if this machine has less.
 MemoryPlan check_memory(const Config *config, Mode mode, int B, int L, size_t extra);
 
-// Starts the program again with OMP_WAIT_POLICY=passive unless the user has set it; main's first call. By
-// default OpenMP's threads spin while they wait, and take the cores from BLAS's threads and other programs.
-void wait_passively(char **argv);
+// Starts the program again, told that waiting threads of OpenMP shall spin only briefly, unless the user has said
+// what they shall do; main's first call. They would spin for milliseconds, and on a busy machine keep the cores from
+// the threads that they wait for: ten times slower was seen.
+void wait_briefly(char **argv);
 
 // Puts DIR of the running executable, then "/" and name, into path: files that come with the programs.
 void beside_executable(char *path, size_t size, const char *name);

@@ -94,10 +94,11 @@ MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t extra) 
           mode == MEGALODON_TRAIN ? "--recompute, " : "");
 }
 
-void wait_passively(char **argv) {
-    if (getenv("OMP_WAIT_POLICY") != NULL || setenv("OMP_WAIT_POLICY", "passive", 1) != 0) return;
-    execv("/proc/self/exe",
-          argv); // only read when a program starts; where there is no /proc, all stays as it was
+void wait_briefly(char **argv) {
+    if (getenv("GOMP_SPINCOUNT") != NULL || getenv("OMP_WAIT_POLICY") != NULL) return;
+    setenv("KMP_BLOCKTIME", "1", 0); // of LLVM's OpenMP, in ms
+    if (setenv("GOMP_SPINCOUNT", "10000", 1) == 0) execv("/proc/self/exe", argv);
+    // they are only read when a program starts; where there is no /proc, all stays as it was
 }
 
 void beside_executable(char *path, size_t size, const char *name) {
