@@ -1,7 +1,7 @@
 /*
 megalodon.c: the Megalodon language model on the CPU. Every layer's forward pass with its backward pass next
 to it, in the order in which data flows; then the blocks, the model, the optimizer. megalodon.h says what the
-model is and what the letters mean; megalodon.cu has the same functions in the same order for the GPU.
+model is and what the letters mean.
 
 How to read it
 - Arguments: results first, then what the forward pass kept, inputs, parameters, sizes. The backward pass of

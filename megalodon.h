@@ -175,7 +175,7 @@ enum { STREAM_INIT = 0, STREAM_DATA = 1000, STREAM_SAMPLE = 1001 }; // STREAM_IN
 
 void megalodon_philox(uint32_t out[4], uint64_t seed, uint32_t stream, uint32_t step, uint32_t layer, uint32_t element);
 
-// Fills one tensor of (tensor->size) with its initial values (ARCHITECTURE: see Init).
+// Fills values (tensor->size) with the tensor's initial values, see Init.
 void megalodon_init(real *values, const Tensor *tensor, const Config *config, uint64_t seed);
 
 // ----------------------------------------------------------------------------
@@ -244,7 +244,7 @@ void megalodon_backward(Model *model);
 void megalodon_zero_grad(Model *model);
 double megalodon_grad_norm(Model *model); // one L2 norm over all gradients
 
-// One AdamW step: gradients times grad_scale first; update is 0 for the first one.
+// One AdamW step: gradients times grad_scale first; update counts the steps before this one.
 typedef struct {
     double beta1, beta2, eps, weight_decay;
 } AdamW;
@@ -253,8 +253,9 @@ void megalodon_update(Model *model, const AdamW *adamw, double lr, double grad_s
 // Logits of rows first.. of the last forward's B*L positions, to dst (rows, V).
 void megalodon_logits(Model *model, size_t first, size_t rows, real *dst);
 
-// An activation of the last forward (without state), whole, to dst: one of megalodon_activations with its
-// layer, or layer = -1 for "final_norm" (B,L,D). dst NULL: nothing is done. Returns its width, 0 if unknown.
+// An activation of the last forward (without state), whole, to dst; after megalodon_backward, too. One of
+// megalodon_activations with its layer, or layer = -1 for "final_norm" (B,L,D). dst NULL: nothing is done.
+// Returns its width, 0 if unknown.
 int megalodon_activation(Model *model, int layer, const char *name, real *dst);
 static const char *const megalodon_activations[] = { // in data-flow order
     "mega.timenorm", "mega.cema", "mega.rmsnorm", "mega.q",    "mega.k",  "mega.v",
