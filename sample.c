@@ -27,7 +27,7 @@ static Option options[] = {
      .help = "logits are divided by it; 0: always the likeliest token"},
     {OPT_INT, "top-k", &top_k, 0, INT32_MAX, .arg = "N", .help = "only the N likeliest tokens; 0: all"},
     {OPT_REAL, "top-p", &top_p, 0, 1, .arg = "X", .help = "only the likeliest tokens that make up this probability"},
-    {OPT_INT64, "seed", &seed, 0, INT64_MAX, .arg = "N", .help = "of the random numbers: same seed, same text"},
+    {OPT_INT64, "seed", &seed, 0, (double)INT64_MAX, .arg = "N", .help = "of the random numbers: same seed, same text"},
     {OPT_TEXT, "state-out", &state_out, .arg = "FILE", .help = "write the state after the last token"},
     {OPT_TEXT, "state-in", &state_in, .arg = "FILE", .help = "go on from such a state; a prompt is read after it"},
     {OPT_TEXT, "score", &score_path, .arg = "FILE", .help = "write nothing, predict this file: bits per byte"},

@@ -131,7 +131,7 @@ mega_forward: linear_forward(a->v_in, 0, a->xt  =>  linear_forward(a->v_in, 0, a
 mega_forward: linear_forward(a->r_in, 0, a->mx  =>  linear_forward(a->r_in, 0, a->xt
 mega_forward: a->k, m->rope, count  =>  a->k, m->rope, NULL
 mega_forward: real *h = state ? state->h + (size_t)layer  =>  real *h = state ? state->h + 0 * (size_t)layer
-mega_forward: mean, m2, count, B, L  =>  mean, m2, NULL, B, L
+mega_forward: m2, count, B, L, D  =>  m2, NULL, B, L, D
 mega_backward: linear_backward(s->dmx, 1, dw->wr  =>  linear_backward(s->dmx, 0, dw->wr
 mega_backward: linear_backward(s->dxt, 1, dw->wv  =>  linear_backward(s->dxt, 0, dw->wv
 mega_backward: rope_backward(s->dk, s->dk  =>  rope_backward(s->dk, s->dq
