@@ -158,7 +158,10 @@ bool config_check(const Config *c, char *err) {
         const void *at = (const char *)c + f->offset;
         if (f->kind == NUMBER && !(isfinite(*(const double *)at) && *(const double *)at > 0))
             return snprintf(err, ST_ERR, "%s %g is not positive", f->name, *(const double *)at), false;
-        int most = strcmp(f->name, "num_layers") == 0 ? MAX_LAYERS : MAX_DIM, value = *(const int *)at;
+        int most = strcmp(f->name, "num_layers") == 0  ? MAX_LAYERS
+                   : strcmp(f->name, "cema_ndim") == 0 ? MAX_NDIM
+                                                       : MAX_DIM;
+        int value = *(const int *)at;
         if (f->kind == INTEGER && (value < 1 || value > most))
             return snprintf(err, ST_ERR, "%s %d is not in 1..%d", f->name, value, most), false;
     }

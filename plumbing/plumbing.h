@@ -66,7 +66,8 @@ void write_number(FILE *out, double value); // with as many digits as bring the 
 // ----------------------------------------------------------------------------
 // config.c: configurations
 
-enum { MAX_LAYERS = 4096, MAX_DIM = 1 << 20 }; // keep every product of sizes within 64 bits
+// Limits that keep every product of sizes within 64 bits, and CEMA's modes of a strip of channels on the stack.
+enum { MAX_LAYERS = 4096, MAX_DIM = 1 << 20, MAX_NDIM = 1024 };
 
 const Config *find_preset(const char *name); // usage error listing all if there is none of that name
 Config config_defaults(void);                // of the released configuration; vocab_size 0: it has none

@@ -148,6 +148,7 @@ refused 2 "--beta2 1:" --beta2 1
 refused 2 "--swiglu takes no value" --swiglu=1
 refused 2 "--schedule step" --schedule step
 refused 2 "--preset gpt2: none of that name; there are mega200M" --preset gpt2
+refused 2 "--cema-ndim 1025: not an integer from 1 to 1024" --cema-ndim 1025
 refused 2 "num_heads 3 does not divide" --num-heads 3
 refused 2 "norm_num_groups 16" --norm-num-groups 16
 refused 2 "--model-dim contradicts the configuration in a" --init a --model-dim 32
