@@ -37,7 +37,7 @@ enum {
     CEMA_BLOCK = 64,   // tokens between two stored states of CEMA
     QUERY_ROWS = 128,  // queries whose scores exist at a time
     LOGIT_ROWS = 128,  // positions whose logits exist at a time
-    COLUMNS = 64,      // columns a thread sums over all rows, for parameter gradients
+    COLUMNS = 16,      // columns a task sums over all rows, for parameter gradients
     NORM_PART = 65536, // elements a thread sums for the gradient norm
     FEW = 32768,       // numbers for which it does not pay to wake other threads
 };
@@ -45,7 +45,24 @@ enum {
 static const double PI = 3.14159265358979323846;
 
 static int min(int a, int b) { return a < b ? a : b; }
+static int max(int a, int b) { return a > b ? a : b; }
 static int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// How many threads a parallel loop would have here: inside another one, none of its own.
+static int threads_here(void) {
+#ifdef _OPENMP
+    return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+static int thread_number(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 
 // ----------------------------------------------------------------------------
 // vectors: LANES numbers that one instruction handles
@@ -88,8 +105,9 @@ static inline real sigmoid(real x) { return 1 / (1 + exp_real(-x)); }
 
 #ifdef MEGALODON_BLAS
 
-static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, real beta,
-                 real *C, int ldc) {
+// By the library, which has one thread: ours share the work.
+static void gemm_serial(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, real beta,
+                        real *C, int ldc) {
 #ifdef MEGALODON_DOUBLE
 #define cblas_gemm cblas_dgemm
 #else
@@ -101,10 +119,9 @@ static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, co
 
 #else
 
-// Without a library: a task owns a tile of C. For GEMM_K of K at a time it packs A's rows and B's columns into
-// the order in which the inner loop reads them, so that every read there is contiguous, whatever was
-// transposed. The inner loop keeps a TILE_M x TILE_N piece of C in registers. An element's sum runs over k in
-// the same order whatever the number of threads.
+// Without a library: for GEMM_K of K at a time, pieces of A's rows and B's columns are packed into the order in
+// which the inner loop reads them, so that every read there is contiguous, whatever was transposed. The inner loop
+// keeps a TILE_M x TILE_N piece of C in registers.
 enum { TILE_M = 6, TILE_N = 2 * LANES, GEMM_M = 24 * TILE_M, GEMM_N = 16 * TILE_N, GEMM_K = 256 };
 
 static void gemm_tile(real *C, int ldc, const real *a, const real *b, int K, int rows, int columns, int add) {
@@ -150,31 +167,21 @@ static void gemm_pack(real *out, const real *A, size_t si, size_t sk, int count,
     }
 }
 
-static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, real beta,
-                 real *C, int ldc) {
+static void gemm_serial(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, real beta,
+                        real *C, int ldc) {
+    static _Thread_local real a[GEMM_M * GEMM_K], b[GEMM_N * GEMM_K];
     size_t ai = ta ? 1 : (size_t)lda, ak = ta ? (size_t)lda : 1; // A's element (i,k) is A[i*ai + k*ak]
     size_t bj = tb ? (size_t)ldb : 1, bk = tb ? 1 : (size_t)ldb; // B's element (k,j) is B[j*bj + k*bk]
-    int threads = 1;
-#ifdef _OPENMP
-    threads = omp_get_max_threads();
-#endif
-    // fewer rows a task when there would be fewer tasks than threads
-    int rows = ceil_div(ceil_div(M * ceil_div(N, GEMM_N), threads), TILE_M) * TILE_M;
-    rows = min(rows < TILE_M ? TILE_M : rows, GEMM_M);
-#pragma omp parallel for collapse(2) schedule(static) if ((double)M * N * K > FEW)
-    for (int i0 = 0; i0 < M; i0 += rows) {
-        for (int j0 = 0; j0 < N; j0 += GEMM_N) {
-            static _Thread_local real a[GEMM_M * GEMM_K], b[GEMM_N * GEMM_K];
-            int m = min(rows, M - i0), n = min(GEMM_N, N - j0);
-            for (int k0 = 0; k0 < K || k0 == 0; k0 += GEMM_K) {
-                int depth = min(GEMM_K, K - k0);
+    for (int i = 0; i < M && beta != 0 && beta != 1; i++) {
+        for (int j = 0; j < N; j++) C[(size_t)i * ldc + j] *= beta;
+    }
+    for (int j0 = 0; j0 < N; j0 += GEMM_N) {
+        for (int k0 = 0; k0 < K; k0 += GEMM_K) {
+            int n = min(GEMM_N, N - j0), depth = min(GEMM_K, K - k0);
+            gemm_pack(b, B + j0 * bj + k0 * bk, bj, bk, n, depth, TILE_N);
+            for (int i0 = 0; i0 < M; i0 += GEMM_M) {
+                int m = min(GEMM_M, M - i0);
                 gemm_pack(a, A + i0 * ai + k0 * ak, ai, ak, m, depth, TILE_M);
-                gemm_pack(b, B + j0 * bj + k0 * bk, bj, bk, n, depth, TILE_N);
-                if (k0 == 0 && beta != 0 && beta != 1) {
-                    for (int i = 0; i < m; i++) {
-                        for (int j = 0; j < n; j++) C[(size_t)(i0 + i) * ldc + j0 + j] *= beta;
-                    }
-                }
                 for (int j = 0; j < n; j += TILE_N) {
                     for (int i = 0; i < m; i += TILE_M) {
                         gemm_tile(C + (size_t)(i0 + i) * ldc + j0 + j, ldc, a + (size_t)i * depth,
@@ -188,6 +195,48 @@ static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, co
 }
 
 #endif
+
+// One row times a matrix: every number of B is used once, so it is read as it lies.
+static void gemm_row(int tb, int N, int K, const real *a, const real *B, int ldb, real beta, real *c) {
+    int threads = (size_t)N * K > FEW ? threads_here() : 1, width = max(COLUMNS, ceil_div(N, threads));
+#pragma omp parallel for schedule(static) if (threads > 1)
+    for (int j0 = 0; j0 < N; j0 += width) {
+        int end = min(N, j0 + width);
+        for (int j = j0; j < end; j++) {
+            real sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int k = 0; k < (tb ? K : 0); k++) sum += a[k] * B[(size_t)j * ldb + k];
+            c[j] = beta == 0 ? sum : beta * c[j] + sum;
+        }
+        for (int k = 0; k < (tb ? 0 : K); k++) {
+            for (int j = j0; j < end; j++) c[j] += a[k] * B[(size_t)k * ldb + j];
+        }
+    }
+}
+
+// The threads share C out in a grid of nearly equal pieces, near squares, for which least of A and B is read. An
+// element's sum runs over k in the same order whatever the grid.
+static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, real beta,
+                 real *C, int ldc) {
+    if (M == 1 && !ta) {
+        gemm_row(tb, N, K, A, B, ldb, beta, C);
+        return;
+    }
+    int threads = (double)M * N * K > FEW ? threads_here() : 1, rows = M, columns = N;
+    double least = INFINITY;
+    for (int down = 1; down <= threads; down++) {
+        int r = ceil_div(ceil_div(M, down), 8) * 8, c = ceil_div(ceil_div(N, threads / down), 16) * 16;
+        double cost = (double)r * c + 64.0 * (r + c);
+        if (cost < least) least = cost, rows = r, columns = c;
+    }
+#pragma omp parallel for collapse(2) schedule(static) if (threads > 1)
+    for (int i = 0; i < M; i += rows) {
+        for (int j = 0; j < N; j += columns) {
+            gemm_serial(ta, tb, min(rows, M - i), min(columns, N - j), K, A + (ta ? (size_t)i : (size_t)i * lda), lda,
+                        B + (tb ? (size_t)j * ldb : (size_t)j), ldb, beta, C + (size_t)i * ldc + j, ldc);
+        }
+    }
+}
 
 // ----------------------------------------------------------------------------
 // sums over rows, for the gradients of biases, out (D) += sum_r dy (R,D), and of norms' scales,
@@ -230,6 +279,45 @@ static void embedding_backward(real *dembed, const real *dout, const int32_t *to
             real *de = dembed + (size_t)tokens[r] * D;
             for (int c = c0; c < min(c0 + COLUMNS, D); c++) de[c] += scale * dout[(size_t)r * D + c];
         }
+    }
+}
+
+// ----------------------------------------------------------------------------
+// dropout: out = mask inp/(1 - p), the mask 0 with probability p, otherwise 1. The backward pass is the same with
+// gradients. Masks are not kept but drawn again: element i of the step's whole batch has word i % 4 of Philox's
+// counter (STREAM_DROPOUT + place, step, layer, i/4), whichever thread, rank or backend asks. out may be inp.
+
+enum { DROP_EMBED, DROP_MX, DROP_ATTENTION, DROP_GATED, DROP_MEGA, DROP_HIDDEN, DROP_NFFN }; // places
+
+typedef struct {
+    double p; // 0: no dropout
+    uint64_t seed;
+    uint32_t stream, step, layer;
+    uint64_t first; // i of inp[0]
+} Mask;
+
+// The mask of what begins `rows` rows of `width` elements later.
+static Mask mask_row(Mask mask, size_t rows, int width) {
+    mask.first += (uint64_t)rows * (uint64_t)width;
+    return mask;
+}
+
+static void dropout(real *out, const real *inp, Mask mask, size_t n) {
+    enum { PART = 256 };
+    uint32_t limit = (uint32_t)(mask.p * 4294967296.0);
+    real scale = (real)(1 / (1 - mask.p));
+    if (mask.p == 0) return;
+#pragma omp parallel for schedule(static) if (n > FEW)
+    for (size_t from = 0; from < n; from += PART) {
+        uint32_t words[PART + 8]; // of whole fours
+        uint64_t four = (mask.first + from) / 4, skip = (mask.first + from) % 4;
+        size_t count = n - from < PART ? n - from : PART;
+        for (uint64_t f = 0; 4 * f < skip + count; f++) {
+            // indices beyond 32 bits go above the layer's 16
+            megalodon_philox(words + 4 * f, mask.seed, mask.stream, mask.step,
+                             mask.layer + (uint32_t)((four + f) >> 32 << 16), (uint32_t)(four + f));
+        }
+        for (size_t i = 0; i < count; i++) { out[from + i] = words[skip + i] >= limit ? inp[from + i] * scale : 0; }
     }
 }
 
@@ -590,19 +678,8 @@ static void rmsnorm_backward(real *dinp, real *dweight, const real *dout, const 
 
 static void linear_forward(real *out, int add, const real *inp, const real *weight, const real *bias, int R, int K,
                            int M) {
-    if (R == 1) { // a matrix times a vector: one pass over the weights
-#pragma omp parallel for schedule(static) if ((size_t)M * K > FEW)
-        for (int o = 0; o < M; o++) {
-            const real *w = weight + (size_t)o * K;
-            real sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int i = 0; i < K; i++) sum += w[i] * inp[i];
-            out[o] = sum + (bias ? bias[o] : 0) + (add ? out[o] : 0);
-        }
-        return;
-    }
     if (bias) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if ((size_t)R * M > FEW)
         for (int r = 0; r < R; r++) {
             real *y = out + (size_t)r * M;
             for (int o = 0; o < M; o++) y[o] = (add ? y[o] : 0) + bias[o];
@@ -742,106 +819,131 @@ static void gate_backward(real *da, real *db, const real *dout, const real *a, c
 //
 // QUERY_ROWS queries at a time, against the keys up to the last of them: scores above the diagonal are few.
 // Of P only lse_i = log sum_j e^(S_ij) is kept. Rows of q, k are ldz long, of v, o lde, of lse ldh.
-// scores (QUERY_ROWS, nk) is scratch.
+// scores (QUERY_ROWS, nk) is scratch. mask: the dropout of P, C elements apart from query to query.
 
-static void attend_forward(real *o, real *lse, real *scores, const real *q, const real *k, const real *v, int nq,
-                           int nk, int dz, int dv, int ldz, int lde, int ldh) {
-    for (int i0 = 0; i0 < nq; i0 += QUERY_ROWS) {
-        int rows = min(QUERY_ROWS, nq - i0), keys = nk - nq + i0 + rows;
-        gemm(0, 1, rows, keys, dz, q + (size_t)i0 * ldz, ldz, k, ldz, 0, scores, keys);
-#pragma omp parallel for schedule(static) if (rows > 1)
-        for (int i = 0; i < rows; i++) {
-            real *s = scores + (size_t)i * keys, top = -INFINITY, sum = 0;
-            int seen = keys - rows + i + 1; // keys at or before this query
+static void attend_forward(real *o, real *lse, real *scores, const real *q, const real *k, const real *v, Mask mask,
+                           int nq, int nk, int dz, int dv, int ldz, int lde, int ldh, int C) {
+    gemm(0, 1, nq, nk, dz, q, ldz, k, ldz, 0, scores, nk);
+#pragma omp parallel for schedule(static) if (nq > 1 && threads_here() > 1)
+    for (int i = 0; i < nq; i++) {
+        real *s = scores + (size_t)i * nk, top = -INFINITY, sum = 0;
+        int seen = nk - nq + i + 1; // keys at or before this query
 #pragma omp simd reduction(max : top)
-            for (int j = 0; j < seen; j++) top = s[j] > top ? s[j] : top;
+        for (int j = 0; j < seen; j++) top = s[j] > top ? s[j] : top;
 #pragma omp simd reduction(+ : sum)
-            for (int j = 0; j < seen; j++) {
-                s[j] = exp_real(s[j] - top);
-                sum += s[j];
-            }
-            for (int j = 0; j < seen; j++) s[j] /= sum;
-            for (int j = seen; j < keys; j++) s[j] = 0;
-            lse[(size_t)(i0 + i) * ldh] = top + (real)log(sum);
+        for (int j = 0; j < seen; j++) {
+            s[j] = exp_real(s[j] - top);
+            sum += s[j];
         }
-        gemm(0, 0, rows, dv, keys, scores, keys, v, lde, 0, o + (size_t)i0 * lde, lde);
+        for (int j = 0; j < seen; j++) s[j] /= sum;
+        for (int j = seen; j < nk; j++) s[j] = 0;
+        lse[(size_t)i * ldh] = top + (real)log(sum);
+        dropout(s, s, mask_row(mask, i, C), (size_t)seen);
     }
+    gemm(0, 0, nq, dv, nk, scores, nk, v, lde, 0, o, lde);
 }
 
 // P_ij = e^(S_ij - lse_i) again. Then dv_j = sum_i P_ij do_i; dP_ij = do_i . v_j; through the softmax
 // dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), whose sum is do_i . o_i; dq_i = sum_j dS_ij k_j, dk_j = sum_i dS_ij q_i.
-// dq is set, dk and dv are added to. scores, dscores (QUERY_ROWS, nk) are scratch.
+// With dropout, v meets P under the mask, and so does dP. dq is set, dk and dv are added to. scores, dscores
+// (QUERY_ROWS, nk) are scratch.
 
 static void attend_backward(real *dq, real *dk, real *dv_out, real *scores, real *dscores, const real *dout,
-                            const real *o, const real *lse, const real *q, const real *k, const real *v, int nq, int nk,
-                            int dz, int dv, int ldz, int lde, int ldh) {
-    for (int i0 = 0; i0 < nq; i0 += QUERY_ROWS) {
-        int rows = min(QUERY_ROWS, nq - i0), keys = nk - nq + i0 + rows;
-        const real *qi = q + (size_t)i0 * ldz, *doi = dout + (size_t)i0 * lde, *oi = o + (size_t)i0 * lde;
-        gemm(0, 1, rows, keys, dz, qi, ldz, k, ldz, 0, scores, keys);
-        gemm(0, 1, rows, keys, dv, doi, lde, v, lde, 0, dscores, keys);
-#pragma omp parallel for schedule(static)
-        for (int i = 0; i < rows; i++) {
-            real *s = scores + (size_t)i * keys, *ds = dscores + (size_t)i * keys, dot = 0;
-            real l = lse[(size_t)(i0 + i) * ldh];
-            int seen = keys - rows + i + 1;
+                            const real *o, const real *lse, const real *q, const real *k, const real *v, Mask mask,
+                            int nq, int nk, int dz, int dv, int ldz, int lde, int ldh, int C) {
+    gemm(0, 1, nq, nk, dz, q, ldz, k, ldz, 0, scores, nk);
+    gemm(0, 1, nq, nk, dv, dout, lde, v, lde, 0, dscores, nk);
+#pragma omp parallel for schedule(static) if (threads_here() > 1)
+    for (int i = 0; i < nq; i++) {
+        real *s = scores + (size_t)i * nk, *ds = dscores + (size_t)i * nk, dot = 0, l = lse[(size_t)i * ldh];
+        int seen = nk - nq + i + 1;
 #pragma omp simd reduction(+ : dot)
-            for (int c = 0; c < dv; c++) dot += doi[(size_t)i * lde + c] * oi[(size_t)i * lde + c];
+        for (int c = 0; c < dv; c++) dot += dout[(size_t)i * lde + c] * o[(size_t)i * lde + c];
+        dropout(ds, ds, mask_row(mask, i, C), (size_t)seen);
 #pragma omp simd
-            for (int j = 0; j < seen; j++) {
-                s[j] = exp_real(s[j] - l);
-                ds[j] = s[j] * (ds[j] - dot);
-            }
-            for (int j = seen; j < keys; j++) s[j] = ds[j] = 0;
+        for (int j = 0; j < seen; j++) {
+            s[j] = exp_real(s[j] - l);
+            ds[j] = s[j] * (ds[j] - dot);
         }
-        gemm(0, 0, rows, dz, keys, dscores, keys, k, ldz, 0, dq + (size_t)i0 * ldz, ldz);
-        gemm(1, 0, keys, dz, rows, dscores, keys, qi, ldz, 1, dk, ldz);
-        gemm(1, 0, keys, dv, rows, scores, keys, doi, lde, 1, dv_out, lde);
+        for (int j = seen; j < nk; j++) s[j] = ds[j] = 0;
+        dropout(s, s, mask_row(mask, i, C), (size_t)seen);
     }
+    gemm(0, 0, nq, dz, nk, dscores, nk, k, ldz, 0, dq, ldz);
+    gemm(1, 0, nk, dz, nq, dscores, nk, q, ldz, 1, dk, ldz);
+    gemm(1, 0, nk, dv, nq, scores, nk, dout, lde, 1, dv_out, lde);
 }
 
 // Chunked attention: sequences are cut into chunks of C tokens; a token sees its own chunk up to itself, nothing
 // else. q, k (B,L,Z) are rotated, v, o (B,L,E), lse (B,L,H). With a state, count (B) tokens went before: the
 // first count % C keys and values of the unfinished chunk are in cache_k (B,C,Z), cache_v (B,C,E), and this
 // call's go there too, as far as their chunk stays unfinished. Without: NULL.
+//
+// A task is a block of queries of one head; where there are fewer tasks than threads, these share each product
+// instead. scores (threads, QUERY_ROWS, C) is scratch.
+
+// Puts n tokens' keys and values, from t on, into the cache of row b, from place `at` on.
+static void cache_chunk(real *cache_k, real *cache_v, const real *k, const real *v, int b, int t, int at, int n, int L,
+                        int C, int Z, int E) {
+    size_t from = (size_t)b * L + t, to = (size_t)b * C + at;
+    memcpy(cache_k + to * Z, k + from * Z, (size_t)n * Z * sizeof *k);
+    memcpy(cache_v + to * E, v + from * E, (size_t)n * E * sizeof *v);
+}
 
 static void attention_forward(real *o, real *lse, real *cache_k, real *cache_v, real *scores, const real *q,
-                              const real *k, const real *v, const int64_t *count, int B, int L, int C, int H, int Z,
-                              int E) {
-    int dz = Z / H, dv = E / H;
+                              const real *k, const real *v, const int64_t *count, Mask mask, int B, int L, int C, int H,
+                              int Z, int E, int threads) {
+    int dz = Z / H, dv = E / H, blocks = ceil_div(min(C, L), QUERY_ROWS);
+    int chunks = count ? ceil_div(L - 1, C) + 1 : ceil_div(L, C); // that L tokens may touch
+    for (int b = 0; cache_k && b < B; b++) {
+        int past = (int)(count[b] % C);
+        if (past > 0) cache_chunk(cache_k, cache_v, k, v, b, 0, past, min(C - past, L), L, C, Z, E);
+    }
+#pragma omp parallel for collapse(4) schedule(dynamic) num_threads(threads) if (B * chunks * H * blocks >= threads)
     for (int b = 0; b < B; b++) {
-        int past = count ? (int)(count[b] % C) : 0;
-        for (int t = 0, n; t < L; t += n, past = 0) {
-            n = min(C - past, L - t);
-            size_t row = (size_t)b * L + t;
-            const real *kc = k + row * Z, *vc = v + row * E; // the chunk's keys and values
-            if (count && past + n < C + (past > 0)) {        // the chunk goes on after this call, or began before it
-                real *ck = cache_k + (size_t)b * C * Z, *cv = cache_v + (size_t)b * C * E;
-                memcpy(ck + (size_t)past * Z, kc, (size_t)n * Z * sizeof *ck);
-                memcpy(cv + (size_t)past * E, vc, (size_t)n * E * sizeof *cv);
-                kc = ck, vc = cv;
-            }
+        for (int chunk = 0; chunk < chunks; chunk++) {
             for (int h = 0; h < H; h++) {
-                attend_forward(o + row * E + h * dv, lse + row * H + h, scores, q + row * Z + h * dz, kc + h * dz,
-                               vc + h * dv, n, past + n, dz, dv, Z, E, H);
+                for (int block = 0; block < blocks; block++) {
+                    int past = count ? (int)(count[b] % C) : 0, cached = past > 0 && chunk == 0;
+                    int from = max(chunk * C - past, 0), end = min((chunk + 1) * C - past, L); // of the chunk here
+                    int t = from + block * QUERY_ROWS, nq = min(QUERY_ROWS, end - t);
+                    if (nq <= 0) continue;
+                    size_t query = (size_t)b * L + t, key = (size_t)b * L + from, cache = (size_t)b * C;
+                    Mask block_mask = mask_row(mask, ((size_t)b * H + h) * L + t, C);
+                    attend_forward(o + query * E + h * dv, lse + query * H + h,
+                                   scores + (size_t)thread_number() * QUERY_ROWS * C, q + query * Z + h * dz,
+                                   (cached ? cache_k + cache * Z : k + key * Z) + h * dz,
+                                   (cached ? cache_v + cache * E : v + key * E) + h * dv, block_mask, nq,
+                                   (cached ? past : 0) + t - from + nq, dz, dv, Z, E, H, C);
+                }
             }
         }
+    }
+    for (int b = 0; cache_k && b < B; b++) {
+        int past = (int)(count[b] % C), left = (past + L) % C; // tokens of the last chunk, if it stays unfinished
+        if (past == 0 || past + L > C) cache_chunk(cache_k, cache_v, k, v, b, L - left, 0, left, L, C, Z, E);
     }
 }
 
 static void attention_backward(real *dq, real *dk, real *dv_out, real *scores, real *dscores, const real *dout,
-                               const real *o, const real *lse, const real *q, const real *k, const real *v, int B,
-                               int L, int C, int H, int Z, int E) {
+                               const real *o, const real *lse, const real *q, const real *k, const real *v, Mask mask,
+                               int B, int L, int C, int H, int Z, int E, int threads) {
     int dz = Z / H, dv = E / H;
     memset(dk, 0, (size_t)B * L * Z * sizeof *dk);
     memset(dv_out, 0, (size_t)B * L * E * sizeof *dv_out);
+#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(threads) if (B * ceil_div(L, C) * H >= threads)
     for (int b = 0; b < B; b++) {
-        for (int t = 0; t < L; t += C) {
-            int n = min(C, L - t);
+        for (int t0 = 0; t0 < L; t0 += C) {
             for (int h = 0; h < H; h++) {
-                size_t z = ((size_t)b * L + t) * Z + h * dz, e = ((size_t)b * L + t) * E + h * dv;
-                attend_backward(dq + z, dk + z, dv_out + e, scores, dscores, dout + e, o + e,
-                                lse + ((size_t)b * L + t) * H + h, q + z, k + z, v + e, n, n, dz, dv, Z, E, H);
+                size_t z = ((size_t)b * L + t0) * Z + h * dz, e = ((size_t)b * L + t0) * E + h * dv;
+                size_t scratch = (size_t)thread_number() * QUERY_ROWS * C;
+                for (int i = 0, n = min(C, L - t0); i < n; i += QUERY_ROWS) {
+                    int nq = min(QUERY_ROWS, n - i);
+                    size_t zi = z + (size_t)i * Z, ei = e + (size_t)i * E;
+                    attend_backward(dq + zi, dk + z, dv_out + e, scores + scratch, dscores + scratch, dout + ei, o + ei,
+                                    lse + ((size_t)b * L + t0 + i) * H + h, q + zi, k + z, v + e,
+                                    mask_row(mask, ((size_t)b * H + h) * L + t0 + i, C), nq, i + nq, dz, dv, Z, E, H,
+                                    C);
+                }
             }
         }
     }
@@ -891,12 +993,12 @@ static void layernorm_backward(real *dinp, real *dweight, real *dbias, const rea
 }
 
 // ----------------------------------------------------------------------------
-// rescale: out += alpha inp, alpha (D); backward: dinp = alpha dout, dalpha += sum of rows of dout inp
+// rescale: out = alpha inp, alpha (D); backward: dinp = alpha dout, dalpha += sum of rows of dout inp
 
 static void rescale_forward(real *out, const real *inp, const real *alpha, int R, int D) {
 #pragma omp parallel for schedule(static) if (R > 1)
     for (int r = 0; r < R; r++) {
-        for (int c = 0; c < D; c++) out[(size_t)r * D + c] += alpha[c] * inp[(size_t)r * D + c];
+        for (int c = 0; c < D; c++) out[(size_t)r * D + c] = alpha[c] * inp[(size_t)r * D + c];
     }
 }
 
@@ -972,11 +1074,11 @@ typedef struct {                 // of one layer: what its backward pass reads
 typedef struct {                              // used by every layer in turn
     real *zn, *q_turned, *k_turned;           // (B,L,Z)
     real *v, *gated, *hidden;                 // (B,L,E) (B,L,E) (B,L,F)
-    real *scores, *logits;                    // (QUERY_ROWS,C) (LOGIT_ROWS,V)
+    real *scores, *logits;                    // (threads,QUERY_ROWS,C) (LOGIT_ROWS,V)
     real *dx, *dy, *dmega, *dxt, *dmx, *dema; // (B,L,D), these and below for backward only
     real *dq, *dk, *dzn, *dz;                 // (B,L,Z)
     real *do_, *dr_in, *dv;                   // (B,L,E)
-    real *dhidden, *df1, *dscores;            // (B,L,F) (B,L,F) (QUERY_ROWS,C)
+    real *dhidden, *df1, *dscores;            // (B,L,F) (B,L,F) (threads,QUERY_ROWS,C)
     Coefs dcoefs;
 } Scratch;
 
@@ -1000,6 +1102,10 @@ struct Model {
     Coefs *coefs;                          // (num_layers)
     int coefs_valid;
     Scratch scratch;
+    int threads;    // that scratch has room for
+    Draw draw;      // of dropout, if
+    int dropping;   // it is on
+    State before;   // the last forward's incoming state without k and v, for the backward pass
     int B, L;       // of the last forward
     int acts_layer; // the layer whose activations the shared memory holds, -1: none; not in mode TRAIN
 };
@@ -1039,11 +1145,11 @@ static void coefs_take(Coefs *coefs, Arena *arena, const Config *c) {
     take(&coefs->g_re, arena, n), take(&coefs->g_im, arena, n);
 }
 
-static void scratch_take(Scratch *s, Arena *arena, const Config *c, Mode mode, int B, int L) {
+static void scratch_take(Scratch *s, Arena *arena, const Config *c, Mode mode, int B, int L, int threads) {
     size_t R = (size_t)B * L, D = c->model_dim, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim;
     take(&s->zn, arena, R * Z), take(&s->q_turned, arena, R * Z), take(&s->k_turned, arena, R * Z);
     take(&s->v, arena, R * E), take(&s->gated, arena, R * E), take(&s->hidden, arena, R * F);
-    take(&s->scores, arena, (size_t)min(QUERY_ROWS, L) * c->chunk_size);
+    take(&s->scores, arena, (size_t)threads * QUERY_ROWS * c->chunk_size);
     take(&s->logits, arena, (size_t)LOGIT_ROWS * c->vocab_size);
     if (mode == MEGALODON_INFER) return;
     take(&s->dx, arena, R * D), take(&s->dy, arena, R * D), take(&s->dmega, arena, R * D);
@@ -1051,32 +1157,43 @@ static void scratch_take(Scratch *s, Arena *arena, const Config *c, Mode mode, i
     take(&s->dq, arena, R * Z), take(&s->dk, arena, R * Z), take(&s->dzn, arena, R * Z), take(&s->dz, arena, R * Z);
     take(&s->do_, arena, R * E), take(&s->dr_in, arena, R * E), take(&s->dv, arena, R * E);
     take(&s->dhidden, arena, R * F), take(&s->df1, arena, R * F);
-    take(&s->dscores, arena, (size_t)min(QUERY_ROWS, L) * c->chunk_size);
+    take(&s->dscores, arena, (size_t)threads * QUERY_ROWS * c->chunk_size);
     coefs_take(&s->dcoefs, arena, c);
 }
 
 // ----------------------------------------------------------------------------
-// the attention sub-layer: y = mega(x), see megalodon.h. state NULL: fresh start.
+// the attention sub-layer: y = mega(x), see megalodon.h. It goes on from the state `in` and leaves its own in
+// `out`, which may be the same; NULL: a fresh start, the end not kept.
 
-static void mega_forward(Model *m, int layer, State *state, const real *x, int B, int L) {
+// The dropout of one place in one layer (-1: none of them), for an activation of `width` numbers a token.
+static Mask mask_of(const Model *m, int layer, int place, double p, size_t width) {
+    return (Mask){.p = m->dropping ? p : 0,
+                  .seed = m->draw.seed,
+                  .stream = STREAM_DROPOUT + (uint32_t)place,
+                  .step = (uint32_t)m->draw.step,
+                  .layer = (uint32_t)(layer + 1),
+                  .first = (uint64_t)m->draw.row * (uint64_t)m->L * width};
+}
+
+static void mega_forward(Model *m, int layer, const State *in, State *out, const real *x, int B, int L) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layers[layer];
     LayerActs *a = &m->acts[layer];
     Scratch *s = &m->scratch;
     int D = c->model_dim, N = c->cema_ndim, H = c->num_heads, Z = c->z_dim, E = c->value_dim, C = c->chunk_size;
     int G = c->norm_num_groups, R = B * L, dz = Z / H;
-    int64_t *count = state ? state->count : NULL;
-    double *mean = state ? state->mean + (size_t)layer * B * G : NULL;
-    double *m2 = state ? state->m2 + (size_t)layer * B * G : NULL;
-    real *h = state ? state->h + (size_t)layer * B * 2 * N * D : NULL;
-    real *cache_k = state ? state->k + (size_t)layer * B * C * Z : NULL;
-    real *cache_v = state ? state->v + (size_t)layer * B * C * E : NULL;
+    size_t moments = (size_t)layer * B * G, modes = (size_t)layer * B * 2 * N * D, chunk = (size_t)layer * B * C;
+    const int64_t *count = in ? in->count : NULL;
+    real *cache_k = out && out->k ? out->k + chunk * Z : NULL, *cache_v = out && out->v ? out->v + chunk * E : NULL;
 
     // xt = TimestepNorm(x), mx = RMSNorm(CEMA(xt))
-    timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, mean, m2, x, w->timenorm_weight, w->timenorm_bias, mean,
-                          m2, count, B, L, D, G, c->norm_eps);
-    cema_forward(a->ema, a->h, h, a->xt, &m->coefs[layer], w->cema_omega, h, B, L, D, N);
+    timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, out ? out->mean + moments : NULL,
+                          out ? out->m2 + moments : NULL, x, w->timenorm_weight, w->timenorm_bias,
+                          in ? in->mean + moments : NULL, in ? in->m2 + moments : NULL, count, B, L, D, G, c->norm_eps);
+    cema_forward(a->ema, a->h, out ? out->h + modes : NULL, a->xt, &m->coefs[layer], w->cema_omega,
+                 in ? in->h + modes : NULL, B, L, D, N);
     rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, c->norm_eps);
+    dropout(a->mx, a->mx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
     // z = RMSNorm_per_head(mx Wz' + bz), and from it q and k
     linear_forward(a->z, 0, a->mx, w->wz, w->wz_bias, R, D, Z);
     rmsnorm_forward(s->zn, a->z_rstd, a->z, NULL, R * H, dz, c->norm_eps);
@@ -1086,14 +1203,17 @@ static void mega_forward(Model *m, int layer, State *state, const real *x, int B
     // v = silu(xt Wv' + bv)
     linear_forward(a->v_in, 0, a->xt, w->wv, w->wv_bias, R, D, E);
     silu_forward(s->v, a->v_in, (size_t)R * E);
-    attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->q_turned, s->k_turned, s->v, count, B, L, C, H, Z,
-                      E);
+    attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->q_turned, s->k_turned, s->v, count,
+                      mask_of(m, layer, DROP_ATTENTION, c->attention_dropout, (size_t)H * C), B, L, C, H, Z, E,
+                      m->threads);
     // y = (mx Wh1' + bh1) + (o * r) Wh2' + x, r = silu(mx Wr' + br)
     linear_forward(a->r_in, 0, a->mx, w->wr, w->wr_bias, R, D, E);
     gate_forward(s->gated, a->o, a->r_in, (size_t)R * E);
-    memcpy(a->y, x, (size_t)R * D * sizeof *x);
-    linear_forward(a->y, 1, a->mx, w->wh1, w->wh1_bias, R, D, D);
+    dropout(s->gated, s->gated, mask_of(m, layer, DROP_GATED, c->hidden_dropout, E), (size_t)R * E);
+    linear_forward(a->y, 0, a->mx, w->wh1, w->wh1_bias, R, D, D);
     linear_forward(a->y, 1, s->gated, w->wh2, NULL, R, E, D);
+    dropout(a->y, a->y, mask_of(m, layer, DROP_MEGA, c->dropout, D), (size_t)R * D);
+    add(a->y, x, (size_t)R * D);
 }
 
 // dx = gradient by x, from dy that by y. Cheap intermediates (zn, the rotation, v, the gate) are computed again.
@@ -1106,17 +1226,24 @@ static void mega_backward(Model *m, int layer, real *dx, const real *dy, const r
     int D = c->model_dim, N = c->cema_ndim, H = c->num_heads, Z = c->z_dim, E = c->value_dim, C = c->chunk_size;
     int G = c->norm_num_groups, R = B * L, dz = Z / H;
 
+    const Mask mega_mask = mask_of(m, layer, DROP_MEGA, c->dropout, D);
+    const Mask gated_mask = mask_of(m, layer, DROP_GATED, c->hidden_dropout, E);
+    const real *dsum = mega_mask.p > 0 ? s->dxt : dy; // gradient by wh1's and wh2's sum
+    dropout(s->dxt, dy, mega_mask, (size_t)R * D);
     gate_forward(s->gated, a->o, a->r_in, (size_t)R * E);
-    linear_backward(s->do_, 0, dw->wh2, NULL, dy, s->gated, w->wh2, R, E, D);
+    dropout(s->gated, s->gated, gated_mask, (size_t)R * E);
+    linear_backward(s->do_, 0, dw->wh2, NULL, dsum, s->gated, w->wh2, R, E, D);
+    dropout(s->do_, s->do_, gated_mask, (size_t)R * E);
     gate_backward(s->do_, s->dr_in, s->do_, a->o, a->r_in, (size_t)R * E);
-    linear_backward(s->dmx, 0, dw->wh1, dw->wh1_bias, dy, a->mx, w->wh1, R, D, D);
+    linear_backward(s->dmx, 0, dw->wh1, dw->wh1_bias, dsum, a->mx, w->wh1, R, D, D);
     linear_backward(s->dmx, 1, dw->wr, dw->wr_bias, s->dr_in, a->mx, w->wr, R, D, E);
 
     silu_forward(s->v, a->v_in, (size_t)R * E);
     rope_forward(s->q_turned, a->q, m->rope, NULL, B, L, Z, dz, C);
     rope_forward(s->k_turned, a->k, m->rope, NULL, B, L, Z, dz, C);
     attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->o, a->lse, s->q_turned, s->k_turned, s->v,
-                       B, L, C, H, Z, E);
+                       mask_of(m, layer, DROP_ATTENTION, c->attention_dropout, (size_t)H * C), B, L, C, H, Z, E,
+                       m->threads);
     rope_backward(s->dq, s->dq, m->rope, NULL, B, L, Z, dz, C);
     rope_backward(s->dk, s->dk, m->rope, NULL, B, L, Z, dz, C);
     rmsnorm_forward(s->zn, a->z_rstd, a->z, NULL, R * H, dz, c->norm_eps);
@@ -1124,6 +1251,7 @@ static void mega_backward(Model *m, int layer, real *dx, const real *dy, const r
     rmsnorm_backward(s->dz, NULL, s->dzn, a->z, NULL, a->z_rstd, R * H, dz);
     linear_backward(s->dmx, 1, dw->wz, dw->wz_bias, s->dz, a->mx, w->wz, R, D, Z);
 
+    dropout(s->dmx, s->dmx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
     rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, R, D);
     cema_backward(s->dxt, &s->dcoefs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coefs[layer], w->cema_omega, B, L,
                   D, N);
@@ -1132,7 +1260,7 @@ static void mega_backward(Model *m, int layer, real *dx, const real *dy, const r
     silu_backward(s->dv, s->dv, a->v_in, (size_t)R * E);
     linear_backward(s->dxt, 1, dw->wv, dw->wv_bias, s->dv, a->xt, w->wv, R, D, E);
     timestep_norm_backward(dx, dw->timenorm_weight, dw->timenorm_bias, NULL, NULL, s->dxt, x, w->timenorm_weight,
-                           a->norm_mean, a->norm_rstd, NULL, NULL, B, L, D, G);
+                           a->norm_mean, a->norm_rstd, NULL, m->before.count, B, L, D, G);
     add(dx, dy, (size_t)R * D); // y = ... + x
 }
 
@@ -1155,13 +1283,12 @@ static void nffn_forward(Model *m, int layer, real *out, const real *x, int R) {
     } else {
         silu_forward(s->hidden, a->f1, (size_t)R * F);
     }
-    memcpy(out, x, (size_t)R * D * sizeof *x);
-    if (c->rescale_nffn) {
-        linear_forward(a->f2, 0, s->hidden, w->fc2, NULL, R, F, D);
-        rescale_forward(out, a->f2, w->alpha, R, D);
-    } else {
-        linear_forward(out, 1, s->hidden, w->fc2, NULL, R, F, D);
-    }
+    dropout(s->hidden, s->hidden, mask_of(m, layer, DROP_HIDDEN, c->hidden_dropout, F), (size_t)R * F);
+    real *f2 = c->rescale_nffn ? a->f2 : out;
+    linear_forward(f2, 0, s->hidden, w->fc2, NULL, R, F, D);
+    dropout(f2, f2, mask_of(m, layer, DROP_NFFN, c->dropout, D), (size_t)R * D);
+    if (c->rescale_nffn) rescale_forward(out, f2, w->alpha, R, D);
+    add(out, x, (size_t)R * D);
 }
 
 // dy = gradient by y, from dout. The residual's share, dout itself, is the block's to add.
@@ -1178,12 +1305,18 @@ static void nffn_backward(Model *m, int layer, real *dy, const real *dout, int R
     } else {
         silu_forward(s->hidden, a->f1, (size_t)R * F);
     }
+    const Mask hidden_mask = mask_of(m, layer, DROP_HIDDEN, c->hidden_dropout, F);
+    const Mask nffn_mask = mask_of(m, layer, DROP_NFFN, c->dropout, D);
     const real *df2 = dout;
     if (c->rescale_nffn) {
         rescale_backward(s->dmx, dw->alpha, dout, a->f2, w->alpha, R, D);
         df2 = s->dmx;
     }
+    dropout(s->dmx, df2, nffn_mask, (size_t)R * D);
+    if (nffn_mask.p > 0) df2 = s->dmx;
+    dropout(s->hidden, s->hidden, hidden_mask, (size_t)R * F);
     linear_backward(s->dhidden, 0, dw->fc2, NULL, df2, s->hidden, w->fc2, R, F, D);
+    dropout(s->dhidden, s->dhidden, hidden_mask, (size_t)R * F);
     real *du = s->dxt;
     if (c->swiglu) {
         gate_backward(s->dhidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F); // dhidden is now df3
@@ -1198,8 +1331,8 @@ static void nffn_backward(Model *m, int layer, real *dy, const real *dout, int R
 // ----------------------------------------------------------------------------
 // the block: y = mega(x), out = nffn(y) + x. The second residual skips both sub-layers.
 
-static void block_forward(Model *m, int layer, State *state, int B, int L) {
-    mega_forward(m, layer, state, m->x[layer], B, L);
+static void block_forward(Model *m, int layer, const State *in, State *out, int B, int L) {
+    mega_forward(m, layer, in, out, m->x[layer], B, L);
     nffn_forward(m, layer, m->x[layer + 1], m->x[layer], B * L);
     m->acts_layer = layer;
 }
@@ -1207,7 +1340,7 @@ static void block_forward(Model *m, int layer, State *state, int B, int L) {
 // Replaces scratch.dx, the gradient by the block's output, by that by its input.
 static void block_backward(Model *m, int layer, int B, int L) {
     Scratch *s = &m->scratch;
-    if (m->mode == MEGALODON_RECOMPUTE && m->acts_layer != layer) block_forward(m, layer, NULL, B, L);
+    if (m->mode == MEGALODON_RECOMPUTE && m->acts_layer != layer) block_forward(m, layer, &m->before, NULL, B, L);
     nffn_backward(m, layer, s->dy, s->dx, B * L);
     mega_backward(m, layer, s->dmega, s->dy, m->x[layer], B, L);
     add(s->dx, s->dmega, (size_t)B * L * m->config.model_dim);
@@ -1217,6 +1350,26 @@ static void block_backward(Model *m, int layer, int B, int L) {
 // the model: tokens -> embedding -> blocks -> TimestepNorm -> output
 
 static real embedding_scale(const Config *c) { return c->scale_emb ? (real)sqrt(c->model_dim) : 1; }
+
+void megalodon_dropout(Model *m, const Draw *draw) {
+    m->dropping = draw != NULL;
+    if (draw) m->draw = *draw;
+}
+
+// Keeps what the backward pass, or a block's forward again, needs of the incoming state.
+static void remember(Model *m, const State *state, int B) {
+    const Config *c = &m->config;
+    size_t layers = c->num_layers, moments = layers * B * c->norm_num_groups;
+    size_t h = layers * B * 2 * c->cema_ndim * c->model_dim;
+    State *s = &m->before;
+    memset(s->count, 0, (size_t)B * sizeof *s->count);
+    memset(s->mean, 0, moments * sizeof *s->mean), memset(s->m2, 0, moments * sizeof *s->m2);
+    memset(s->h, 0, h * sizeof *s->h);
+    if (!state) return;
+    memcpy(s->count, state->count, (size_t)B * sizeof *s->count);
+    memcpy(s->mean, state->mean, moments * sizeof *s->mean), memcpy(s->m2, state->m2, moments * sizeof *s->m2);
+    memcpy(s->h, state->h, h * sizeof *s->h);
+}
 
 void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int L) {
     const Config *c = &m->config;
@@ -1230,9 +1383,11 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
         cema_coefs_forward(&m->coefs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, c->cema_ndim);
     }
     m->coefs_valid = 1;
+    if (m->mode != MEGALODON_INFER) remember(m, state, B);
 
     embedding_forward(m->x[0], tokens, m->params.embed, embedding_scale(c), B * L, D);
-    for (int l = 0; l < layers; l++) block_forward(m, l, state, B, L);
+    dropout(m->x[0], m->x[0], mask_of(m, -1, DROP_EMBED, c->dropout, D), (size_t)B * L * D);
+    for (int l = 0; l < layers; l++) block_forward(m, l, state, state, B, L);
     double *mean = state ? state->mean + (size_t)layers * B * G : NULL;
     double *m2 = state ? state->m2 + (size_t)layers * B * G : NULL;
     timestep_norm_forward(m->final, m->final_mean, m->final_rstd, mean, m2, m->x[layers], m->params.final_norm_weight,
@@ -1260,10 +1415,12 @@ void megalodon_backward(Model *m) {
     int B = m->B, L = m->L, D = c->model_dim, G = c->norm_num_groups;
     Scratch *s = &m->scratch;
     assert(m->mode != MEGALODON_INFER);
+    for (int b = 0; b < B; b++) assert(m->before.count[b] % c->chunk_size == 0);
     timestep_norm_backward(s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, NULL, NULL, s->dxt,
-                           m->x[c->num_layers], m->params.final_norm_weight, m->final_mean, m->final_rstd, NULL, NULL,
-                           B, L, D, G);
+                           m->x[c->num_layers], m->params.final_norm_weight, m->final_mean, m->final_rstd, NULL,
+                           m->before.count, B, L, D, G);
     for (int l = c->num_layers - 1; l >= 0; l--) block_backward(m, l, B, L);
+    dropout(s->dx, s->dx, mask_of(m, -1, DROP_EMBED, c->dropout, D), (size_t)B * L * D);
     embedding_backward(m->grads.embed, s->dx, m->tokens, embedding_scale(c), B * L, D);
 }
 
@@ -1299,7 +1456,8 @@ int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
         while (i < NUM_ACTIVATIONS && strcmp(name, megalodon_activations[i])) i++;
         if (i == NUM_ACTIVATIONS) return 0;
         src = table[i].src, width = table[i].width, silu = table[i].silu;
-        if (dst && m->mode != MEGALODON_TRAIN && m->acts_layer != layer) block_forward(m, layer, NULL, m->B, m->L);
+        if (dst && m->mode != MEGALODON_TRAIN && m->acts_layer != layer)
+            block_forward(m, layer, &m->before, NULL, m->B, m->L);
     } else if (strcmp(name, "final_norm")) {
         return 0;
     }
@@ -1372,7 +1530,7 @@ static void acts_take(Model *m, Arena *arena) {
 
 static void work_take(Model *m, Arena *arena) {
     const Config *c = &m->config;
-    scratch_take(&m->scratch, arena, c, m->mode, m->max_B, m->max_L);
+    scratch_take(&m->scratch, arena, c, m->mode, m->max_B, m->max_L, m->threads);
     take(&m->rope, arena, (size_t)c->chunk_size * (c->z_dim / c->num_heads));
     for (int l = 0; l < c->num_layers; l++) coefs_take(&m->coefs[l], arena, c);
     // double and int32_t arrays in the same block: at most two numbers of ours for each of theirs
@@ -1380,6 +1538,12 @@ static void work_take(Model *m, Arena *arena) {
     take(&at, arena, 2 * (size_t)m->max_B * m->max_L), m->losses = (double *)(void *)at;
     take(&at, arena, 2 * (m->num_params / NORM_PART + 1)), m->norm_parts = (double *)(void *)at;
     take(&at, arena, (size_t)m->max_B * m->max_L), m->tokens = (int32_t *)(void *)at;
+    if (m->mode == MEGALODON_INFER) return;
+    size_t rows = (size_t)m->max_B * c->num_layers, moments = 2 * rows * c->norm_num_groups;
+    take(&at, arena, 2 * (size_t)m->max_B), m->before.count = (int64_t *)(void *)at;
+    take(&at, arena, moments), m->before.mean = (double *)(void *)at;
+    take(&at, arena, moments), m->before.m2 = (double *)(void *)at;
+    take(&m->before.h, arena, rows * 2 * c->cema_ndim * c->model_dim);
 }
 
 // A model with its tables but no memory for numbers.
@@ -1387,7 +1551,7 @@ static Model *model_outline(const Config *config, Mode mode, int B, int L) {
     size_t layers = (size_t)config->num_layers;
     Model *m = calloc(1, sizeof *m);
     if (!m) return NULL;
-    *m = (Model){.config = *config, .mode = mode, .max_B = B, .max_L = L, .acts_layer = -1};
+    *m = (Model){.config = *config, .mode = mode, .max_B = B, .max_L = L, .threads = threads_here(), .acts_layer = -1};
     m->tensors = megalodon_tensors(config, &m->num_tensors, &m->num_params);
     m->params.layers = calloc(layers, sizeof *m->params.layers);
     m->grads.layers = calloc(layers, sizeof *m->grads.layers);
@@ -1460,13 +1624,14 @@ void megalodon_write(Model *m, Block block, size_t first, size_t n, const real *
     if (block == PARAMS) m->coefs_valid = 0;
 }
 
-State *state_new(const Config *c, int B) {
+State *state_new(const Config *c, int B, int whole_chunks) {
     State *s = calloc(1, sizeof *s);
     if (!s) return NULL;
     size_t layers = (size_t)c->num_layers, rows = (size_t)B, G = c->norm_num_groups;
-    size_t counts = (rows + 7) / 8 * 8, moments = (layers + 1) * rows * G, chunk = layers * rows * c->chunk_size;
+    size_t counts = (rows + 7) / 8 * 8, moments = (layers + 1) * rows * G;
+    size_t chunk = whole_chunks ? 0 : layers * rows * c->chunk_size;
     size_t h = layers * rows * 2 * c->cema_ndim * c->model_dim, k = chunk * c->z_dim, v = chunk * c->value_dim;
-    s->B = B;
+    s->B = B, s->layers = c->num_layers, s->G = c->norm_num_groups, s->modes = (size_t)2 * c->cema_ndim * c->model_dim;
     s->bytes = counts * sizeof *s->count + 2 * moments * sizeof *s->mean + (h + k + v) * sizeof(real);
     s->memory = allocate(s->bytes);
     if (!s->memory) {
@@ -1477,6 +1642,7 @@ State *state_new(const Config *c, int B) {
     s->mean = (double *)(void *)(s->count + counts);
     s->m2 = s->mean + moments;
     s->h = (real *)(void *)(s->m2 + moments);
+    if (whole_chunks) return s;
     s->k = s->h + h;
     s->v = s->k + k;
     return s;
@@ -1488,7 +1654,15 @@ void state_free(State *s) {
     free(s);
 }
 
-void state_reset(State *s) { memset(s->memory, 0, s->bytes); }
+// k and v need not be cleared: what lies beyond count % C is not read.
+void state_reset(State *s, int row) {
+    s->count[row] = 0;
+    for (size_t i = (size_t)row; i < (size_t)(s->layers + 1) * s->B; i += (size_t)s->B) {
+        memset(s->mean + i * s->G, 0, (size_t)s->G * sizeof *s->mean);
+        memset(s->m2 + i * s->G, 0, (size_t)s->G * sizeof *s->m2);
+        if (i < (size_t)s->layers * s->B) memset(s->h + i * s->modes, 0, s->modes * sizeof *s->h);
+    }
+}
 
 void state_read(const State *s, size_t first, size_t bytes, void *dst) {
     assert(first + bytes <= s->bytes);

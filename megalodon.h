@@ -42,11 +42,15 @@ typedef float real;
 // ----------------------------------------------------------------------------
 // configuration
 
+typedef enum { HE, GAUSSIAN, XAVIER, BERT } InitMode; // how linear weights begin, see Init
+
 typedef struct {
     int num_layers, model_dim, z_dim, value_dim, num_heads, ffn_hidden_dim, cema_ndim, chunk_size;
     int vocab_size, norm_num_groups;
     int swiglu, rescale_nffn, scale_emb, share_emb, norm_affine; // booleans
     double norm_eps, rope_base;
+    double dropout, hidden_dropout, attention_dropout; // probabilities, in training only; see megalodon_dropout
+    InitMode init_mode;
 } Config;
 
 typedef struct {
@@ -56,16 +60,17 @@ typedef struct {
 } Preset;
 
 // clang-format off
-// layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base
+// layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base |
+// dropout hidden_dropout attention_dropout init_mode
 static const Preset megalodon_presets[] = {
-    {"mega200M", {12, 1024, 256, 2048, 1, 2560, 16, 2048, 32000, 32, 0, 0, 0, 0, 1, 1e-5, 1e4}, 220627968},
-    {"mega1.3B", {24, 2048, 512, 4096, 2, 4864, 16, 2048, 32000, 64, 0, 0, 0, 0, 1, 1e-5, 1e4}, 1342832640},
-    {"mega1.3B_pg19", {24, 2048, 512, 4096, 2, 3584, 16, 2048, 32000, 64, 1, 0, 1, 1, 1, 1e-5, 1e4}, 1327628288},
-    {"mega7.1B", {32, 4096, 1024, 8192, 4, 11264, 16, 2048, 32000, 64, 0, 0, 0, 0, 1, 1e-5, 1e4}, 7117381632},
-    {"mega7.3B", {32, 4096, 1024, 8192, 4, 8192, 16, 2048, 32000, 64, 1, 0, 0, 0, 1, 1e-5, 1e4}, 7385817088},
-    {"paper7B", {32, 4096, 1024, 8192, 4, 8192, 16, 4096, 32000, 64, 1, 0, 0, 0, 1, 1e-5, 1e5}, 7385817088},
-    {"enwik8", {6, 384, 192, 384, 3, 1024, 8, 256, 256, 32, 1, 0, 0, 0, 1, 1e-5, 1e4}, 11359104},
-    {"demo", {4, 128, 64, 256, 1, 256, 8, 64, 256, 16, 1, 0, 0, 0, 1, 1e-5, 1e4}, 974336},
+    {"mega200M", {12, 1024, 256, 2048, 1, 2560, 16, 2048, 32000, 32, 0, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 220627968},
+    {"mega1.3B", {24, 2048, 512, 4096, 2, 4864, 16, 2048, 32000, 64, 0, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 1342832640},
+    {"mega1.3B_pg19", {24, 2048, 512, 4096, 2, 3584, 16, 2048, 32000, 64, 1, 0, 1, 1, 1, 1e-5, 1e4, 0, 0, 0, HE}, 1327628288},
+    {"mega7.1B", {32, 4096, 1024, 8192, 4, 11264, 16, 2048, 32000, 64, 0, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 7117381632},
+    {"mega7.3B", {32, 4096, 1024, 8192, 4, 8192, 16, 2048, 32000, 64, 1, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 7385817088},
+    {"paper7B", {32, 4096, 1024, 8192, 4, 8192, 16, 4096, 32000, 64, 1, 0, 0, 0, 1, 1e-5, 1e5, 0, 0, 0, HE}, 7385817088},
+    {"enwik8", {6, 384, 192, 384, 3, 1024, 8, 256, 256, 32, 1, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 11359104},
+    {"demo", {4, 128, 64, 256, 1, 256, 8, 64, 256, 16, 1, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 974336},
 };
 // clang-format on
 enum { NUM_PRESETS = sizeof megalodon_presets / sizeof megalodon_presets[0] };
@@ -95,7 +100,8 @@ typedef struct {
 // Initial values. All weights of norms, and gamma of q and k, are stored as an offset from one.
 typedef enum {
     INIT_ZERO,
-    INIT_LINEAR,     // N(0, 1/sqrt(3 fan_in)), Kaiming normal with a = sqrt(5)
+    INIT_LINEAR,     // by init_mode: HE N(0, 1/sqrt(3 fan_in)), Kaiming normal with a = sqrt(5); XAVIER uniform below
+                     // sqrt(6/(fan_in + fan_out)); BERT N(0, 0.02); GAUSSIAN N(0, 1) truncated at 3
     INIT_EMBED,      // N(0, 1/sqrt(D)) truncated at 3 deviations
     INIT_CEMA_LOGIT, // N(0, 0.2)
     INIT_CEMA_THETA, // ln(f/(1-f)), f = D^(-i/D), i = 1..D, in random order over the channels
@@ -169,11 +175,34 @@ Tensor *megalodon_tensors(const Config *config, int *count, size_t *size);
 void megalodon_point(Params *params, real *memory, const Config *config, const Tensor *tensors, int count);
 
 // ----------------------------------------------------------------------------
-// random numbers: Philox4x32-10, counter based, so that every backend and every rank draws the same
+// random numbers: Philox4x32-10 (Salmon et al., 2011), counter based, so that every backend and every rank draws
+// the same: ten rounds of two 32x32 -> 64 bit products turn a counter, under the key `seed`, into four numbers
 
-enum { STREAM_INIT = 0, STREAM_DATA = 1000, STREAM_SAMPLE = 1001 }; // STREAM_INIT + row of the parameter table
+enum {               // the counter's first word: what the numbers are for
+    STREAM_INIT = 0, // + row of the parameter table
+    STREAM_DATA = 1000,
+    STREAM_SAMPLE,
+    STREAM_DROPOUT // + where, see megalodon.c
+};
 
-void megalodon_philox(uint32_t out[4], uint64_t seed, uint32_t stream, uint32_t step, uint32_t layer, uint32_t element);
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+    static inline void
+    megalodon_philox(uint32_t out[4], uint64_t seed, uint32_t stream, uint32_t step, uint32_t layer, uint32_t element) {
+    uint32_t c0 = stream, c1 = step, c2 = layer, c3 = element;
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    for (int round = 0; round < 10; round++) {
+        uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
+        c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
+        c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
+        c1 = (uint32_t)b;
+        c3 = (uint32_t)a;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+}
 
 // Fills values (tensor->size) with the tensor's initial values, see Init.
 void megalodon_init(real *values, const Tensor *tensor, const Config *config, uint64_t seed);
@@ -209,27 +238,38 @@ void megalodon_write(Model *model, Block block, size_t first, size_t n, const re
 // state: all that a model remembers of the tokens it has read. Its size does not depend on how many.
 
 typedef struct {
-    int B;
-    size_t bytes;
-    void *memory;      // one block, owned by the backend, behind all of these:
-    int64_t *count;    // (B) tokens read: TimestepNorm's n is g*count, the place in the chunk count % C
-    double *mean, *m2; // (num_layers+1, B, G) TimestepNorm's running mean and sum of squared deviations
-    real *h;           // (num_layers, B, 2, N, D) CEMA's complex h: real parts, then imaginary parts
-    real *k, *v;       // (num_layers, B, C, Z), (num_layers, B, C, E) the unfinished chunk's, k rotated
+    int B, layers, G;
+    size_t modes, bytes; // 2*N*D
+    void *memory;        // one block, owned by the backend, behind all of these:
+    int64_t *count;      // (B) tokens read: TimestepNorm's n is g*count, the place in the chunk count % C
+    double *mean, *m2;   // (num_layers+1, B, G) TimestepNorm's running mean and sum of squared deviations
+    real *h;             // (num_layers, B, 2, N, D) CEMA's complex h: real parts, then imaginary parts
+    real *k, *v;         // (num_layers, B, C, Z), (num_layers, B, C, E) the unfinished chunk's, k rotated
 } State;
 
-State *state_new(const Config *config, int B); // fresh; NULL when memory is out
+// Fresh: nothing read yet. whole_chunks: every call will end where a chunk ends, so k and v are never needed
+// and are NULL. NULL when memory is out.
+State *state_new(const Config *config, int B, int whole_chunks);
 void state_free(State *state);
-void state_reset(State *state); // fresh again: nothing read yet
+void state_reset(State *state, int row); // makes one row fresh again
 void state_read(const State *state, size_t first, size_t bytes, void *dst);
 void state_write(State *state, size_t first, size_t bytes, const void *src);
 
 // ----------------------------------------------------------------------------
 // running it
 
+// Dropout, with the configuration's probabilities, from the next forward on; NULL, as at first: none. A mask
+// depends on these numbers and the place in the whole step's batch alone.
+typedef struct {
+    uint64_t seed;
+    int64_t step; // updates before this one
+    int64_t row;  // of the step's batch, which the forward's first row is
+} Draw;
+void megalodon_dropout(Model *model, const Draw *draw);
+
 // Reads tokens (B,L), each in 0..V-1, up to the final norm's output. With a state (of B rows) the sequences
 // continue where it stands and it moves on: whole, in pieces or token by token gives the same numbers to
-// rounding. Without, they start fresh; only then may megalodon_backward follow.
+// rounding. Without, they start fresh.
 void megalodon_forward(Model *model, State *state, const int32_t *tokens, int B, int L);
 
 // Cross-entropy of the last forward's positions against targets (B,L), -1 = not counted: returns the sum in
@@ -238,7 +278,8 @@ void megalodon_forward(Model *model, State *state, const int32_t *tokens, int B,
 // of grad_scale * sum.
 double megalodon_loss(Model *model, const int32_t *targets, double grad_scale, int64_t *counted, real *losses);
 
-// Adds the gradients of the last megalodon_loss with grad_scale > 0 to GRADS.
+// Adds the gradients of the last megalodon_loss with grad_scale > 0 to GRADS. After a forward with a state they
+// stop there (truncated backpropagation), and every row must have begun where a chunk begins.
 void megalodon_backward(Model *model);
 
 void megalodon_zero_grad(Model *model);
@@ -253,7 +294,7 @@ void megalodon_update(Model *model, const AdamW *adamw, double lr, double grad_s
 // Logits of rows first.. of the last forward's B*L positions, to dst (rows, V).
 void megalodon_logits(Model *model, size_t first, size_t rows, real *dst);
 
-// An activation of the last forward (without state), whole, to dst; after megalodon_backward, too. One of
+// An activation of the last forward, whole, to dst; after megalodon_backward, too. One of
 // megalodon_activations with its layer, or layer = -1 for "final_norm" (B,L,D). dst NULL: nothing is done.
 // Returns its width, 0 if unknown.
 int megalodon_activation(Model *model, int layer, const char *name, real *dst);

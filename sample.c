@@ -70,7 +70,7 @@ static void write_byte(int32_t token) {
 static void generate(Model *model, const Config *c) {
     if (c->vocab_size > 256)
         fatal("%s: its %d tokens are not bytes; only byte-level models can write text", model_path, c->vocab_size);
-    State *state = state_new(c, 1);
+    State *state = state_new(c, 1, 0);
     real *logits = allocate((size_t)c->vocab_size, sizeof *logits);
     size_t count;
     int32_t *tokens = get_prompt(c, &count);
@@ -102,7 +102,7 @@ static void generate(Model *model, const Config *c) {
 static void score(Model *model, const Config *c) {
     enum { FIRST = 64, RANGES = 64 };
     Tokens file = tokens_open(score_path, c->vocab_size);
-    State *state = state_new(c, 1);
+    State *state = state_new(c, 1, 0);
     int32_t *tokens = allocate(PIECE, sizeof *tokens), *targets = allocate(PIECE, sizeof *targets);
     real *losses = allocate(PIECE, sizeof *losses);
     double bits[RANGES] = {0}, total = 0, start = seconds();

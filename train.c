@@ -240,7 +240,7 @@ static void write_sample(Model *model, State *state, const Data *d, int V) {
     int32_t token = bytes ? '\n' : token_at(&d->train, 0);
     if (token >= V) token = 0;
     real *logits = allocate((size_t)V, sizeof *logits);
-    state_reset(state);
+    state_reset(state, 0);
     printf("----\n");
     for (int64_t i = 0; i < LENGTH; i++) {
         megalodon_forward(model, state, &token, 1, 1);
@@ -295,7 +295,7 @@ int main(int argc, char **argv) {
     // data, then memory, then the directory: everything that can be refused comes before the first step
     Data data = open_data(config.vocab_size);
     const Mode mode = s.eval ? MEGALODON_INFER : s.recompute ? MEGALODON_RECOMPUTE : MEGALODON_TRAIN;
-    State *state = s.eval || s.batch ? NULL : state_new(&config, 1); // for samples
+    State *state = s.eval || s.batch ? NULL : state_new(&config, 1, 0); // for samples
     const MemoryPlan plan = check_memory(&config, mode, data.B, data.L, state ? state->bytes : 0);
     Model *model = megalodon_new(&config, mode, data.B, data.L);
     if (model == NULL || (state == NULL && !s.eval && !s.batch)) fatal("out of memory");

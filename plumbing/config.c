@@ -45,7 +45,7 @@ const Config *find_preset(const char *name) {
 
 Config config_defaults(void) {
     // layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base
-    return (Config){8, 1024, 256, 2048, 1, 2048, 16, 2048, 0, 32, 0, 0, 0, 0, 1, 1e-5, 1e4};
+    return (Config){8, 1024, 256, 2048, 1, 2048, 16, 2048, 0, 32, 0, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE};
 }
 
 // ----------------------------------------------------------------------------

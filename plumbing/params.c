@@ -91,22 +91,13 @@ void megalodon_point(Params *params, real *memory, const Config *config, const T
 }
 
 // ----------------------------------------------------------------------------
-// Philox4x32-10 (Salmon et al., 2011): ten rounds of two 32x32 -> 64 bit products
+// initial values
 
-void megalodon_philox(uint32_t out[4], uint64_t seed, uint32_t stream, uint32_t step, uint32_t layer,
-                      uint32_t element) {
-    uint32_t c0 = stream, c1 = step, c2 = layer, c3 = element;
-    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-    for (int round = 0; round < 10; round++) {
-        uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
-        c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
-        c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
-        c1 = (uint32_t)b;
-        c3 = (uint32_t)a;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+static double uniform(uint64_t seed, const Tensor *t, size_t element) { // in (0,1)
+    uint32_t r[4];
+    megalodon_philox(r, seed, STREAM_INIT + (uint32_t)(t->row - megalodon_params), 0, (uint32_t)(t->layer + 1),
+                     (uint32_t)element);
+    return (r[0] + 0.5) / 4294967296.0;
 }
 
 // One draw of N(0,1) by Box-Muller, redrawn (the counter's step) until it lies within the limit.
@@ -120,17 +111,24 @@ static double normal(uint64_t seed, const Tensor *t, size_t element, double limi
     }
 }
 
+static void init_linear(real *values, const Tensor *t, InitMode mode, uint64_t seed) {
+    const double deviation = mode == HE ? 1 / sqrt(3.0 * t->shape[1]) : mode == BERT ? 0.02 : 1;
+    const double bound = sqrt(6.0 / (t->shape[0] + t->shape[1])); // of XAVIER
+    for (size_t i = 0; i < t->size; i++) {
+        values[i] = (real)(mode == XAVIER ? bound * (2 * uniform(seed, t, i) - 1)
+                                          : deviation * normal(seed, t, i, mode == GAUSSIAN ? 3 : INFINITY));
+    }
+}
+
 void megalodon_init(real *values, const Tensor *t, const Config *config, uint64_t seed) {
     size_t n = t->size, D = (size_t)config->model_dim;
     switch (t->row->init) {
     case INIT_ZERO:
         memset(values, 0, n * sizeof *values);
         break;
-    case INIT_LINEAR: {
-        double deviation = 1 / sqrt(3.0 * t->shape[1]);
-        for (size_t i = 0; i < n; i++) values[i] = (real)(deviation * normal(seed, t, i, INFINITY));
+    case INIT_LINEAR:
+        init_linear(values, t, config->init_mode, seed);
         break;
-    }
     case INIT_EMBED:
         for (size_t i = 0; i < n; i++) values[i] = (real)(normal(seed, t, i, 3) / sqrt((double)D));
         break;

@@ -17,6 +17,7 @@ struct Case {
     int B, L, D, N, G, C, H, Z, E, R, K, M, V, nq, nk, add;
     int64_t *count;
     int32_t *tokens;
+    Mask mask;
     int num_in, num_out, num_kept;
     const char *name[SLOTS];
     real *in[SLOTS], *din[SLOTS], *out[SLOTS], *dout[SLOTS], *kept[SLOTS]; // NULL: of no elements, left out
@@ -315,52 +316,89 @@ static void test_gates(void) {
 // One head in a chunk, of heads of 2 and 3 numbers beside one more each: rows are longer than a head.
 static void attend_f(Case *c) {
     memset(c->out[0], 0, c->out_size[0] * sizeof(real)); // the other column is not the head's to write
-    attend_forward(c->out[0], c->kept[0], c->kept[1], c->in[0], c->in[1], c->in[2], c->nq, c->nk, 2, 3, 3, 4, 2);
+    attend_forward(c->out[0], c->kept[0], c->kept[1], c->in[0], c->in[1], c->in[2], c->mask, c->nq, c->nk, 2, 3, 3, 4,
+                   2, 64);
 }
 static void attend_b(Case *c) {
     memset(c->din[0], 0, c->in_size[0] * sizeof(real));
     attend_backward(c->din[0], c->din[1], c->din[2], c->kept[1], c->kept[2], c->dout[0], c->out[0], c->kept[0],
-                    c->in[0], c->in[1], c->in[2], c->nq, c->nk, 2, 3, 3, 4, 2);
+                    c->in[0], c->in[1], c->in[2], c->mask, c->nq, c->nk, 2, 3, 3, 4, 2, 64);
 }
-static void attend_case(int nq, int nk) {
-    Case c = {.forward = attend_f, .backward = attend_b, .nq = nq, .nk = nk};
+static void attend_case(int nq, int nk, double p) {
+    Case c = {.forward = attend_f, .backward = attend_b, .nq = nq, .nk = nk, .mask = {.p = p, .seed = 5, .first = 7}};
     input(&c, "q", (size_t)nq * 3, SET, 2, 0);
     input(&c, "k, cached ones too", (size_t)nk * 3, ADDED, 2, 0);
     input(&c, "v, cached ones too", (size_t)nk * 4, ADDED, 1, 0);
     output(&c, (size_t)nq * 4);
     keep(&c, (size_t)nq * 2);
-    for (int i = 0; i < 2; i++) keep(&c, (size_t)min(QUERY_ROWS, nq) * nk);
+    for (int i = 0; i < 2; i++) keep(&c, (size_t)nq * nk);
     char title[64];
-    snprintf(title, sizeof title, "attend, %d queries, %d keys", nq, nk);
+    snprintf(title, sizeof title, "attend, %d queries, %d keys, dropout %g", nq, nk, p);
     gradcheck(&c, title);
 }
 
 static void attention_f(Case *c) {
-    attention_forward(c->out[0], c->kept[0], NULL, NULL, c->kept[1], c->in[0], c->in[1], c->in[2], NULL, c->B, c->L,
-                      c->C, c->H, c->Z, c->E);
+    attention_forward(c->out[0], c->kept[0], NULL, NULL, c->kept[1], c->in[0], c->in[1], c->in[2], NULL, c->mask, c->B,
+                      c->L, c->C, c->H, c->Z, c->E, 1);
 }
 static void attention_b(Case *c) {
     attention_backward(c->din[0], c->din[1], c->din[2], c->kept[1], c->kept[2], c->dout[0], c->out[0], c->kept[0],
-                       c->in[0], c->in[1], c->in[2], c->B, c->L, c->C, c->H, c->Z, c->E);
+                       c->in[0], c->in[1], c->in[2], c->mask, c->B, c->L, c->C, c->H, c->Z, c->E, 1);
 }
-static void attention_case(int L, int C, int H) {
+static void attention_case(int L, int C, int H, double p) {
     Case c = {.forward = attention_f, .backward = attention_b, .B = 2, .L = L, .C = C, .H = H, .Z = 2 * H, .E = 3 * H};
+    c.mask = (Mask){.p = p, .seed = 3, .layer = 1};
     size_t R = 2 * (size_t)L;
     input(&c, "q", R * c.Z, SET, 2, 0), input(&c, "k", R * c.Z, SET, 2, 0);
     input(&c, "v", R * c.E, SET, 1, 0);
     output(&c, R * c.E);
     keep(&c, R * H);
-    for (int i = 0; i < 2; i++) keep(&c, (size_t)min(QUERY_ROWS, L) * C);
+    for (int i = 0; i < 2; i++) keep(&c, (size_t)QUERY_ROWS * C);
     char title[64];
-    snprintf(title, sizeof title, "attention, L %d C %d, %d heads", L, C, H);
+    snprintf(title, sizeof title, "attention, L %d C %d, %d heads, dropout %g", L, C, H, p);
     gradcheck(&c, title);
 }
 static void test_attention(void) {
-    attend_case(1, 7), attend_case(6, 6), attend_case(5, 11);
-    attend_case(QUERY_ROWS + 3, QUERY_ROWS + 10);
+    attend_case(1, 7, 0), attend_case(6, 6, 0), attend_case(5, 11, 0), attend_case(5, 11, 0.3);
     for (int H = 1; H <= 3; H += 2) {
-        attention_case(5, 8, H), attention_case(8, 8, H), attention_case(16, 8, H), attention_case(19, 8, H);
+        attention_case(5, 8, H, 0), attention_case(8, 8, H, 0), attention_case(16, 8, H, 0.5);
+        attention_case(19, 8, H, 0), attention_case(QUERY_ROWS + 13, QUERY_ROWS + 10, H, 0.1);
     }
+}
+
+// Dropout: each word of Philox says whether its element stays, wherever a call begins and ends.
+static void dropout_f(Case *c) { dropout(c->out[0], c->in[0], c->mask, c->in_size[0]); }
+static void dropout_b(Case *c) { dropout(c->din[0], c->dout[0], c->mask, c->in_size[0]); }
+static void test_dropout(void) {
+    enum { SIZE = 1000, FIRST = 3 };
+    const uint64_t far = ((uint64_t)5 << 34) - 14; // on the way there the counter's last word overflows
+    Case c = {.forward = dropout_f, .backward = dropout_b, .mask = {.p = 0.3, .seed = 9, .first = FIRST}};
+    input(&c, "inp", 37, SET, 1, 0);
+    output(&c, 37);
+    gradcheck(&c, "dropout");
+    real *x = numbers(SIZE, 1, 3), y[SIZE], parts[SIZE], expected[SIZE];
+    for (int i = 0; i < 2; i++) {
+        const Mask mask = {
+            .p = 0.3, .seed = 77, .stream = STREAM_DROPOUT + 2, .step = 6, .layer = 4, .first = i ? far : FIRST};
+        for (uint64_t k = 0; k < SIZE; k++) {
+            uint64_t at = mask.first + k;
+            uint32_t words[4];
+            megalodon_philox(words, 77, STREAM_DROPOUT + 2, 6, 4 + (uint32_t)(at / 4 >> 32) * 65536,
+                             (uint32_t)(at / 4));
+            expected[k] = words[at % 4] < 0.3 * 4294967296.0 ? 0 : x[k] / 0.7;
+        }
+        dropout(y, x, mask, SIZE);
+        check(i ? "dropout beyond 2^34 elements = its definition" : "dropout = its definition", y, expected, SIZE,
+              1e-15);
+        for (int from = 0, n = 1; from < SIZE; from += n, n = min(n + 1, SIZE - from)) {
+            dropout(parts + from, x + from, mask_row(mask, 1, from), (size_t)n);
+        }
+        check_same("  in parts: the same", parts, y, sizeof y);
+    }
+    memcpy(y, x, sizeof y);
+    dropout(y, y, (Mask){.p = 0}, SIZE);
+    check_same("dropout of probability 0 does nothing", y, x, sizeof y);
+    free(x);
 }
 
 static void layernorm_f(Case *c) {
@@ -382,18 +420,11 @@ static void test_layernorm(void) {
     }
 }
 
-static void rescale_f(Case *c) {
-    memcpy(c->out[0], c->in[2], c->out_size[0] * sizeof(real));
-    rescale_forward(c->out[0], c->in[0], c->in[1], c->R, c->D);
-}
-static void rescale_b(Case *c) {
-    memcpy(c->din[2], c->dout[0], c->out_size[0] * sizeof(real));
-    rescale_backward(c->din[0], c->din[1], c->dout[0], c->in[0], c->in[1], c->R, c->D);
-}
+static void rescale_f(Case *c) { rescale_forward(c->out[0], c->in[0], c->in[1], c->R, c->D); }
+static void rescale_b(Case *c) { rescale_backward(c->din[0], c->din[1], c->dout[0], c->in[0], c->in[1], c->R, c->D); }
 static void test_rescale(void) {
     Case c = {.forward = rescale_f, .backward = rescale_b, .R = 5, .D = 13};
     input(&c, "inp", 5 * 13, SET, 1, 0), input(&c, "alpha", 13, ADDED, 1, 0);
-    input(&c, "what is added to", 5 * 13, SET, 1, 0);
     output(&c, 5 * 13);
     gradcheck(&c, "rescale");
 }
@@ -561,7 +592,7 @@ static void test_attention_definition(void) {
     rope_table(table, C, dz, 10);
     rope_forward(q_turned, q, table, NULL, 1, L, Z, dz, C);
     rope_forward(k_turned, k, table, NULL, 1, L, Z, dz, C);
-    attention_forward(o, lse, NULL, NULL, scores, q_turned, k_turned, v, NULL, 1, L, C, H, Z, E);
+    attention_forward(o, lse, NULL, NULL, scores, q_turned, k_turned, v, NULL, (Mask){0}, 1, L, C, H, Z, E, 1);
     check("rope and attention = their definition", o, expected, L * E, 1e-13);
     free(q), free(k), free(v);
 }
@@ -579,6 +610,7 @@ int main(void) {
     test_qk();
     test_rope();
     test_gates();
+    test_dropout();
     test_attention();
     test_layernorm();
     test_rescale();

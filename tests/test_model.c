@@ -20,12 +20,21 @@ typedef struct {
 
 // layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base
 static const Case cases[] = {
-    {"L below C, N 1", {2, 8, 4, 6, 1, 10, 1, 16, 11, 2, 0, 0, 0, 0, 1, 1e-5, 1e4}, 2, 7},
-    {"L = C, 3 heads, N 16, swiglu", {2, 12, 12, 9, 3, 7, 16, 8, 11, 3, 1, 0, 0, 0, 1, 1e-5, 100}, 2, 8},
-    {"L = 2 C, rescale, scaled, tied", {2, 10, 6, 5, 1, 9, 4, 8, 13, 5, 0, 1, 1, 1, 1, 1e-3, 1e4}, 2, 16},
-    {"L ragged, 3 heads, swiglu, rescale, no affine", {2, 12, 6, 6, 3, 8, 2, 8, 7, 6, 1, 1, 0, 0, 0, 1e-2, 50}, 2, 19},
-    {"C odd, one group, tied, no affine", {3, 8, 8, 8, 2, 12, 3, 5, 9, 1, 0, 0, 0, 1, 0, 1e-5, 1e4}, 3, 13},
-    {"L above a block of CEMA, N 16, scaled", {1, 19, 4, 7, 1, 6, 16, 32, 17, 1, 1, 0, 1, 0, 1, 1e-5, 1e4}, 1, 75},
+    {"L below C, N 1", {2, 8, 4, 6, 1, 10, 1, 16, 11, 2, 0, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 2, 7},
+    {"L = C, 3 heads, N 16, swiglu", {2, 12, 12, 9, 3, 7, 16, 8, 11, 3, 1, 0, 0, 0, 1, 1e-5, 100, 0, 0, 0, HE}, 2, 8},
+    {"L = 2 C, rescale, scaled, tied", {2, 10, 6, 5, 1, 9, 4, 8, 13, 5, 0, 1, 1, 1, 1, 1e-3, 1e4, 0, 0, 0, HE}, 2, 16},
+    {"L ragged, 3 heads, swiglu, rescale, no affine",
+     {2, 12, 6, 6, 3, 8, 2, 8, 7, 6, 1, 1, 0, 0, 0, 1e-2, 50, 0, 0, 0, HE},
+     2,
+     19},
+    {"C odd, one group, tied, no affine",
+     {3, 8, 8, 8, 2, 12, 3, 5, 9, 1, 0, 0, 0, 1, 0, 1e-5, 1e4, 0, 0, 0, HE},
+     3,
+     13},
+    {"L above a block of CEMA, N 16, scaled",
+     {1, 19, 4, 7, 1, 6, 16, 32, 17, 1, 1, 0, 1, 0, 1, 1e-5, 1e4, 0, 0, 0, HE},
+     1,
+     75},
 };
 enum { NUM_CASES = sizeof cases / sizeof *cases };
 
@@ -101,6 +110,89 @@ static void test_gradients(const Case *c) {
     setup_free(&s);
 }
 #endif
+
+// With a state and with dropout. The state comes from the first chunk and stays as it is: gradients stop there.
+typedef struct {
+    Setup s;
+    State *before, *state;
+    char *bytes;
+    Draw draw;
+    int L; // tokens after the state
+} Carried;
+
+static Carried carried(const Case *c, Mode mode) {
+    const Config *g = &c->config;
+    Carried x = {.s = setup(c, mode), .draw = {.seed = 4, .step = 9, .row = 5}};
+    int C = g->chunk_size < c->L ? g->chunk_size : 0; // 0: nothing before
+    int32_t first[MAX_TOKENS];
+    x.L = c->L - C;
+    x.before = state_new(g, c->B, 1), x.state = state_new(g, c->B, 0);
+    x.bytes = malloc(x.before->bytes);
+    for (int b = 0; b < c->B; b++) memcpy(first + b * C, x.s.tokens + b * c->L, (size_t)C * sizeof *first);
+    if (C > 0) megalodon_forward(x.s.model, x.before, first, c->B, C);
+    state_read(x.before, 0, x.before->bytes, x.bytes);
+    return x;
+}
+
+static double carried_forward(Carried *x, double grad_scale) {
+    int64_t counted;
+    state_write(x->state, 0, x->before->bytes, x->bytes); // k and v, which come last, are not needed
+    megalodon_dropout(x->s.model, &x->draw);
+    megalodon_forward(x->s.model, x->state, x->s.tokens, x->s.c->B, x->L);
+    return megalodon_loss(x->s.model, x->s.targets, grad_scale, &counted, NULL);
+}
+
+static void carried_free(Carried *x) { setup_free(&x->s), state_free(x->before), state_free(x->state), free(x->bytes); }
+
+#ifdef MEGALODON_DOUBLE
+static double carried_loss(void *context) {
+    Carried *x = context;
+    megalodon_write(x->s.model, PARAMS, 0, x->s.size, x->s.params);
+    return 0.37 * carried_forward(x, 0);
+}
+#endif
+
+static void test_carried(const Case *plain) {
+    Case c = *plain;
+    c.config.dropout = 0.2, c.config.hidden_dropout = 0.1, c.config.attention_dropout = 0.3;
+    Carried a = carried(&c, MEGALODON_TRAIN), b = carried(&c, MEGALODON_RECOMPUTE);
+    Setup *s = &a.s;
+    size_t n = (size_t)a.L * c.config.vocab_size;
+    real *logits = malloc((size_t)c.B * n * sizeof *logits), *alone = malloc(n * sizeof *alone);
+    double loss_a = carried_forward(&a, 0.37), loss_b = carried_forward(&b, 0.37);
+    megalodon_logits(s->model, 0, (size_t)c.B * a.L, logits);
+    megalodon_backward(s->model), megalodon_backward(b.s.model);
+    megalodon_read(s->model, GRADS, 0, s->size, s->grads);
+    megalodon_read(b.s.model, GRADS, 0, s->size, b.s.grads);
+    check_true(named(c.name, "state, dropout: same loss with recompute"), loss_a == loss_b);
+    check_same("  same gradients with recompute", b.s.grads, s->grads, s->size * sizeof(real));
+#ifdef MEGALODON_DOUBLE
+    for (int i = 0; i < s->num_tensors; i++) {
+        const Tensor *t = &s->tensors[i];
+        check_gradient(t->name, carried_loss, &a, s->params + t->offset, s->grads + t->offset, t->size, ELEMENTS, 1e-7);
+    }
+    megalodon_write(s->model, PARAMS, 0, s->size, s->params);
+#endif
+    a.draw.step++;
+    check_true("  another step, other masks", carried_forward(&a, 0) != loss_a);
+    megalodon_dropout(s->model, NULL);
+    Setup p = setup(plain, MEGALODON_INFER);
+    int64_t counted;
+    megalodon_forward(p.model, NULL, p.tokens, c.B, c.L);
+    megalodon_forward(s->model, NULL, p.tokens, c.B, c.L);
+    check_true("  switched off: none", megalodon_loss(p.model, p.targets, 0, &counted, NULL) ==
+                                           megalodon_loss(s->model, p.targets, 0, &counted, NULL));
+    // the batch's second row by itself
+    if (c.L <= c.config.chunk_size) {
+        const Draw draw = {.seed = 4, .step = 9, .row = 6};
+        megalodon_dropout(s->model, &draw);
+        megalodon_forward(s->model, NULL, s->tokens + a.L, 1, a.L);
+        megalodon_logits(s->model, 0, (size_t)a.L, alone);
+        check_real("  a row by itself has the same masks", alone, logits + n, n, ROUNDING);
+    }
+    carried_free(&a), carried_free(&b), setup_free(&p);
+    free(logits), free(alone);
+}
 
 // Recomputing gives the same bits; gradients are added up; two micro-batches are one batch.
 static void test_modes(const Case *c) {
@@ -208,14 +300,14 @@ static void test_state(const Case *c) {
     const int pieces[] = {c->L, 1, 2, g->chunk_size - 1, g->chunk_size, g->chunk_size + 1, 7, 0};
     size_t n = (size_t)c->B * c->L * g->vocab_size;
     real *whole = malloc(n * sizeof *whole), *logits = malloc(n * sizeof *logits);
-    State *first = state_new(g, c->B), *state = state_new(g, c->B);
+    State *first = state_new(g, c->B, 0), *state = state_new(g, c->B, 0);
     char name[80];
     read_pieces(&s, NULL, c->L, whole);
     read_pieces(&s, first, 1, logits);
     check_real(named(c->name, "token by token = whole"), logits, whole, n, ROUNDING);
     for (int i = 0; i < (int)(sizeof pieces / sizeof *pieces); i++) {
         if (pieces[i] > c->L) continue;
-        state_reset(state);
+        for (int b = 0; b < c->B; b++) state_reset(state, b);
         read_pieces(&s, state, pieces[i], logits);
         snprintf(name, sizeof name, "%.24s, pieces of %d", c->name, pieces[i]);
         check_real(named(name, "logits"), logits, whole, n, ROUNDING);
@@ -223,7 +315,7 @@ static void test_state(const Case *c) {
     }
 
     // written down and read back, also in two halves: goes on bit for bit
-    State *copy = state_new(g, c->B);
+    State *copy = state_new(g, c->B, 0);
     size_t half = state->bytes / 2;
     char *bytes = malloc(state->bytes);
     state_read(state, half, state->bytes - half, bytes + half);
@@ -233,9 +325,17 @@ static void test_state(const Case *c) {
     read_pieces(&s, state, 3, whole);
     read_pieces(&s, copy, 3, logits);
     check_same(named(c->name, "a written state continues the same"), logits, whole, n * sizeof *whole);
-    state_reset(state);
-    memset(bytes, 0, state->bytes);
-    check_same(named(c->name, "reset"), state->memory, bytes, state->bytes);
+
+    // one row begins again, the others go on
+    int last = c->B - 1;
+    size_t row = (size_t)last * c->L * g->vocab_size, one = (size_t)c->L * g->vocab_size;
+    state_reset(state, last);
+    read_pieces(&s, state, 3, logits);
+    read_pieces(&s, copy, 3, whole);
+    check_true(named(c->name, "rows that are not reset go on"), memcmp(logits, whole, row * sizeof *logits) == 0);
+    for (int b = 0; b < c->B; b++) state_reset(first, b);
+    read_pieces(&s, first, 3, whole);
+    check_same(named(c->name, "a row that is reset begins again"), logits + row, whole + row, one * sizeof *logits);
     state_free(first), state_free(state), state_free(copy), setup_free(&s);
     free(whole), free(logits), free(bytes);
 }
@@ -256,9 +356,9 @@ static void test_rows(const Case *c) {
     size_t moments = (size_t)g->norm_num_groups * sizeof(double), C = (size_t)g->chunk_size;
     size_t n = (size_t)L * g->vocab_size;
     real *alone = malloc(2 * n * sizeof *alone), *together = malloc(2 * n * sizeof *together);
-    State *both = state_new(g, 2);
+    State *both = state_new(g, 2, 0);
     for (int b = 0; b < 2; b++) {
-        State *one = state_new(g, 1);
+        State *one = state_new(g, 1, 0);
         megalodon_forward(s.model, one, s.tokens, 1, 2 + 3 * b);
         both->count[b] = one->count[0];
         copy_rows(both->mean, b, 2, one->mean, layers + 1, moments),
@@ -281,7 +381,8 @@ static void test_rows(const Case *c) {
 // optimizer, threads, learning
 
 // Large enough for several parts of the gradient norm, and for two threads to share.
-static const Case large = {"large", {2, 40, 24, 56, 2, 72, 4, 32, 3000, 4, 1, 1, 0, 0, 1, 1e-5, 1e4}, 2, 70};
+static const Case large = {
+    "large", {2, 40, 24, 56, 2, 72, 4, 32, 3000, 4, 1, 1, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 2, 70};
 
 static void test_optimizer(void) {
     Setup s = setup(&large, MEGALODON_TRAIN);
@@ -375,7 +476,8 @@ static void test_threads(void) {
 }
 
 static void test_learning(void) {
-    static const Case c = {"learning", {2, 16, 8, 24, 1, 24, 4, 8, 11, 4, 1, 0, 0, 0, 1, 1e-5, 1e4}, 2, 20};
+    static const Case c = {
+        "learning", {2, 16, 8, 24, 1, 24, 4, 8, 11, 4, 1, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 2, 20};
     Setup s = setup(&c, MEGALODON_TRAIN);
     AdamW o = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.01};
     double mean = 0;
@@ -399,6 +501,7 @@ int main(void) {
     test_threads();
     for (int i = 0; i < NUM_CASES; i++) {
         test_modes(&cases[i]);
+        test_carried(&cases[i]);
         test_loss(&cases[i]);
         test_state(&cases[i]);
         if (cases[i].B > 1) test_rows(&cases[i]);

@@ -122,7 +122,7 @@ static void test_sampler(void) {
 // ----------------------------------------------------------------------------
 
 // layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine
-static const Config config = {2, 8, 4, 6, 1, 5, 2, 8, 11, 2, 1, 1, 0, 1, 1, 1e-5, 1e4};
+static const Config config = {2, 8, 4, 6, 1, 5, 2, 8, 11, 2, 1, 1, 0, 1, 1, 1e-5, 1e4, 0, 0, 0, HE};
 
 static bool load(Model *model, const Config *c) {
     StFile f;
