@@ -11,16 +11,19 @@
 // ----------------------------------------------------------------------------
 // settings
 
+enum { MOST_SKIPPED = 3 }; // steps in a row whose loss or gradient is not finite; then the run ends
+
 // clang-format off
 static struct {
     Config config; // what the model flags say
     const char *preset, *config_file, *init, *resume, *data, *val_data, *batch, *schedule, *out, *log, *dump;
-    int batch_size, seq_len, grad_accum, recompute, threads, eval, overwrite;
+    const char *init_mode;
+    int batch_size, seq_len, grad_accum, eot, carry_state, recompute, threads, eval, overwrite;
     int64_t steps, warmup, seed, val_every, val_batches, sample_every, save_every;
     double lr, lr_init_ratio, lr_end_ratio, grad_clip;
     AdamW adamw;
 } s = {
-    .batch_size = 8, .seq_len = 256, .grad_accum = 1, .seed = 1,
+    .batch_size = 8, .seq_len = 256, .grad_accum = 1, .eot = -1, .seed = 1,
     .steps = 300, .lr = 3e-3, .schedule = "cosine", .warmup = 20, .lr_init_ratio = 1e-4, .lr_end_ratio = 0.1,
     .adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1}, .grad_clip = 1,
     .val_every = 100, .val_batches = 20, .save_every = 1000,
@@ -49,6 +52,11 @@ static Option options[] = {
     {OPT_BOOL, "share-emb", &s.config.share_emb, .help = "the output's weights are the embedding"},
     {OPT_BOOL, "norm-affine", &s.config.norm_affine, .help = "weights in RMSNorm and LayerNorm"},
 
+    {OPT_REAL, "dropout", &s.config.dropout, 0, 0.999, .help = "of the embedding and of each sub-layer's output"},
+    {OPT_REAL, "hidden-dropout", &s.config.hidden_dropout, 0, 0.999, .help = "inside the sub-layers"},
+    {OPT_REAL, "attention-dropout", &s.config.attention_dropout, 0, 0.999, .help = "of the attention's probabilities"},
+    {OPT_TEXT, "init-mode", &s.init_mode, .arg = "NAME", .help = "linear weights begin as he, gaussian, xavier, bert"},
+
     {OPT_HEADING, .help = "Data", .kept = true},
     {OPT_TEXT, "data", &s.data, .arg = "FILE", .help = "raw bytes, or a .bin token file (dev/data/demo.txt)"},
     {OPT_TEXT, "val-data", &s.val_data, .arg = "FILE", .help = "to validate on (the last tenth of --data)"},
@@ -56,6 +64,8 @@ static Option options[] = {
     {OPT_INT, "batch-size", &s.batch_size, 1, 1 << 16, .help = "sequences of a batch"},
     {OPT_INT, "seq-len", &s.seq_len, 1, 1 << 28, .help = "tokens of a sequence"},
     {OPT_INT, "grad-accum", &s.grad_accum, 1, 1 << 14, .help = "batches of a step"},
+    {OPT_INT, "eot", &s.eot, -1, MAX_DIM, .help = "token that ends a document: rows start where one starts; -1: none"},
+    {OPT_SWITCH, "carry-state", &s.carry_state, .help = "a row goes on where it ended the step before, with its state"},
 
     {OPT_HEADING, .help = "Optimization", .kept = true},
     {OPT_INT64, "steps", &s.steps, 1, 1e9, .help = "updates in all, those before --resume included"},
@@ -92,11 +102,19 @@ static Option options[] = {
 // clang-format on
 
 typedef struct {
-    Tokens train, val;         // not with --batch
+    Reader train, val;         // not with --batch
     int B, L;                  // of a batch
-    int32_t *inputs, *targets; // (B,L)
+    int32_t *inputs, *targets; // (grad_accum,B,L): a step's
+    bool *fresh;               // (grad_accum,B): rows that begin without a past
+    State **states;            // (grad_accum), with --carry-state
     int64_t counted;           // positions of a step that have a target
 } Data;
+
+static int64_t count_targets(const int32_t *targets, int64_t n) {
+    int64_t counted = 0;
+    for (int64_t i = 0; i < n; i++) counted += targets[i] >= 0;
+    return counted;
+}
 
 // The configuration: that of the checkpoint which --resume or --init names, and flags may not contradict it;
 // otherwise the preset's, then --config's fields, then single flags.
@@ -116,36 +134,53 @@ static Config configure(StFile *init) {
     if (owner != NULL && named && !config_equal(&asked, &config))
         usage_error("--%s contradicts the configuration in %s; leave it out", s.preset ? "preset" : "config", owner);
     config_apply(&config, &s.config, options, owner);
+    InitMode mode = config.init_mode;
+    if (s.init_mode && !find_init_mode(s.init_mode, &mode))
+        usage_error("--init-mode %s: it is he, gaussian, xavier or bert", s.init_mode);
+    if (owner != NULL && mode != config.init_mode)
+        usage_error("--init-mode contradicts the configuration in %s; leave it out", owner);
+    config.init_mode = mode;
     if (!config_check(&config, err)) usage_error("the model's configuration: %s", err);
     return config;
 }
 
-static Data open_data(int vocab_size) {
+static Data open_data(const Config *c) {
     static char demo[PATH_SIZE];
     Data d = {.B = s.batch_size, .L = s.seq_len};
     if (s.batch != NULL) {
-        read_batch(s.batch, vocab_size, &d.B, &d.L, &d.inputs, &d.targets);
+        read_batch(s.batch, c->vocab_size, &d.B, &d.L, &d.inputs, &d.targets);
         if ((option_given(options, &s.batch_size) && s.batch_size != d.B) ||
             (option_given(options, &s.seq_len) && s.seq_len != d.L))
             usage_error("--batch-size or --seq-len contradicts --batch %s, which is %d x %d", s.batch, d.B, d.L);
-        for (int i = 0; i < d.B * d.L; i++) d.counted += d.targets[i] >= 0;
+        d.counted = count_targets(d.targets, (int64_t)d.B * d.L) * s.grad_accum;
         if (d.counted == 0) fatal("--batch %s: every target is -1", s.batch);
-        d.counted *= s.grad_accum;
         return d;
     }
     beside_executable(demo, sizeof demo, "dev/data/demo.txt");
+    if (s.eot >= c->vocab_size) usage_error("--eot %d: the vocabulary has %d tokens", s.eot, c->vocab_size);
+    const uint64_t seed = (uint64_t)s.seed;
+    const int rows = d.B * s.grad_accum;
+    Tokens train = {0}, val = {0};
     if (!s.eval || s.val_data == NULL) {
-        d.train = tokens_open(s.data ? s.data : demo, vocab_size);
-        size_t tenth = s.val_data ? 0 : d.train.count / 10;
-        d.val = tokens_part(&d.train, d.train.count - tenth, tenth);
-        d.train.count -= tenth;
+        train = tokens_open(s.data ? s.data : demo, c->vocab_size);
+        size_t tenth = s.val_data ? 0 : train.count / 10;
+        val = tokens_part(&train, train.count - tenth, tenth);
+        train.count -= tenth;
     }
-    if (s.val_data != NULL) d.val = tokens_open(s.val_data, vocab_size);
-    if (!s.eval) tokens_need(&d.train, d.L, "training");
-    if (s.eval || s.val_every > 0) tokens_need(&d.val, d.L, "validation");
-    d.inputs = allocate((size_t)d.B * (size_t)d.L, sizeof *d.inputs);
-    d.targets = allocate((size_t)d.B * (size_t)d.L, sizeof *d.targets);
-    d.counted = (int64_t)d.B * d.L * s.grad_accum;
+    if (s.val_data != NULL) val = tokens_open(s.val_data, c->vocab_size);
+    d.train.tokens = train;
+    if (!s.eval) d.train = reader_new(&train, "training", seed, rows, d.L, s.eot, s.carry_state);
+    if (s.eval || s.val_every > 0) d.val = reader_new(&val, "validation", seed, d.B, d.L, s.eot, false);
+    d.inputs = allocate((size_t)rows * (size_t)d.L, sizeof *d.inputs);
+    d.targets = allocate((size_t)rows * (size_t)d.L, sizeof *d.targets);
+    d.fresh = allocate((size_t)rows, sizeof *d.fresh);
+    if (!s.carry_state || s.eval) return d;
+    if (d.L % c->chunk_size != 0)
+        usage_error("--carry-state: --seq-len %d is no multiple of --chunk-size %d", d.L, c->chunk_size);
+    d.states = allocate((size_t)s.grad_accum, sizeof(State *));
+    for (int a = 0; a < s.grad_accum; a++) {
+        if ((d.states[a] = state_new(c, d.B, 1)) == NULL) fatal("out of memory for the states of --carry-state");
+    }
     return d;
 }
 
@@ -178,11 +213,15 @@ static void print_header(const Config *c, const Data *d, const MemoryPlan *p) {
            "%.1f\n",
            total / mib, (double)p->params / mib, (double)p->grads / mib, (double)p->moments / mib,
            (double)p->activations / mib, (double)p->scratch / mib);
+    const Tokens *train = &d->train.tokens, *val = &d->val.tokens;
     if (s.batch)
         printf("data        %s, %d x %d tokens\n", s.batch, d->B, d->L);
     else
-        printf("data        %s: %zu tokens to train on, %zu to validate\n", d->train.path ? d->train.path : d->val.path,
-               d->train.count, d->val.count);
+        printf("data        %s: %zu tokens to train on, %zu to validate\n", train->path ? train->path : val->path,
+               train->count, val->count);
+    if (s.eot >= 0) printf("documents   %zu to train on, %zu to validate\n", d->train.count, d->val.count);
+    if (c->dropout > 0 || c->hidden_dropout > 0 || c->attention_dropout > 0)
+        printf("dropout     %g, hidden %g, attention %g\n", c->dropout, c->hidden_dropout, c->attention_dropout);
     printf("step        %d x %d x %d tokens, lr %g %s, seed %lld\n\n", s.grad_accum, d->B, d->L, s.lr, s.schedule,
            (long long)s.seed);
 }
@@ -202,16 +241,35 @@ static double learning_rate(int64_t k) {
 
 // Gradients of the step's mean loss, summed over its batches. Returns the loss.
 static double accumulate(Model *model, Data *d, int64_t step) {
+    const size_t batch = (size_t)d->B * (size_t)d->L;
     double sum = 0;
     int64_t counted;
     megalodon_zero_grad(model);
+    if (s.batch == NULL) {
+        reader_step(&d->train, step, d->inputs, d->targets, d->fresh);
+        d->counted = count_targets(d->targets, (int64_t)batch * s.grad_accum);
+    }
     for (int a = 0; a < s.grad_accum; a++) {
-        if (s.batch == NULL) draw_rows(&d->train, (uint64_t)s.seed, step, a * d->B, d->B, d->L, d->inputs, d->targets);
-        megalodon_forward(model, NULL, d->inputs, d->B, d->L);
-        sum += megalodon_loss(model, d->targets, 1 / (double)d->counted, &counted, NULL);
+        const size_t first = s.batch == NULL ? (size_t)a * batch : 0;
+        State *state = d->states ? d->states[a] : NULL;
+        const Draw draw = {.seed = (uint64_t)s.seed, .step = step, .row = (int64_t)a * d->B};
+        for (int b = 0; b < d->B && state != NULL; b++) {
+            if (d->fresh[a * d->B + b]) state_reset(state, b);
+        }
+        megalodon_dropout(model, &draw);
+        megalodon_forward(model, state, d->inputs + first, d->B, d->L);
+        sum += megalodon_loss(model, d->targets + first, 1 / (double)d->counted, &counted, NULL);
         megalodon_backward(model);
     }
+    megalodon_dropout(model, NULL);
     return sum / (double)d->counted;
+}
+
+// After a step that was not finite its states may not be, either: rows begin anew.
+static void forget(Data *d) {
+    for (int a = 0; a < s.grad_accum && d->states != NULL; a++) {
+        for (int b = 0; b < d->B; b++) state_reset(d->states[a], b);
+    }
 }
 
 // The mean loss of the validation windows, printed.
@@ -219,8 +277,9 @@ static double validate(Model *model, const Data *d) {
     double sum = 0;
     int64_t counted, all = 0;
     size_t windows = 0;
+    Cursor cursor = {0};
     for (int64_t i = 0; i < s.val_batches || s.val_batches == 0; i++) {
-        int rows = read_windows(&d->val, windows, d->B, d->L, d->inputs, d->targets);
+        int rows = read_windows(&d->val, &cursor, d->B, d->inputs, d->targets);
         if (rows == 0) break;
         megalodon_forward(model, NULL, d->inputs, rows, d->L);
         sum += megalodon_loss(model, d->targets, 0, &counted, NULL);
@@ -228,16 +287,15 @@ static double validate(Model *model, const Data *d) {
         windows += (size_t)rows;
     }
     printf("val loss %.6f nats = %.6f bits per %s | %zu windows of %d\n", sum / (double)all, sum / (double)all / log(2),
-           d->val.width == 1 ? "byte" : "token", windows, d->L);
-    if (!isfinite(sum)) fatal("the validation loss is %g: nothing was saved after the last checkpoint", sum);
+           d->val.tokens.width == 1 ? "byte" : "token", windows, d->L);
     return sum / (double)all;
 }
 
 // Writes what the model makes of a newline, or of the first token of the data.
 static void write_sample(Model *model, State *state, const Data *d, int V) {
     enum { LENGTH = 256 };
-    const bool bytes = d->train.width == 1;
-    int32_t token = bytes ? '\n' : token_at(&d->train, 0);
+    const bool bytes = d->train.tokens.width == 1;
+    int32_t token = s.eot >= 0 ? s.eot : bytes ? '\n' : token_at(&d->train.tokens, 0);
     if (token >= V) token = 0;
     real *logits = allocate((size_t)V, sizeof *logits);
     state_reset(state, 0);
@@ -289,11 +347,12 @@ int main(int argc, char **argv) {
     const Config config = configure(&init);
     if (strcmp(s.schedule, "constant") != 0 && strcmp(s.schedule, "linear") != 0 && strcmp(s.schedule, "cosine") != 0)
         usage_error("--schedule %s: it is constant, linear or cosine", s.schedule);
-    if (s.batch && (s.eval || s.data || s.val_data)) usage_error("--batch does not go with --data, --val-data, --eval");
+    if (s.batch && (s.eval || s.data || s.val_data || s.eot >= 0 || s.carry_state))
+        usage_error("--batch does not go with --data, --val-data, --eval, --eot, --carry-state");
     if (s.threads > 0) megalodon_threads(s.threads);
 
     // data, then memory, then the directory: everything that can be refused comes before the first step
-    Data data = open_data(config.vocab_size);
+    Data data = open_data(&config);
     const Mode mode = s.eval ? MEGALODON_INFER : s.recompute ? MEGALODON_RECOMPUTE : MEGALODON_TRAIN;
     State *state = s.eval || s.batch ? NULL : state_new(&config, 1, 0); // for samples
     const MemoryPlan plan = check_memory(&config, mode, data.B, data.L, state ? state->bytes : 0);
@@ -310,9 +369,8 @@ int main(int argc, char **argv) {
     else
         fill_model(model, &config);
     const int64_t end = s.eval ? step : s.steps;
-    if (s.eval)
-        validate(model, &data);
-    else if (step >= end)
+    if (s.eval && !isfinite(validate(model, &data))) fatal("the validation loss is not finite");
+    if (!s.eval && step >= end)
         printf("step %lld of %lld: nothing left to do; --steps is the total\n", (long long)step, (long long)end);
     FILE *log_file = s.log && step < end ? open_log(step) : NULL;
     // a second signal ends the program at once
@@ -322,25 +380,39 @@ int main(int argc, char **argv) {
 
     const double begin = seconds();
     bool halt = false; // at the end of this step
+    int64_t skipped = 0;
+    int skipped_now = 0; // in a row
     while (step < end && !halt) {
         const double start = seconds(), lr = learning_rate(step);
         const double loss = accumulate(model, &data, step), norm = megalodon_grad_norm(model);
-        if (!isfinite(loss) || !isfinite(norm))
-            fatal("step %lld: loss %g, gradient norm %g: nothing was saved after the last checkpoint. What "
-                  "helps: a smaller --lr, a longer --warmup, --grad-clip 1",
-                  (long long)step + 1, loss, norm);
-        if (s.dump && step + 1 == end)
-            write_dump(s.dump, model, &config, data.inputs, data.targets, data.B, data.L, loss);
+        const bool good = isfinite(loss) && isfinite(norm);
+        skipped += !good, skipped_now = good ? 0 : skipped_now + 1;
+        if (skipped_now == MOST_SKIPPED)
+            fatal(
+                "step %lld: loss %g, gradient norm %g, and so the %d steps before it: nothing was saved after the last "
+                "checkpoint. What helps: a smaller --lr, a longer --warmup, --grad-clip 1",
+                (long long)step + 1, loss, norm, MOST_SKIPPED - 1);
+        if (s.dump && step + 1 == end) {
+            const size_t last = s.batch == NULL ? (size_t)(s.grad_accum - 1) * (size_t)data.B * (size_t)data.L : 0;
+            write_dump(s.dump, model, &config, data.inputs + last, data.targets + last, data.B, data.L, loss);
+        }
         const double scale = s.grad_clip > 0 ? fmin(1, s.grad_clip / (norm + 1e-6)) : 1;
-        megalodon_update(model, &s.adamw, lr, scale, step);
+        if (good)
+            megalodon_update(model, &s.adamw, lr, scale, step);
+        else
+            forget(&data);
         step++;
-        const double time = seconds() - start, speed = (double)data.B * data.L * s.grad_accum / time;
-        printf("step %5lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.1fk tok/s\n", (long long)step,
+        const double positions = (double)data.B * data.L * s.grad_accum;
+        const double time = seconds() - start, speed = positions / time;
+        printf("step %5lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.1fk tok/s", (long long)step,
                (long long)end, loss, norm, lr, time * 1e3, speed / 1e3);
+        if (s.eot >= 0) printf(" | %.0f%% ignored", 100 - 100 * (double)data.counted / positions);
+        if (!good) printf(" | not finite: skipped, %lld so far", (long long)skipped);
+        printf("\n");
 
         const bool last = step == end;
         halt = stopped != 0;
-        const bool save = out && (last || halt || (s.save_every > 0 && step % s.save_every == 0));
+        const bool save = out && (last || halt || (good && s.save_every > 0 && step % s.save_every == 0));
         double val_loss = NAN;
         if (!s.batch && s.val_every > 0 && !halt && (last || save || step % s.val_every == 0))
             val_loss = validate(model, &data);
@@ -358,7 +430,9 @@ int main(int argc, char **argv) {
         printf("%s at step %lld after %.1f s, peak memory %.0f MiB%s%s\n", halt ? "stopped" : "done", (long long)step,
                seconds() - begin, peak_memory(), out ? "; saved in " : "", out ? out : "");
     if (log_file != NULL) fclose(log_file);
-    free(data.inputs), free(data.targets);
+    for (int a = 0; data.states != NULL && a < s.grad_accum; a++) state_free(data.states[a]);
+    reader_free(&data.train), reader_free(&data.val);
+    free(data.inputs), free(data.targets), free(data.fresh), free(data.states);
     megalodon_free(model);
     state_free(state);
     return halt ? 128 + stopped : 0;

@@ -5,7 +5,7 @@
 #include "json.h"
 #include "plumbing.h"
 
-typedef enum { INTEGER, BOOLEAN, NUMBER } FieldKind;
+typedef enum { INTEGER, BOOLEAN, NUMBER, PROBABILITY, MODE } FieldKind;
 typedef struct {
     const char *name;
     FieldKind kind;
@@ -30,8 +30,25 @@ static const Field fields[] = {
     {"norm_affine", BOOLEAN, offsetof(Config, norm_affine)},
     {"norm_eps", NUMBER, offsetof(Config, norm_eps)},
     {"rope_base", NUMBER, offsetof(Config, rope_base)},
+    {"dropout", PROBABILITY, offsetof(Config, dropout)},
+    {"hidden_dropout", PROBABILITY, offsetof(Config, hidden_dropout)},
+    {"attention_dropout", PROBABILITY, offsetof(Config, attention_dropout)},
+    {"init_mode", MODE, offsetof(Config, init_mode)},
 };
 enum { NUM_FIELDS = sizeof fields / sizeof fields[0] };
+
+static const char *const mode_names[] = {"he", "gaussian", "xavier", "bert"}; // as in InitMode
+
+static size_t field_size(const Field *f) {
+    return f->kind == NUMBER || f->kind == PROBABILITY ? sizeof(double) : sizeof(int);
+}
+
+bool find_init_mode(const char *name, InitMode *mode) {
+    for (int i = HE; i <= BERT; i++) {
+        if (strcmp(name, mode_names[i]) == 0) return *mode = (InitMode)i, true;
+    }
+    return false;
+}
 
 const Config *find_preset(const char *name) {
     char list[256] = "";
@@ -55,7 +72,11 @@ static void read_field(Json *j, Config *c, const Field *f) {
     char *at = (char *)c + f->offset;
     int64_t whole;
     bool boolean;
-    if (f->kind == NUMBER) {
+    char name[32];
+    if (f->kind == MODE) {
+        if (json_string(j, name, sizeof name) && !find_init_mode(name, (InitMode *)(void *)at))
+            json_fail(j, "init_mode \"%s\" is none of he, gaussian, xavier, bert", name);
+    } else if (f->kind == NUMBER || f->kind == PROBABILITY) {
         const bool null = strcmp(f->name, "rope_base") == 0 && json_null_follows(j);
         if (null) *(double *)(void *)at = 1e4;
         if (!null) json_number(j, (double *)(void *)at);
@@ -69,16 +90,8 @@ static void read_field(Json *j, Config *c, const Field *f) {
 
 // Fields of the released configuration that are no part of ours: taken if they change nothing.
 static void read_foreign(Json *j, const char *key, int64_t *output_size) {
-    char mode[32];
-    double p;
     if (strcmp(key, "efficient_attn") == 0 || strcmp(key, "layerwise_ckpt") == 0) {
         json_skip(j);
-    } else if (strcmp(key, "dropout") == 0 || strcmp(key, "hidden_dropout") == 0 ||
-               strcmp(key, "attention_dropout") == 0) {
-        if (json_number(j, &p) && p != 0) json_fail(j, "%s %g is not supported, only 0", key, p);
-    } else if (strcmp(key, "init_mode") == 0) {
-        if (json_string(j, mode, sizeof mode) && strcmp(mode, "he") != 0)
-            json_fail(j, "init_mode \"%s\" is not supported, only \"he\"", mode);
     } else if (strcmp(key, "output_size") == 0) {
         json_int(j, output_size);
     } else {
@@ -127,17 +140,17 @@ char *config_to_json(const Config *c) {
     for (const Field *f = fields; f < fields + NUM_FIELDS; f++) {
         const void *at = (const char *)c + f->offset;
         fprintf(out, "\"%s\": ", f->name);
-        if (f->kind == NUMBER)
+        if (f->kind == NUMBER || f->kind == PROBABILITY)
             write_number(out, *(const double *)at);
+        else if (f->kind == MODE)
+            fprintf(out, "\"%s\"", mode_names[*(const InitMode *)at]);
         else if (f->kind == BOOLEAN)
             fputs(*(const int *)at ? "true" : "false", out);
         else
             fprintf(out, "%d", *(const int *)at);
         fputs(", ", out);
     }
-    fputs("\"init_mode\": \"he\", \"output_size\": -1, \"dropout\": 0.0, \"hidden_dropout\": 0.0, "
-          "\"attention_dropout\": 0.0}",
-          out);
+    fputs("\"output_size\": -1}", out);
     fclose(out);
     return text;
 }
@@ -147,8 +160,7 @@ char *config_to_json(const Config *c) {
 
 bool config_equal(const Config *a, const Config *b) {
     for (const Field *f = fields; f < fields + NUM_FIELDS; f++) {
-        size_t size = f->kind == NUMBER ? sizeof(double) : sizeof(int);
-        if (memcmp((const char *)a + f->offset, (const char *)b + f->offset, size) != 0) return false;
+        if (memcmp((const char *)a + f->offset, (const char *)b + f->offset, field_size(f)) != 0) return false;
     }
     return true;
 }
@@ -158,10 +170,12 @@ bool config_check(const Config *c, char *err) {
         const void *at = (const char *)c + f->offset;
         if (f->kind == NUMBER && !(isfinite(*(const double *)at) && *(const double *)at > 0))
             return snprintf(err, ST_ERR, "%s %g is not positive", f->name, *(const double *)at), false;
+        if (f->kind == PROBABILITY && !(*(const double *)at >= 0 && *(const double *)at < 1))
+            return snprintf(err, ST_ERR, "%s %g is not in 0 <= p < 1", f->name, *(const double *)at), false;
         int most = strcmp(f->name, "num_layers") == 0  ? MAX_LAYERS
                    : strcmp(f->name, "cema_ndim") == 0 ? MAX_NDIM
                                                        : MAX_DIM;
-        int value = *(const int *)at;
+        int value = f->kind == INTEGER ? *(const int *)at : 0;
         if (f->kind == INTEGER && (value < 1 || value > most))
             return snprintf(err, ST_ERR, "%s %d is not in 1..%d", f->name, value, most), false;
     }
@@ -184,7 +198,7 @@ void config_apply(Config *c, const Config *flags, const Option *options, const c
     for (const Field *f = fields; f < fields + NUM_FIELDS; f++) {
         const char *flag = (const char *)flags + f->offset;
         char *at = (char *)c + f->offset;
-        size_t size = f->kind == NUMBER ? sizeof(double) : sizeof(int);
+        const size_t size = field_size(f);
         const Option *o = option_given(options, flag);
         if (o == NULL) continue;
         if (owner != NULL && memcmp(at, flag, size) != 0)

@@ -58,38 +58,111 @@ Tokens tokens_part(const Tokens *t, size_t first, size_t count) {
     return part;
 }
 
-void tokens_need(const Tokens *t, int seq_len, const char *purpose) {
-    if (t->count > (size_t)seq_len) return;
-    fatal("%s: %zu tokens for %s, but --seq-len %d needs %d: use a smaller --seq-len or %s", t->path, t->count, purpose,
-          seq_len, seq_len + 1, t->first > 0 ? "--val-data FILE" : "a longer file");
+// ----------------------------------------------------------------------------
+// rows of a batch
+
+// Without --eot all is one document. With it each EOT ends a document, and the next one begins there, too, so that a
+// model learns how documents begin. Those without any other token are left out.
+static void find_documents(Reader *r) {
+    const Tokens *t = &r->tokens;
+    size_t room = 0;
+    if (r->eot < 0) {
+        r->documents = allocate(1, sizeof *r->documents);
+        r->documents[r->count++] = (Document){0, t->count - 1};
+        return;
+    }
+    for (size_t start = 0, i = 1; i < t->count; i++) {
+        const bool ends = token_at(t, i) == r->eot;
+        if (!ends && i + 1 < t->count) continue;
+        if (i > start + 1 || token_at(t, start) != r->eot || !ends) {
+            if (r->count == room) {
+                r->documents = realloc(r->documents, (room = 2 * room + 1024) * sizeof *r->documents);
+                if (r->documents == NULL) fatal("out of memory for the documents of %s", t->path);
+            }
+            r->documents[r->count++] = (Document){start, i};
+        }
+        start = i;
+    }
+    if (r->count == 0) fatal("--eot %d: %s has no document, nothing but that token", r->eot, t->path);
 }
 
-static void copy_row(const Tokens *t, size_t start, int L, int32_t *inputs, int32_t *targets) {
-    for (size_t i = 0; i < (size_t)L; i++) {
-        inputs[i] = token_at(t, start + i);
-        targets[i] = token_at(t, start + i + 1);
+Reader reader_new(const Tokens *t, const char *purpose, uint64_t seed, int rows, int L, int eot, bool carry) {
+    Reader r = {.tokens = *t, .seed = seed, .rows = rows, .L = L, .eot = eot, .carry = carry};
+    const size_t need = eot < 0 ? (size_t)L + 1 : 2;
+    if (t->count < need)
+        fatal("%s: %zu tokens for %s, but --seq-len %d needs %zu: use a smaller --seq-len or %s", t->path, t->count,
+              purpose, L, need, t->first > 0 ? "--val-data FILE" : "a longer file");
+    find_documents(&r);
+    r.places = allocate((size_t)rows, sizeof *r.places);
+    return r;
+}
+
+void reader_free(Reader *r) { free(r->documents), free(r->places); }
+
+// 64 random bits as a fraction of 2^64, times n: 0 .. n-1, with a bias below n / 2^64.
+static size_t draw(const Reader *r, int64_t number, uint32_t purpose, int row, size_t n) {
+    uint32_t words[4];
+    megalodon_philox(words, r->seed, STREAM_DATA, (uint32_t)number, purpose, (uint32_t)row);
+    uint64_t random = (uint64_t)words[1] << 32 | words[0];
+    return (size_t)((unsigned __int128)random * n >> 64);
+}
+
+// Tokens from start on, and after each the next one as target, as far as `end`; then nothing: EOT without target.
+static void fill_row(const Reader *r, size_t start, size_t end, int32_t *inputs, int32_t *targets) {
+    for (size_t i = 0; i < (size_t)r->L; i++) {
+        const bool inside = start + i < end;
+        inputs[i] = inside ? token_at(&r->tokens, start + i) : r->eot;
+        targets[i] = inside ? token_at(&r->tokens, start + i + 1) : -1;
     }
 }
 
-void draw_rows(const Tokens *t, uint64_t seed, int64_t step, int first_row, int B, int L, int32_t *inputs,
-               int32_t *targets) {
-    const uint64_t starts = t->count - (size_t)L; // the last one still has a token after its row
-    for (int b = 0; b < B; b++) {
-        uint32_t r[4];
-        megalodon_philox(r, seed, STREAM_DATA, (uint32_t)step, 0, (uint32_t)(first_row + b));
-        // 64 random bits as a fraction of 2^64, times starts: bias below starts / 2^64
-        uint64_t random = (uint64_t)r[1] << 32 | r[0];
-        uint64_t start = (uint64_t)((unsigned __int128)random * starts >> 64);
-        copy_row(t, start, L, inputs + (size_t)b * (size_t)L, targets + (size_t)b * (size_t)L);
+// A stream of documents in a row: the piece after the one of the step before, or a newly drawn document's first.
+static void move_on(const Reader *r, Place *p, int row) {
+    if (p->at + (size_t)r->L < p->end) {
+        p->at += (size_t)r->L;
+        return;
+    }
+    const Document d = r->documents[draw(r, p->drawn++, 1, row, r->count)];
+    p->start = p->at = d.start, p->end = d.end;
+}
+
+void reader_step(Reader *r, int64_t step, int32_t *inputs, int32_t *targets, bool *fresh) {
+    const size_t L = (size_t)r->L, windows = (r->tokens.count - 1) / L;
+    for (int row = 0; row < r->rows; row++) {
+        size_t start, end = r->tokens.count - 1;
+        fresh[row] = true;
+        if (r->eot < 0 && !r->carry) { // anywhere; the last start still has a token after its row
+            start = draw(r, step, 0, row, r->tokens.count - L);
+        } else if (r->eot < 0) { // window after window, from a drawn one on, round and round
+            size_t window = (draw(r, 0, 0, row, windows) + (size_t)step) % windows;
+            start = window * L;
+            fresh[row] = step == 0 || window == 0;
+        } else if (!r->carry) {
+            const Document d = r->documents[draw(r, step, 0, row, r->count)];
+            start = d.start, end = d.end;
+        } else {
+            Place *p = &r->places[row];
+            for (; p->next <= step; p->next++) move_on(r, p, row);
+            start = p->at, end = p->end;
+            fresh[row] = start == p->start;
+        }
+        fill_row(r, start, end, inputs + (size_t)row * L, targets + (size_t)row * L);
     }
 }
 
-int read_windows(const Tokens *t, size_t first, int B, int L, int32_t *inputs, int32_t *targets) {
-    const size_t all = (t->count - 1) / (size_t)L;
+int read_windows(const Reader *r, Cursor *c, int B, int32_t *inputs, int32_t *targets) {
+    const size_t L = (size_t)r->L;
     int b = 0;
-    for (; b < B && first + (size_t)b < all; b++)
-        copy_row(t, (first + (size_t)b) * (size_t)L, L, inputs + (size_t)b * (size_t)L,
-                 targets + (size_t)b * (size_t)L);
+    while (b < B && c->document < r->count) {
+        const Document d = r->documents[c->document];
+        const size_t start = d.start + c->piece++ * L;
+        if (start < d.end && (r->eot >= 0 || start + L <= d.end)) {
+            fill_row(r, start, d.end, inputs + (size_t)b * L, targets + (size_t)b * L);
+            b++;
+        } else {
+            c->document++, c->piece = 0;
+        }
+    }
     return b;
 }
 

@@ -69,8 +69,9 @@ void write_number(FILE *out, double value); // with as many digits as bring the 
 // Limits that keep every product of sizes within 64 bits, and CEMA's modes of a strip of channels on the stack.
 enum { MAX_LAYERS = 4096, MAX_DIM = 1 << 20, MAX_NDIM = 1024 };
 
-const Config *find_preset(const char *name); // usage error listing all if there is none of that name
-Config config_defaults(void);                // of the released configuration; vocab_size 0: it has none
+const Config *find_preset(const char *name);           // usage error listing all if there is none of that name
+bool find_init_mode(const char *name, InitMode *mode); // false if there is none of that name
+Config config_defaults(void);                          // of the released configuration; vocab_size 0: it has none
 
 // Sets the fields that the JSON text has, released names; refuses other keys and what is not supported.
 bool config_from_json(Config *config, const char *text, char *err);
@@ -98,15 +99,41 @@ Tokens tokens_open(const char *path, int vocab_size);
 static inline int32_t token_at(const Tokens *t, size_t i) {
     return t->width == 1 ? t->bytes[i] : t->bytes[2 * i] | t->bytes[2 * i + 1] << 8;
 }
-Tokens tokens_part(const Tokens *t, size_t first, size_t count);     // shares the memory
-void tokens_need(const Tokens *t, int seq_len, const char *purpose); // refused if shorter than seq_len + 1
+Tokens tokens_part(const Tokens *t, size_t first, size_t count); // shares the memory
 
-// Training rows, B of L tokens and the tokens after each: row b is the step's row first_row + b.
-void draw_rows(const Tokens *t, uint64_t seed, int64_t step, int first_row, int B, int L, int32_t *inputs,
-               int32_t *targets);
+typedef struct {
+    size_t start, end; // of a document: its first token, and the last that is predicted
+} Document;
+typedef struct {
+    int64_t next, drawn;   // the step it goes to next, the documents drawn so far
+    size_t start, at, end; // of the document, of the piece
+} Place;                   // of a row's stream of documents
 
-// Validation: up to B consecutive windows from window `first` on. Returns how many there were.
-int read_windows(const Tokens *t, size_t first, int B, int L, int32_t *inputs, int32_t *targets);
+// What a run reads: all rows of a step's batch, L tokens and after each the next one as target. Drawn from (seed,
+// step, row) alone, so that ranks and resumed runs agree.
+typedef struct {
+    Tokens tokens;
+    uint64_t seed;
+    int rows, L;
+    int eot;    // a row starts where a document starts; behind its end targets are -1. -1: no documents
+    bool carry; // a row goes on where it ended the step before
+    Document *documents;
+    size_t count;  // of them
+    Place *places; // (rows)
+} Reader;
+
+// Refused if there are too few tokens for `purpose`.
+Reader reader_new(const Tokens *t, const char *purpose, uint64_t seed, int rows, int L, int eot, bool carry);
+void reader_free(Reader *reader);
+// fresh (rows): does the row begin without a past? Steps must not go back if it carries documents.
+void reader_step(Reader *reader, int64_t step, int32_t *inputs, int32_t *targets, bool *fresh);
+
+// Validation: up to B windows of L, one after another from the cursor (at first 0) on, each document's from its
+// start. Without documents a last one that is not full is left out. Returns how many there were.
+typedef struct {
+    size_t document, piece;
+} Cursor;
+int read_windows(const Reader *reader, Cursor *cursor, int B, int32_t *inputs, int32_t *targets);
 
 // input.tokens and input.targets (B,L) of a dump, allocated; every one is checked against vocab_size.
 void read_batch(const char *path, int vocab_size, int *B, int *L, int32_t **inputs, int32_t **targets);

@@ -38,12 +38,19 @@ static void test_config(void) {
                                err);
     check_true("defaults, and fields that change nothing",
                ok && config_check(&c, err) && c.num_layers == 8 && c.rope_base == 1e4 && c.vocab_size == 300);
+    c = config_defaults();
+    ok = config_from_json(&c, "{\"vocab_size\": 9, \"hidden_dropout\": 0.25, \"init_mode\": \"bert\"}", err);
+    char *json = config_to_json(&c);
+    Config again = config_defaults();
+    ok &= config_from_json(&again, json, err) && config_equal(&c, &again);
+    check_true("dropout and init_mode, to JSON and back", ok && c.hidden_dropout == 0.25 && c.init_mode == BERT);
+    free(json);
     refuse_config("{}", "vocab_size");
     refuse_config("{\"vocab_size\": 9, \"layers\": 3}", "'layers'");
     refuse_config("{\"vocab_size\": 9, \"vocab_size\": 9}", "'vocab_size' twice");
-    refuse_config("{\"vocab_size\": 9, \"dropout\": 0.1}", "dropout 0.1 is not supported");
-    refuse_config("{\"vocab_size\": 9, \"attention_dropout\": 0.1}", "attention_dropout 0.1 is not supported");
-    refuse_config("{\"vocab_size\": 9, \"init_mode\": \"bert\"}", "init_mode \"bert\" is not supported");
+    refuse_config("{\"vocab_size\": 9, \"dropout\": 1}", "dropout 1 is not in");
+    refuse_config("{\"vocab_size\": 9, \"attention_dropout\": -0.1}", "attention_dropout -0.1 is not in");
+    refuse_config("{\"vocab_size\": 9, \"init_mode\": \"zero\"}", "init_mode \"zero\" is none of he");
     refuse_config("{\"vocab_size\": 9, \"output_size\": 8}", "output_size 8 is not supported");
     refuse_config("{\"vocab_size\": 9, \"num_heads\": 3}", "num_heads 3");
     refuse_config("{\"vocab_size\": 9, \"num_heads\": 256}", "odd");
@@ -55,41 +62,6 @@ static void test_config(void) {
     refuse_config("{\"vocab_size\": 9, \"model_dim\": 4294967300}", "model_dim");
     refuse_config("{\"vocab_size\": 9, \"swiglu\": 1}", "true or false");
     refuse_config("{\"vocab_size\": 9", "expected");
-}
-
-// ----------------------------------------------------------------------------
-
-static void test_data(void) {
-    enum { N = 1000, B = 4, L = 10, STEPS = 4000 };
-    unsigned char bytes[N];
-    int32_t inputs[B * L], targets[B * L], other[B * L], unused[B * L];
-    int seen[N] = {0}, first = 1, last = 0, successors = 1, windows;
-    for (int i = 0; i < N; i++) bytes[i] = (unsigned char)(i / 4); // a token and its place: t = 4 * token + ...
-    write_file(bytes, N);
-    Tokens t = tokens_open(path, 256), tail = tokens_part(&t, 900, 100);
-    for (int step = 0; step < STEPS; step++) {
-        draw_rows(&t, 5, step, 0, B, L, inputs, targets);
-        for (int b = 0; b < B; b++) {
-            seen[4 * inputs[b * L]]++;
-            first &= inputs[b * L] <= (N - L - 1) / 4;
-            last |= targets[b * L + L - 1] == bytes[N - 1];
-            for (int i = 1; i < L; i++) successors &= inputs[b * L + i] == targets[b * L + i - 1];
-        }
-    }
-    int starts = 0;
-    for (int i = 0; i < N; i++) starts += seen[i] > 0;
-    check_true("rows: targets are the next tokens", successors);
-    check_true("rows: start everywhere, end within the data", first && last && starts == (N - L - 1) / 4 + 1);
-    draw_rows(&t, 5, 9, 0, 4, L, inputs, targets);
-    draw_rows(&t, 5, 9, 2, 2, L, other, unused);
-    check_same("rows: the same in batches of 4 and of 2", inputs + 2 * L, other, 2 * L * sizeof *other);
-    draw_rows(&t, 6, 9, 0, 4, L, other, unused);
-    check_true("rows: another seed gives others", memcmp(inputs, other, sizeof other) != 0);
-    windows = read_windows(&tail, 0, B, L, inputs, targets);
-    check_true("windows: first one", windows == B && inputs[0] == 225 && inputs[L] == bytes[910]);
-    windows = read_windows(&tail, 8, B, L, inputs, targets);
-    check_true("windows: only one that has a token behind it is left", windows == 1 && targets[L - 1] == bytes[990]);
-    unlink(path);
 }
 
 // ----------------------------------------------------------------------------
@@ -208,7 +180,6 @@ int main(void) {
     if (mkdtemp(folder) == NULL) fatal("/tmp: cannot make a folder");
     snprintf(path, sizeof path, "%s/file", folder);
     test_config();
-    test_data();
     test_sampler();
     test_checkpoint();
     rmdir(folder);
