@@ -30,16 +30,10 @@ OMP := $(call probe,omp.h,-fopenmp)
 endif
 CFLAGS += $(or $(OMP),-Wno-unknown-pragmas)
 
-# CBLAS: matrix products by OpenBLAS, faster than our own. Its threads must be OpenMP's (Debian's package
-# libopenblas-openmp-dev, in a folder of its own) or absent: two pools of threads get in each other's way and are
-# several times slower than our own product. NO_BLAS=1 does without; BLAS="-I... -l..." names another library.
-comma := ,
+# CBLAS: matrix products by OpenBLAS, faster than our own. It works in one thread: ours share each product among
+# them. NO_BLAS=1 does without; BLAS="-I... -l..." names another library.
 ifndef NO_BLAS
-SHARING := $(firstword $(wildcard /usr/lib/*/openblas-openmp))
-openblas = $(shell mkdir -p build; printf '\043include <cblas.h>\nint main(void) { return openblas_get_parallel() == 1; }\n' | \
-           $(CC) -x c - $(1) -o build/probe 2>/dev/null && { [ -z '$(OMP)' ] || build/probe; } && echo '$(1)')
-BLAS := $(or $(BLAS),$(if $(SHARING),$(call openblas,-L$(SHARING) -Wl$(comma)-rpath$(comma)$(SHARING) -lopenblas)),\
-        $(call openblas,-lopenblas),$(call openblas,-I/usr/include/openblas -lopenblas))
+BLAS := $(or $(BLAS),$(call probe,cblas.h,-lopenblas),$(call probe,cblas.h,-I/usr/include/openblas -lopenblas))
 endif
 CFLAGS += $(if $(BLAS),-DMEGALODON_BLAS $(filter -I%,$(BLAS)))
 LDLIBS += $(filter-out -I%,$(BLAS))

@@ -1585,6 +1585,9 @@ static real *allocate(size_t bytes) { // zeros, aligned for vectors
 }
 
 Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
+#ifdef _OPENMP
+    megalodon_threads(omp_get_max_threads());
+#endif
     Model *m = model_outline(config, mode, B, L);
     if (!m) return NULL;
     MemoryPlan plan = megalodon_memory(config, mode, B, L);
@@ -1678,15 +1681,19 @@ void state_write(State *s, size_t first, size_t bytes, const void *src) {
 // the machine
 
 #ifdef MEGALODON_BLAS
-void openblas_set_num_threads(int) __attribute__((weak)); // OpenBLAS has threads of its own
+void openblas_set_num_threads(int) __attribute__((weak)); // OpenBLAS has threads of its own; ours do instead
 #endif
 
 void megalodon_threads(int threads) {
+#ifdef MEGALODON_BLAS
+#ifdef _OPENMP
+    if (openblas_set_num_threads) openblas_set_num_threads(1); // may set OpenMP's, so first
+#else
+    if (openblas_set_num_threads) openblas_set_num_threads(threads);
+#endif
+#endif
 #ifdef _OPENMP
     omp_set_num_threads(threads);
-#endif
-#ifdef MEGALODON_BLAS
-    if (openblas_set_num_threads) openblas_set_num_threads(threads);
 #endif
     (void)threads;
 }
