@@ -34,9 +34,10 @@ Easy to get wrong
 #include "megalodon.h"
 
 enum {
-    CEMA_BLOCK = 64,   // tokens between two stored states of CEMA
-    QUERY_ROWS = 128,  // queries whose scores exist at a time
-    LOGIT_ROWS = 128,  // positions whose logits exist at a time
+    CEMA_BLOCK = 64,  // tokens between two stored states of CEMA
+    QUERY_ROWS = 128, // queries whose scores exist at a time
+    LOGITS = 1 << 22, // that exist at a time, in whole positions; at least LOGIT_ROWS of these
+    LOGIT_ROWS = 128,
     COLUMNS = 16,      // columns a task sums over all rows, for parameter gradients
     NORM_PART = 65536, // elements a thread sums for the gradient norm
     FEW = 32768,       // numbers for which it does not pay to wake other threads
@@ -100,13 +101,13 @@ static inline real exp_real(real x) {
 static inline real sigmoid(real x) { return 1 / (1 + exp_real(-x)); }
 
 // ----------------------------------------------------------------------------
-// matrix product: C (M,N) = op(A) op(B) + beta C, op(A) is (M,K), op(B) is (K,N); ta, tb: stored transposed.
-// lda, ldb, ldc are the lengths of stored rows. beta = 0 does not read C.
+// matrix product: C (M,N) = op(A) op(B), added to C if `add`; op(A) is (M,K), op(B) is (K,N); ta, tb: stored
+// transposed. lda, ldb, ldc are the lengths of stored rows.
 
 #ifdef MEGALODON_BLAS
 
 // By the library, which has one thread: ours share the work.
-static void gemm_serial(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, real beta,
+static void gemm_serial(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, int add,
                         real *C, int ldc) {
 #ifdef MEGALODON_DOUBLE
 #define cblas_gemm cblas_dgemm
@@ -114,7 +115,7 @@ static void gemm_serial(int ta, int tb, int M, int N, int K, const real *A, int 
 #define cblas_gemm cblas_sgemm
 #endif
     cblas_gemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, M, N, K, 1, A, lda, B,
-               ldb, beta, C, ldc);
+               ldb, (real)add, C, ldc);
 }
 
 #else
@@ -167,14 +168,11 @@ static void gemm_pack(real *out, const real *A, size_t si, size_t sk, int count,
     }
 }
 
-static void gemm_serial(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, real beta,
+static void gemm_serial(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, int add,
                         real *C, int ldc) {
     static _Thread_local real a[GEMM_M * GEMM_K], b[GEMM_N * GEMM_K];
     size_t ai = ta ? 1 : (size_t)lda, ak = ta ? (size_t)lda : 1; // A's element (i,k) is A[i*ai + k*ak]
     size_t bj = tb ? (size_t)ldb : 1, bk = tb ? 1 : (size_t)ldb; // B's element (k,j) is B[j*bj + k*bk]
-    for (int i = 0; i < M && beta != 0 && beta != 1; i++) {
-        for (int j = 0; j < N; j++) C[(size_t)i * ldc + j] *= beta;
-    }
     for (int j0 = 0; j0 < N; j0 += GEMM_N) {
         for (int k0 = 0; k0 < K; k0 += GEMM_K) {
             int n = min(GEMM_N, N - j0), depth = min(GEMM_K, K - k0);
@@ -185,8 +183,7 @@ static void gemm_serial(int ta, int tb, int M, int N, int K, const real *A, int 
                 for (int j = 0; j < n; j += TILE_N) {
                     for (int i = 0; i < m; i += TILE_M) {
                         gemm_tile(C + (size_t)(i0 + i) * ldc + j0 + j, ldc, a + (size_t)i * depth,
-                                  b + (size_t)j * depth, depth, min(TILE_M, m - i), min(TILE_N, n - j),
-                                  k0 > 0 || beta != 0);
+                                  b + (size_t)j * depth, depth, min(TILE_M, m - i), min(TILE_N, n - j), k0 > 0 || add);
                     }
                 }
             }
@@ -197,31 +194,22 @@ static void gemm_serial(int ta, int tb, int M, int N, int K, const real *A, int 
 #endif
 
 // One row times a matrix: every number of B is used once, so it is read as it lies.
-static void gemm_row(int tb, int N, int K, const real *a, const real *B, int ldb, real beta, real *c) {
-    int threads = (size_t)N * K > FEW ? threads_here() : 1, width = max(COLUMNS, ceil_div(N, threads));
-#pragma omp parallel for schedule(static) if (threads > 1)
-    for (int j0 = 0; j0 < N; j0 += width) {
-        int end = min(N, j0 + width);
-        for (int j = j0; j < end; j++) {
-            real sum = 0;
+static void gemm_row(int tb, int N, int K, const real *a, const real *B, int ldb, int add, real *c) {
+    for (int j = 0; j < N; j++) {
+        real sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (int k = 0; k < (tb ? K : 0); k++) sum += a[k] * B[(size_t)j * ldb + k];
-            c[j] = beta == 0 ? sum : beta * c[j] + sum;
-        }
-        for (int k = 0; k < (tb ? 0 : K); k++) {
-            for (int j = j0; j < end; j++) c[j] += a[k] * B[(size_t)k * ldb + j];
-        }
+        for (int k = 0; k < (tb ? K : 0); k++) sum += a[k] * B[(size_t)j * ldb + k];
+        c[j] = add ? c[j] + sum : sum;
+    }
+    for (int k = 0; k < (tb ? 0 : K); k++) {
+        for (int j = 0; j < N; j++) c[j] += a[k] * B[(size_t)k * ldb + j];
     }
 }
 
 // The threads share C out in a grid of nearly equal pieces, near squares, for which least of A and B is read. An
-// element's sum runs over k in the same order whatever the grid.
-static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, real beta,
-                 real *C, int ldc) {
-    if (M == 1 && !ta) {
-        gemm_row(tb, N, K, A, B, ldb, beta, C);
-        return;
-    }
+// element's sum runs over k in the same order whatever the grid. bias (N), or NULL: every row's beginning.
+static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, int add,
+                 const real *bias, real *C, int ldc) {
     int threads = (double)M * N * K > FEW ? threads_here() : 1, rows = M, columns = N;
     double least = INFINITY;
     for (int down = 1; down <= threads; down++) {
@@ -230,10 +218,19 @@ static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, co
         if (cost < least) least = cost, rows = r, columns = c;
     }
 #pragma omp parallel for collapse(2) schedule(static) if (threads > 1)
-    for (int i = 0; i < M; i += rows) {
-        for (int j = 0; j < N; j += columns) {
-            gemm_serial(ta, tb, min(rows, M - i), min(columns, N - j), K, A + (ta ? (size_t)i : (size_t)i * lda), lda,
-                        B + (tb ? (size_t)j * ldb : (size_t)j), ldb, beta, C + (size_t)i * ldc + j, ldc);
+    for (int i0 = 0; i0 < M; i0 += rows) {
+        for (int j0 = 0; j0 < N; j0 += columns) {
+            int m = min(rows, M - i0), n = min(columns, N - j0);
+            const real *a = A + (ta ? (size_t)i0 : (size_t)i0 * lda), *b = B + (tb ? (size_t)j0 * ldb : (size_t)j0);
+            real *c = C + (size_t)i0 * ldc + j0;
+            for (int i = 0; bias && i < m; i++) {
+                for (int j = 0; j < n; j++) c[(size_t)i * ldc + j] = bias[j0 + j] + (add ? c[(size_t)i * ldc + j] : 0);
+            }
+            if (M == 1 && !ta) {
+                gemm_row(tb, n, K, a, b, ldb, add || bias, c);
+            } else {
+                gemm_serial(ta, tb, m, n, K, a, lda, b, ldb, add || bias, c, ldc);
+            }
         }
     }
 }
@@ -678,20 +675,13 @@ static void rmsnorm_backward(real *dinp, real *dweight, const real *dout, const 
 
 static void linear_forward(real *out, int add, const real *inp, const real *weight, const real *bias, int R, int K,
                            int M) {
-    if (bias) {
-#pragma omp parallel for schedule(static) if ((size_t)R * M > FEW)
-        for (int r = 0; r < R; r++) {
-            real *y = out + (size_t)r * M;
-            for (int o = 0; o < M; o++) y[o] = (add ? y[o] : 0) + bias[o];
-        }
-    }
-    gemm(0, 1, R, M, K, inp, K, weight, K, bias || add, out, M);
+    gemm(0, 1, R, M, K, inp, K, weight, K, add, bias, out, M);
 }
 
 static void linear_backward(real *dinp, int add, real *dweight, real *dbias, const real *dout, const real *inp,
                             const real *weight, int R, int K, int M) {
-    gemm(0, 0, R, K, M, dout, M, weight, K, add, dinp, K);
-    gemm(1, 0, M, K, R, dout, M, inp, K, 1, dweight, K);
+    gemm(0, 0, R, K, M, dout, M, weight, K, add, NULL, dinp, K);
+    gemm(1, 0, M, K, R, dout, M, inp, K, 1, NULL, dweight, K);
     if (dbias) sum_rows(dbias, dout, NULL, NULL, NULL, R, M, 1);
 }
 
@@ -823,7 +813,7 @@ static void gate_backward(real *da, real *db, const real *dout, const real *a, c
 
 static void attend_forward(real *o, real *lse, real *scores, const real *q, const real *k, const real *v, Mask mask,
                            int nq, int nk, int dz, int dv, int ldz, int lde, int ldh, int C) {
-    gemm(0, 1, nq, nk, dz, q, ldz, k, ldz, 0, scores, nk);
+    gemm(0, 1, nq, nk, dz, q, ldz, k, ldz, 0, NULL, scores, nk);
 #pragma omp parallel for schedule(static) if (nq > 1 && threads_here() > 1)
     for (int i = 0; i < nq; i++) {
         real *s = scores + (size_t)i * nk, top = -INFINITY, sum = 0;
@@ -840,19 +830,19 @@ static void attend_forward(real *o, real *lse, real *scores, const real *q, cons
         lse[(size_t)i * ldh] = top + (real)log(sum);
         dropout(s, s, mask_row(mask, i, C), (size_t)seen);
     }
-    gemm(0, 0, nq, dv, nk, scores, nk, v, lde, 0, o, lde);
+    gemm(0, 0, nq, dv, nk, scores, nk, v, lde, 0, NULL, o, lde);
 }
 
 // P_ij = e^(S_ij - lse_i) again. Then dv_j = sum_i P_ij do_i; dP_ij = do_i . v_j; through the softmax
 // dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), whose sum is do_i . o_i; dq_i = sum_j dS_ij k_j, dk_j = sum_i dS_ij q_i.
-// With dropout, v meets P under the mask, and so does dP. dq is set, dk and dv are added to. scores, dscores
+// With dropout, v meets P under the mask, and so does dP. dq is set, dk and dv are added to if `add`. scores, dscores
 // (QUERY_ROWS, nk) are scratch.
 
-static void attend_backward(real *dq, real *dk, real *dv_out, real *scores, real *dscores, const real *dout,
+static void attend_backward(real *dq, real *dk, real *dv_out, real *scores, real *dscores, int add, const real *dout,
                             const real *o, const real *lse, const real *q, const real *k, const real *v, Mask mask,
                             int nq, int nk, int dz, int dv, int ldz, int lde, int ldh, int C) {
-    gemm(0, 1, nq, nk, dz, q, ldz, k, ldz, 0, scores, nk);
-    gemm(0, 1, nq, nk, dv, dout, lde, v, lde, 0, dscores, nk);
+    gemm(0, 1, nq, nk, dz, q, ldz, k, ldz, 0, NULL, scores, nk);
+    gemm(0, 1, nq, nk, dv, dout, lde, v, lde, 0, NULL, dscores, nk);
 #pragma omp parallel for schedule(static) if (threads_here() > 1)
     for (int i = 0; i < nq; i++) {
         real *s = scores + (size_t)i * nk, *ds = dscores + (size_t)i * nk, dot = 0, l = lse[(size_t)i * ldh];
@@ -868,9 +858,9 @@ static void attend_backward(real *dq, real *dk, real *dv_out, real *scores, real
         for (int j = seen; j < nk; j++) s[j] = ds[j] = 0;
         dropout(s, s, mask_row(mask, i, C), (size_t)seen);
     }
-    gemm(0, 0, nq, dz, nk, dscores, nk, k, ldz, 0, dq, ldz);
-    gemm(1, 0, nk, dz, nq, dscores, nk, q, ldz, 1, dk, ldz);
-    gemm(1, 0, nk, dv, nq, scores, nk, dout, lde, 1, dv_out, lde);
+    gemm(0, 0, nq, dz, nk, dscores, nk, k, ldz, 0, NULL, dq, ldz);
+    gemm(1, 0, nk, dz, nq, dscores, nk, q, ldz, add, NULL, dk, ldz);
+    gemm(1, 0, nk, dv, nq, scores, nk, dout, lde, add, NULL, dv_out, lde);
 }
 
 // Chunked attention: sequences are cut into chunks of C tokens; a token sees its own chunk up to itself, nothing
@@ -928,19 +918,18 @@ static void attention_backward(real *dq, real *dk, real *dv_out, real *scores, r
                                const real *o, const real *lse, const real *q, const real *k, const real *v, Mask mask,
                                int B, int L, int C, int H, int Z, int E, int threads) {
     int dz = Z / H, dv = E / H;
-    memset(dk, 0, (size_t)B * L * Z * sizeof *dk);
-    memset(dv_out, 0, (size_t)B * L * E * sizeof *dv_out);
 #pragma omp parallel for collapse(3) schedule(dynamic) num_threads(threads) if (B * ceil_div(L, C) * H >= threads)
     for (int b = 0; b < B; b++) {
         for (int t0 = 0; t0 < L; t0 += C) {
             for (int h = 0; h < H; h++) {
                 size_t z = ((size_t)b * L + t0) * Z + h * dz, e = ((size_t)b * L + t0) * E + h * dv;
                 size_t scratch = (size_t)thread_number() * QUERY_ROWS * C;
-                for (int i = 0, n = min(C, L - t0); i < n; i += QUERY_ROWS) {
+                int n = min(C, L - t0), last = (n - 1) / QUERY_ROWS * QUERY_ROWS;
+                for (int i = last; i >= 0; i -= QUERY_ROWS) { // the last block sees all keys: it sets dk and dv
                     int nq = min(QUERY_ROWS, n - i);
                     size_t zi = z + (size_t)i * Z, ei = e + (size_t)i * E;
-                    attend_backward(dq + zi, dk + z, dv_out + e, scores + scratch, dscores + scratch, dout + ei, o + ei,
-                                    lse + ((size_t)b * L + t0 + i) * H + h, q + zi, k + z, v + e,
+                    attend_backward(dq + zi, dk + z, dv_out + e, scores + scratch, dscores + scratch, i < last,
+                                    dout + ei, o + ei, lse + ((size_t)b * L + t0 + i) * H + h, q + zi, k + z, v + e,
                                     mask_row(mask, ((size_t)b * H + h) * L + t0 + i, C), nq, i + nq, dz, dv, Z, E, H,
                                     C);
                 }
@@ -1020,14 +1009,16 @@ static void add(real *out, const real *inp, size_t n) {
 // ----------------------------------------------------------------------------
 // output and loss: logits (R,V) = x output', loss = log sum_v e^logit - logit of the target, in nats
 //
-// LOGIT_ROWS positions at a time, so that the logits of a long sequence never exist whole. Since the block is
+// A block of positions at a time, so that the logits of a long sequence never exist whole. Since the block is
 // at hand, forward and backward are one: with dx not NULL, dlogit = grad_scale (softmax - onehot(target)),
 // dx = dlogit output, doutput += dlogit' x. losses (R); a target of -1 gives no loss and no gradient.
 
+static int logit_rows(int V) { return max(LOGITS / V, LOGIT_ROWS); }
+
 static void output_loss(double *losses, real *dx, real *doutput, real *logits, const real *x, const real *output,
                         const int32_t *targets, double grad_scale, int R, int D, int V) {
-    for (int r0 = 0; r0 < R; r0 += LOGIT_ROWS) {
-        int rows = min(LOGIT_ROWS, R - r0);
+    for (int r0 = 0; r0 < R; r0 += logit_rows(V)) {
+        int rows = min(logit_rows(V), R - r0);
         const real *xr = x + (size_t)r0 * D;
         linear_forward(logits, 0, xr, output, NULL, rows, D, V);
 #pragma omp parallel for schedule(static) if (rows > 1)
@@ -1074,7 +1065,7 @@ typedef struct {                 // of one layer: what its backward pass reads
 typedef struct {                              // used by every layer in turn
     real *zn, *q_turned, *k_turned;           // (B,L,Z)
     real *v, *gated, *hidden;                 // (B,L,E) (B,L,E) (B,L,F)
-    real *scores, *logits;                    // (threads,QUERY_ROWS,C) (LOGIT_ROWS,V)
+    real *scores, *logits;                    // (threads,QUERY_ROWS,C) (logit_rows,V)
     real *dx, *dy, *dmega, *dxt, *dmx, *dema; // (B,L,D), these and below for backward only
     real *dq, *dk, *dzn, *dz;                 // (B,L,Z)
     real *do_, *dr_in, *dv;                   // (B,L,E)
@@ -1150,7 +1141,7 @@ static void scratch_take(Scratch *s, Arena *arena, const Config *c, Mode mode, i
     take(&s->zn, arena, R * Z), take(&s->q_turned, arena, R * Z), take(&s->k_turned, arena, R * Z);
     take(&s->v, arena, R * E), take(&s->gated, arena, R * E), take(&s->hidden, arena, R * F);
     take(&s->scores, arena, (size_t)threads * QUERY_ROWS * c->chunk_size);
-    take(&s->logits, arena, (size_t)LOGIT_ROWS * c->vocab_size);
+    take(&s->logits, arena, min(logit_rows(c->vocab_size), B * L) * (size_t)c->vocab_size);
     if (mode == MEGALODON_INFER) return;
     take(&s->dx, arena, R * D), take(&s->dy, arena, R * D), take(&s->dmega, arena, R * D);
     take(&s->dxt, arena, R * D), take(&s->dmx, arena, R * D), take(&s->dema, arena, R * D);
@@ -1469,7 +1460,10 @@ int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
 // ----------------------------------------------------------------------------
 // optimizer
 
-void megalodon_zero_grad(Model *m) { memset(m->memory[GRADS], 0, m->num_params * sizeof(real)); }
+void megalodon_zero_grad(Model *m) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < m->num_params; i++) m->memory[GRADS][i] = 0;
+}
 
 // Parts of fixed size are summed in order, so that the threads' number does not show.
 double megalodon_grad_norm(Model *m) {
