@@ -46,6 +46,7 @@ help:
 	@echo 'make demo        trains a small model for a minute, then lets it write'
 	@echo 'make test        checks layers, gradients, files and programs; ends with "N passed, N failed"'
 	@echo 'make test-mutants  checks these checks'
+	@echo 'make bench       where the time of a step goes; ARGS="--help" for more'
 	@echo 'make clean       removes what was built'
 	@echo 'Switches, for all of them: NO_OMP=1  NO_BLAS=1  PORTABLE=1 (no -march=native)  WERROR=1'
 	@echo '    SANITIZE=1 (AddressSanitizer and UBSan)  CC=clang  BLAS="-l..." (another CBLAS than OpenBLAS)'
@@ -105,6 +106,18 @@ test: $(PROGRAMS) $(TESTS)
 test-mutants:
 	bash tests/mutants.sh
 
+# ---------------------------------------------------------------- benchmark
+
+build/bench.o: dev/bench.c build/flags
+	$(CC) $(CFLAGS) -MMD -MP -c $< -o $@
+
+build/bench: build/bench.o build/library.a
+	$(CC) $(CFLAGS) $^ $(LDLIBS) -o $@
+
+# A training step and its parts beside what this machine can do. ARGS="--preset mega200M --decode", for example.
+bench: build/bench
+	build/bench $(ARGS)
+
 # ---------------------------------------------------------------- demo
 
 demo: $(PROGRAMS)
@@ -114,4 +127,4 @@ demo: $(PROGRAMS)
 clean:
 	rm -rf build $(PROGRAMS)
 
-.PHONY: all help test test-mutants demo clean
+.PHONY: all help test test-mutants bench demo clean

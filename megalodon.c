@@ -35,7 +35,7 @@ Easy to get wrong
 
 enum {
     CEMA_BLOCK = 64,  // tokens between two stored states of CEMA
-    QUERY_ROWS = 128, // queries whose scores exist at a time
+    QUERY_ROWS = 64,  // queries whose scores exist at a time
     LOGITS = 1 << 22, // that exist at a time, in whole positions; at least LOGIT_ROWS of these
     LOGIT_ROWS = 128,
     COLUMNS = 16,      // columns a task sums over all rows, for parameter gradients
@@ -1572,7 +1572,7 @@ MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
     return plan;
 }
 
-static real *allocate(size_t bytes) { // zeros, aligned for vectors
+static real *zeros(size_t bytes) { // aligned for vectors
     real *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
     if (memory) memset(memory, 0, bytes);
     return memory;
@@ -1585,10 +1585,10 @@ Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
     Model *m = model_outline(config, mode, B, L);
     if (!m) return NULL;
     MemoryPlan plan = megalodon_memory(config, mode, B, L);
-    m->acts_memory = allocate(plan.activations);
-    m->work_memory = allocate(plan.scratch);
+    m->acts_memory = zeros(plan.activations);
+    m->work_memory = zeros(plan.scratch);
     int blocks = mode == MEGALODON_INFER ? 1 : 4, complete = m->acts_memory && m->work_memory;
-    for (int i = 0; i < blocks; i++) complete &= (m->memory[i] = allocate(plan.params)) != NULL;
+    for (int i = 0; i < blocks; i++) complete &= (m->memory[i] = zeros(plan.params)) != NULL;
     if (!complete) {
         megalodon_free(m);
         return NULL;
@@ -1630,7 +1630,7 @@ State *state_new(const Config *c, int B, int whole_chunks) {
     size_t h = layers * rows * 2 * c->cema_ndim * c->model_dim, k = chunk * c->z_dim, v = chunk * c->value_dim;
     s->B = B, s->layers = c->num_layers, s->G = c->norm_num_groups, s->modes = (size_t)2 * c->cema_ndim * c->model_dim;
     s->bytes = counts * sizeof *s->count + 2 * moments * sizeof *s->mean + (h + k + v) * sizeof(real);
-    s->memory = allocate(s->bytes);
+    s->memory = zeros(s->bytes);
     if (!s->memory) {
         free(s);
         return NULL;

@@ -20,9 +20,10 @@ double peak_memory(void);                     // of this process so far, in MiB
 // What the model and `extra` more bytes will take; refused, with its MiB, if this machine has less.
 MemoryPlan check_memory(const Config *config, Mode mode, int B, int L, size_t extra);
 
-// Starts the program again, told that waiting threads of OpenMP shall spin only briefly, unless the user has said
-// what they shall do; main's first call. They would spin for milliseconds, and on a busy machine keep the cores from
-// the threads that they wait for: ten times slower was seen.
+// On a busy machine, starts the program again, told that waiting threads of OpenMP shall spin only briefly, unless
+// the user has said what they shall do; main's first call. They would spin for milliseconds and keep the cores from
+// the threads that they wait for: ten times slower was seen. On an idle machine with many cores spinning is right:
+// waking threads makes a step four times slower.
 void wait_briefly(char **argv);
 
 // Puts DIR of the running executable, then "/" and name, into path: files that come with the programs.
