@@ -138,10 +138,10 @@ static void score(Model *model, const Config *c) {
 }
 
 int main(int argc, char **argv) {
-    wait_briefly(argv);
     options_parse(options, argc, argv,
                   "Writes text with a trained model, or scores a file with it.\n"
                   "  ./sample --model out --prompt \"Once\" --num-tokens 500\n");
+    settle_threads(argv, threads);
     if (!model_path) usage_error("--model is needed: a checkpoint file or a run's folder");
     if (prompt && prompt_path) usage_error("--prompt and --prompt-file exclude each other");
     if (score_path && (prompt || prompt_path || state_in || state_out))

@@ -336,11 +336,11 @@ static volatile sig_atomic_t stopped; // the signal that asks to finish, 0 until
 static void on_signal(int number) { stopped = number; }
 
 int main(int argc, char **argv) {
-    wait_briefly(argv);
     s.config = *find_preset("demo");
     options_parse(options, argc, argv,
                   "usage: ./train [options]\n\nTrains a Megalodon language model. Without options: a small model of "
                   "bytes on dev/data/demo.txt.\nDefaults in parentheses.\n");
+    settle_threads(argv, s.threads);
     if (s.resume && (s.init || s.overwrite)) usage_error("--resume does not go with --init or --overwrite");
     if (s.resume && s.out && strcmp(s.out, s.resume) != 0) usage_error("--out: --resume DIR saves to the same DIR");
     StFile init = {0};

@@ -340,8 +340,8 @@ static void bench_decode(const Config *c) {
 }
 
 int main(int argc, char **argv) {
-    wait_briefly(argv);
     options_parse(options, argc, argv, "Where the time of a training step goes.\n\n");
+    settle_threads(argv, threads);
     if (threads > 0) megalodon_threads(threads);
     const Config *c = find_preset(preset);
     if (decode) batch_size = seq_len = 1;

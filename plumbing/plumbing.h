@@ -20,11 +20,11 @@ double peak_memory(void);                     // of this process so far, in MiB
 // What the model and `extra` more bytes will take; refused, with its MiB, if this machine has less.
 MemoryPlan check_memory(const Config *config, Mode mode, int B, int L, size_t extra);
 
-// On a busy machine, starts the program again, told that waiting threads of OpenMP shall spin only briefly, unless
-// the user has said what they shall do; main's first call. They would spin for milliseconds and keep the cores from
-// the threads that they wait for: ten times slower was seen. On an idle machine with many cores spinning is right:
-// waking threads makes a step four times slower.
-void wait_briefly(char **argv);
+// How OpenMP's threads wait and where they run, unless the environment says it already; starts the program again with
+// that environment, so this comes first after the options. On a busy machine waiting threads must not spin for
+// milliseconds, which keeps the cores from the threads that they wait for: ten times slower was seen. On an idle one
+// they must, each on a core of its own if there are as many: waking them made a step three times slower on 16 cores.
+void settle_threads(char **argv, int threads); // threads: as asked for, 0 for all
 
 // Puts DIR of the running executable, then "/" and name, into path: files that come with the programs.
 void beside_executable(char *path, size_t size, const char *name);

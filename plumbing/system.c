@@ -94,16 +94,29 @@ MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t extra) 
           mode == MEGALODON_TRAIN ? "--recompute, " : "");
 }
 
-void wait_briefly(char **argv) {
-    if (getenv("GOMP_SPINCOUNT") != NULL || getenv("OMP_WAIT_POLICY") != NULL) return;
-    int running = 0; // now, on all cores, this program among them
+// Programs that run now or wait for a core, this one left out.
+static int others_running(void) {
+    int running = 1;
     FILE *f = fopen("/proc/loadavg", "r");
-    if (f != NULL && fscanf(f, "%*f %*f %*f %d/", &running) != 1) running = 0;
+    if (f != NULL && fscanf(f, "%*f %*f %*f %d/", &running) != 1) running = 1;
     if (f != NULL) fclose(f);
-    if (running > 0 && 4 * (running - 1) < sysconf(_SC_NPROCESSORS_ONLN)) return; // the machine is ours
-    setenv("KMP_BLOCKTIME", "1", 0); // of LLVM's OpenMP, in ms
-    if (setenv("GOMP_SPINCOUNT", "10000", 1) == 0) execv("/proc/self/exe", argv);
-    // they are only read when a program starts; where there is no /proc, all stays as it was
+    return running - 1;
+}
+
+void settle_threads(char **argv, int threads) {
+    const long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    if (threads == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY") || getenv("OMP_PROC_BIND")) return;
+    if (4 * others_running() >= cores) {
+        setenv("KMP_BLOCKTIME", "1", 0); // of LLVM's OpenMP, in ms
+        setenv("GOMP_SPINCOUNT", "10000", 1);
+    } else if (threads == 0 || threads == cores) {
+        setenv("OMP_WAIT_POLICY", "active", 1);
+        setenv("OMP_PROC_BIND", "close", 1);
+    } else {
+        return;
+    }
+    execv("/proc/self/exe", argv);
+    // these are only read when a program starts; where there is no /proc, all stays as it was
 }
 
 void beside_executable(char *path, size_t size, const char *name) {
