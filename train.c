@@ -294,6 +294,7 @@ static double validate(Model *model, const Data *d) {
 // Writes what the model makes of a newline, or of the first token of the data.
 static void write_sample(Model *model, State *state, const Data *d, int V) {
     enum { LENGTH = 256 };
+    const Sampling how = {.temperature = 0.9, .top_p = 0.95};
     const bool bytes = d->train.tokens.width == 1;
     int32_t token = s.eot >= 0 ? s.eot : bytes ? '\n' : token_at(&d->train.tokens, 0);
     if (token >= V) token = 0;
@@ -303,7 +304,7 @@ static void write_sample(Model *model, State *state, const Data *d, int V) {
     for (int64_t i = 0; i < LENGTH; i++) {
         megalodon_forward(model, state, &token, 1, 1);
         megalodon_logits(model, 0, 1, logits);
-        token = sample_token(logits, V, 0.9, 0, 0.95, sample_uniform((uint64_t)s.seed, i, 0));
+        token = sample_token(logits, V, &how, sample_uniform((uint64_t)s.seed, i, 0));
         const bool shown = token == '\n' || token == '\t' || (token >= 32 && token < 256 && token != 127);
         if (bytes)
             putchar(shown ? token : '?');
@@ -363,7 +364,7 @@ int main(int argc, char **argv) {
     print_header(&config, &data, &plan);
     int64_t step = 0;
     if (s.resume)
-        step = run_load(s.resume, model, &config, s.seed);
+        step = run_load(s.resume, model, data.states, data.states ? s.grad_accum : 0, &config, s.seed);
     else if (s.init)
         checkpoint_load(&init, model, &config);
     else
@@ -421,7 +422,7 @@ int main(int argc, char **argv) {
             if (!isnan(val_loss)) fprintf(log_file, "%.9g", val_loss);
             if (fputc('\n', log_file) == EOF || fflush(log_file) != 0) fatal("--log %s: %s", s.log, strerror(errno));
         }
-        if (save) run_save(out, model, &config, s.seed, step, val_loss);
+        if (save) run_save(out, model, data.states, data.states ? s.grad_accum : 0, &config, s.seed, step, val_loss);
         if (!s.batch && !halt && (last || (s.sample_every > 0 && step % s.sample_every == 0)))
             write_sample(model, state, &data, config.vocab_size);
         fflush(stdout);

@@ -1,4 +1,4 @@
-// What the programs need besides the model: errors, options, configurations, data, checkpoints, sampling.
+// What the programs need besides the model: errors, options, configurations, data, checkpoints, sampling, tokenizers.
 // Errors of users and files end the program here: a message on stderr and status 1, 2 for the command line.
 #pragma once
 #include <stdbool.h> // defines: bool
@@ -159,23 +159,31 @@ bool load_optimizer(StFile *file, Model *model, const Config *config, int64_t se
 void write_dump(const char *path, Model *model, const Config *config, const int32_t *inputs, const int32_t *targets,
                 int B, int L, double loss);
 
-// A state and the logits (V) after its last token, in one file; what does not fit the configuration is fatal.
-void save_state(const char *path, const State *state, const Config *config, const real *logits);
-void load_state(const char *path, State *state, const Config *config, real *logits);
+// A state, the seed of its stream, and, unless NULL, the logits (B,V) after its last tokens, in one file. What does
+// not fit the model is refused. state_rows says a file's B, 0 with err if it has none.
+enum { MAX_ROWS = 1 << 16 };
+bool save_state(const char *path, const State *state, const Config *config, int64_t seed, const real *logits,
+                char *err);
+bool load_state(const char *path, State *state, const Config *config, int64_t *seed, real *logits, char *err);
+int state_rows(const char *path, char *err);
 
 // ----------------------------------------------------------------------------
-// run.c: a run's directory: lock, options.txt (the kept options), step-XXXXXXXX/{model,optimizer}.safetensors
+// run.c: a run's directory: lock, options.txt (the kept options), step-XXXXXXXX/{model,optimizer}.safetensors, and
+// with --carry-state state-0.safetensors, ... there
 
 enum { PATH_SIZE = 4096 };
 
 // Makes and locks the directory. One with checkpoints is refused unless resume; overwrite deletes them.
 void run_claim(const char *dir, const Option *options, bool resume, bool overwrite);
-// Writes the checkpoint of `step` updates; val_loss NaN if unknown. Keeps the newest two and the best.
-void run_save(const char *dir, Model *model, const Config *config, int64_t seed, int64_t step, double val_loss);
+// Writes the checkpoint of `step` updates; val_loss NaN if unknown; states (num_states), those that a run carries on.
+// Keeps the newest two and the best.
+void run_save(const char *dir, Model *model, State *const *states, int num_states, const Config *config, int64_t seed,
+              int64_t step, double val_loss);
 // Options and configuration, for setting up; then parameters and moments from the newest checkpoint that
 // loads: returns its step. Those that do not load are named on stderr.
 void run_open(const char *dir, Option *options, Config *config);
-int64_t run_load(const char *dir, Model *model, const Config *config, int64_t seed);
+int64_t run_load(const char *dir, Model *model, State *const *states, int num_states, const Config *config,
+                 int64_t seed);
 // The path of the model of a run's checkpoint i, 0 the newest; false if there are not as many.
 bool run_model(char path[PATH_SIZE], const char *dir, int i);
 
@@ -184,5 +192,24 @@ bool run_model(char path[PATH_SIZE], const char *dir, int i);
 
 double sample_uniform(uint64_t seed, int64_t position, int row); // in [0,1), from STREAM_SAMPLE
 // Draws from softmax(logits / temperature), cut to the top_k largest (0: all), then to the fewest whose
-// probabilities sum to top_p (1: all); random in [0,1). temperature 0: the largest.
-int sample_token(const real *logits, int V, double temperature, int top_k, double top_p, double random);
+// probabilities sum to top_p (1: all), then to those at least min_p times as likely as the likeliest (0: all); random
+// in [0,1). temperature 0: the largest.
+typedef struct {
+    double temperature, top_p, min_p;
+    int top_k;
+} Sampling;
+int sample_token(const real *logits, int V, const Sampling *how, double random);
+
+// ----------------------------------------------------------------------------
+// tokenizer.c: llama2.c's tokenizer.bin, a SentencePiece BPE with byte fallback
+
+typedef struct Tokenizer Tokenizer;
+
+Tokenizer *tokenizer_open(const char *path, int vocab_size); // anything wrong is fatal
+// The same from memory, which must stay; NULL and err if anything is wrong.
+Tokenizer *tokenizer_read(const unsigned char *bytes, size_t size, int vocab_size, char *err);
+void tokenizer_free(Tokenizer *tokenizer);
+// Any bytes as tokens, allocated; *count gets their number. None is put before or behind them.
+int32_t *tokenizer_encode(const Tokenizer *tokenizer, const unsigned char *text, size_t n, size_t *count);
+// The bytes of a token, *length of them; first: the one that begins a text, whose leading space is not the text's.
+const unsigned char *tokenizer_piece(const Tokenizer *tokenizer, int32_t token, bool first, size_t *length);

@@ -48,17 +48,22 @@ bool run_model(char path[PATH_SIZE], const char *dir, int i) {
     return i < count;
 }
 
-// Removes step-XXXXXXXX, or step-XXXXXXXX.tmp, with what we write there.
+// Removes step-XXXXXXXX, or step-XXXXXXXX.tmp, with what we write there: model, optimizer, states, and their .tmp.
 static void remove_step(const char *dir, int64_t step, const char *suffix) {
-    static const char *const files[] = {"/model.safetensors", "/optimizer.safetensors", "/model.safetensors.tmp",
-                                        "/optimizer.safetensors.tmp", ""};
-    char path[PATH_SIZE], rest[64];
-    for (int i = 0; i < 5; i++) {
-        snprintf(rest, sizeof rest, "%s%s", suffix, files[i]);
+    char path[PATH_SIZE];
+    step_path(path, dir, step, suffix);
+    DIR *d = opendir(path);
+    for (struct dirent *e; d != NULL && (e = readdir(d)) != NULL;) {
+        char rest[512];
+        if (strstr(e->d_name, ".safetensors") == NULL) continue;
+        snprintf(rest, sizeof rest, "%s/%s", suffix, e->d_name);
         step_path(path, dir, step, rest);
-        if (remove(path) != 0 && errno != ENOENT)
-            fprintf(stderr, "warning: cannot remove %s: %s\n", path, strerror(errno));
+        if (remove(path) != 0) fprintf(stderr, "warning: cannot remove %s: %s\n", path, strerror(errno));
     }
+    if (d == NULL) return;
+    closedir(d);
+    step_path(path, dir, step, suffix);
+    if (remove(path) != 0) fprintf(stderr, "warning: cannot remove %s: %s\n", path, strerror(errno));
 }
 
 void run_claim(const char *dir, const Option *options, bool resume, bool overwrite) {
@@ -118,7 +123,14 @@ static void prune(const char *dir) {
     free(steps);
 }
 
-void run_save(const char *dir, Model *model, const Config *config, int64_t seed, int64_t step, double val_loss) {
+static void state_path(char path[PATH_SIZE], const char *dir, int64_t step, const char *suffix, int i) {
+    char rest[64];
+    snprintf(rest, sizeof rest, "%s/state-%d.safetensors", suffix, i);
+    step_path(path, dir, step, rest);
+}
+
+void run_save(const char *dir, Model *model, State *const *states, int num_states, const Config *config, int64_t seed,
+              int64_t step, double val_loss) {
     char tmp[PATH_SIZE], path[PATH_SIZE], err[ST_ERR];
     step_path(tmp, dir, step, ".tmp");
     remove_step(dir, step, ".tmp");
@@ -127,6 +139,10 @@ void run_save(const char *dir, Model *model, const Config *config, int64_t seed,
     if (!save_model(path, model, config, err)) fatal("%s", err);
     step_path(path, dir, step, ".tmp/optimizer.safetensors");
     if (!save_optimizer(path, model, config, seed, step, val_loss, err)) fatal("%s", err);
+    for (int i = 0; i < num_states; i++) {
+        state_path(path, dir, step, ".tmp", i);
+        if (!save_state(path, states[i], config, seed, NULL, err)) fatal("%s", err);
+    }
     remove_step(dir, step, ""); // one that did not load
     step_path(path, dir, step, "");
     if (rename(tmp, path) != 0) fatal("%s: cannot rename it: %s", tmp, strerror(errno));
@@ -134,7 +150,8 @@ void run_save(const char *dir, Model *model, const Config *config, int64_t seed,
     prune(dir);
 }
 
-static bool read_model(const char *dir, int64_t step, Model *m, const Config *c, int64_t seed, char *err) {
+static bool read_model(const char *dir, int64_t step, Model *m, State *const *states, int num_states, const Config *c,
+                       int64_t seed, char *err) {
     StFile f;
     char path[PATH_SIZE];
     step_path(path, dir, step, "/model.safetensors");
@@ -145,6 +162,11 @@ static bool read_model(const char *dir, int64_t step, Model *m, const Config *c,
     if (!ok || !st_open(&f, path, err)) return false;
     ok = load_optimizer(&f, m, c, seed, step, err);
     st_close(&f);
+    for (int i = 0; i < num_states && ok; i++) {
+        int64_t stored;
+        state_path(path, dir, step, "", i);
+        ok = load_state(path, states[i], c, &stored, NULL, err);
+    }
     return ok;
 }
 
@@ -161,11 +183,12 @@ void run_open(const char *dir, Option *options, Config *config) {
         fatal("%s: %s", path, err);
 }
 
-int64_t run_load(const char *dir, Model *model, const Config *config, int64_t seed) {
+int64_t run_load(const char *dir, Model *model, State *const *states, int num_states, const Config *config,
+                 int64_t seed) {
     char err[ST_ERR];
     int count, i = 0;
     int64_t *steps = list_steps(dir, "", &count), step = 0;
-    for (; i < count && !read_model(dir, steps[i], model, config, seed, err); i++)
+    for (; i < count && !read_model(dir, steps[i], model, states, num_states, config, seed, err); i++)
         fprintf(stderr, "warning: passed over a checkpoint: %s\n", err);
     if (i == count) fatal("--resume %s: no checkpoint loads", dir);
     step = steps[i];

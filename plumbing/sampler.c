@@ -3,7 +3,7 @@
 #include "plumbing.h"
 
 typedef struct {
-    double probability; // not normalized
+    double probability; // not normalized: the likeliest has 1
     int token;
 } Candidate;
 
@@ -19,29 +19,50 @@ double sample_uniform(uint64_t seed, int64_t position, int row) {
     return (double)((uint64_t)r[1] << 21 ^ r[0] >> 11) * 0x1p-53;
 }
 
-int sample_token(const real *logits, int V, double temperature, int top_k, double top_p, double random) {
+static double total(const Candidate *c, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += c[i].probability;
+    return sum;
+}
+
+// Those of at least this probability, to the front; how many.
+static int keep_likely(Candidate *c, int n, double least) {
+    int kept = 0;
+    for (int i = 0; i < n; i++) {
+        if (c[i].probability >= least) c[kept++] = c[i];
+    }
+    return kept;
+}
+
+// The fewest of n sorted ones that make up top_p of their sum, at least one.
+static int keep_nucleus(const Candidate *c, int n, double top_p) {
+    const double sum = total(c, n);
+    double part = 0;
+    int kept = 0;
+    while (kept < n && (kept == 0 || part < top_p * sum)) part += c[kept++].probability;
+    return kept;
+}
+
+int sample_token(const real *logits, int V, const Sampling *s, double random) {
     int best = 0, n = V;
     for (int i = 0; i < V; i++) {
         if (!isfinite(logits[i])) fatal("the model's logit of token %d is not finite", i);
         if (logits[i] > logits[best]) best = i;
     }
-    if (temperature == 0) return best;
+    if (s->temperature == 0) return best;
     Candidate *c = allocate((size_t)V, sizeof *c);
-    double sum = 0, part = 0;
-    for (int i = 0; i < V; i++) c[i] = (Candidate){exp((logits[i] - logits[best]) / temperature), i};
-    if (top_k > 0 || top_p < 1) qsort(c, (size_t)V, sizeof *c, by_probability);
-    if (top_k > 0 && top_k < n) n = top_k;
-    for (int i = 0; i < n; i++) sum += c[i].probability;
-    if (top_p < 1) { // the fewest that reach top_p of the sum, at least one
-        int kept = 0;
-        while (kept < n && (kept == 0 || part < top_p * sum)) part += c[kept++].probability;
-        n = kept;
-        sum = part;
-    }
+    for (int i = 0; i < V; i++) c[i] = (Candidate){exp((logits[i] - logits[best]) / s->temperature), i};
+    if (s->top_p < 1 && s->top_k == 0) // all below this together are less than 1 - top_p: no need to sort them
+        n = keep_likely(c, n, fmax(0, (1 - s->top_p) * total(c, n) / V * (1 - 1e-9)));
+    if (s->top_k > 0 || s->top_p < 1) qsort(c, (size_t)n, sizeof *c, by_probability);
+    if (s->top_k > 0 && s->top_k < n) n = s->top_k;
+    if (s->top_p < 1) n = keep_nucleus(c, n, s->top_p);
+    n = keep_likely(c, n, s->min_p);
     // the first one where the running sum passes random's share
+    const double share = random * total(c, n);
     int i = 0;
-    for (part = c[0].probability; i < n - 1 && part <= random * sum;) part += c[++i].probability;
-    int token = c[i].token;
+    for (double part = c[0].probability; i < n - 1 && part <= share;) part += c[++i].probability;
+    const int token = c[i].token;
     free(c);
     return token;
 }

@@ -1,0 +1,250 @@
+#include <fcntl.h>    // defines: open
+#include <errno.h>    // defines: errno
+#include <math.h>     // defines: isfinite
+#include <stdlib.h>   // defines: free, malloc
+#include <string.h>   // defines: memcmp, memcpy, strerror
+#include <sys/mman.h> // defines: mmap
+#include <sys/stat.h> // defines: fstat
+#include <unistd.h>   // defines: close
+#include "plumbing.h"
+
+// The file: int32, the longest piece's length; then for each token float32 score, int32 length, and its bytes, in
+// which the word mark of SentencePiece is a space. All little-endian. How many tokens is not said.
+enum { MAX_PIECE = 1 << 16, FIRST_BYTE = 3 }; // <unk> <s> </s>, then <0x00> .. <0xFF>
+
+typedef struct {
+    const unsigned char *bytes;
+    int length;
+    float score;
+} Piece;
+
+struct Tokenizer {
+    Piece *pieces;
+    int count;
+    int32_t *table; // pieces by their bytes: open addressing, -1 empty
+    size_t slots;   // a power of 2
+    unsigned char single[256];
+    void *mapped; // the file, if tokenizer_open mapped it
+    size_t size;
+};
+
+static size_t slot_of(const Tokenizer *t, const unsigned char *bytes, size_t length) { // FNV-1a
+    uint64_t hash = 14695981039346656037u;
+    for (size_t i = 0; i < length; i++) hash = (hash ^ bytes[i]) * 1099511628211u;
+    return (size_t)(hash ^ hash >> 32) & (t->slots - 1);
+}
+
+// The token of these bytes, the first one if several have them; -1 if none.
+static int32_t find(const Tokenizer *t, const unsigned char *bytes, size_t length) {
+    for (size_t s = slot_of(t, bytes, length);; s = (s + 1) & (t->slots - 1)) {
+        const int32_t token = t->table[s];
+        if (token < 0) return -1;
+        const Piece *p = &t->pieces[token];
+        if ((size_t)p->length == length && memcmp(p->bytes, bytes, length) == 0) return token;
+    }
+}
+
+static void insert(Tokenizer *t, int32_t token) {
+    const Piece *p = &t->pieces[token];
+    if (find(t, p->bytes, (size_t)p->length) >= 0) return;
+    size_t s = slot_of(t, p->bytes, (size_t)p->length);
+    while (t->table[s] >= 0) s = (s + 1) & (t->slots - 1);
+    t->table[s] = token;
+}
+
+static bool read_pieces(Tokenizer *t, const unsigned char *bytes, size_t size, char *err) {
+    int32_t longest, seen = 0;
+    size_t at = sizeof longest;
+    if (size < at) return snprintf(err, ST_ERR, "%zu bytes: no tokenizer", size), false;
+    memcpy(&longest, bytes, sizeof longest);
+    if (longest < 1 || longest > MAX_PIECE)
+        return snprintf(err, ST_ERR, "the longest piece is said to have %d bytes: no tokenizer of llama2.c", longest),
+               false;
+    for (int i = 0; i < t->count; i++) {
+        Piece *p = &t->pieces[i];
+        if (size - at < 8) return snprintf(err, ST_ERR, "ends after %d tokens; the model has %d", i, t->count), false;
+        memcpy(&p->score, bytes + at, 4);
+        memcpy(&p->length, bytes + at + 4, 4);
+        at += 8;
+        if (!isfinite(p->score)) return snprintf(err, ST_ERR, "token %d: its score is %g", i, (double)p->score), false;
+        if (p->length < 0 || p->length > longest || (size_t)p->length > size - at)
+            return snprintf(err, ST_ERR, "token %d: %d bytes long, where %d are the most and %zu are left", i,
+                            p->length, longest, size - at),
+                   false;
+        p->bytes = bytes + at;
+        at += (size_t)p->length;
+        seen = p->length > seen ? p->length : seen;
+    }
+    if (at != size)
+        return snprintf(err, ST_ERR, "%zu bytes follow the model's %d tokens: a larger vocabulary's", size - at,
+                        t->count),
+               false;
+    if (seen != longest)
+        return snprintf(err, ST_ERR, "its longest piece has %d bytes, not %d as it says", seen, longest), false;
+    return true;
+}
+
+// Token FIRST_BYTE + b must be <0xBB>: any text can be written then.
+static bool check_bytes(const Tokenizer *t, char *err) {
+    char name[8];
+    if (t->count < FIRST_BYTE + 256) return snprintf(err, ST_ERR, "%d tokens: too few for all bytes", t->count), false;
+    for (int b = 0; b < 256; b++) {
+        const Piece *p = &t->pieces[FIRST_BYTE + b];
+        snprintf(name, sizeof name, "<0x%02X>", b);
+        if (p->length != 6 || memcmp(p->bytes, name, 6) != 0)
+            return snprintf(err, ST_ERR, "token %d is not %s: no byte fallback", FIRST_BYTE + b, name), false;
+    }
+    return true;
+}
+
+Tokenizer *tokenizer_read(const unsigned char *bytes, size_t size, int vocab_size, char *err) {
+    Tokenizer *t = allocate(1, sizeof *t);
+    t->count = vocab_size;
+    t->pieces = allocate((size_t)vocab_size, sizeof *t->pieces);
+    for (t->slots = 16; t->slots < 2 * (size_t)vocab_size;) t->slots *= 2;
+    t->table = allocate(t->slots, sizeof *t->table);
+    for (size_t s = 0; s < t->slots; s++) t->table[s] = -1;
+    for (int b = 0; b < 256; b++) t->single[b] = (unsigned char)b;
+    if (!read_pieces(t, bytes, size, err) || !check_bytes(t, err)) {
+        tokenizer_free(t);
+        return NULL;
+    }
+    for (int i = FIRST_BYTE + 256; i < t->count; i++) { // the ones before are no text's
+        if (t->pieces[i].length > 0) insert(t, i);
+    }
+    return t;
+}
+
+Tokenizer *tokenizer_open(const char *path, int vocab_size) {
+    char err[ST_ERR];
+    struct stat info;
+    int fd = open(path, O_RDONLY);
+    if (fd < 0 || fstat(fd, &info) != 0) fatal("--tokenizer %s: %s", path, strerror(errno));
+    if (!S_ISREG(info.st_mode) || info.st_size == 0) fatal("--tokenizer %s: empty, or not a regular file", path);
+    void *memory = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (memory == MAP_FAILED) fatal("--tokenizer %s: %s", path, strerror(errno));
+    close(fd);
+    Tokenizer *t = tokenizer_read(memory, (size_t)info.st_size, vocab_size, err);
+    if (t == NULL) fatal("--tokenizer %s: %s", path, err);
+    t->mapped = memory, t->size = (size_t)info.st_size;
+    return t;
+}
+
+void tokenizer_free(Tokenizer *t) {
+    if (t->mapped != NULL) munmap(t->mapped, t->size);
+    free(t->pieces), free(t->table), free(t);
+}
+
+// ----------------------------------------------------------------------------
+// encoding: characters to begin with; then, as long as two neighbours together are a token, those of the highest score,
+// the leftmost ones first, become one. What is no token in the end becomes bytes.
+
+typedef struct {
+    size_t start, length; // in the text; length 0: gone into its left neighbour
+    size_t left, right;   // neighbours, or NONE
+} Symbol;
+static const size_t NONE = SIZE_MAX;
+
+typedef struct {
+    float score;
+    size_t left, right, length; // the symbols, and their bytes together when this was written down
+} Pair;
+
+typedef struct {
+    const Tokenizer *t;
+    const unsigned char *text;
+    Symbol *symbols;
+    Pair *heap; // the best one first
+    size_t pairs, room;
+} Encoder;
+
+static bool before(const Pair *a, const Pair *b) {
+    return a->score > b->score || (a->score == b->score && a->left < b->left);
+}
+
+static void push(Encoder *e, Pair pair) {
+    if (e->pairs == e->room) {
+        e->room = 2 * e->room + 256;
+        e->heap = realloc(e->heap, e->room * sizeof *e->heap);
+        if (e->heap == NULL) fatal("out of memory for a text's tokens");
+    }
+    size_t i = e->pairs++;
+    for (; i > 0 && before(&pair, &e->heap[(i - 1) / 2]); i = (i - 1) / 2) e->heap[i] = e->heap[(i - 1) / 2];
+    e->heap[i] = pair;
+}
+
+static Pair pop(Encoder *e) {
+    const Pair best = e->heap[0], last = e->heap[--e->pairs];
+    size_t i = 0;
+    for (size_t child; (child = 2 * i + 1) < e->pairs; i = child) {
+        if (child + 1 < e->pairs && before(&e->heap[child + 1], &e->heap[child])) child++;
+        if (!before(&e->heap[child], &last)) break;
+        e->heap[i] = e->heap[child];
+    }
+    e->heap[i] = last;
+    return best;
+}
+
+static void propose(Encoder *e, size_t left, size_t right) {
+    if (left == NONE || right == NONE) return;
+    const size_t length = e->symbols[left].length + e->symbols[right].length;
+    const int32_t token = find(e->t, e->text + e->symbols[left].start, length);
+    if (token >= 0) push(e, (Pair){e->t->pieces[token].score, left, right, length});
+}
+
+// Bytes of the UTF-8 character that begins there; of what is none, 1.
+static size_t character(const unsigned char *text, size_t left) {
+    const size_t length = text[0] < 0xC2 ? 1 : text[0] < 0xE0 ? 2 : text[0] < 0xF0 ? 3 : text[0] < 0xF5 ? 4 : 1;
+    for (size_t i = 1; i < length; i++) {
+        if (i >= left || (text[i] & 0xC0) != 0x80) return 1;
+    }
+    return length;
+}
+
+static void merge_all(Encoder *e) {
+    while (e->pairs > 0) {
+        const Pair pair = pop(e);
+        Symbol *left = &e->symbols[pair.left], *right = &e->symbols[pair.right];
+        // one of them has been merged with something else since
+        if (left->right != pair.right || left->length == 0 || right->length == 0 ||
+            left->length + right->length != pair.length)
+            continue;
+        left->length += right->length, right->length = 0;
+        left->right = right->right;
+        if (left->right != NONE) e->symbols[left->right].left = pair.left;
+        propose(e, left->left, pair.left);
+        propose(e, pair.left, left->right);
+    }
+}
+
+int32_t *tokenizer_encode(const Tokenizer *t, const unsigned char *text, size_t n, size_t *count) {
+    *count = 0;
+    if (n == 0) return allocate(1, sizeof(int32_t));
+    unsigned char *marked = allocate(n + 1, 1); // a text begins with a space that is not its own
+    marked[0] = ' ';
+    memcpy(marked + 1, text, n++);
+    Encoder e = {.t = t, .text = marked, .symbols = allocate(n, sizeof *e.symbols)};
+    int32_t *tokens = allocate(n, sizeof *tokens);
+    size_t symbols = 0;
+    for (size_t at = 0; at < n; at += e.symbols[symbols++].length) {
+        e.symbols[symbols] = (Symbol){at, character(marked + at, n - at), symbols - 1, symbols + 1};
+    }
+    e.symbols[0].left = e.symbols[symbols - 1].right = NONE;
+    for (size_t i = 0; i + 1 < symbols; i++) propose(&e, i, i + 1);
+    merge_all(&e);
+    for (size_t i = 0; i != NONE; i = e.symbols[i].right) {
+        const Symbol *s = &e.symbols[i];
+        const int32_t token = find(t, marked + s->start, s->length);
+        if (token >= 0) tokens[(*count)++] = token;
+        for (size_t b = 0; token < 0 && b < s->length; b++) tokens[(*count)++] = FIRST_BYTE + marked[s->start + b];
+    }
+    free(marked), free(e.symbols), free(e.heap);
+    return tokens;
+}
+
+const unsigned char *tokenizer_piece(const Tokenizer *t, int32_t token, bool first, size_t *length) {
+    const Piece *p = &t->pieces[token];
+    const bool space = first && token >= FIRST_BYTE + 256 && p->length > 0 && p->bytes[0] == ' ';
+    *length = token < FIRST_BYTE ? 0 : token < FIRST_BYTE + 256 ? 1 : (size_t)p->length - space;
+    return token >= FIRST_BYTE && token < FIRST_BYTE + 256 ? &t->single[token - FIRST_BYTE] : p->bytes + space;
+}
