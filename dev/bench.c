@@ -199,7 +199,7 @@ static void qk_both(void) { // forward, the rotation again, and backward
         rmsnorm_backward(s->dz, NULL, s->dzn, a->z, NULL, a->z_rstd, R * H, Z / H);
     }
 }
-static void gates_both(void) { // forward, again, and backward
+static void gates_both(void) { // forward, again, and backward, not in place: numbers would vanish, which is slow
     EACH_LAYER {
         LAYER for (int again = 0; again < 2; again++) {
             silu_forward(s->v, a->v_in, (size_t)R * E);
@@ -207,9 +207,9 @@ static void gates_both(void) { // forward, again, and backward
             if (c->swiglu) gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
             if (!c->swiglu) silu_forward(s->hidden, a->f1, (size_t)R * F);
         }
-        silu_backward(s->dv, s->dv, a->v_in, (size_t)R * E);
-        gate_backward(s->do_, s->dr_in, s->do_, a->o, a->r_in, (size_t)R * E);
-        if (c->swiglu) gate_backward(s->dhidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F);
+        silu_backward(s->v, s->dv, a->v_in, (size_t)R * E);
+        gate_backward(s->gated, s->dr_in, s->do_, a->o, a->r_in, (size_t)R * E);
+        if (c->swiglu) gate_backward(s->hidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F);
         if (!c->swiglu) silu_backward(s->df1, s->dhidden, a->f1, (size_t)R * F);
     }
 }
