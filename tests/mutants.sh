@@ -15,15 +15,27 @@ sigmoid: exp_real(-x)  =>  exp_real(x)
 gemm_tile: c[j] += tile[i][j]  =>  c[j] = tile[i][j]
 gemm_tile: c[j] = tile[i][j]  =>  c[j] += tile[i][j]
 gemm_pack: panel[i * si + k]  =>  panel[i * si]
-gemm: k0 > 0 || beta != 0);  =>  beta != 0);
-gemm: *= beta  =>  *= 1
-gemm: ak = ta ? (size_t)lda : 1  =>  ak = ta ? (size_t)M : 1
+gemm_serial: k0 > 0 || add);  =>  add);
+gemm_serial: ak = ta ? (size_t)lda : 1  =>  ak = ta ? (size_t)M : 1
+gemm_serial: a + (size_t)i * depth  =>  a
+gemm_row: add ? c[j] + sum : sum  =>  sum
+gemm_row: c[j] += a[k]  =>  c[j] = a[k]
+gemm: bias[j0 + j] + (add  =>  (add
+gemm: (add ? c[(size_t)i * ldc + j] : 0)  =>  0
+gemm: b, ldb, add || bias, c);  =>  b, ldb, add, c);
+gemm: b, ldb, add || bias, c, ldc)  =>  b, ldb, add, c, ldc)
 sum_rows: ((xr[c] - m) * s)  =>  (xr[c] * s)
 sum_rows: ((xr[c] - m) * s)  =>  (xr[c] - m)
 sum_rows: out[at + c] += (real)sum[c]  =>  out[at + c] = (real)sum[c]
 embedding_forward: scale * e[c]  =>  e[c]
 embedding_backward: de[c] += scale  =>  de[c] = scale
 embedding_backward: scale * dout  =>  dout
+mask_row: rows * (uint64_t)width  =>  rows
+dropout: (mask.first + from) % 4  =>  from % 4
+dropout: >> 32 << 16)  =>  >> 32 << 15)
+dropout: >= limit  =>  < limit
+dropout: inp[from + i] * scale  =>  inp[from + i]
+dropout: if (mask.p == 0) return  =>  if (mask.p < 0) return
 timestep_norm_forward: n += g  =>  n += 1
 timestep_norm_forward: (double)g * (double)count[b]  =>  (double)count[b]
 timestep_norm_forward: s2 - s1 * s1 / n  =>  s2
@@ -73,12 +85,9 @@ rmsnorm_forward: weight[c] + 1 : 1  =>  weight[c] : 1
 rmsnorm_backward: dot / D * s * s  =>  dot / D * s
 rmsnorm_backward: - x[c] * back  =>
 rmsnorm_backward: if (dweight)  =>  if (0)
-linear_forward: sum + (bias ? bias[o] : 0)  =>  sum
-linear_forward: (add ? out[o] : 0)  =>  0
-linear_forward: (add ? y[o] : 0) + bias[o]  =>  bias[o]
-linear_forward: bias || add, out  =>  add, out
-linear_backward: K, add, dinp  =>  K, 0, dinp
-linear_backward: inp, K, 1, dweight  =>  inp, K, 0, dweight
+linear_forward: K, add, bias, out  =>  K, 0, bias, out
+linear_backward: K, add, NULL, dinp  =>  K, 0, NULL, dinp
+linear_backward: inp, K, 1, NULL, dweight  =>  inp, K, 0, NULL, dweight
 linear_backward: if (dbias)  =>  if (0)
 qk_forward: (gamma[c] + 1) * scale  =>  gamma[c] * scale
 qk_forward: (gamma[Z + c] + 1) * scale  =>  (gamma[c] + 1) * scale
@@ -96,28 +105,36 @@ silu_backward: 1 + inp[i] * (1 - s)  =>  1 + inp[i]
 gate_forward: a[i] * b[i] * sigmoid  =>  a[i] * sigmoid
 gate_backward: 1 + b[i] * (1 - s)  =>  1 - b[i] * (1 - s)
 gate_backward: d * b[i] * s  =>  d * s
-attend_forward: keys - rows + i + 1;  =>  keys - rows + i + (i > 0);
-attend_forward: keys - rows + i + 1;  =>  keys - rows + i + 1 + (i < rows - 1);
-attend_forward: j < keys; j++) s[j] = 0  =>  j < keys; j++) s[j] = 1e-3
+attend_forward: nk - nq + i + 1;  =>  nk - nq + i + (i > 0);
+attend_forward: nk - nq + i + 1;  =>  nk - nq + i + 1 + (i < nq - 1);
+attend_forward: j < nk; j++) s[j] = 0  =>  j < nk; j++) s[j] = 1e-3
+attend_forward: mask_row(mask, i, C)  =>  mask
+attend_backward: dropout(ds, ds, mask_row(mask, i, C)  =>  dropout(ds, ds, mask
+attend_backward: dropout(s, s, mask_row(mask, i, C)  =>  dropout(s, s, mask
+attend_backward: q, ldz, add, NULL, dk  =>  q, ldz, 0, NULL, dk
+attend_backward: dout, lde, add, NULL, dv_out  =>  dout, lde, 0, NULL, dv_out
+cache_chunk: (size_t)b * L + t  =>  (size_t)b * L
+cache_chunk: (size_t)b * C + at  =>  (size_t)b * C
+attention_forward: cached = past > 0 && chunk == 0  =>  cached = past > 0
+attention_forward: (cached ? past : 0) + t - from  =>  t - from
+attention_forward: ceil_div(L - 1, C) + 1 : ceil_div  =>  ceil_div(L, C) : ceil_div
+attention_forward: past == 0 || past + L > C  =>  past + L > C
+attention_forward: * H + h) * L + t, C)  =>  * H + h) * L, C)
+attention_backward: int n = min(C, L - t0)  =>  int n = L - t0 < C ? 1 : C
+attention_backward: i < last,  =>  1,
+attention_backward: i < last,  =>  0,
+attention_backward: * L + t0 + i, C)  =>  * L + t0, C)
 attend_forward: top + (real)log(sum)  =>  (real)log(sum)
 attend_forward: s[j] /= sum  =>  s[j] /= 1
 attend_backward: ds[j] - dot  =>  ds[j]
 attend_backward: s[j] - l)  =>  s[j])
 attend_backward: s[j] = ds[j] = 0  =>  s[j] = 0
-attend_backward: qi, ldz, 1, dk  =>  qi, ldz, 0, dk
-attend_backward: doi, lde, 1, dv_out  =>  doi, lde, 0, dv_out
 attention_forward: past = count ?  =>  past = 0 && count ?
-attention_forward: t += n, past = 0  =>  t += n
-attention_forward: C + (past > 0)  =>  C
-attention_forward: cv + (size_t)past * E, vc  =>  cv, vc
-attention_backward: int n = min(C, L - t)  =>  int n = L - t < C ? 1 : C
-attention_backward: memset(dk, 0,  =>  memset(dk, 0, 0 *
 layernorm_forward: real m = sum / D  =>  real m = 0
 layernorm_forward: (bias ? bias[c] : 0)  =>  0
 layernorm_backward: - sum - (x[c] - m)  =>  - (x[c] - m)
 layernorm_backward: (x[c] - m) * s * dot  =>  (x[c] - m) * dot
 layernorm_backward: sum_rows(dbias  =>  if (0) sum_rows(dbias
-rescale_forward: + c] += alpha[c]  =>  + c] = alpha[c]
 rescale_backward: = alpha[c] * dout  =>  = dout
 add: out[i] += inp[i]  =>  out[i] = inp[i]
 output_loss: losses[r0 + r] = target < 0 ? 0 :  =>  losses[r0 + r] =
@@ -126,20 +143,44 @@ output_loss: (real)(grad_scale / sum)  =>  (real)(1 / sum)
 output_loss: l[target] -= (real)grad_scale  =>  l[target] -= 0
 output_loss: *xr = x + (size_t)r0 * D  =>  *xr = x
 output_loss: dx + (size_t)r0 * D, 0  =>  dx + (size_t)r0 * D, 1
-mega_forward: memcpy(a->y, x,  =>  memset(a->y, 0,
+mega_forward: out->h + modes  =>  out->h
+mega_forward: in->m2 + moments : NULL, count  =>  in->m2 + moments : NULL, NULL
+mega_forward: dropout(a->mx, a->mx  =>  dropout(s->dmx, a->mx
+mega_forward: DROP_GATED, c->hidden_dropout  =>  DROP_GATED, c->dropout
+mega_forward: add(a->y, x  =>  add(a->y, a->y
+mask_of: m->dropping ? p : 0  =>  p
+mask_of: .step = (uint32_t)m->draw.step  =>  .step = 0
+mask_of: (uint64_t)m->draw.row *  =>  0 *
+mega_backward: const real *dsum = mega_mask.p > 0 ? s->dxt : dy  =>  const real *dsum = dy
+mega_backward: dropout(s->do_, s->do_, gated_mask  =>  dropout(s->v, s->v, gated_mask
+mega_backward: dropout(s->gated, s->gated, gated_mask  =>  dropout(s->v, s->v, gated_mask
+mega_backward: dropout(s->dmx, s->dmx,  =>  dropout(s->v, s->v,
+mega_backward: NULL, m->before.count, B  =>  NULL, NULL, B
+nffn_forward: add(out, x  =>  add(out, a->y
+nffn_forward: dropout(f2, f2  =>  dropout(a->u, a->u
+nffn_backward: if (nffn_mask.p > 0) df2  =>  if (nffn_mask.p > 1) df2
+nffn_backward: dropout(s->dhidden, s->dhidden  =>  dropout(s->df1, s->df1
+nffn_backward: dropout(s->hidden, s->hidden  =>  dropout(s->df1, s->df1
+remember: memcpy(s->h, state->h  =>  memset(s->h, 0
+remember: memcpy(s->count, state->count  =>  memset(s->count, 0
+megalodon_forward: dropout(m->x[0], m->x[0]  =>  dropout(m->x[1], m->x[0]
+megalodon_backward: dropout(s->dx, s->dx  =>  dropout(s->dy, s->dx
+megalodon_backward: m->before.count, B, L  =>  NULL, B, L
+block_backward: &m->before, NULL  =>  NULL, NULL
+megalodon_activation: m->acts_layer != layer)  =>  m->acts_layer < 0)
+megalodon_zero_grad: i < m->num_params  =>  i < 1
+state_reset: s->count[row] = 0  =>  s->count[0] = 0
+state_reset: s->mean + i * s->G, 0  =>  s->mean + i, 0
+state_reset: s->h + i * s->modes, 0  =>  s->h + i, 0
 mega_forward: linear_forward(a->v_in, 0, a->xt  =>  linear_forward(a->v_in, 0, a->mx
 mega_forward: linear_forward(a->r_in, 0, a->mx  =>  linear_forward(a->r_in, 0, a->xt
 mega_forward: a->k, m->rope, count  =>  a->k, m->rope, NULL
-mega_forward: real *h = state ? state->h + (size_t)layer  =>  real *h = state ? state->h + 0 * (size_t)layer
-mega_forward: m2, count, B, L, D  =>  m2, NULL, B, L, D
 mega_backward: linear_backward(s->dmx, 1, dw->wr  =>  linear_backward(s->dmx, 0, dw->wr
 mega_backward: linear_backward(s->dxt, 1, dw->wv  =>  linear_backward(s->dxt, 0, dw->wv
 mega_backward: rope_backward(s->dk, s->dk  =>  rope_backward(s->dk, s->dq
 mega_backward: silu_backward(s->dv, s->dv, a->v_in  =>  silu_backward(s->dv, s->dv, a->r_in
 mega_backward: add(dx, dy, (size_t)R * D)  =>  add(dx, dy, 0)
-nffn_forward: memcpy(out, x,  =>  memcpy(out, a->y,
 nffn_forward: gate_forward(s->hidden, a->f3, a->f1  =>  gate_forward(s->hidden, a->f1, a->f3
-nffn_backward: df2 = s->dmx  =>  df2 = dout
 nffn_backward: linear_backward(du, c->swiglu  =>  linear_backward(du, 0
 block_forward: m->acts_layer = layer  =>  m->acts_layer = 0
 block_backward: m->acts_layer != layer  =>  m->acts_layer < 0
@@ -151,8 +192,6 @@ megalodon_forward: double *mean = state ? state->mean + (size_t)layers  =>  doub
 megalodon_loss: targets[r] >= 0  =>  targets[r] >= -1
 megalodon_backward: embedding_scale(c)  =>  1
 megalodon_logits: m->final + first * D  =>  m->final
-megalodon_activation: m->acts_layer != layer) block_forward  =>  m->acts_layer < 0) block_forward
-megalodon_zero_grad: m->num_params * sizeof(real)  =>  sizeof(real)
 megalodon_grad_norm: total += sums[p]  =>  total = sums[p]
 megalodon_grad_norm: return sqrt(total)  =>  return total
 megalodon_update: k = (double)update + 1  =>  k = (double)update + 2
@@ -166,7 +205,6 @@ megalodon_update: m->coefs_valid = 0  =>  m->coefs_valid = 1
 acts_take: m->mode != MEGALODON_TRAIN) arena  =>  m->mode != MEGALODON_TRAIN + 9) arena
 acts_take: m->mode != MEGALODON_INFER || l < 2  =>  l < 2
 megalodon_write: m->coefs_valid = 0  =>  m->coefs_valid = 1
-state_reset: s->bytes  =>  s->bytes / 2
 state_read: (char *)s->memory + first  =>  (char *)s->memory
 state_write: (char *)s->memory + first  =>  (char *)s->memory
 END
@@ -202,7 +240,7 @@ try() { # function
     verdict=survived
     local order="test_layers test_model test_float"
     case $1 in # of what test_layers does not call
-    mega* | nffn* | block* | embedding_scale | acts_take | state* | add) order="test_model" ;;
+    mega* | nffn* | block* | embedding_scale | acts_take | state* | add | mask_of | remember | cache_chunk) order="test_model" ;;
     exp_real) order="test_float" ;;
     esac
     for test in $order; do
