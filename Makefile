@@ -46,6 +46,7 @@ help:
 	@echo 'make demo        trains a small model for a minute, then lets it write'
 	@echo 'make test        checks layers, gradients, files and programs; ends with "N passed, N failed"'
 	@echo 'make test-mutants  checks these checks'
+	@echo 'make fuzz        FUZZ_SECONDS=60 each: looks for files that readers do not survive (clang)'
 	@echo 'make bench       where the time of a step goes; ARGS="--help" for more'
 	@echo 'make clean       removes what was built'
 	@echo 'Switches, for all of them: NO_OMP=1  NO_BLAS=1  PORTABLE=1 (no -march=native)  WERROR=1'
@@ -102,6 +103,16 @@ $(addprefix build/double/,$(DOUBLE_TESTS)): %: %.o build/double/library.a
 test: $(PROGRAMS) $(TESTS)
 	@sh tests/run.sh $(TESTS) $(sort $(wildcard tests/test_*.sh))
 
+# Looks for bytes that a reader of files does not survive: libFuzzer, with clang, for FUZZ_SECONDS each.
+FUZZ_SECONDS = 60
+FUZZ_TARGETS = json config options safetensors model state tokens batch tokenizer
+build/fuzz: tests/test_fuzz.c megalodon.c $(filter-out plumbing/compare.c,$(wildcard plumbing/*.c))
+	clang -std=gnu11 -O1 -g -w -DLIBFUZZER -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
+	    $(filter-out plumbing/system.c plumbing/data.c,$^) -lm -o $@
+
+fuzz: build/fuzz
+	@sh tests/fuzz.sh $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+
 # Breaks megalodon.c in one place after another and demands that a test notices. Takes long.
 test-mutants:
 	bash tests/mutants.sh
@@ -127,4 +138,4 @@ demo: $(PROGRAMS)
 clean:
 	rm -rf build $(PROGRAMS)
 
-.PHONY: all help test test-mutants bench demo clean
+.PHONY: all help test test-mutants fuzz bench demo clean

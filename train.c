@@ -337,6 +337,8 @@ static volatile sig_atomic_t stopped; // the signal that asks to finish, 0 until
 static void on_signal(int number) { stopped = number; }
 
 int main(int argc, char **argv) {
+    guard_streams();
+    signal(SIGPIPE, SIG_IGN); // nobody reads the progress any more: no reason to lose the run
     s.config = *find_preset("demo");
     options_parse(options, argc, argv,
                   "usage: ./train [options]\n\nTrains a Megalodon language model. Without options: a small model of "

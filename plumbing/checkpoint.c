@@ -2,21 +2,12 @@
 #include <stdarg.h> // defines: va_list
 #include <stdlib.h> // defines: free
 #include <string.h> // defines: strcmp, strstr
+#include "layout.h"
 #include "plumbing.h"
 
 enum { PIECE = 1 << 16 }; // elements in the buffers that everything streams through
-static const StType REAL = sizeof(real) == sizeof(double) ? ST_F64 : ST_F32;
 
-// The tensors of a file to be written, or wanted of one to be read; and the model's own.
-typedef struct {
-    StTensor *list;
-    int n, room;
-    Tensor *params;
-    int num_params;
-    size_t size; // of all parameters
-} Layout;
-
-__attribute__((format(printf, 2, 3))) static bool fail(char *err, const char *format, ...) {
+bool fail(char *err, const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(err, ST_ERR, format, args);
@@ -24,8 +15,7 @@ __attribute__((format(printf, 2, 3))) static bool fail(char *err, const char *fo
     return false;
 }
 
-// Appends a tensor called prefix + name, its shape to be filled in.
-static StTensor *add(Layout *a, StType type, int ndim, const char *prefix, const char *name) {
+StTensor *layout_add(Layout *a, StType type, int ndim, const char *prefix, const char *name) {
     char full[256];
     snprintf(full, sizeof full, "%s%s", prefix, name);
     if (a->n == a->room) a->list = realloc(a->list, (size_t)(a->room = a->room * 2 + 64) * sizeof *a->list);
@@ -36,7 +26,7 @@ static StTensor *add(Layout *a, StType type, int ndim, const char *prefix, const
 }
 
 static void add_param(Layout *a, StType type, const char *prefix, const Tensor *param) {
-    StTensor *t = add(a, type, param->ndim, prefix, param->name);
+    StTensor *t = layout_add(a, type, param->ndim, prefix, param->name);
     for (int i = 0; i < param->ndim; i++) t->shape[i] = param->shape[i];
 }
 
@@ -47,7 +37,7 @@ static Layout new_layout(const Config *c) {
     return a;
 }
 
-static void free_layout(Layout *a) {
+void layout_free(Layout *a) {
     for (int i = 0; i < a->n; i++) free(a->list[i].name);
     free(a->list);
     free(a->params);
@@ -92,8 +82,7 @@ static const char *shape_text(const StTensor *t, char text[ST_DIMS * 24]) {
     return text;
 }
 
-// Refuses a tensor that is missing (NULL) or has another shape than wanted.
-static bool check_shape(const StFile *f, const StTensor *t, const StTensor *wanted, char *err) {
+bool layout_check(const StFile *f, const StTensor *t, const StTensor *wanted, char *err) {
     char is[ST_DIMS * 24], should[ST_DIMS * 24];
     if (t == NULL) return fail(err, "%.200s: tensor '%s' is missing", f->path, wanted->name);
     const size_t dims = (size_t)wanted->ndim;
@@ -119,15 +108,15 @@ static Layout model_layout(const Config *c) {
     for (const Tensor *t = a.params; t < a.params + a.num_params; t++) {
         char stem[64];
         add_param(&a, ST_F32, "", t);
-        if (t == a.params) add(&a, ST_F32, 1, "", "rope.freqs")->shape[0] = c->z_dim / c->num_heads / 2;
+        if (t == a.params) layout_add(&a, ST_F32, 1, "", "rope.freqs")->shape[0] = c->z_dim / c->num_heads / 2;
         if (strstr(t->name, "timenorm.bias") == NULL && strstr(t->name, "final_norm.bias") == NULL) continue;
         snprintf(stem, sizeof stem, "%.*s", (int)(strlen(t->name) - strlen("bias")), t->name);
-        add(&a, ST_I64, 0, stem, "prior_count");
-        add(&a, ST_F32, 1, stem, "prior_mean")->shape[0] = c->norm_num_groups;
-        add(&a, ST_F32, 1, stem, "prior_logv")->shape[0] = c->norm_num_groups;
+        layout_add(&a, ST_I64, 0, stem, "prior_count");
+        layout_add(&a, ST_F32, 1, stem, "prior_mean")->shape[0] = c->norm_num_groups;
+        layout_add(&a, ST_F32, 1, stem, "prior_logv")->shape[0] = c->norm_num_groups;
     }
     if (!c->share_emb) return a;
-    StTensor *tied = add(&a, ST_F32, 2, "", "output.output.weight");
+    StTensor *tied = layout_add(&a, ST_F32, 2, "", "output.output.weight");
     memcpy(tied->shape, a.list[0].shape, sizeof tied->shape);
     return a;
 }
@@ -160,7 +149,7 @@ bool save_model(const char *path, Model *m, const Config *c, char *err) {
     }
     ok = ok && st_finish(&w, err);
     free(json);
-    free_layout(&a);
+    layout_free(&a);
     return ok;
 }
 
@@ -182,8 +171,7 @@ static bool check_derived(StFile *f, const StTensor *t, Kind kind, const Config 
     return true;
 }
 
-// The first tensor of the file that is not in the layout is at fault.
-static bool refuse_extra(const StFile *f, const Layout *a, char *err) {
+bool layout_refuse_extra(const StFile *f, const Layout *a, char *err) {
     for (int i = 0; i < f->count; i++) {
         int j = 0;
         while (j < a->n && strcmp(a->list[j].name, f->tensors[i].name) != 0) j++;
@@ -203,13 +191,13 @@ bool load_model(StFile *f, Model *m, const Config *c, char *err) {
         const StTensor *t = st_find(f, a.list[i].name);
         found += t != NULL;
         if (t == NULL && (kind == PRIOR || kind == ROPE_FREQS)) continue;
-        ok = check_shape(f, t, &a.list[i], err);
+        ok = layout_check(f, t, &a.list[i], err);
         if (ok)
             ok = kind == PARAM ? read_block(f, t, m, PARAMS, param->offset, err) : check_derived(f, t, kind, c, err);
         param += kind == PARAM;
     }
-    if (ok && found < f->count) ok = refuse_extra(f, &a, err);
-    free_layout(&a);
+    if (ok && found < f->count) ok = layout_refuse_extra(f, &a, err);
+    layout_free(&a);
     return ok;
 }
 
@@ -244,9 +232,9 @@ static Layout optimizer_layout(const Config *c) {
     Layout a = new_layout(c);
     for (int i = 0; i < a.num_params; i++) add_param(&a, ST_F32, "moment1.", &a.params[i]);
     for (int i = 0; i < a.num_params; i++) add_param(&a, ST_F32, "moment2.", &a.params[i]);
-    add(&a, ST_I64, 0, "", "seed");
-    add(&a, ST_I64, 0, "", "step");
-    add(&a, ST_F64, 0, "", "val_loss");
+    layout_add(&a, ST_I64, 0, "", "seed");
+    layout_add(&a, ST_I64, 0, "", "step");
+    layout_add(&a, ST_F64, 0, "", "val_loss");
     return a;
 }
 
@@ -258,7 +246,7 @@ bool save_optimizer(const char *path, Model *m, const Config *c, int64_t seed, i
               write_block(&w, m, MOMENT2, 0, a.size, err) && st_write(&w, &seed, sizeof seed, err) &&
               st_write(&w, &step, sizeof step, err) && st_write(&w, &val_loss, sizeof val_loss, err) &&
               st_finish(&w, err);
-    free_layout(&a);
+    layout_free(&a);
     return ok;
 }
 
@@ -266,10 +254,10 @@ bool load_optimizer(StFile *f, Model *m, const Config *c, int64_t seed, int64_t 
     int64_t stored[2] = {-1, -1};
     Layout a = optimizer_layout(c);
     const int count = a.num_params;
-    bool ok = refuse_extra(f, &a, err);
+    bool ok = layout_refuse_extra(f, &a, err);
     for (int i = 0; i < a.n && ok; i++) {
         const StTensor *t = st_find(f, a.list[i].name);
-        ok = check_shape(f, t, &a.list[i], err);
+        ok = layout_check(f, t, &a.list[i], err);
         if (ok && i < 2 * count)
             ok = read_block(f, t, m, i < count ? MOMENT1 : MOMENT2, a.params[i % count].offset, err);
         else if (ok && i < 2 * count + 2)
@@ -278,7 +266,7 @@ bool load_optimizer(StFile *f, Model *m, const Config *c, int64_t seed, int64_t 
     if (ok && (stored[0] != seed || stored[1] != step))
         ok = fail(err, "%.200s: is of seed %lld and step %lld, not of --seed %lld and step %lld", f->path,
                   (long long)stored[0], (long long)stored[1], (long long)seed, (long long)step);
-    free_layout(&a);
+    layout_free(&a);
     return ok;
 }
 
@@ -286,7 +274,7 @@ bool load_optimizer(StFile *f, Model *m, const Config *c, int64_t seed, int64_t 
 // dumps
 
 static void add_rows(Layout *a, StType type, int B, int L, int width, const char *prefix, const char *name) {
-    StTensor *t = add(a, type, width > 0 ? 3 : 2, prefix, name);
+    StTensor *t = layout_add(a, type, width > 0 ? 3 : 2, prefix, name);
     t->shape[0] = B, t->shape[1] = L, t->shape[2] = width;
 }
 
@@ -308,7 +296,7 @@ static Layout dump_layout(Model *m, const Config *c, int B, int L) {
         add_rows(&a, REAL, B, L, megalodon_activation(m, layer, name, NULL), prefix, name);
     }
     add_rows(&a, REAL, B, L, c->vocab_size, "act.", "logits");
-    add(&a, REAL, 1, "", "loss")->shape[0] = 1;
+    layout_add(&a, REAL, 1, "", "loss")->shape[0] = 1;
     for (int i = 0; i < a.num_params; i++) add_param(&a, REAL, "grad.", &a.params[i]);
     return a;
 }
@@ -342,133 +330,5 @@ void write_dump(const char *path, Model *m, const Config *c, const int32_t *inpu
     }
     if (!ok || !st_finish(&w, err)) fatal("--dump %s", err);
     free(values);
-    free_layout(&a);
-}
-
-// ----------------------------------------------------------------------------
-// states: all that a model remembers of what it read; of a sampled text also its seed and the logits that follow
-
-static Layout state_layout(const Config *c, const State *s, bool logits) {
-    const int64_t norms = c->num_layers + 1, layers = c->num_layers, C = c->chunk_size, B = s->B;
-    const StTensor wanted[] = {
-        {"state.count", ST_I64, 1, {B}, 0, 0},
-        {"state.mean", ST_F64, 3, {norms, B, c->norm_num_groups}, 0, 0},
-        {"state.m2", ST_F64, 3, {norms, B, c->norm_num_groups}, 0, 0},
-        {"state.h", REAL, 5, {layers, B, 2, c->cema_ndim, c->model_dim}, 0, 0},
-        {"state.k", REAL, 4, {layers, B, C, c->z_dim}, 0, 0},
-        {"state.v", REAL, 4, {layers, B, C, c->value_dim}, 0, 0},
-        {"state.seed", ST_I64, 0, {0}, 0, 0},
-        {"state.logits", REAL, 2, {B, c->vocab_size}, 0, 0},
-    };
-    const bool present[] = {true, true, true, true, s->k != NULL, s->v != NULL, true, logits};
-    Layout a = {0};
-    for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++) {
-        if (!present[i]) continue;
-        StTensor *t = add(&a, wanted[i].type, wanted[i].ndim, "", wanted[i].name);
-        memcpy(t->shape, wanted[i].shape, sizeof t->shape);
-    }
-    return a;
-}
-
-// Where a tensor's numbers lie: in the state's memory at an offset, or in ours.
-typedef struct {
-    size_t offset;
-    void *ours; // NULL: in the state
-} Where;
-
-static Where state_where(const State *s, const char *name, int64_t *seed, real *logits) {
-    const struct {
-        const char *name;
-        const void *at;
-    } parts[] = {{"state.count", s->count}, {"state.mean", s->mean}, {"state.m2", s->m2},
-                 {"state.h", s->h},         {"state.k", s->k},       {"state.v", s->v}};
-    for (int i = 0; i < 6; i++) {
-        if (strcmp(name, parts[i].name) == 0)
-            return (Where){(size_t)((const char *)parts[i].at - (const char *)s->memory), NULL};
-    }
-    return (Where){0, strcmp(name, "state.seed") == 0 ? (void *)seed : (void *)logits};
-}
-
-static size_t tensor_bytes(const StTensor *t) {
-    return (size_t)st_count(t) * (t->type == ST_F32 ? sizeof(float) : sizeof(double));
-}
-
-bool save_state(const char *path, const State *state, const Config *c, int64_t seed, const real *logits, char *err) {
-    char *json = config_to_json(c);
-    StWriter w;
-    Layout a = state_layout(c, state, logits != NULL);
-    bool ok = st_create(&w, path, json, a.list, a.n, err);
-    for (const StTensor *t = a.list; t < a.list + a.n && ok; t++) {
-        const Where where = state_where(state, t->name, &seed, (real *)(uintptr_t)logits);
-        void *values = allocate(tensor_bytes(t), 1);
-        if (where.ours == NULL) state_read(state, where.offset, tensor_bytes(t), values);
-        ok = st_write(&w, where.ours ? where.ours : values, tensor_bytes(t), err);
-        free(values);
-    }
-    ok = ok && st_finish(&w, err);
-    free_layout(&a);
-    free(json);
-    return ok;
-}
-
-// A number of a state's tensor that no model could have left there.
-static bool impossible(const char *name, double value, const State *s, const Config *c) {
-    if (!isfinite(value)) return true;
-    if (strcmp(name, "state.m2") == 0 || strcmp(name, "state.seed") == 0) return value < 0;
-    if (strcmp(name, "state.count") != 0) return false;
-    return value < 0 || value > 0x1p53 || (s->k == NULL && (int64_t)value % c->chunk_size != 0);
-}
-
-static bool read_state_tensor(StFile *f, const StTensor *t, Where where, State *state, const Config *c, char *err) {
-    const size_t bytes = tensor_bytes(t);
-    void *values = allocate(bytes, 1);
-    bool ok = st_read(f, t, 0, st_count(t), values, t->type, err);
-    for (int64_t n = 0; n < st_count(t) && ok; n++) {
-        const double value = t->type == ST_I64   ? (double)((int64_t *)values)[n]
-                             : t->type == ST_F64 ? ((double *)values)[n]
-                                                 : (double)((float *)values)[n];
-        if (impossible(t->name, value, state, c))
-            ok = fail(err, "%.200s: tensor '%s' is %g at element %lld", f->path, t->name, value, (long long)n);
-    }
-    if (ok && where.ours != NULL) memcpy(where.ours, values, bytes);
-    if (ok && where.ours == NULL) state_write(state, where.offset, bytes, values);
-    free(values);
-    return ok;
-}
-
-// Is the file's configuration the model's, but for what only training needs?
-static bool same_model(const StFile *f, const Config *c, char *err) {
-    Config theirs = config_defaults();
-    if (f->config == NULL || !config_from_json(&theirs, f->config, err))
-        return fail(err, "%.200s: no configuration", f->path);
-    theirs.dropout = c->dropout, theirs.hidden_dropout = c->hidden_dropout;
-    theirs.attention_dropout = c->attention_dropout, theirs.init_mode = c->init_mode;
-    return config_equal(&theirs, c) || fail(err, "%.200s: is the state of a model with another configuration", f->path);
-}
-
-bool load_state(const char *path, State *state, const Config *c, int64_t *seed, real *logits, char *err) {
-    StFile f;
-    if (!st_open(&f, path, err)) return false;
-    Layout a = state_layout(c, state, logits != NULL);
-    bool ok = same_model(&f, c, err) && refuse_extra(&f, &a, err);
-    for (int i = 0; i < a.n && ok; i++) {
-        const StTensor *t = st_find(&f, a.list[i].name);
-        ok = check_shape(&f, t, &a.list[i], err);
-        if (ok && t->type != a.list[i].type) ok = fail(err, "%.200s: tensor '%s' has another type", path, t->name);
-        ok = ok && read_state_tensor(&f, t, state_where(state, t->name, seed, logits), state, c, err);
-    }
-    st_close(&f);
-    free_layout(&a);
-    return ok;
-}
-
-int state_rows(const char *path, char *err) {
-    StFile f;
-    if (!st_open(&f, path, err)) return 0;
-    const StTensor *t = st_find(&f, "state.count");
-    const bool ok = t != NULL && t->ndim == 1 && t->shape[0] >= 1 && t->shape[0] <= MAX_ROWS;
-    const int rows = ok ? (int)t->shape[0] : 0;
-    if (!ok) fail(err, "%.200s: no state of 1 to %d rows: tensor 'state.count' is not one of its kind", path, MAX_ROWS);
-    st_close(&f);
-    return rows;
+    layout_free(&a);
 }

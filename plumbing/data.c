@@ -31,7 +31,7 @@ static void read_header(Tokens *t) {
 
 Tokens tokens_open(const char *path, int vocab_size) {
     struct stat info;
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY | O_NONBLOCK);
     if (fd < 0 || fstat(fd, &info) != 0) fatal("%s: %s", path, strerror(errno));
     if (!S_ISREG(info.st_mode)) fatal("%s: not a regular file", path);
     if (info.st_size == 0) fatal("%s: empty", path);

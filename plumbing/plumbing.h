@@ -12,6 +12,9 @@
 
 void fatal(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));       // "error: ...", status 1
 void usage_error(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2))); // the same, status 2
+// main's first call: a closed standard stream is opened on /dev/null, or else the first file would get its number and
+// messages would go there; a file that reaches a size limit is an error, not a signal.
+void guard_streams(void);
 void *allocate(size_t count, size_t size);    // zeroed; never NULL; overflow and lack of memory are fatal
 char *read_text(const char *path, char *err); // a file of at most 1 MiB, freed by the caller; NULL and err
 double seconds(void);                         // of a clock that never goes back
@@ -159,6 +162,9 @@ bool load_optimizer(StFile *file, Model *model, const Config *config, int64_t se
 void write_dump(const char *path, Model *model, const Config *config, const int32_t *inputs, const int32_t *targets,
                 int B, int L, double loss);
 
+// ----------------------------------------------------------------------------
+// state.c: state files
+
 // A state, the seed of its stream, and, unless NULL, the logits (B,V) after its last tokens, in one file. What does
 // not fit the model is refused. state_rows says a file's B, 0 with err if it has none.
 enum { MAX_ROWS = 1 << 16 };
@@ -166,6 +172,8 @@ bool save_state(const char *path, const State *state, const Config *config, int6
                 char *err);
 bool load_state(const char *path, State *state, const Config *config, int64_t *seed, real *logits, char *err);
 int state_rows(const char *path, char *err);
+// Copies row i of a state into row j of another; both have k and v, or neither.
+void state_copy(const State *from, int i, State *to, int j, const Config *config);
 
 // ----------------------------------------------------------------------------
 // run.c: a run's directory: lock, options.txt (the kept options), step-XXXXXXXX/{model,optimizer}.safetensors, and

@@ -197,7 +197,8 @@ static bool read_header(StFile *f, char **text, char *err) {
 
 bool st_open(StFile *f, const char *path, char *err) {
     char *text = NULL;
-    *f = (StFile){.path = strdup(path), .file = fopen(path, "rb")};
+    const int fd = open(path, O_RDONLY | O_NONBLOCK); // a pipe must not keep us waiting
+    *f = (StFile){.path = strdup(path), .file = fd < 0 ? NULL : fdopen(fd, "rb")};
     bool ok = f->path != NULL ? read_header(f, &text, err) : fail(err, path, NULL, "out of memory");
     free(text);
     if (!ok) st_close(f);

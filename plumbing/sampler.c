@@ -25,6 +25,24 @@ static double total(const Candidate *c, int n) {
     return sum;
 }
 
+// The k likeliest of n to the front, in no order: Hoare's selection.
+static void keep_first(Candidate *c, int n, int k) {
+    for (int low = 0, high = n - 1; low < high;) {
+        const Candidate pivot = c[low + (high - low) / 2];
+        int i = low, j = high;
+        while (i <= j) {
+            while (by_probability(&c[i], &pivot) < 0) i++;
+            while (by_probability(&c[j], &pivot) > 0) j--;
+            if (i > j) break;
+            const Candidate swapped = c[i];
+            c[i++] = c[j], c[j--] = swapped;
+        }
+        if (k > j && k <= i) return; // what lies between is the pivot
+        if (k <= j) high = j;
+        if (k > i) low = i;
+    }
+}
+
 // Those of at least this probability, to the front; how many.
 static int keep_likely(Candidate *c, int n, double least) {
     int kept = 0;
@@ -34,35 +52,39 @@ static int keep_likely(Candidate *c, int n, double least) {
     return kept;
 }
 
-// The fewest of n sorted ones that make up top_p of their sum, at least one.
-static int keep_nucleus(const Candidate *c, int n, double top_p) {
+// The fewest of n that make up top_p of their sum, at least one, sorted. Those below (1 - top_p) / n of it make up less
+// than the rest altogether: they go first, so that few are left to sort.
+static int keep_nucleus(Candidate *c, int n, double top_p) {
     const double sum = total(c, n);
     double part = 0;
     int kept = 0;
+    n = keep_likely(c, n, (1 - top_p) * sum / n * (1 - 1e-9));
+    qsort(c, (size_t)n, sizeof *c, by_probability);
     while (kept < n && (kept == 0 || part < top_p * sum)) part += c[kept++].probability;
     return kept;
 }
 
 int sample_token(const real *logits, int V, const Sampling *s, double random) {
+    static Candidate *c; // one allocation, not one a token
+    static int room;
     int best = 0, n = V;
     for (int i = 0; i < V; i++) {
         if (!isfinite(logits[i])) fatal("the model's logit of token %d is not finite", i);
         if (logits[i] > logits[best]) best = i;
     }
     if (s->temperature == 0) return best;
-    Candidate *c = allocate((size_t)V, sizeof *c);
+    if (room < V) free(c), c = allocate((size_t)V, sizeof *c), room = V;
     for (int i = 0; i < V; i++) c[i] = (Candidate){exp((logits[i] - logits[best]) / s->temperature), i};
-    if (s->top_p < 1 && s->top_k == 0) // all below this together are less than 1 - top_p: no need to sort them
-        n = keep_likely(c, n, fmax(0, (1 - s->top_p) * total(c, n) / V * (1 - 1e-9)));
-    if (s->top_k > 0 || s->top_p < 1) qsort(c, (size_t)n, sizeof *c, by_probability);
-    if (s->top_k > 0 && s->top_k < n) n = s->top_k;
+    if (s->top_k > 0 && s->top_k < n) {
+        keep_first(c, n, s->top_k);
+        n = s->top_k;
+        qsort(c, (size_t)n, sizeof *c, by_probability);
+    }
     if (s->top_p < 1) n = keep_nucleus(c, n, s->top_p);
-    n = keep_likely(c, n, s->min_p);
+    if (s->min_p > 0) n = keep_likely(c, n, s->min_p);
     // the first one where the running sum passes random's share
     const double share = random * total(c, n);
     int i = 0;
     for (double part = c[0].probability; i < n - 1 && part <= share;) part += c[++i].probability;
-    const int token = c[i].token;
-    free(c);
-    return token;
+    return c[i].token;
 }

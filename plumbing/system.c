@@ -1,4 +1,6 @@
 #include <errno.h>        // defines: errno
+#include <fcntl.h>        // defines: open, fcntl
+#include <signal.h>       // defines: signal
 #include <stdarg.h>       // defines: va_list
 #include <stdlib.h>       // defines: calloc, exit, free, getenv, setenv
 #include <string.h>       // defines: strerror, strlen, strrchr
@@ -29,6 +31,13 @@ void usage_error(const char *format, ...) {
     va_end(args);
     fputs("       --help lists all options\n", stderr);
     exit(2);
+}
+
+void guard_streams(void) {
+    for (int fd = 0; fd < 3; fd++) {
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) != fd) exit(1);
+    }
+    signal(SIGXFSZ, SIG_IGN);
 }
 
 void *allocate(size_t count, size_t size) {

@@ -118,7 +118,7 @@ Tokenizer *tokenizer_read(const unsigned char *bytes, size_t size, int vocab_siz
 Tokenizer *tokenizer_open(const char *path, int vocab_size) {
     char err[ST_ERR];
     struct stat info;
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY | O_NONBLOCK);
     if (fd < 0 || fstat(fd, &info) != 0) fatal("--tokenizer %s: %s", path, strerror(errno));
     if (!S_ISREG(info.st_mode) || info.st_size == 0) fatal("--tokenizer %s: empty, or not a regular file", path);
     void *memory = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, fd, 0);

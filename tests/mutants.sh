@@ -35,7 +35,6 @@ dropout: (mask.first + from) % 4  =>  from % 4
 dropout: >> 32 << 16)  =>  >> 32 << 15)
 dropout: >= limit  =>  < limit
 dropout: inp[from + i] * scale  =>  inp[from + i]
-dropout: if (mask.p == 0) return  =>  if (mask.p < 0) return
 timestep_norm_forward: n += g  =>  n += 1
 timestep_norm_forward: (double)g * (double)count[b]  =>  (double)count[b]
 timestep_norm_forward: s2 - s1 * s1 / n  =>  s2

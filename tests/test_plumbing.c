@@ -1,4 +1,4 @@
-// Configurations, data rows, the sampler, and checkpoints that must not load.
+// Configurations, the sampler, checkpoints and state files, and those of them that must not load.
 #define _GNU_SOURCE // string.h: memmem
 #include <unistd.h> // defines: unlink, rmdir
 #include "../plumbing/plumbing.h"
@@ -66,29 +66,60 @@ static void test_config(void) {
 
 // ----------------------------------------------------------------------------
 
-static void test_sampler(void) {
-    const real logits[5] = {0, 1, 3, 2, -1};
-    double p[5], sum = 0;
-    int counts[5] = {0}, k2[5] = {0}, p9[5] = {0}, greedy = 1, k1 = 1;
-    enum { DRAWS = 20000 };
-    for (int i = 0; i < 5; i++) sum += p[i] = exp((double)logits[i] / 0.5);
-    for (int64_t i = 0; i < DRAWS; i++) {
-        double u = sample_uniform(3, i, 0);
-        counts[sample_token(logits, 5, 0.5, 0, 1, u)]++;
-        k2[sample_token(logits, 5, 1, 2, 1, u)]++;
-        p9[sample_token(logits, 5, 1, 0, 0.9, u)]++; // 0.636 + 0.234 + 0.086 reach it
-        greedy &= sample_token(logits, 5, 0, 0, 1, u) == 2;
-        k1 &= sample_token(logits, 5, 1, 1, 1, u) == 2;
+// Draws at DRAWS evenly spaced numbers must share the tokens out as the definition does, taken literally.
+static void check_draws(const real *logits, int V, Sampling how) {
+    enum { DRAWS = 4000 };
+    char line[128];
+    double largest = 0, sum_k = 0, sum = 0, *p = calloc((size_t)V, sizeof *p), *before = calloc((size_t)V, sizeof *p);
+    int *rank = calloc((size_t)V, sizeof *rank), *counts = calloc((size_t)V, sizeof *counts), close = 1;
+    for (int i = 0; i < V; i++) p[i] = exp((double)logits[i] / how.temperature);
+    for (int i = 0; i < V; i++) {
+        largest = fmax(largest, p[i]);
+        for (int j = 0; j < V; j++) {
+            if (p[j] > p[i] || (p[j] == p[i] && j < i)) rank[i]++, before[i] += p[j];
+        }
+        if (how.top_k == 0 || rank[i] < how.top_k) sum_k += p[i];
     }
-    int close = 1;
-    for (int i = 0; i < 5; i++)
-        close &= fabs(counts[i] / (double)DRAWS - p[i] / sum) < 4 * sqrt(p[i] / sum / DRAWS) + 1e-9;
-    check_true("sampler: draws follow softmax(logits / temperature)", close);
-    check_true("sampler: temperature 0 and top-k 1 give the largest", greedy && k1);
-    check_true("sampler: top-k 2", k2[2] + k2[3] == DRAWS && k2[3] > 0);
-    check_true("sampler: top-p 0.9", p9[2] + p9[3] + p9[1] == DRAWS && p9[1] > 0);
+    for (int i = 0; i < V; i++) {
+        const bool in_k = how.top_k == 0 || rank[i] < how.top_k, in_p = rank[i] == 0 || before[i] < how.top_p * sum_k;
+        if (!in_k || (how.top_p < 1 && !in_p) || p[i] < how.min_p * largest) p[i] = 0;
+        sum += p[i];
+    }
+    for (int n = 0; n < DRAWS; n++) counts[sample_token(logits, V, &how, (n + 0.5) / DRAWS)]++;
+    for (int i = 0; i < V; i++) close &= fabs(counts[i] - DRAWS * p[i] / sum) <= (p[i] > 0 ? 1.001 : 0);
+    snprintf(line, sizeof line, "sampler: %d tokens, temperature %g, top-k %d, top-p %g, min-p %g", V, how.temperature,
+             how.top_k, how.top_p, how.min_p);
+    check_true(line, close);
+    free(p), free(before), free(rank), free(counts);
+}
+
+static void test_sampler(void) {
+    enum { V = 300, DRAWS = 20000 };
+    real logits[V], tail[V];
+    random_fill(logits, V, 1, 5, 0);
+    // 0.5, 0.3, 0.06, 0.05, and a tail of 0.09, none of which is among the fewest that make up 0.9
+    const double first[4] = {0.5, 0.3, 0.06, 0.05};
+    for (int i = 0; i < V; i++) tail[V - 1 - i] = (real)log(i < 4 ? first[i] : 0.09 / (V - 4));
+    static const Sampling ways[] = {{1, 1, 0, 0},   {0.5, 1, 0, 0},   {1, 1, 0, 1},   {1, 1, 0, 2},
+                                    {1, 1, 0, 7},   {1, 1, 0, V},     {1, 0, 0, 0},   {1, 0.3, 0, 0},
+                                    {1, 0.9, 0, 0}, {2, 0.99, 0, 0},  {1, 1, 0.1, 0}, {1, 1, 1, 0},
+                                    {1, 0.9, 0, 5}, {1, 0.9, 0.2, 0}, {1, 1, 0.3, 9}, {1, 0.8, 0.4, 9}};
+    for (size_t i = 0; i < sizeof ways / sizeof ways[0]; i++) check_draws(logits, V, ways[i]);
+    check_draws(tail, V, (Sampling){1, 0.9, 0, 0});
+    const Sampling all = {.temperature = 1, .top_p = 1}, greedy = {.temperature = 0};
+    int best = 0, same = 1;
+    for (int i = 0; i < V; i++) best = logits[i] > logits[best] ? i : best;
+    for (int n = 0; n < 100; n++) same &= sample_token(logits, V, &greedy, n / 100.0) == best;
+    check_true("sampler: temperature 0 gives the likeliest", same);
     check_true("sampler: the ends of [0,1)",
-               sample_token(logits, 5, 1, 0, 1, 0) == 0 && sample_token(logits, 5, 1, 0, 1, 1 - 0x1p-53) == 4);
+               sample_token(logits, V, &all, 0) == 0 && sample_token(logits, V, &all, 1 - 0x1p-53) == V - 1);
+    double mean = 0, together = 0;
+    for (int64_t i = 0; i < DRAWS; i++) {
+        const double u = sample_uniform(3, i, 0), other_row = sample_uniform(3, i, 1);
+        mean += u / DRAWS, together += (u - 0.5) * (other_row - 0.5) * 12 / DRAWS;
+    }
+    check_true("sampler: random numbers of mean 1/2, of two rows independent",
+               fabs(mean - 0.5) < 4 / sqrt(12.0 * DRAWS) && fabs(together) < 4 / sqrt(DRAWS));
 }
 
 // ----------------------------------------------------------------------------
@@ -104,9 +135,19 @@ static bool load(Model *model, const Config *c) {
     return ok;
 }
 
-// The good file with one number of a tensor replaced must be refused with the tensor's name.
-static void refuse_value(Model *model, const char *good, size_t size, const char *name, const void *value, size_t n) {
-    char *bad = malloc(size), line[128];
+static char *read_file(size_t *size) {
+    enum { MOST = 1 << 20 };
+    FILE *f = fopen(path, "rb");
+    char *bytes = malloc(MOST);
+    if (f == NULL || bytes == NULL) fatal("%s: cannot read", path);
+    *size = fread(bytes, 1, MOST - 1, f);
+    fclose(f);
+    return bytes;
+}
+
+// Writes the good file with the last number of a tensor replaced.
+static void write_value(const char *good, size_t size, const char *name, const void *value, size_t n) {
+    char *bad = malloc(size);
     StFile f;
     write_file(good, size);
     if (!st_open(&f, path, err)) fatal("%s", err);
@@ -115,23 +156,42 @@ static void refuse_value(Model *model, const char *good, size_t size, const char
     if (t != NULL) memcpy(bad + f.data_start + t->end - n, value, n);
     st_close(&f);
     write_file(bad, size);
-    snprintf(line, sizeof line, "refused: checkpoint with another value in %s", name);
-    check_true(line, !load(model, &config) && strstr(err, name) != NULL);
     free(bad);
 }
 
 // The same with text of the header replaced by other text of the same length.
-static void refuse_header(Model *model, const char *good, size_t size, const char *from, const char *to,
-                          const char *reason) {
-    char *bad = malloc(size), line[128], *at;
+static void write_header(const char *good, size_t size, const char *from, const char *to) {
+    char *bad = malloc(size), *at;
     memcpy(bad, good, size);
     at = memmem(bad, size, from, strlen(from));
-    if (at != NULL) memcpy(at, to, strlen(to));
+    if (at == NULL) fatal("no %s in the header", from);
+    memcpy(at, to, strlen(to));
     write_file(bad, size);
-    snprintf(line, sizeof line, "refused: checkpoint with %s for %s", to, from);
-    check_true(line, at != NULL && !load(model, &config) && strstr(err, reason) != NULL);
-    if (strstr(err, reason) == NULL) printf("    said '%s', expected '%s'\n", err, reason);
     free(bad);
+}
+
+// What has just been tried must have been refused for this reason.
+static void check_refused(const char *kind, const char *what, bool loaded, const char *reason) {
+    char line[160];
+    const bool ok = !loaded && strstr(err, reason) != NULL;
+    snprintf(line, sizeof line, "refused: %s with %s", kind, what);
+    check_true(line, ok);
+    if (!ok) printf("    said '%s', expected '%s'\n", loaded ? "" : err, reason);
+}
+
+static void refuse_value(Model *model, const char *good, size_t size, const char *name, const void *value, size_t n) {
+    char what[128];
+    write_value(good, size, name, value, n);
+    snprintf(what, sizeof what, "another value in %s", name);
+    check_refused("checkpoint", what, load(model, &config), name);
+}
+
+static void refuse_header(Model *model, const char *good, size_t size, const char *from, const char *to,
+                          const char *reason) {
+    char what[128];
+    write_header(good, size, from, to);
+    snprintf(what, sizeof what, "%s for %s", to, from);
+    check_refused("checkpoint", what, load(model, &config), reason);
 }
 
 static void test_checkpoint(void) {
@@ -148,10 +208,7 @@ static void test_checkpoint(void) {
     megalodon_read(b, PARAMS, 0, n, loaded);
     check_same("checkpoint: the same numbers", values, loaded, n * sizeof *values);
 
-    FILE *f = fopen(path, "rb");
-    char *good = malloc(1 << 20);
-    size = fread(good, 1, 1 << 20, f);
-    fclose(f);
+    char *good = read_file(&size);
     refuse_value(b, good, size, "layers.1.mega.wv.weight", &nan, sizeof nan);
     refuse_value(b, good, size, "layers.0.mega.timenorm.prior_count", &count, sizeof count);
     refuse_value(b, good, size, "output.final_norm.prior_mean", &one, sizeof one);
@@ -176,12 +233,124 @@ static void test_checkpoint(void) {
     unlink(path);
 }
 
+// ----------------------------------------------------------------------------
+
+// A state of B rows that the model has read L random tokens into.
+static State *used_state(Model *model, int B, int L, int whole_chunks) {
+    int32_t tokens[64];
+    State *s = state_new(&config, B, whole_chunks);
+    for (int i = 0; i < B * L; i++) tokens[i] = (i * i + 3 * i) % config.vocab_size;
+    megalodon_forward(model, s, tokens, B, L);
+    return s;
+}
+
+static bool load_it(State *s, const Config *c, int64_t *seed, real *logits) {
+    err[0] = 0;
+    return load_state(path, s, c, seed, logits, err);
+}
+
+static void refuse_state_value(State *s, const char *good, size_t size, const char *name, const void *value,
+                               const char *what) {
+    int64_t seed;
+    real logits[2 * 11];
+    write_value(good, size, name, value, strcmp(name, "state.h") == 0 ? sizeof(float) : 8);
+    check_refused("state", what, load_it(s, &config, &seed, logits), name);
+}
+
+static void refuse_state_header(State *s, const char *good, size_t size, const char *from, const char *to,
+                                const char *reason) {
+    char what[128];
+    int64_t seed;
+    real logits[2 * 11];
+    write_header(good, size, from, to);
+    snprintf(what, sizeof what, "%s for %s", to, from);
+    check_refused("state", what, load_it(s, &config, &seed, logits), reason);
+}
+
+static void test_damaged_states(State *s, const char *good, size_t size) {
+    const int64_t minus = -1, most = (int64_t)1 << 53, too_many = most + 2;
+    const double nan = NAN, negative = -1e-9;
+    const float infinite = INFINITY;
+    int64_t seed;
+    real logits[2 * 11];
+    refuse_state_value(s, good, size, "state.count", &minus, "a count of -1");
+    refuse_state_value(s, good, size, "state.count", &too_many, "a count of 2^53 + 2");
+    write_value(good, size, "state.count", &most, sizeof most);
+    check_true("state: a count of 2^53", load_it(s, &config, &seed, logits));
+    refuse_state_value(s, good, size, "state.seed", &minus, "a seed of -1");
+    refuse_state_value(s, good, size, "state.mean", &nan, "a mean that is no number");
+    refuse_state_value(s, good, size, "state.m2", &negative, "a negative m2");
+    refuse_state_value(s, good, size, "state.h", &infinite, "an infinite h");
+    refuse_state_header(s, good, size, "state.m2", "state.mx", "'state.mx' is none");
+    refuse_state_header(s, good, size, "[3,2,2]", "[2,3,2]", "'state.m");
+    refuse_state_header(s, good, size, "\"I64\",\"shape\":[2]", "\"F64\",\"shape\":[2]",
+                        "'state.count' has another type");
+    refuse_state_header(s, good, size, "\\\"model_dim\\\": 8", "\\\"model_dim\\\": 4", "another configuration");
+    write_file(good, size - 1);
+    check_refused("state", "its end cut off", load_it(s, &config, &seed, logits), "truncated");
+}
+
+static void test_state(void) {
+    enum { B = 2, L = 11, V = 11 };
+    Model *model = megalodon_new(&config, MEGALODON_INFER, 3, 16);
+    size_t n, size;
+    int64_t seed = 0;
+    real logits[B * V], loaded[B * V];
+    Tensor *list = megalodon_tensors(&config, NULL, &n);
+    real *values = malloc(n * sizeof *values);
+    random_fill(values, n, 2, 0.3, 0), random_fill(logits, B * V, 3, 1, 0);
+    megalodon_write(model, PARAMS, 0, n, values);
+    State *a = used_state(model, B, L, 0), *b = state_new(&config, B, 0), *three = used_state(model, 3, 5, 0);
+
+    check_true("state: written", save_state(path, a, &config, INT64_MAX, logits, err));
+    check_true("state: its rows", state_rows(path, err) == B);
+    Config c = config;
+    c.dropout = c.hidden_dropout = c.attention_dropout = 0.5, c.init_mode = BERT;
+    check_true("state: read, also if dropout and init_mode differ", load_it(b, &c, &seed, loaded));
+    check_same("state: the same numbers", a->memory, b->memory, a->bytes);
+    check_true("state: the same seed and logits", seed == INT64_MAX && memcmp(logits, loaded, sizeof logits) == 0);
+    c.rope_base = 1e5;
+    check_refused("state", "another rope_base", load_it(b, &c, &seed, loaded), "another configuration");
+    check_refused("state", "2 rows for 3", load_it(three, &config, &seed, loaded), "'state.count' has shape (2)");
+    check_refused("state", "logits not asked for", load_it(b, &config, &seed, NULL), "'state.logits' is none");
+    char *good = read_file(&size);
+    test_damaged_states(b, good, size);
+
+    State *whole = used_state(model, B, 16, 1), *again = state_new(&config, B, 1);
+    check_true("state of whole chunks: written, without logits", save_state(path, whole, &config, 7, NULL, err));
+    check_true("state of whole chunks: read", load_it(again, &config, &seed, NULL) && seed == 7);
+    check_same("state of whole chunks: the same numbers", whole->memory, again->memory, whole->bytes);
+    check_refused("state", "no k for one that needs it", load_it(b, &config, &seed, NULL), "'state.k' is missing");
+    whole->count[1] = 12;
+    save_state(path, whole, &config, 7, NULL, err);
+    check_refused("state", "a chunk unfinished for one without k", load_it(again, &config, &seed, NULL),
+                  "'state.count' is 12");
+    check_true("refused: nowhere to write a state", !save_state("/nowhere/state", a, &config, 7, NULL, err));
+    check_true("refused: rows of no state", save_model(path, model, &config, err) && state_rows(path, err) == 0);
+
+    // row 1 of a, into row 2 of three: it goes on as it would have there, and the other rows stay
+    int32_t next[3] = {4, 9, 1};
+    real before[3 * V], after[3 * V];
+    State *kept = used_state(model, 3, 5, 0);
+    state_copy(a, 1, three, 2, &config);
+    megalodon_forward(model, a, next + 1, 2, 1), megalodon_logits(model, 0, 2, before);
+    megalodon_forward(model, three, next, 3, 1), megalodon_logits(model, 0, 3, after);
+    check_real("state_copy: the row goes on in another batch", after + 2 * V, before + V, V, 1e-5);
+    megalodon_forward(model, kept, next, 3, 1), megalodon_logits(model, 0, 3, before);
+    check_real("state_copy: the others stay", after, before, 2 * V, 1e-5);
+    state_free(a), state_free(b), state_free(three), state_free(whole), state_free(again), state_free(kept);
+    megalodon_free(model);
+    free(values), free(list), free(good);
+    unlink(path);
+}
+
 int main(void) {
     if (mkdtemp(folder) == NULL) fatal("/tmp: cannot make a folder");
     snprintf(path, sizeof path, "%s/file", folder);
     test_config();
     test_sampler();
     test_checkpoint();
+    test_state();
     rmdir(folder);
     return check_done();
 }

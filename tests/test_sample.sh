@@ -19,7 +19,9 @@ refused() { # status, word, arguments
 
 ./train --threads 1 --steps 25 --batch-size 2 --seq-len 128 --val-every 0 --data megalodon.h --out "$tmp/run" > "$tmp/log" 2>&1
 verdict $? "a model to write with"
-s="./sample --model $tmp/run --threads 1"
+# hot, so that no text is like another; a --temperature behind it counts
+export LC_ALL=C
+s="./sample --model $tmp/run --threads 1 --temperature 1.5 --top-p 1"
 
 $s --prompt "int n" --num-tokens 200 --seed 5 > "$tmp/whole" 2> "$tmp/err"
 verdict $? "writes"
@@ -37,17 +39,128 @@ verdict $? "--prompt-file is --prompt"
 [ "$($s --prompt x --num-tokens 50 --temperature 0 2> /dev/null)" = "$($s --prompt x --num-tokens 50 --top-k 1 --seed 9 2> /dev/null)" ]
 verdict $? "temperature 0 is top-k 1"
 
+[ "$($s --prompt x --num-tokens 50 --temperature 0 2> /dev/null)" = "$($s --prompt x --num-tokens 50 --min-p 1 --top-p 1 2> /dev/null)" ]
+verdict $? "temperature 0 is min-p 1"
+
+# samples: a line, the prompt and 200 bytes each, with a line break between
+$s --prompt "int n" --num-tokens 200 --seed 5 --num-samples 4 > "$tmp/four" 2> "$tmp/err"
+[ "$(wc -c < "$tmp/four")" -eq $((4 * 205 + 4 * 19 + 3)) ] && grep -q 'read 5 tokens, .* wrote 800,' "$tmp/err"
+verdict $? "four samples of 200 bytes, the prompt read once"
+one_of() { tail -c +$((($1 - 1) * (205 + 20) + 20)) "$tmp/four" | head -c 205; }
+one_of 1 | cmp -s - "$tmp/whole"
+verdict $? "the first of four samples is the single one"
+different=0
+for r in 2 3 4; do
+    [ "$(tail -c +$((($r - 1) * (205 + 20) + 1)) "$tmp/four" | head -n 1)" = "---- sample $r of 4" ] && ! one_of $r | cmp -s - "$tmp/whole" && different=$((different + 1))
+done
+[ $different -eq 3 ]
+verdict $? "the others are other texts, each under its line"
+head -c 300 megalodon.h > "$tmp/long" # in pieces of 2048 / 64
+$s --prompt-file "$tmp/long" --num-tokens 20 > "$tmp/single" 2> /dev/null
+$s --prompt-file "$tmp/long" --num-tokens 20 --num-samples 64 2> /dev/null | tail -c +21 | head -c 320 | cmp -s - "$tmp/single"
+verdict $? "a prompt that 64 samples read in pieces: the same text"
+
 # across a chunk's border (64 tokens) and within a chunk
 for n in 1 59 100; do
     {
         $s --prompt "int n" --num-tokens $n --seed 5 --state-out "$tmp/state" 2> /dev/null
-        $s --state-in "$tmp/state" --num-tokens $((200 - n)) --seed 5 2> /dev/null
+        $s --state-in "$tmp/state" --num-tokens $((200 - n)) 2> /dev/null
     } | cmp -s - "$tmp/whole"
-    verdict $? "interrupted after $n tokens: the same text"
+    verdict $? "interrupted after $n tokens: the same text, the seed comes from the state"
 done
+$s --state-in "$tmp/state" --num-tokens 100 --seed 5 2> /dev/null > "$tmp/same"
+$s --state-in "$tmp/state" --num-tokens 100 --seed 6 --state-out "$tmp/other.state" 2> "$tmp/err" > "$tmp/other"
+tail -c 100 "$tmp/whole" | cmp -s - "$tmp/same" && ! cmp -s "$tmp/same" "$tmp/other" && grep -q "seed 6" "$tmp/err"
+verdict $? "--seed goes before the state's"
+$s --state-in "$tmp/other.state" --num-tokens 0 2>&1 | grep -q "seed 6"
+verdict $? "and is the next state's"
+$s --prompt "int n" --num-tokens 90 --seed 5 --num-samples 4 --state-out "$tmp/state4" > "$tmp/half1" 2> /dev/null
+$s --state-in "$tmp/state4" --num-tokens 110 > "$tmp/half2" 2> /dev/null
+same=0
+for r in 1 2 3 4; do
+    {
+        tail -c +$((($r - 1) * (95 + 20) + 20)) "$tmp/half1" | head -c 95
+        tail -c +$((($r - 1) * (110 + 20) + 20)) "$tmp/half2" | head -c 110
+    } > "$tmp/halves"
+    one_of $r | cmp -s - "$tmp/halves" && same=$((same + 1))
+done
+[ $same -eq 4 ]
+verdict $? "four samples interrupted: the same texts"
 { $s --prompt "int" --num-tokens 0 --state-out "$tmp/state" && $s --state-in "$tmp/state" --prompt " n" --num-tokens 200 --seed 5; } \
     2> /dev/null | cmp -s - "$tmp/whole"
 verdict $? "a prompt in two pieces: the same text"
+
+# --eot: the text up to the first space (token 32) that is drawn
+prefix() { # file: a prefix of another one, without a space, which comes next there
+    size=$(wc -c < "$1")
+    cmp -s -n "$size" "$1" "$2" && ! tail -c +6 "$1" | grep -q ' ' && [ "$(tail -c +$((size + 1)) "$2" | head -c 1)" = " " ]
+}
+$s --prompt "int n" --num-tokens 200 --seed 5 --eot 32 > "$tmp/eot" 2> /dev/null
+prefix "$tmp/eot" "$tmp/whole"
+verdict $? "--eot ends the text before that token, but not in the prompt"
+$s --prompt "int n" --num-tokens 200 --seed 5 --eot 32 --num-samples 4 --state-out "$tmp/state4" > "$tmp/eot4" 2> "$tmp/err"
+ended=0
+for r in 1 2 3 4; do
+    sed -n "/^---- sample $r of 4\$/,/^---- sample $((r + 1)) of 4\$/p" "$tmp/eot4" | tail -c +20 > "$tmp/part"
+    [ $r -eq 4 ] || head -c -20 "$tmp/part" > "$tmp/eot" # without the next one's line
+    [ $r -eq 4 ] && cp "$tmp/part" "$tmp/eot"
+    one_of $r > "$tmp/full"
+    prefix "$tmp/eot" "$tmp/full" && ended=$((ended + 1))
+done
+[ $ended -eq 4 ]
+verdict $? "each of four samples ends where it would alone"
+$s --state-in "$tmp/state4" --num-tokens 50 --eot 32 2>&1 | grep -q "wrote 0,"
+verdict $? "samples that have ended stay so in the state, however long the others went on"
+$s --eot 10 --num-tokens 0 2>&1 | grep -q "read 1 tokens" && $s --eot 10 --bos 7 --prompt "a
+b" --num-tokens 0 2> "$tmp/err" | od -c | grep -q 'a *.n *b *$' && grep -q "read 4 tokens" "$tmp/err"
+verdict $? "without a prompt --eot is the start; --bos goes before one, and neither is written"
+
+# signals and broken outputs
+$s --prompt "int n" --num-tokens 1000000 --seed 5 --state-out "$tmp/state" > "$tmp/part" 2> "$tmp/err" &
+pid=$!
+while kill -0 $pid 2> /dev/null && [ "$(wc -c < "$tmp/part")" -lt 100 ]; do sleep 0.1; done
+kill -INT $pid
+wait $pid
+[ $? -eq 130 ] && size=$(wc -c < "$tmp/part") && $s --state-in "$tmp/state" --num-tokens 100 >> "$tmp/part" 2> /dev/null &&
+    $s --prompt "int n" --num-tokens $((size + 95)) --seed 5 2> /dev/null | cmp -s - "$tmp/part"
+verdict $? "SIGINT with --state-out: status 130, and the state goes on exactly"
+$s --num-tokens 1000000 2> "$tmp/err" | head -c 20 > /dev/null
+! grep -v -e "Broken pipe" "$tmp/err" | grep -q . # which it says where SIGPIPE is ignored
+verdict $? "a reader that has enough ends it quietly"
+for task in "--num-tokens 5" "--num-tokens 5 --num-samples 2" "--score $tmp/prompt"; do
+    $s $task >&- 2> "$tmp/err"
+    [ $? -eq 1 ] && grep -q stdout "$tmp/err"
+    verdict $? "a closed stdout is an error: $task"
+    [ -c /dev/full ] || continue
+    $s $task > /dev/full 2> "$tmp/err"
+    [ $? -eq 1 ] && grep -q stdout "$tmp/err"
+    verdict $? "a full disk behind stdout is an error: $task"
+done
+
+# A tokenizer of 265 tokens: <unk> <s> </s>, the bytes, a few pieces. Each is a float score, an int length, its bytes.
+piece() { printf "\\000\\000$1\\$(printf %03o ${#2})\\000\\000\\000%s" "$2"; }
+{
+    printf '\006\000\000\000'
+    for name in "<unk>" "<s>" "</s>"; do piece '\000\000' "$name"; done
+    byte=0
+    while [ $byte -lt 256 ]; do piece '\000\000' "$(printf '<0x%02X>' $byte)" && byte=$((byte + 1)); done
+    for name in t h e " " th " th"; do piece '\200\277' "$name"; done # scores -1
+} > "$tmp/tokenizer.bin"
+./train --threads 1 --steps 2 --batch-size 2 --seq-len 64 --val-every 0 --vocab-size 265 --data megalodon.h --out "$tmp/run265" > "$tmp/log" 2>&1
+t="./sample --model $tmp/run265 --threads 1 --tokenizer $tmp/tokenizer.bin"
+printf 'the then' > "$tmp/the"
+$t --prompt "the then" --num-tokens 0 2> "$tmp/err" | cmp -s - "$tmp/the" && grep -q "read 5 tokens" "$tmp/err" # " th" e " th" e <0x6E>
+verdict $? "--tokenizer: the prompt as tokens and back"
+$t --prompt "the then" --bos 1 --num-tokens 0 2> "$tmp/err" | cmp -s - "$tmp/the" && grep -q "read 6 tokens" "$tmp/err"
+verdict $? "--bos 1 before it"
+$t --num-tokens 20 2>&1 | grep -a -q "read 1 tokens"
+verdict $? "without a prompt <s> is the start"
+$t --score "$tmp/the" > "$tmp/score" 2> /dev/null
+awk '$1 == "all" { d = $2 * $3 / $10 - $5; ok = $2 == 4 && $10 == 6 && d < 1e-3 && d > -1e-3 } END { exit !ok }' "$tmp/score"
+verdict $? "--score: bits per token, and per byte of those that are predicted"
+$t --score "$tmp/the" --bos 1 > "$tmp/score" 2> /dev/null
+awk '$1 == "all" { d = $2 * $3 / $10 - $5; ok = $2 == 5 && $10 == 8 && d < 1e-3 && d > -1e-3 } END { exit !ok }' "$tmp/score"
+verdict $? "--bos predicts all of them"
 
 # 128 bytes predicted from an empty state are the one validation window of a file of 129 bytes
 head -c 129 megalodon.c > "$tmp/text"
@@ -66,7 +179,7 @@ printf 'x' > "$tmp/one"
 refused 2 "--model is needed"
 refused 1 "$tmp/none" --model "$tmp/none"
 refused 1 "truncated\|cut short\|ends after" --model "$tmp/run" --state-in "$tmp/short"
-refused 1 "no configuration\|is none that" --model "$tmp/run" --state-in tests/data/released_a.expect.safetensors
+refused 1 "state.count" --model "$tmp/run" --state-in tests/data/released_a.expect.safetensors
 refused 1 "tensor" --model tests/data/released_a.expect.safetensors
 refused 2 "exclude each other" --model "$tmp/run" --prompt a --prompt-file "$tmp/prompt"
 refused 2 "--score" --model "$tmp/run" --score "$tmp/text" --prompt a
@@ -76,11 +189,14 @@ refused 1 "--prompt is empty" --model "$tmp/run" --prompt ""
 refused 1 "byte 120" --model tests/data/jax_tied.init.safetensors --prompt x
 refused 1 "nothing to predict" --model "$tmp/run" --score "$tmp/one"
 refused 1 "empty" --model "$tmp/run" --score "$tmp/empty"
-if [ -c /dev/full ]; then
-    $s --num-tokens 5 > /dev/full 2> "$tmp/err"
-    [ $? -eq 1 ] && grep -q stdout "$tmp/err"
-    verdict $? "a full disk behind stdout is an error"
-fi
+refused 1 "another configuration" --model "$tmp/run265" --tokenizer "$tmp/tokenizer.bin" --state-in "$tmp/state4"
+refused 2 "num-samples 3 contradicts" --model "$tmp/run" --num-samples 3 --state-in "$tmp/state4"
+refused 1 "state-out" --model "$tmp/run" --num-tokens 1 --state-out "$tmp/none/state"
+refused 2 "no samples" --model "$tmp/run" --score "$tmp/text" --num-samples 2
+refused 1 "tokenizer" --model "$tmp/run265"
+refused 1 "$tmp/state4" --model "$tmp/run265" --tokenizer "$tmp/state4"
+refused 2 "eot 300" --model "$tmp/run" --eot 300
+refused 2 "min-p -0.1" --model "$tmp/run" --min-p -0.1
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

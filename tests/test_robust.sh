@@ -1,0 +1,115 @@
+# Runs that are killed while they save, disks that are full, streams that are closed: nothing that was saved is lost.
+# From the repository's root: sh tests/test_robust.sh [KILLS]
+kills=${1:-15}
+train=$PWD/train sample=$PWD/sample
+folder=$(mktemp -d)
+disk=
+trap 'if [ -n "$disk" ]; then umount "$disk"; fi; rm -rf "$folder"' EXIT
+cd "$folder" || exit 1
+passed=0 failed=0
+
+verdict() { # STATUS TEXT
+    if [ "$1" -eq 0 ]; then passed=$((passed + 1)) word=ok; else failed=$((failed + 1)) word=FAIL; fi
+    printf '%-4s  %s\n' $word "$2"
+    [ "$1" -eq 0 ] || tail -n 3 err | sed 's/^/      /'
+}
+awk 'BEGIN { for (i = 0; i < 600; i++) printf "%d squared is %d\n", i, i * i }' > text
+small="--threads 1 --model-dim 16 --num-layers 2 --z-dim 8 --value-dim 16 --num-heads 2 --ffn-hidden-dim 16 --cema-ndim 2
+       --chunk-size 8 --norm-num-groups 4 --data text --batch-size 2 --seq-len 16 --carry-state --val-every 0"
+newest() { ls -d "$1"/step-*[0-9] | tail -n 1 | sed 's/.*step-0*//'; }
+
+# ---------------------------------------------------------------- SIGKILL
+
+"$train" $small --out run --steps 2 > out 2> err
+verdict $? "a run to be killed"
+loaded=0 during=0 lost=0 rubbish=0
+delays=$(awk -v n="$kills" 'BEGIN { srand(7); for (i = 0; i < n; i++) printf "%.3f ", 0.02 + 0.15 * rand() }')
+for delay in $delays; do
+    "$train" --resume run --threads 1 --steps 1000000 --save-every 1 > out 2> err &
+    sleep "$delay"
+    kill -9 $!
+    wait $! 2> /dev/null
+    if ls run | grep -q tmp; then during=$((during + 1)); fi
+    before=$(newest run)
+    "$train" --resume run --threads 1 --steps $((before + 1)) --save-every 1 > out 2> err && loaded=$((loaded + 1))
+    [ "$(newest run)" -eq $((before + 1)) ] || lost=$((lost + 1)) # it went on from the newest, or from the one before
+    if ls run run/step* | grep -q tmp; then rubbish=$((rubbish + 1)); fi
+done
+[ $loaded -eq "$kills" ]
+verdict $? "killed $kills times, up to step $before: $loaded times the run went on"
+[ $lost -eq 0 ] && [ $rubbish -eq 0 ]
+verdict $? "  from where it was; nothing unfinished stays"
+[ $during -gt 0 ]
+verdict $? "  $during of the kills came while it saved"
+"$sample" --model run --threads 1 --num-tokens 3 > out 2> err
+verdict $? "  the last checkpoint writes text"
+
+# ---------------------------------------------------------------- a full disk
+
+cat_state() { cat run/step-*"$1"/*.safetensors; }
+mkdir disk
+if mount -t tmpfs -o size=200k none disk 2> /dev/null; then
+    disk=$folder/disk
+    echo "      a full disk is a tmpfs of 200 KB here"
+    full() { "$@"; }
+    "$train" $small --out disk/run --steps 1 > out 2> err
+    verdict $? "a first checkpoint fits"
+else
+    echo "      a full disk is a limit of 20 KB on files here: mounting is not allowed"
+    "$train" $small --out disk/run --steps 1 > out 2> err
+    verdict $? "a first checkpoint"
+    full() { (ulimit -f 20; "$@"); } # in blocks of 1024 or 512 bytes
+fi
+before=$(cat disk/run/step-00000001/*.safetensors | cksum)
+if [ -n "$disk" ]; then head -c 100000 /dev/zero > disk/filler 2> /dev/null; fi
+full "$train" --resume disk/run --threads 1 --steps 3 --save-every 1 > out 2> err
+[ $? -eq 1 ] && grep -q 'error: disk/run/step-0000000.*: \(No space left\|File too large\)' err
+verdict $? "training onto a full disk ends with an error that names the file"
+[ "$(cat disk/run/step-00000001/*.safetensors | cksum)" = "$before" ]
+verdict $? "  the checkpoint before is as it was"
+"$sample" --model disk/run --threads 1 --num-tokens 3 > out 2> err
+verdict $? "  and loads"
+full "$train" $small --steps 1 --dump disk/dump > out 2> err
+[ $? -eq 1 ] && grep -q -e '--dump.*disk/dump.*: \(No space left\|File too large\)' err && [ ! -e disk/dump ] && [ ! -e disk/dump.tmp ]
+verdict $? "--dump onto a full disk is an error and leaves no half file"
+if [ -n "$disk" ]; then cat /dev/zero > disk/filler 2> /dev/null; fi
+(ulimit -f 4; "$sample" --model run --threads 1 --num-tokens 3 --state-out disk/state > out 2> err)
+[ $? -eq 1 ] && grep -q -e '--state-out.*disk/state.*: \(No space left\|File too large\)' err && [ ! -e disk/state ]
+verdict $? "--state-out onto a full disk is an error and leaves no half file"
+if [ -c /dev/full ]; then
+    "$train" $small --out log --steps 2 --log /dev/full > out 2> err
+    [ $? -eq 1 ] && grep -q -e '--log /dev/full' err
+    verdict $? "--log onto a full disk is an error"
+fi
+
+# ---------------------------------------------------------------- closed and broken streams
+
+"$train" $small --out closed --steps 3 >&- 2>&- <&-
+[ $? -eq 0 ] && [ "$(newest closed)" -eq 3 ] && "$sample" --model closed --threads 1 --num-tokens 3 > out 2> err
+verdict $? "all streams closed: the run is saved, and no message stands in its files"
+{ "$train" $small --out pipe --steps 300; echo $? > status; } 2> err | head -n 1 > out
+[ "$(cat status)" -eq 0 ] && [ "$(newest pipe)" -eq 300 ]
+verdict $? "nobody reads the progress any more: the run goes on"
+"$sample" --model run --threads 1 --num-tokens 5 >&- 2> err
+[ $? -eq 1 ] && grep -q stdout err || [ $? -eq 0 ]
+verdict $? "sample without a stdout does not crash"
+
+# ---------------------------------------------------------------- what is no file to read
+
+mkdir folder && mkfifo fifo && printf x > unreadable && chmod 000 unreadable
+for bad in folder fifo; do
+    timeout 10 "$train" $small --data $bad --out x < /dev/null > out 2> err
+    [ $? -eq 1 ] && grep -q "$bad: not a regular file" err
+    verdict $? "--data $bad is refused"
+done
+timeout 10 "$train" $small --init fifo --out x > out 2> err
+[ $? -eq 1 ] && grep -q "error: fifo" err
+verdict $? "--init fifo is refused"
+if [ "$(id -u)" -ne 0 ]; then # root may read everything
+    "$train" $small --data unreadable --out x > out 2> err
+    [ $? -eq 1 ] && grep -q "unreadable: Permission denied" err
+    verdict $? "an unreadable file is refused"
+fi
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]
