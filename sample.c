@@ -293,6 +293,7 @@ static void score(Model *model, const Config *c) {
 }
 
 int main(int argc, char **argv) {
+    guard_streams();
     options_parse(options, argc, argv,
                   "Writes text with a trained model, or scores a file with it.\n"
                   "  ./sample --model out --prompt \"Once\" --num-tokens 500\n");

@@ -1,7 +1,8 @@
-#include <math.h>   // defines: pow, isfinite
-#include <stdarg.h> // defines: va_list
-#include <stdlib.h> // defines: free
-#include <string.h> // defines: strcmp, strstr
+#include <inttypes.h> // defines: PRId64
+#include <math.h>     // defines: pow, isfinite
+#include <stdarg.h>   // defines: va_list
+#include <stdlib.h>   // defines: free
+#include <string.h>   // defines: strcmp, strstr
 #include "layout.h"
 #include "plumbing.h"
 
@@ -67,8 +68,7 @@ static bool read_block(StFile *f, const StTensor *t, Model *m, Block block, size
         if (!st_read(f, t, done, piece, values, REAL, err)) return false;
         for (int64_t i = 0; i < piece; i++) {
             if (!isfinite(values[i]))
-                return fail(err, "%.200s: tensor '%s' is not finite at element %lld", f->path, t->name,
-                            (long long)(done + i));
+                return fail(err, "%.200s: tensor '%s' is not finite at element %" PRId64, f->path, t->name, done + i);
         }
         megalodon_write(m, block, first + (size_t)done, (size_t)piece, values);
     }
@@ -122,7 +122,8 @@ static Layout model_layout(const Config *c) {
 }
 
 static double rope_frequency(const Config *c, int64_t j) {
-    return pow(c->rope_base, -2.0 * (double)j / (c->z_dim / c->num_heads));
+    const int dz = c->z_dim / c->num_heads;
+    return pow(c->rope_base, -2.0 * (double)j / dz);
 }
 
 bool save_model(const char *path, Model *m, const Config *c, char *err) {
@@ -164,8 +165,8 @@ static bool check_derived(StFile *f, const StTensor *t, Kind kind, const Config 
         for (int64_t i = 0; i < piece; i++) {
             double wanted = kind == PRIOR ? 0 : kind == TIED ? embed[i] : rope_frequency(c, done + i);
             if (!(fabs(values[i] - wanted) <= tolerance * wanted))
-                return fail(err, "%.200s: tensor '%s' is %g at element %lld and should be %g%s", f->path, t->name,
-                            values[i], (long long)(done + i), wanted, kind == TIED ? " as embed.weight is" : "");
+                return fail(err, "%.200s: tensor '%s' is %g at element %" PRId64 " and should be %g%s", f->path,
+                            t->name, values[i], done + i, wanted, kind == TIED ? " as embed.weight is" : "");
         }
     }
     return true;

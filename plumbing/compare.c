@@ -256,7 +256,8 @@ int main(int argc, char **argv) {
         }
     }
     if (given < 2) return usage("two files are needed", "");
-    if (isatty(STDOUT_FILENO) && (getenv("NO_COLOR") == NULL || getenv("NO_COLOR")[0] == 0)) {
+    const char *no_color = getenv("NO_COLOR");
+    if (isatty(STDOUT_FILENO) && (no_color == NULL || no_color[0] == 0)) {
         red = "\033[31m", green = "\033[32m", bold = "\033[1m", plain = "\033[0m";
     }
     char err[ST_ERR];

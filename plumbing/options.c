@@ -66,7 +66,7 @@ static int distance(const char *a, const char *b) {
     return row[m];
 }
 
-static void refuse_unknown(const Option *options, const char *arg) {
+__attribute__((noreturn)) static void refuse_unknown(const Option *options, const char *arg) {
     char name[32];
     snprintf(name, sizeof name, "%.*s", (int)strcspn(arg, "="), arg + strspn(arg, "-"));
     const char *nearest = "help";

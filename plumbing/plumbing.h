@@ -12,8 +12,8 @@
 
 void fatal(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));       // "error: ...", status 1
 void usage_error(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2))); // the same, status 2
-// main's first call: a closed standard stream is opened on /dev/null, or else the first file would get its number and
-// messages would go there; a file that reaches a size limit is an error, not a signal.
+// main's first call: a closed standard stream is opened on /dev/null, to read only, or else the first file would get
+// its number and messages would go there; a file that reaches a size limit is an error, not a signal.
 void guard_streams(void);
 void *allocate(size_t count, size_t size);    // zeroed; never NULL; overflow and lack of memory are fatal
 char *read_text(const char *path, char *err); // a file of at most 1 MiB, freed by the caller; NULL and err

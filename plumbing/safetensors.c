@@ -192,7 +192,8 @@ static bool read_header(StFile *f, char **text, char *err) {
     (*text)[n] = 0;
     json_begin(&j, *text, n);
     if (parse_header(f, &j, name)) return check_layout(f, err);
-    return fail(err, f->path, name[0] != 0 ? &(StTensor){.name = name} : NULL, "header, %s", j.error);
+    const StTensor named = {.name = name};
+    return fail(err, f->path, name[0] != 0 ? &named : NULL, "header, %s", j.error);
 }
 
 bool st_open(StFile *f, const char *path, char *err) {

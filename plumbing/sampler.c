@@ -73,7 +73,7 @@ int sample_token(const real *logits, int V, const Sampling *s, double random) {
         if (logits[i] > logits[best]) best = i;
     }
     if (s->temperature == 0) return best;
-    if (room < V) free(c), c = allocate((size_t)V, sizeof *c), room = V;
+    if (c == NULL || room < V) free(c), c = allocate((size_t)V, sizeof *c), room = V;
     for (int i = 0; i < V; i++) c[i] = (Candidate){exp((logits[i] - logits[best]) / s->temperature), i};
     if (s->top_k > 0 && s->top_k < n) {
         keep_first(c, n, s->top_k);

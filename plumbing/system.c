@@ -35,7 +35,7 @@ void usage_error(const char *format, ...) {
 
 void guard_streams(void) {
     for (int fd = 0; fd < 3; fd++) {
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) != fd) exit(1);
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != fd) exit(1);
     }
     signal(SIGXFSZ, SIG_IGN);
 }
@@ -115,11 +115,10 @@ static int others_running(void) {
 void settle_threads(char **argv, int threads) {
     const long cores = sysconf(_SC_NPROCESSORS_ONLN);
     if (threads == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY") || getenv("OMP_PROC_BIND")) return;
-    if (4 * others_running() >= cores) {
+    if (others_running() >= cores / 4 + (cores % 4 != 0)) {
         setenv("KMP_BLOCKTIME", "1", 0); // of LLVM's OpenMP, in ms
         setenv("GOMP_SPINCOUNT", "10000", 1);
     } else if (threads == 0 || threads == cores) {
-        setenv("OMP_WAIT_POLICY", "active", 1);
         setenv("OMP_PROC_BIND", "close", 1);
     } else {
         return;
