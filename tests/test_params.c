@@ -132,7 +132,40 @@ static void test_init(void) {
     free(tensors);
 }
 
+// The other ways in which linear weights may begin; what is no linear weight begins as ever.
+static void test_init_modes(void) {
+    static const struct {
+        InitMode mode;
+        const char *tensor, *line;
+        double deviation, limit;
+    } rows[] = {
+        {XAVIER, "layers.1.nffn.fc2.weight", "xavier", 0.037689, 0.065280}, // sqrt(6/(384 + 1024)), over sqrt(3)
+        {BERT, "layers.1.nffn.fc2.weight", "bert", 0.02, INFINITY},
+        {GAUSSIAN, "layers.1.nffn.fc2.weight", "gaussian", 0.98658, 3},
+        {GAUSSIAN, "embed.weight", "  the embedding", 0.05033, 3 / 19.5959},
+        {XAVIER, "layers.1.mega.cema.alpha", "  CEMA", 0.2, INFINITY}};
+    for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++) {
+        Config c = megalodon_presets[6].config;
+        c.init_mode = rows[r].mode;
+        int count, i = 0;
+        Tensor *tensors = megalodon_tensors(&c, &count, NULL);
+        while (strcmp(tensors[i].name, rows[r].tensor) != 0) i++;
+        const size_t size = tensors[i].size;
+        real *x = malloc(size * sizeof *x);
+        double mean = 0, square = 0, most = 0;
+        megalodon_init(x, &tensors[i], &c, 7);
+        for (size_t n = 0; n < size; n++) {
+            mean += (double)x[n] / (double)size, square += (double)x[n] * (double)x[n] / (double)size;
+            most = fmax(most, fabs((double)x[n]));
+        }
+        const double s = rows[r].deviation, allowed = 4 * s / sqrt((double)size);
+        check_true(rows[r].line, fabs(mean) <= allowed && fabs(sqrt(square) - s) <= allowed && most <= rows[r].limit);
+        free(x), free(tensors);
+    }
+}
+
 int main(void) {
+    test_init_modes();
     test_counts();
     test_names();
     test_philox();

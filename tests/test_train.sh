@@ -40,6 +40,7 @@ columns() { cut -d, -f1-4,7 "$1"; } # all but the times
 same_log() { columns "$1" > log1.txt; columns "$2" > log2.txt; cmp log1.txt log2.txt; }
 steps_in() { ls "$1" | grep step- | tr '\n' ' '; }
 quiet() { "$train" --threads 1 "$@" > quiet.out 2>&1; }
+fails() { ! "$@"; }
 close() { # LOG LOG: steps, losses and norms agree to 1e-6
     paste -d, "$1" "$2" | awk -F, 'function far(a, b) { return (a - b) ^ 2 > 1e-12 * b ^ 2 }
         NR > 1 && ($1 != $8 || far($2, $9) || far($3, $10)) { bad = 1 } END { exit bad || NR < 2 }'
@@ -132,6 +133,49 @@ check "  with a flag over it" grep -q '1 layers, model_dim 8,.* cema_ndim 3' qui
 check "help" quiet --help
 check "  lists the options with their defaults" grep -q -e '--lr X .*(0.003)' quiet.out
 
+# ---------------------------------------------------------------- dropout, documents, carried states
+
+drop="--dropout 0.1 --hidden-dropout 0.2 --attention-dropout 0.3 --init-mode xavier"
+check "dropout" quiet $small $drop --out drop --steps 8 --save-every 4 --val-every 0 --log drop.csv --schedule constant
+check "  is said" grep -q 'dropout     0.1, hidden 0.2, attention 0.3' quiet.out
+rm -r drop/step-00000008
+check "  resumed" quiet --resume drop
+check "  the same, so that masks do not depend on where a run began" same_log drop.csv drop.csv
+cp drop.csv first.csv
+check "  in two batches a step" quiet $small $drop --out drop2 --steps 8 --batch-size 1 --grad-accum 2 --val-every 0 --log drop2.csv --schedule constant
+check "    the same masks" close drop2.csv first.csv
+check "  recomputing" quiet $small $drop --out drop3 --steps 8 --recompute --val-every 0 --log drop3.csv --schedule constant
+check "    the same masks" close drop3.csv first.csv
+check "  the checkpoint keeps it" quiet --init drop --eval --data text --seq-len 12
+check "  and evaluating does without" grep -q 'val loss' quiet.out
+
+carry="$small --seq-len 16 --eot 10 --carry-state --val-every 0 --schedule constant"
+check "documents that are carried on" quiet $carry --out carry --steps 12 --save-every 5 --log carry.csv
+check "  the share of ignored positions is said" grep -q 'step .* | [0-9]*% ignored$' quiet.out
+check "  and how many documents there are" grep -q 'documents   [1-9][0-9]* to train on' quiet.out
+check "  states are saved" [ -f carry/step-00000012/state-0.safetensors ]
+cp carry.csv whole.csv && cp -r carry/step-00000012 carried && rm -r carry/step-00000012
+check "  resumed at step 10" quiet --resume carry
+check "    the same model" same carry/step-00000012 carried
+check "    the same states" cmp carry/step-00000012/state-0.safetensors carried/state-0.safetensors
+check "    the same log" same_log carry.csv whole.csv
+check "a stream of two batches a step" quiet $carry --batch-size 1 --grad-accum 2 --out carry2 --steps 12 --log carry2.csv
+check "  gives the same losses" close carry2.csv whole.csv
+check "a stream, recomputing" quiet $carry --recompute --out carry3 --steps 12 --log carry3.csv
+check "  gives the same losses" close carry3.csv whole.csv
+check "with states the losses are others" quiet $carry --out carry4 --steps 12 --log carry4.csv --seq-len 8
+check "documents" quiet $small --eot 10 --seq-len 40 --steps 1 --dump docs.safetensors
+check "  a fourth and more is ignored" grep -q 'step .* | [3-9][0-9]% ignored$' quiet.out
+
+# ---------------------------------------------------------------- steps that are not finite
+
+check "a step that is not finite" fails quiet $small --out nan --steps 60 --save-every 1 --val-every 0 --lr 1e6 \
+    --lr-init-ratio 0.0000001 --warmup 30 --grad-clip 0
+check "  is skipped and counted" grep -q 'step .* | not finite: skipped, 1 so far' quiet.out
+check "  three in a row end the run" grep -q 'error: step .* and so the 2 steps before it' quiet.out
+check "  what was saved before loads" quiet --resume nan --steps 1
+check "    and is of the last step that was finite" grep -q "step 3 of 1: nothing left to do" quiet.out
+
 # ---------------------------------------------------------------- what is refused
 
 refused 2 "'--learning-rate'" --learning-rate 1
@@ -147,6 +191,13 @@ refused 2 "--batch-size 99999999999999999999" --batch-size 99999999999999999999
 refused 2 "--beta2 1:" --beta2 1
 refused 2 "--swiglu takes no value" --swiglu=1
 refused 2 "--schedule step" --schedule step
+refused 2 "--init-mode zero: it is he, gaussian, xavier or bert" --init-mode zero
+refused 2 "--init-mode contradicts" --init a --init-mode bert
+refused 2 "--hidden-dropout contradicts" --init a --hidden-dropout 0.5
+refused 2 "--dropout 1:" --dropout 1
+refused 2 "--carry-state: --seq-len 12 is no multiple of --chunk-size 8" --carry-state
+refused 2 "--eot 256: the vocabulary has 256 tokens" --eot 256
+refused 2 "--batch does not go with" --batch dump.safetensors --carry-state
 refused 2 "--preset gpt2: none of that name; there are mega200M" --preset gpt2
 refused 2 "--cema-ndim 1025: not an integer from 1 to 1024" --cema-ndim 1025
 refused 2 "num_heads 3 does not divide" --num-heads 3
