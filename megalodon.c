@@ -1062,15 +1062,18 @@ typedef struct {                 // of one layer: what its backward pass reads
     real *f2;                    // (B,L,D) before alpha (rescale_nffn only)
 } LayerActs;
 
-typedef struct {                              // used by every layer in turn
-    real *zn, *q_turned, *k_turned;           // (B,L,Z)
-    real *v, *gated, *hidden;                 // (B,L,E) (B,L,E) (B,L,F)
-    real *scores, *logits;                    // (threads,QUERY_ROWS,C) (logit_rows,V)
-    real *dx, *dy, *dmega, *dxt, *dmx, *dema; // (B,L,D), these and below for backward only
-    real *dq, *dk, *dzn, *dz;                 // (B,L,Z)
-    real *do_, *dr_in, *dv;                   // (B,L,E)
-    real *dhidden, *df1, *dscores;            // (B,L,F) (B,L,F) (threads,QUERY_ROWS,C)
+typedef struct {                    // used by every layer in turn; what begins with d, for backward only
+    real *logits;                   // (logit_rows,V)
+    real *dx, *dy, *dxt, *dmx;      // (B,L,D)
+    real *zn, *q_turned, *k_turned; // (B,L,Z) of the attention sub-layer, here and below
+    real *v, *gated;                // (B,L,E)
+    real *scores;                   // (threads,QUERY_ROWS,C)
+    real *dmega, *dema;             // (B,L,D)
+    real *dq, *dk, *dzn, *dz;       // (B,L,Z)
+    real *do_, *dr_in, *dv;         // (B,L,E)
+    real *dscores;                  // (threads,QUERY_ROWS,C)
     Coefs dcoefs;
+    real *hidden, *dhidden, *df1; // (B,L,F) of the FFN sub-layer
 } Scratch;
 
 struct Model {
@@ -1136,20 +1139,31 @@ static void coefs_take(Coefs *coefs, Arena *arena, const Config *c) {
     take(&coefs->g_re, arena, n), take(&coefs->g_im, arena, n);
 }
 
+// The two sub-layers take turns, so theirs lie in the same place.
 static void scratch_take(Scratch *s, Arena *arena, const Config *c, Mode mode, int B, int L, int threads) {
     size_t R = (size_t)B * L, D = c->model_dim, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim;
+    size_t scores = (size_t)threads * QUERY_ROWS * c->chunk_size, start = arena->used;
+    int backward = mode != MEGALODON_INFER;
     take(&s->zn, arena, R * Z), take(&s->q_turned, arena, R * Z), take(&s->k_turned, arena, R * Z);
-    take(&s->v, arena, R * E), take(&s->gated, arena, R * E), take(&s->hidden, arena, R * F);
-    take(&s->scores, arena, (size_t)threads * QUERY_ROWS * c->chunk_size);
+    take(&s->v, arena, R * E), take(&s->gated, arena, R * E);
+    take(&s->scores, arena, scores);
+    if (backward) {
+        take(&s->dmega, arena, R * D), take(&s->dema, arena, R * D);
+        take(&s->dq, arena, R * Z), take(&s->dk, arena, R * Z);
+        take(&s->dzn, arena, R * Z), take(&s->dz, arena, R * Z);
+        take(&s->do_, arena, R * E), take(&s->dr_in, arena, R * E), take(&s->dv, arena, R * E);
+        take(&s->dscores, arena, scores);
+        coefs_take(&s->dcoefs, arena, c);
+    }
+    size_t end = arena->used;
+    arena->used = start;
+    take(&s->hidden, arena, R * F);
+    if (backward) take(&s->dhidden, arena, R * F), take(&s->df1, arena, R * F);
+    arena->used = end > arena->used ? end : arena->used;
     take(&s->logits, arena, min(logit_rows(c->vocab_size), B * L) * (size_t)c->vocab_size);
-    if (mode == MEGALODON_INFER) return;
-    take(&s->dx, arena, R * D), take(&s->dy, arena, R * D), take(&s->dmega, arena, R * D);
-    take(&s->dxt, arena, R * D), take(&s->dmx, arena, R * D), take(&s->dema, arena, R * D);
-    take(&s->dq, arena, R * Z), take(&s->dk, arena, R * Z), take(&s->dzn, arena, R * Z), take(&s->dz, arena, R * Z);
-    take(&s->do_, arena, R * E), take(&s->dr_in, arena, R * E), take(&s->dv, arena, R * E);
-    take(&s->dhidden, arena, R * F), take(&s->df1, arena, R * F);
-    take(&s->dscores, arena, (size_t)threads * QUERY_ROWS * c->chunk_size);
-    coefs_take(&s->dcoefs, arena, c);
+    if (!backward) return;
+    take(&s->dx, arena, R * D), take(&s->dy, arena, R * D);
+    take(&s->dxt, arena, R * D), take(&s->dmx, arena, R * D);
 }
 
 // ----------------------------------------------------------------------------
