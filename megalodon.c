@@ -885,6 +885,7 @@ static void attention_forward(real *o, real *lse, real *cache_k, real *cache_v, 
                               int Z, int E, int threads) {
     int dz = Z / H, dv = E / H, blocks = ceil_div(min(C, L), QUERY_ROWS);
     int chunks = count ? ceil_div(L - 1, C) + 1 : ceil_div(L, C); // that L tokens may touch
+    (void)threads; // without OpenMP
     for (int b = 0; cache_k && b < B; b++) {
         int past = (int)(count[b] % C);
         if (past > 0) cache_chunk(cache_k, cache_v, k, v, b, 0, past, min(C - past, L), L, C, Z, E);
@@ -919,6 +920,7 @@ static void attention_backward(real *dq, real *dk, real *dv_out, real *scores, r
                                const real *o, const real *lse, const real *q, const real *k, const real *v, Mask mask,
                                int B, int L, int C, int H, int Z, int E, int threads) {
     int dz = Z / H, dv = E / H;
+    (void)threads;
 #pragma omp parallel for collapse(3) schedule(dynamic) num_threads(threads) if (B * ceil_div(L, C) * H >= threads)
     for (int b = 0; b < B; b++) {
         for (int t0 = 0; t0 < L; t0 += C) {
