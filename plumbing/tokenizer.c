@@ -21,6 +21,7 @@ typedef struct {
 struct Tokenizer {
     Piece *pieces;
     int count;
+    size_t longest; // bytes of a piece
     int32_t *table; // pieces by their bytes: open addressing, -1 empty
     size_t slots;   // a power of 2
     unsigned char single[256];
@@ -36,6 +37,7 @@ static size_t slot_of(const Tokenizer *t, const unsigned char *bytes, size_t len
 
 // The token of these bytes, the first one if several have them; -1 if none.
 static int32_t find(const Tokenizer *t, const unsigned char *bytes, size_t length) {
+    if (length > t->longest) return -1;
     for (size_t s = slot_of(t, bytes, length);; s = (s + 1) & (t->slots - 1)) {
         const int32_t token = t->table[s];
         if (token < 0) return -1;
@@ -53,34 +55,34 @@ static void insert(Tokenizer *t, int32_t token) {
 }
 
 static bool read_pieces(Tokenizer *t, const unsigned char *bytes, size_t size, char *err) {
-    int32_t longest, seen = 0;
-    size_t at = sizeof longest;
-    if (size < at) return snprintf(err, ST_ERR, "%zu bytes: no tokenizer", size), false;
-    memcpy(&longest, bytes, sizeof longest);
+    int32_t longest = 0, seen = 0;
+    size_t at = sizeof longest, count = 0;
+    if (size >= at) memcpy(&longest, bytes, sizeof longest);
     if (longest < 1 || longest > MAX_PIECE)
         return snprintf(err, ST_ERR, "the longest piece is said to have %d bytes: no tokenizer of llama2.c", longest),
                false;
-    for (int i = 0; i < t->count; i++) {
-        Piece *p = &t->pieces[i];
-        if (size - at < 8) return snprintf(err, ST_ERR, "ends after %d tokens; the model has %d", i, t->count), false;
-        memcpy(&p->score, bytes + at, 4);
-        memcpy(&p->length, bytes + at + 4, 4);
+    for (; at < size; count++) {
+        Piece p;
+        if (size - at < 8) return snprintf(err, ST_ERR, "ends within token %zu: truncated", count), false;
+        memcpy(&p.score, bytes + at, 4);
+        memcpy(&p.length, bytes + at + 4, 4);
         at += 8;
-        if (!isfinite(p->score)) return snprintf(err, ST_ERR, "token %d: its score is %g", i, (double)p->score), false;
-        if (p->length < 0 || p->length > longest || (size_t)p->length > size - at)
-            return snprintf(err, ST_ERR, "token %d: %d bytes long, where %d are the most and %zu are left", i,
-                            p->length, longest, size - at),
+        if (!isfinite(p.score))
+            return snprintf(err, ST_ERR, "token %zu: its score is %g", count, (double)p.score), false;
+        if (p.length < 0 || p.length > longest || (size_t)p.length > size - at)
+            return snprintf(err, ST_ERR, "token %zu: %d bytes long, where %d are the most and %zu are left", count,
+                            p.length, longest, size - at),
                    false;
-        p->bytes = bytes + at;
-        at += (size_t)p->length;
-        seen = p->length > seen ? p->length : seen;
+        p.bytes = bytes + at;
+        at += (size_t)p.length;
+        seen = p.length > seen ? p.length : seen;
+        if (count < (size_t)t->count) t->pieces[count] = p;
     }
-    if (at != size)
-        return snprintf(err, ST_ERR, "%zu bytes follow the model's %d tokens: a larger vocabulary's", size - at,
-                        t->count),
-               false;
+    if (count != (size_t)t->count)
+        return snprintf(err, ST_ERR, "holds %zu tokens, but the model has %d", count, t->count), false;
     if (seen != longest)
         return snprintf(err, ST_ERR, "its longest piece has %d bytes, not %d as it says", seen, longest), false;
+    t->longest = (size_t)longest;
     return true;
 }
 
@@ -109,9 +111,7 @@ Tokenizer *tokenizer_read(const unsigned char *bytes, size_t size, int vocab_siz
         tokenizer_free(t);
         return NULL;
     }
-    for (int i = FIRST_BYTE + 256; i < t->count; i++) { // the ones before are no text's
-        if (t->pieces[i].length > 0) insert(t, i);
-    }
+    for (int i = FIRST_BYTE + 256; i < t->count; i++) insert(t, i); // the ones before are no text's
     return t;
 }
 
@@ -221,8 +221,14 @@ int32_t *tokenizer_encode(const Tokenizer *t, const unsigned char *text, size_t 
     *count = 0;
     if (n == 0) return allocate(1, sizeof(int32_t));
     unsigned char *marked = allocate(n + 1, 1); // a text begins with a space that is not its own
-    marked[0] = ' ';
-    memcpy(marked + 1, text, n++);
+    size_t size = 0;
+    marked[size++] = ' ';
+    for (size_t i = 0; i < n; i++) { // in it, too, SentencePiece's word mark U+2581 is a space
+        const bool mark = n - i >= 3 && memcmp(text + i, "\xE2\x96\x81", 3) == 0;
+        marked[size++] = mark ? ' ' : text[i];
+        if (mark) i += 2;
+    }
+    n = size;
     Encoder e = {.t = t, .text = marked, .symbols = allocate(n, sizeof *e.symbols)};
     int32_t *tokens = allocate(n, sizeof *tokens);
     size_t symbols = 0;
