@@ -1,47 +1,69 @@
 // Where the time of a training step goes, or of a token's decoding, beside what this machine can do: a large matrix
-// product, a large copy and a large read, measured in the same run with the same threads.
+// product, a large copy and a large read, with the same threads.
 //     make bench        or   build/bench --preset mega200M --decode --threads 2
 // megalodon.c is included, since layers are static. Parts are timed on the buffers of a real step, all layers one
-// after another, as in the step; what the parts do not add up to is said in the last line.
+// after another, as in the step; what the parts do not add up to is said in the last line. Everything takes turns, once
+// a round, so that a machine that slows down does so for all of it, and no part finds its own numbers in the caches.
 #include "../megalodon.c"
 #include "../plumbing/plumbing.h"
 
+enum { MAX_REPEATS = 1000 };
 static const char *preset = "enwik8";
 static int batch_size = 4, seq_len = 512, threads, repeats = 7, decode, brief;
+static int64_t furthest;
+static double dropped;
 static Option options[] = {
     {OPT_TEXT, "preset", &preset, .arg = "NAME", .help = "the model"},
     {OPT_INT, "batch-size", &batch_size, 1, 1 << 16, .help = "sequences"},
     {OPT_INT, "seq-len", &seq_len, 1, 1 << 28, .help = "tokens of each"},
+    {OPT_REAL, "dropout", &dropped, 0, 0.999, .help = "all three of them"},
     {OPT_INT, "threads", &threads, 0, 1024, .help = "of the CPU; 0: all"},
-    {OPT_INT, "repeats", &repeats, 3, 1000, .help = "of everything that is timed"},
+    {OPT_INT, "repeats", &repeats, 3, MAX_REPEATS, .help = "rounds, after one that does not count"},
     {OPT_SWITCH, "decode", &decode, .help = "decode single tokens instead"},
+    {OPT_INT64, "furthest", &furthest, 4096, 1e9, .help = "decode after 4096, 16384, .. tokens, up to so many"},
     {OPT_SWITCH, "brief", &brief, .help = "only the whole step, without its parts"},
     {OPT_END, .help = NULL},
 };
 
+static Config config;
+static MemoryPlan plan;
 static Model *m;
 static int32_t *tokens, *targets;
 
-// The median of the seconds that run() takes; the first time does not count.
-static double timed(void (*run)(void)) {
-    double times[1000];
-    run();
-    for (int i = 0; i < repeats; i++) {
-        double start = seconds(), time;
-        run();
-        time = seconds() - start;
-        int j = i;
-        for (; j > 0 && times[j - 1] > time; j--) times[j] = times[j - 1];
-        times[j] = time;
+typedef struct {
+    const char *name;
+    void (*run)(void);
+    double operations, bytes; // that must be done and moved: those of matrix products, or else those of the rest
+    double median, fastest;   // seconds
+} Part;
+
+static int by_size(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+// Runs all parts in turn, repeats + 1 times.
+static void time_parts(Part *parts, int count) {
+    double *times = allocate((size_t)count * (size_t)repeats, sizeof *times);
+    for (int r = -1; r < repeats; r++) {
+        for (int i = 0; i < count; i++) {
+            const double start = seconds();
+            parts[i].run();
+            if (r >= 0) times[i * repeats + r] = seconds() - start;
+        }
     }
-    return times[repeats / 2];
+    for (int i = 0; i < count; i++) {
+        double *t = times + i * repeats;
+        qsort(t, (size_t)repeats, sizeof *t, by_size);
+        parts[i].fastest = t[0], parts[i].median = t[repeats / 2];
+    }
+    free(times);
 }
 
 // ----------------------------------------------------------------------------
 // what the machine can do
 
-enum { SIDE = 3072 };                          // of the matrices
-static const size_t COPIED = (size_t)64 << 20; // numbers: well beyond the caches
+enum { SIDE = 3072, COPIED = 64 << 20 }; // of the matrices; numbers to copy, well beyond the caches
 static real *large[3];
 static double sink;
 
@@ -62,20 +84,28 @@ static void run_read(void) {
     sink += sum;
 }
 
-static double product_rate, copy_rate, read_rate; // operations and bytes a second
+enum { PRODUCT, COPY, READ, MACHINE }; // the first parts of every table
+static const Part machine[MACHINE] = {
+    {"product", run_product, .operations = 2.0 * (double)SIDE * SIDE * SIDE},
+    {"copy", run_copy, .bytes = 2.0 * COPIED * sizeof(real)},
+    {"read", run_read, .bytes = 1.0 * COPIED * sizeof(real)},
+};
 
-static void measure_machine(void) {
+static void machine_new(void) {
     for (int i = 0; i < 3; i++) {
         large[i] = allocate(COPIED, sizeof(real));
         for (size_t k = 0; k < COPIED; k++) large[i][k] = (real)(k % 7) * (real)0.1;
     }
-    product_rate = 2.0 * SIDE * SIDE * SIDE / timed(run_product);
-    copy_rate = 2.0 * (double)COPIED * sizeof(real) / timed(run_copy);
-    read_rate = (double)COPIED * sizeof(real) / timed(run_read);
-    for (int i = 0; i < 3; i++) free(large[i]);
-    printf("%s\n", megalodon_backend());
-    printf("a product of %d x %d: %.0f GFLOP/s; a copy of %zu MiB: %.1f GB/s, read and write; a read: %.1f GB/s\n\n",
-           SIDE, SIDE, product_rate / 1e9, COPIED * sizeof(real) >> 20, copy_rate / 1e9, read_rate / 1e9);
+}
+
+static void print_machine(const Part *parts) {
+    const Part *product = &parts[PRODUCT], *copy = &parts[COPY], *read = &parts[READ];
+    printf("%s; medians of %d rounds, in brackets the best\n", megalodon_backend(), repeats);
+    printf("a product of %d x %d: %.0f (%.0f) GFLOP/s; a copy of %zu MiB: %.1f (%.1f) GB/s, read and write; a read: "
+           "%.1f (%.1f) GB/s\n\n",
+           SIDE, SIDE, product->operations / product->median / 1e9, product->operations / product->fastest / 1e9,
+           (size_t)COPIED * sizeof(real) >> 20, copy->bytes / copy->median / 1e9, copy->bytes / copy->fastest / 1e9,
+           read->bytes / read->median / 1e9, read->bytes / read->fastest / 1e9);
 }
 
 // ----------------------------------------------------------------------------
@@ -85,8 +115,10 @@ static const AdamW adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_de
 static int64_t counted;
 
 static void run_step(void) {
+    const Draw draw = {.seed = 1};
+    megalodon_dropout(m, dropped > 0 ? &draw : NULL);
     megalodon_zero_grad(m);
-    megalodon_forward(m, NULL, tokens, m->B, m->L);
+    megalodon_forward(m, NULL, tokens, batch_size, seq_len);
     megalodon_loss(m, targets, 1.0 / (m->B * m->L), &counted, NULL);
     megalodon_backward(m);
     sink += megalodon_grad_norm(m);
@@ -141,6 +173,15 @@ static void rows_backward(void) {
                            a->ffn_rstd, R, D);
     }
 }
+// Of linear_backward, the product for the inputs' gradient, the one for the weight's, and the sum for the bias's.
+static void dx_of(real *dinp, int add, const real *dout, const real *weight, int R, int K, int M) {
+    gemm(0, 0, R, K, M, dout, M, weight, K, add, NULL, dinp, K);
+}
+static void dw_of(real *dweight, const real *dout, const real *inp, int R, int K, int M) {
+    gemm(1, 0, M, K, R, dout, M, inp, K, 1, NULL, dweight, K);
+}
+static void db_of(real *dbias, const real *dout, int R, int M) { sum_rows(dbias, dout, NULL, NULL, NULL, R, M, 1); }
+
 static void projections_forward(void) {
     EACH_LAYER {
         LAYER linear_forward(a->z, 0, a->mx, w->wz, w->wz_bias, R, D, Z);
@@ -150,13 +191,28 @@ static void projections_forward(void) {
         linear_forward(a->y, 1, s->gated, w->wh2, NULL, R, E, D);
     }
 }
-static void projections_backward(void) {
+static void projections_dx(void) {
     EACH_LAYER {
-        LAYER linear_backward(s->do_, 0, dw->wh2, NULL, s->dy, s->gated, w->wh2, R, E, D);
-        linear_backward(s->dmx, 0, dw->wh1, dw->wh1_bias, s->dy, a->mx, w->wh1, R, D, D);
-        linear_backward(s->dmx, 1, dw->wr, dw->wr_bias, s->dr_in, a->mx, w->wr, R, D, E);
-        linear_backward(s->dmx, 1, dw->wz, dw->wz_bias, s->dz, a->mx, w->wz, R, D, Z);
-        linear_backward(s->dxt, 1, dw->wv, dw->wv_bias, s->dv, a->xt, w->wv, R, D, E);
+        LAYER dx_of(s->do_, 0, s->dy, w->wh2, R, E, D);
+        dx_of(s->dmx, 0, s->dy, w->wh1, R, D, D);
+        dx_of(s->dmx, 1, s->dr_in, w->wr, R, D, E);
+        dx_of(s->dmx, 1, s->dz, w->wz, R, D, Z);
+        dx_of(s->dxt, 1, s->dv, w->wv, R, D, E);
+    }
+}
+static void projections_dw(void) {
+    EACH_LAYER {
+        LAYER dw_of(dw->wh2, s->dy, s->gated, R, E, D);
+        dw_of(dw->wh1, s->dy, a->mx, R, D, D);
+        dw_of(dw->wr, s->dr_in, a->mx, R, D, E);
+        dw_of(dw->wz, s->dz, a->mx, R, D, Z);
+        dw_of(dw->wv, s->dv, a->xt, R, D, E);
+    }
+}
+static void biases(void) {
+    EACH_LAYER {
+        LAYER db_of(dw->wh1_bias, s->dy, R, D), db_of(dw->wr_bias, s->dr_in, R, E);
+        db_of(dw->wz_bias, s->dz, R, Z), db_of(dw->wv_bias, s->dv, R, E);
     }
 }
 static void ffn_forward(void) {
@@ -166,23 +222,31 @@ static void ffn_forward(void) {
         linear_forward(s->dy, 0, s->hidden, w->fc2, NULL, R, F, D);
     }
 }
-static void ffn_backward(void) {
+static void ffn_dx(void) {
     EACH_LAYER {
-        LAYER linear_backward(s->dhidden, 0, dw->fc2, NULL, s->dx, s->hidden, w->fc2, R, F, D);
-        if (c->swiglu) linear_backward(s->dxt, 0, dw->fc3, NULL, s->dhidden, a->u, w->fc3, R, D, F);
-        linear_backward(s->dxt, c->swiglu, dw->fc1, NULL, s->df1, a->u, w->fc1, R, D, F);
+        LAYER dx_of(s->dhidden, 0, s->dx, w->fc2, R, F, D);
+        if (c->swiglu) dx_of(s->dxt, 0, s->dhidden, w->fc3, R, D, F);
+        dx_of(s->dxt, c->swiglu, s->df1, w->fc1, R, D, F);
     }
 }
+static void ffn_dw(void) {
+    EACH_LAYER {
+        LAYER dw_of(dw->fc2, s->dx, s->hidden, R, F, D);
+        if (c->swiglu) dw_of(dw->fc3, s->dhidden, a->u, R, D, F);
+        dw_of(dw->fc1, s->df1, a->u, R, D, F);
+    }
+}
+#define ATTENTION_MASK mask_of(m, l, DROP_ATTENTION, c->attention_dropout, (size_t)H *(size_t)C)
 static void run_attention_forward(void) {
     EACH_LAYER {
-        LAYER attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->q_turned, s->k_turned, s->v, NULL, (Mask){0}, B,
-                                L, C, H, Z, E, m->threads);
+        LAYER attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->q_turned, s->k_turned, s->v, NULL,
+                                ATTENTION_MASK, B, L, C, H, Z, E, m->threads);
     }
 }
 static void run_attention_backward(void) {
     EACH_LAYER {
         LAYER attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->o, a->lse, s->q_turned,
-                                 s->k_turned, s->v, (Mask){0}, B, L, C, H, Z, E, m->threads);
+                                 s->k_turned, s->v, ATTENTION_MASK, B, L, C, H, Z, E, m->threads);
     }
 }
 static void qk_both(void) { // forward, the rotation again, and backward
@@ -218,6 +282,17 @@ static void residuals(void) {
         for (int i = 0; i < 4; i++) add(s->dx, s->dmega, (size_t)R * D);
     }
 }
+static void dropouts(void) { // forward, and in the backward pass of gradients and of what is computed again
+    EACH_LAYER {
+        const Mask mx = mask_of(m, l, DROP_MX, c->hidden_dropout, D), mega = mask_of(m, l, DROP_MEGA, c->dropout, D);
+        const Mask gated = mask_of(m, l, DROP_GATED, c->hidden_dropout, E);
+        const Mask hidden = mask_of(m, l, DROP_HIDDEN, c->hidden_dropout, F);
+        for (int i = 0; i < 2; i++) dropout(s->dmx, s->dmx, mx, (size_t)R * D);
+        for (int i = 0; i < 4; i++) dropout(s->dmx, s->dxt, mega, (size_t)R * D); // and as many after the FFN
+        for (int i = 0; i < 3; i++) dropout(s->gated, s->gated, gated, (size_t)R * E);
+        for (int i = 0; i < 3; i++) dropout(s->hidden, s->hidden, hidden, (size_t)R * F);
+    }
+}
 static void run_output(void) { megalodon_loss(m, targets, 1.0 / (m->B * m->L), &counted, NULL); }
 static void run_embedding(void) {
     const Config *c = &m->config;
@@ -227,12 +302,6 @@ static void run_embedding(void) {
 static void run_norm(void) { sink += megalodon_grad_norm(m); }
 static void run_zero(void) { megalodon_zero_grad(m); }
 static void run_update(void) { megalodon_update(m, &adamw, 1e-6, 1, 0); }
-
-typedef struct {
-    const char *name;
-    void (*run)(void);
-    double operations, bytes; // that must be done and moved, in all layers; those of products, and those of the rest
-} Part;
 
 // Multiply-adds that the matrix products of a token's forward pass need; in attention the causal half of a chunk.
 static double attention_macs(const Config *c, int L) {
@@ -250,116 +319,173 @@ static double step_flop(const Config *c, int L) { // a token's
     return 6 * (attention_macs(c, L) + projection_macs(c) + ffn_macs(c) + output_macs(c));
 }
 
-static void print_parts(double step) {
-    const Config *c = &m->config;
-    const double R = (double)m->B * m->L, l = c->num_layers, b = sizeof(real), D = c->model_dim, E = c->value_dim;
-    const double Z = c->z_dim, F = c->ffn_hidden_dim, P = (double)m->num_params, gates = c->swiglu ? 3 : 2;
-    const double attention = attention_macs(c, m->L), projections = projection_macs(c), ffn = ffn_macs(c);
-    const Part parts[] = {
-        {"TimestepNorm forward", norm_forward, 0, b * R * l * 2 * D},
-        {"TimestepNorm backward", norm_backward, 0, b * R * l * 3 * D},
-        {"CEMA forward", run_cema_forward, 0, b * R * l * 2 * D},
-        {"CEMA backward", run_cema_backward, 0, b * R * l * 3 * D},
-        {"RMSNorm, LayerNorm forward", rows_forward, 0, b * R * l * 4 * D},
-        {"RMSNorm, LayerNorm backward", rows_backward, 0, b * R * l * 6 * D},
-        {"projections forward", projections_forward, 2 * R * projections, 0},
-        {"projections backward", projections_backward, 4 * R * projections, 0},
-        {"queries, keys, rotation", qk_both, 0, b * R * l * 20 * Z},
-        {"attention forward", run_attention_forward, 2 * R * attention, 0},
-        {"attention backward", run_attention_backward, 4 * R * attention, 0},
-        {"FFN forward", ffn_forward, 2 * R * ffn, 0},
-        {"FFN backward", ffn_backward, 4 * R * ffn, 0},
-        {"silu, gates", gates_both, 0, b * R * l * (18 * E + (2 * gates + 2 * gates - 1) * F)},
-        {"residuals", residuals, 0, b * R * l * 12 * D},
-        {"output and loss", run_output, 6 * R * output_macs(c), 0},
-        {"embedding", run_embedding, 0, b * R * 5 * D},
-        {"gradients cleared", run_zero, 0, b * P},
-        {"gradient norm", run_norm, 0, b * P},
-        {"AdamW", run_update, 0, b * P * 7},
+static void bench_step(void) {
+    const Config *c = &config;
+    const double R = (double)batch_size * seq_len, l = c->num_layers, b = sizeof(real), D = c->model_dim;
+    const double E = c->value_dim, Z = c->z_dim, F = c->ffn_hidden_dim, P = (double)m->num_params;
+    const double attention = 2 * R * attention_macs(c, seq_len), output = 2 * R * output_macs(c);
+    const double projections = 2 * R * projection_macs(c), ffn = 2 * R * ffn_macs(c), gates = c->swiglu ? 3 : 2;
+    enum { STEP = MACHINE, FIRST, MOST = 40 };
+    Part parts[MOST] = {
+        machine[PRODUCT],
+        machine[COPY],
+        machine[READ],
+        {"the step", run_step, R * step_flop(c, seq_len), 0, 0, 0},
+        {"TimestepNorm forward", norm_forward, 0, b * R * l * 2 * D, 0, 0},
+        {"TimestepNorm backward", norm_backward, 0, b * R * l * 3 * D, 0, 0},
+        {"CEMA forward", run_cema_forward, 0, b * R * l * 2 * D, 0, 0},
+        {"CEMA backward", run_cema_backward, 0, b * R * l * 3 * D, 0, 0},
+        {"RMSNorm, LayerNorm forward", rows_forward, 0, b * R * l * 4 * D, 0, 0},
+        {"RMSNorm, LayerNorm backward", rows_backward, 0, b * R * l * 6 * D, 0, 0},
+        {"projections forward", projections_forward, projections, 0, 0, 0},
+        {"projections dx", projections_dx, projections, 0, 0, 0},
+        {"projections dw", projections_dw, projections, 0, 0, 0},
+        {"biases' gradients", biases, 0, b * R * l * (D + 2 * E + Z), 0, 0},
+        {"queries, keys, rotation", qk_both, 0, b * R * l * 20 * Z, 0, 0},
+        {"attention forward", run_attention_forward, attention, 0, 0, 0},
+        {"attention backward", run_attention_backward, 2 * attention, 0, 0, 0},
+        {"FFN forward", ffn_forward, ffn, 0, 0, 0},
+        {"FFN dx", ffn_dx, ffn, 0, 0, 0},
+        {"FFN dw", ffn_dw, ffn, 0, 0, 0},
+        {"silu, gates", gates_both, 0, b * R * l * (18 * E + (4 * gates - 1) * F), 0, 0},
+        {"residuals", residuals, 0, b * R * l * 12 * D, 0, 0},
+        {"output and loss", run_output, 3 * output, 0, 0, 0},
+        {"embedding", run_embedding, 0, b * R * 5 * D, 0, 0},
+        {"gradients cleared", run_zero, 0, b * P, 0, 0},
+        {"gradient norm", run_norm, 0, b * P, 0, 0},
+        {"AdamW", run_update, 0, b * P * 7, 0, 0},
+        {dropped > 0 ? "dropout" : NULL, dropouts, 0, b * R * l * (12 * D + 6 * E + 6 * F), 0, 0},
     };
-    double sum = 0;
-    printf("%-28s %9s %7s %10s %9s %22s\n", "part", "ms", "share", "GFLOP/s", "GB/s", "of the machine's rate");
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        const double time = timed(parts[i].run), done = parts[i].operations, moved = parts[i].bytes;
-        sum += time;
-        printf("%-28s %9.2f %6.1f%%", parts[i].name, time * 1e3, 100 * time / step);
-        if (done > 0) printf(" %10.1f %9s %21.0f%%\n", done / time / 1e9, "", 100 * done / time / product_rate);
-        if (done == 0) printf(" %10s %9.1f %21.0f%%\n", "", moved / time / 1e9, 100 * moved / time / copy_rate);
+    int count = FIRST;
+    while (!brief && parts[count].name != NULL) count++;
+    run_step();
+    const double peak = peak_memory(); // before the machine's own arrays
+    machine_new();
+    time_parts(parts, count);
+    print_machine(parts);
+    const Part *step = &parts[STEP], *product = &parts[PRODUCT], *copy = &parts[COPY];
+    const double product_rate = product->operations / product->median, copy_rate = copy->bytes / copy->median;
+    printf("a step of %d x %d tokens, %s: %.1f (%.1f) ms, %.0f (%.0f) tokens/s\n", batch_size, seq_len, preset,
+           step->median * 1e3, step->fastest * 1e3, R / step->median, R / step->fastest);
+    printf("    floor: %.1f MFLOP of products a token at the rate above, %.1f ms: %.0f %% of the step's (the best of "
+           "both: %.0f %%)\n",
+           step->operations / R / 1e6, step->operations / product_rate * 1e3,
+           100 * step->operations / product_rate / step->median,
+           100 * step->operations * product->fastest / product->operations / step->fastest);
+    printf("    memory: %.0f MiB planned, %.0f MiB at peak\n",
+           (double)(plan.params + plan.grads + plan.moments + plan.activations + plan.scratch) / 1048576, peak);
+    if (brief) return;
+    double sum = 0, best = 0;
+    printf("\n%-28s %9s %9s %7s %9s %7s %18s\n", "part", "ms", "best", "share", "GFLOP/s", "GB/s", "of product/copy");
+    for (const Part *q = parts + FIRST; q < parts + count; q++) {
+        const double done = q->operations / q->median, moved = q->bytes / q->median;
+        sum += q->median, best += q->fastest;
+        printf("%-28s %9.2f %9.2f %6.1f%%", q->name, q->median * 1e3, q->fastest * 1e3, 100 * q->median / step->median);
+        if (done > 0) printf(" %9.1f %7s %17.0f%%\n", done / 1e9, "", 100 * done / product_rate);
+        if (done == 0) printf(" %9s %7.1f %17.0f%%\n", "", moved / 1e9, 100 * moved / copy_rate);
     }
-    printf("%-28s %9.2f %6.1f%%\n", "all parts", sum * 1e3, 100 * sum / step);
-}
-
-static void bench_step(const Config *c) {
-    const size_t R = (size_t)batch_size * (size_t)seq_len;
-    const MemoryPlan p = check_memory(c, MEGALODON_TRAIN, batch_size, seq_len, 0);
-    m->B = batch_size, m->L = seq_len;
-    const double time = timed(run_step), peak = peak_memory();
-    measure_machine();
-    const double flop = (double)R * step_flop(c, seq_len), floor = flop / product_rate;
-    printf("a step of %d x %d tokens, %s: %.1f ms, %.0f tokens/s, %.0f %% of the floor\n", batch_size, seq_len, preset,
-           time * 1e3, (double)R / time, 100 * floor / time);
-    printf("    floor: %.1f MFLOP of products a token at the rate above, %.1f ms\n", flop / (double)R / 1e6,
-           floor * 1e3);
-    printf("    memory: %.0f MiB planned, %.0f MiB at peak\n\n",
-           (double)(p.params + p.grads + p.moments + p.activations + p.scratch) / 1048576, peak);
-    if (!brief) print_parts(time);
+    printf("%-28s %9.2f %9.2f %6.1f%%\n", "all parts", sum * 1e3, best * 1e3, 100 * sum / step->median);
 }
 
 // ----------------------------------------------------------------------------
-// decoding: one token after another. A chunk's tokens see from 1 to C keys: the mean is over whole chunks.
+// decoding: one token after another. A chunk's tokens see from 1 to C keys: times are means over whole chunks, of long
+// chunks at PLACES places, the middle of each sixteenth.
 
-static State *state;
-static void run_token(void) { megalodon_forward(m, state, tokens, 1, 1), megalodon_logits(m, 0, 1, m->scratch.logits); }
+enum { PLACES = 16, PIECE = 2048, MOST_STATES = 12 };
+static State *states[MOST_STATES]; // each at the start of a chunk
+static int which;                  // of them goes on
 
-static void bench_decode(const Config *c) {
-    enum { PLACES = 16 };
-    const int C = c->chunk_size;
-    const double weights = (double)(m->num_params - (size_t)c->vocab_size * (size_t)c->model_dim * !c->share_emb);
-    const double cache = (double)c->num_layers * (C + 1) / 2 * (c->z_dim + c->value_dim);
-    measure_machine();
-    const double floor = (weights + cache) * sizeof(real) / read_rate;
-    double sum = 0;
-    state = state_new(c, 1, 0);
-    if (state == NULL) fatal("out of memory for the state");
-    for (int i = 0; i < PLACES; i++) { // the middle of each sixteenth of a chunk
-        double times = 0;
-        for (int r = 0; r <= repeats; r++) {
-            state->count[0] = (int64_t)C * 10 + (2 * i + 1) * C / (2 * PLACES);
-            const double start = seconds();
-            run_token();
-            if (r > 0) times += seconds() - start;
-        }
-        sum += times / repeats / PLACES;
+static int places(void) { return config.chunk_size <= 256 ? config.chunk_size : PLACES; }
+static void run_chunk(void) {
+    State *s = states[which];
+    const int64_t start = s->count[0], C = config.chunk_size, n = places();
+    for (int64_t i = 0; i < n; i++) {
+        if (n < C) s->count[0] = start + (2 * i + 1) * C / (2 * n);
+        megalodon_forward(m, s, tokens + i, 1, 1);
+        megalodon_logits(m, 0, 1, m->scratch.logits);
     }
-    printf("decoding, %s: %.2f ms a token, %.1f tokens/s, mean over a chunk (%d places, %d times each)\n", preset,
-           sum * 1e3, 1 / sum, PLACES, repeats);
-    printf("    floor: %.0f MB of weights, %.1f MB of a mean chunk's keys and values, once: %.2f ms; ours is %.2f "
-           "times that\n",
-           weights * sizeof(real) / 1e6, cache * sizeof(real) / 1e6, floor * 1e3, sum / floor);
-    state_free(state);
+    s->count[0] = start + C;
+}
+
+static void bench_decode(void) {
+    const Config *c = &config;
+    const double weights = (double)(m->num_params - (size_t)c->vocab_size * (size_t)c->model_dim * !c->share_emb);
+    const double cache = (double)c->num_layers * (c->chunk_size + 1) / 2 * (c->z_dim + c->value_dim);
+    enum { CHUNK = MACHINE };
+    Part parts[] = {machine[PRODUCT], machine[COPY], machine[READ], {"a chunk", run_chunk, 0, 0, 0, 0}};
+    machine_new();
+    time_parts(parts, CHUNK + 1);
+    print_machine(parts);
+    const double token = parts[CHUNK].median / places(), best = parts[CHUNK].fastest / places();
+    const double bytes = (weights + cache) * sizeof(real), floor = bytes * parts[READ].median / parts[READ].bytes;
+    printf("decoding, %s: %.3f (%.3f) ms a token, %.1f tokens/s, mean over a chunk (%d of its %d places)\n", preset,
+           token * 1e3, best * 1e3, 1 / token, places(), c->chunk_size);
+    printf("    floor: %.1f MB of weights, %.1f MB of a mean chunk's keys and values, read once: %.3f ms; ours is %.2f "
+           "times that (the best of both: %.2f)\n",
+           weights * sizeof(real) / 1e6, cache * sizeof(real) / 1e6, floor * 1e3, token / floor,
+           best * parts[READ].bytes / bytes / parts[READ].fastest);
+}
+
+// Chunks decoded after 4096, 16384, .. tokens, in turn: does the time depend on how much was read?
+static void bench_positions(void) {
+    static double times[MOST_STATES][MAX_REPEATS];
+    const size_t C = (size_t)config.chunk_size, piece = PIECE / C > 0 ? PIECE / C * C : C;
+    int count = 0;
+    size_t at[MOST_STATES], read = 0;
+    for (size_t next = 4096; next <= (size_t)furthest; next *= 4, count++) {
+        for (; read < next; read += piece) megalodon_forward(m, states[0], tokens, 1, (int)piece);
+        at[count] = read;
+        states[count + 1] = state_new(&config, 1, 0);
+        if (states[count + 1] == NULL) fatal("--furthest: out of memory for the states");
+        state_write(states[count + 1], 0, states[0]->bytes, states[0]->memory);
+    }
+    for (int r = -1; r < repeats; r++) {
+        for (which = 1; which <= count; which++) {
+            const double start = seconds();
+            run_chunk();
+            if (r >= 0) times[which - 1][r] = (seconds() - start) / places();
+        }
+    }
+    printf("%s; medians of %d chunks in turn, in brackets the best\n", megalodon_backend(), repeats);
+    for (int i = 0; i < count; i++) {
+        qsort(times[i], (size_t)repeats, sizeof *times[i], by_size);
+        printf("decoding after %zu tokens, %s: %.4f (%.4f) ms a token\n", at[i], preset, times[i][repeats / 2] * 1e3,
+               times[i][0] * 1e3);
+    }
 }
 
 int main(int argc, char **argv) {
     options_parse(options, argc, argv, "Where the time of a training step goes.\n\n");
     settle_threads(argv, threads);
     if (threads > 0) megalodon_threads(threads);
-    const Config *c = find_preset(preset);
-    if (decode) batch_size = seq_len = 1;
-    m = megalodon_new(c, decode ? MEGALODON_INFER : MEGALODON_TRAIN, batch_size, seq_len);
-    if (m == NULL) fatal("out of memory");
+    config = *find_preset(preset);
+    config.dropout = config.hidden_dropout = config.attention_dropout = dropped;
+    decode |= furthest > 0;
+    if (decode) batch_size = 1, seq_len = furthest > 0 ? max(PIECE, config.chunk_size) : 1;
+    const size_t n = (size_t)batch_size * (size_t)max(seq_len, config.chunk_size);
+    const Mode mode = decode ? MEGALODON_INFER : MEGALODON_TRAIN;
+    plan = check_memory(&config, mode, batch_size, seq_len, (size_t)3 * COPIED * sizeof(real));
+    m = megalodon_new(&config, mode, batch_size, seq_len);
+    states[0] = state_new(&config, 1, 0);
+    if (m == NULL || states[0] == NULL) fatal("out of memory");
     for (int i = 0; i < m->num_tensors; i++) {
         const Tensor *t = &m->tensors[i];
-        megalodon_init(m->memory[PARAMS] + t->offset, t, c, 1);
+        megalodon_init(m->memory[PARAMS] + t->offset, t, &config, 1);
     }
-    tokens = allocate((size_t)batch_size * (size_t)seq_len, sizeof *tokens);
-    targets = allocate((size_t)batch_size * (size_t)seq_len, sizeof *targets);
-    for (int i = 0; i < batch_size * seq_len; i++)
-        tokens[i] = i * 7 % c->vocab_size, targets[i] = i * 5 % c->vocab_size;
-    if (decode)
-        bench_decode(c);
+    tokens = allocate(n, sizeof *tokens);
+    targets = allocate(n, sizeof *targets);
+    for (size_t i = 0; i < n; i++)
+        tokens[i] = (int32_t)(i * 7 % (size_t)config.vocab_size),
+        targets[i] = (int32_t)(i * 5 % (size_t)config.vocab_size);
+    if (furthest > 0)
+        bench_positions();
+    else if (decode)
+        bench_decode();
     else
-        bench_step(c);
+        bench_step();
     megalodon_free(m);
+    for (int i = 0; i < MOST_STATES; i++) state_free(states[i]);
+    for (int i = 0; i < 3; i++) free(large[i]);
     free(tokens), free(targets);
     return 0;
 }

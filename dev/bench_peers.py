@@ -2,14 +2,19 @@
 
     make build/bench && python dev/bench_peers.py --threads 16
 
-Peers: megalodon-jax (pip install -r dev/requirements-jax.txt optax) and a PyTorch Llama with as many parameters
-(pip install torch), each left out if it is not installed. Every case is a process of its own, held to the first
---threads cores; cases take turns, --rounds times, so that all meet the same machine. A case reports the median of its
-steps after two for warming up, and the peak of its resident memory. The table has each one's best round.
+Peers: megalodon-jax (pip install -r dev/requirements-bench.txt) and a PyTorch Llama with as many parameters (pip
+install torch), each left out if it is not installed. --wheels DIR: packages are also looked for there, for a machine
+that has JAX but no network: pip install --no-deps --target DIR for what requirements-bench.txt names besides jax,
+jaxlib, numpy, scipy. Every case is a process of its own, held to --threads cores, of which no two are one core's
+hardware threads if there are enough; cases take turns, --rounds times, so that all meet the same machine. A case
+reports the median of its steps after two for warming up, and the peak of its resident memory, of which the
+interpreter and its libraries had some before the model was made. The table has the median round, and the best one.
 """
 
 import argparse
+import importlib.metadata
 import os
+import platform
 import re
 import resource
 import statistics
@@ -20,10 +25,42 @@ import time
 LAYERS, DIM, VOCAB = 6, 384, 256
 
 
-def report(times, batch, length):
-    tokens = batch * length / statistics.median(times)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"RESULT {tokens:.1f} {peak:.0f}")
+def resident():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def report(times, batch, length, before):
+    print(f"RESULT {batch * length / statistics.median(times):.1f} {resident():.0f} {before:.0f}")
+
+
+def cpus(threads):
+    """The first `threads` CPUs, taking second hardware threads of a core only when there are no others."""
+    def key(cpu):
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as f:
+                siblings = [int(x) for part in f.read().split(",") for x in part.split("-")]
+        except (OSError, ValueError):
+            siblings = [cpu]
+        return cpu != min(siblings), cpu
+    return set(sorted(os.sched_getaffinity(0), key=key)[:threads])
+
+
+def cpu_model():
+    try:
+        with open("/proc/cpuinfo") as f:
+            return re.search(r"model name\s*: (.*)", f.read()).group(1)
+    except (OSError, AttributeError):
+        return platform.processor() or "unknown CPU"
+
+
+def versions(*names):
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    print("NOTE " + ", ".join(found))
 
 
 def timed(step, count):
@@ -36,13 +73,16 @@ def timed(step, count):
     return times
 
 
-def run_jax(batch, length, steps, threads):
+def run_jax(batch, length, steps, _):
     import equinox as eqx
     import jax
     import numpy as np
     import optax
     from megalodon_jax import MegalodonConfig, MegalodonForCausalLM
     jax.config.update("jax_platforms", "cpu")
+    versions("megalodon-jax", "jax", "jaxlib", "equinox", "optax")
+    jax.block_until_ready(jax.numpy.ones(8) + 1)
+    before = resident()
     config = MegalodonConfig(vocab_size=VOCAB, model_dim=DIM, num_layers=LAYERS, num_heads=3, z_dim=192, value_dim=384,
                              ffn_hidden_dim=1024, cema_ndim=8, chunk_size=256, norm_num_groups=32, swiglu=True,
                              output_size=-1)
@@ -61,10 +101,10 @@ def run_jax(batch, length, steps, threads):
     holder = [model, state]
 
     def step():
-        holder[0], holder[1], loss = update(holder[0], holder[1], tokens + 0)
-        loss.block_until_ready()
+        holder[0], holder[1], _ = update(holder[0], holder[1], tokens + 0)
+        jax.block_until_ready(holder)
 
-    report(timed(step, steps), batch, length)
+    report(timed(step, steps), batch, length, before)
 
 
 def run_llama(batch, length, steps, threads):
@@ -73,6 +113,8 @@ def run_llama(batch, length, steps, threads):
     import torch.nn.functional as F
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    versions("torch")
+    before = resident()
     heads, hidden = 6, 1088
     angles = torch.outer(torch.arange(length), 10000 ** (-torch.arange(0, DIM // heads, 2) / (DIM // heads)))
     turn = torch.polar(torch.ones_like(angles), angles)
@@ -98,7 +140,7 @@ def run_llama(batch, length, steps, threads):
 
     model = nn.Sequential(nn.Embedding(VOCAB, DIM), *(Block() for _ in range(LAYERS)), nn.RMSNorm(DIM),
                           nn.Linear(DIM, VOCAB, bias=False))
-    print("parameters", sum(p.numel() for p in model.parameters()))
+    assert sum(p.numel() for p in model.parameters()) == 11260800  # ours: 11,359,104
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens = torch.randint(0, VOCAB, (batch, length))
 
@@ -108,30 +150,32 @@ def run_llama(batch, length, steps, threads):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    report(timed(step, steps), batch, length)
+    report(timed(step, steps), batch, length, before)
 
 
 def run_ours(program, batch, length, steps, threads):
     command = [program, "--brief", "--threads", str(threads), "--batch-size", str(batch), "--seq-len", str(length),
                "--repeats", str(max(3, steps))]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    tokens, floor = re.search(r"([\d.]+) tokens/s, (\d+) % of the floor", text).groups()
+    tokens = re.search(r"([\d.]+) \([\d.]+\) tokens/s", text).group(1)
+    floor = re.search(r"ms: (\d+) % of the step", text).group(1)
     peak = re.search(r"([\d.]+) MiB at peak", text).group(1)
-    print(text.splitlines()[1])
-    print(f"RESULT {tokens} {peak} {floor}")
+    print(f"NOTE {text.splitlines()[0].split(';')[0]}; {floor} % of the floor")
+    print(f"RESULT {tokens} {peak} nan")  # a C program: a MiB or two before the model
 
 
 def child(name, args):
-    command = [sys.executable, __file__, "--case", name] + [f"--{key.replace('_', '-')}={value}" for key, value in
-                                                           vars(args).items() if key not in ("case", "rounds")]
+    """What a case measured, or None, and a note."""
+    command = [sys.executable, __file__, "--case", name]
+    command += [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key not in ("case", "rounds")]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
     except subprocess.TimeoutExpired:
         return None, f"no result within {args.timeout} s"
     found = re.search(r"^RESULT (.*)$", result.stdout, re.M)
     if not found:
-        return None, (result.stderr.strip().splitlines() or ["failed"])[-1]
-    return [float(x) for x in found.group(1).split()], result.stdout.splitlines()[0]
+        return None, "left out: " + (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[-1]
+    return [float(x) for x in found.group(1).split()], re.search(r"^NOTE (.*)$", result.stdout, re.M).group(1)
 
 
 def main():
@@ -141,32 +185,43 @@ def main():
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--timeout", type=int, default=120, help="seconds for one case")
+    parser.add_argument("--timeout", type=int, default=180, help="seconds for one case")
     parser.add_argument("--program", default="build/bench")
+    parser.add_argument("--wheels", default="", metavar="DIR", help="where else to look for packages")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.wheels:
+        sys.path.append(os.path.abspath(args.wheels))  # last: what is installed comes first
+    cases = {"megalodon.c": lambda *a: run_ours(args.program, *a), "megalodon-jax": run_jax, "Llama, PyTorch": run_llama}
     if args.case:
-        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:args.threads]))
-        run = {"megalodon.c": lambda *a: run_ours(args.program, *a), "megalodon-jax": run_jax, "Llama, PyTorch": run_llama}
-        run[args.case](args.batch_size, args.seq_len, args.steps, args.threads)
+        os.sched_setaffinity(0, cpus(args.threads))
+        cases[args.case](args.batch_size, args.seq_len, args.steps, args.threads)
         return
-    cases = ("megalodon.c", "megalodon-jax", "Llama, PyTorch")
-    best, failed = {}, {}
+    if not os.path.exists(args.program):
+        sys.exit(f"{args.program} is not here: run this in the repository's root, after make build/bench")
+    print(f"{cpu_model()}, {len(os.sched_getaffinity(0))} CPUs, Python {platform.python_version()}", flush=True)
+    results, failed = {}, set()
     for _ in range(args.rounds):
         for name in cases:
             if name in failed:
                 continue
             result, note = child(name, args)
             if result is None:
-                failed[name] = note
+                failed.add(name)
                 print(f"{name}: {note}", flush=True)
             else:
+                results.setdefault(name, []).append(result)
                 print(f"{name}: {result[0]:.0f} tokens/s, {result[1]:.0f} MiB ({note})", flush=True)
-                best[name] = max(best.get(name, result), result)
-    print(f"\n{args.threads} threads, {args.batch_size} x {args.seq_len} tokens, best of {args.rounds} rounds")
-    print(f"{'':16} {'tokens/s':>9} {'ours is':>8} {'peak MiB':>9}")
-    for name, result in best.items():
-        print(f"{name:16} {result[0]:9.0f} {best[cases[0]][0] / result[0]:7.2f}x {result[1]:9.0f}")
+    if "megalodon.c" not in results:
+        sys.exit("no result of ours to compare with")
+    print(f"\n{args.threads} threads, {args.batch_size} x {args.seq_len} tokens, median of {args.rounds} rounds")
+    print(f"{'':16} {'tokens/s':>9} {'best':>9} {'ours is':>8} {'peak MiB':>9} {'ours is':>8} {'before the model':>17}")
+    columns = {name: [statistics.median(c) for c in zip(*rounds)] for name, rounds in results.items()}
+    speed, peak, _ = columns["megalodon.c"]
+    for name, column in columns.items():
+        best = max(r[0] for r in results[name])
+        print(f"{name:16} {column[0]:9.0f} {best:9.0f} {speed / column[0]:7.2f}x {column[1]:9.0f} "
+              f"{peak / column[1]:7.2f}x {column[2]:17.0f}".replace("nan", "  -"))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
+#define _GNU_SOURCE       // sched.h: CPU_COUNT
 #include <errno.h>        // defines: errno
 #include <fcntl.h>        // defines: open, fcntl
+#include <sched.h>        // defines: sched_getaffinity
 #include <signal.h>       // defines: signal
 #include <stdarg.h>       // defines: va_list
 #include <stdlib.h>       // defines: calloc, exit, free, getenv, setenv
@@ -113,7 +115,8 @@ static int others_running(void) {
 }
 
 void settle_threads(char **argv, int threads) {
-    const long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    cpu_set_t ours;
+    const int cores = sched_getaffinity(0, sizeof ours, &ours) == 0 ? CPU_COUNT(&ours) : 1;
     if (threads == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY") || getenv("OMP_PROC_BIND")) return;
     if (others_running() >= cores / 4 + (cores % 4 != 0)) {
         setenv("KMP_BLOCKTIME", "1", 0); // of LLVM's OpenMP, in ms

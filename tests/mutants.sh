@@ -7,8 +7,8 @@
 
 list() {
     cat <<'END'
-exp_real: x = x < -86.0f ? -86.0f : x  =>  x = x > -86.0f ? x : -86.0f
-exp_real: x = x > 88.0f ? 88.0f : x  =>  x = x > 88.5f ? 88.5f : x
+exp_real: x = x < -64.0f ? -64.0f : x  =>  x = x > -64.0f ? x : -64.0f
+exp_real: x = x > 64.0f ? 64.0f : x  =>  x = x > 64.5f ? 64.5f : x
 exp_real: 1.0f / 120  =>  1.0f / 100
 exp_real: - n * 1.42860677e-6f  =>
 sigmoid: exp_real(-x)  =>  exp_real(x)

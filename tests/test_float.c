@@ -34,24 +34,25 @@ static void test_moments(void) {
 static void test_exp(void) {
     double worst = 0, last = 0;
     int rising = 1;
-    for (int i = -8600000; i <= 8800000; i++) {
+    for (int i = -6400000; i <= 6400000; i++) {
         float x = (float)i * 1e-5f, y = exp_real(x);
         double error = fabs(y / exp((double)x) - 1);
         worst = error > worst ? error : worst;
         rising &= y >= last * (1 - 2e-7);
         last = y;
     }
-    printf("exp_real from -86 to 88: largest relative error %.2e\n", worst);
+    printf("exp_real from -64 to 64: largest relative error %.2e\n", worst);
     check_true("exp_real errs by less than 2e-7",
                worst < 2e-7); // if it were NaN somewhere, rising would be false
     check_true("exp_real rises", rising);
     check_true("exp_real(0) = 1", exp_real(0) == 1);
     check_true("exp_real keeps NaN", isnan(exp_real(NAN)) && isnan(exp_real(-NAN)));
-    check_true("exp_real holds x above -86", exp_real(-1e30f) == exp_real(-86) && exp_real(-INFINITY) == exp_real(-86));
-    check_true("exp_real holds x below 88", exp_real(1e30f) == exp_real(88) && exp_real(INFINITY) == exp_real(88));
-    check_true("exp_real(88) is finite", isfinite(exp_real(88)));
+    volatile float far = 1e30f, infinite = INFINITY, end = 64; // or the compiler works some out, rounding otherwise
+    check_true("exp_real holds x above -64", exp_real(-far) == exp_real(-end) && exp_real(-infinite) == exp_real(-end));
+    check_true("exp_real holds x below 64", exp_real(far) == exp_real(end) && exp_real(infinite) == exp_real(end));
+    check_true("exp_real(64) is finite", isfinite(exp_real(64)));
     check_true("sigmoid's ends",
-               sigmoid(-1000) < 1e-37f && sigmoid(-1000) >= 0 && sigmoid(1000) == 1 && isnan(sigmoid(NAN)));
+               sigmoid(-1000) < 1e-27f && sigmoid(-1000) >= 0 && sigmoid(1000) == 1 && isnan(sigmoid(NAN)));
 }
 
 int main(void) {
