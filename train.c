@@ -327,9 +327,10 @@ static FILE *open_log(int64_t step) {
     if (file == NULL) fatal("--log %s: %s", s.log, strerror(errno));
     fputs(header, file);
     while (old != NULL && fgets(line, sizeof line, old) != NULL) {
-        if (strtoll(line, NULL, 10) <= step) fputs(line, file);
+        if (strtoll(line, NULL, 10) <= step && strchr(line, '\n') != NULL) fputs(line, file); // whole rows only
     }
-    if (old != NULL && (fclose(old) != 0 || rename(tmp, s.log) != 0)) fatal("--log %s: %s", s.log, strerror(errno));
+    if (old != NULL && (fflush(file) != 0 || ferror(file) || fclose(old) != 0 || rename(tmp, s.log) != 0))
+        fatal("--log %s: %s", tmp, strerror(errno)); // the old one is as it was
     return file;
 }
 
@@ -377,7 +378,7 @@ int main(int argc, char **argv) {
         printf("step %lld of %lld: nothing left to do; --steps is the total\n", (long long)step, (long long)end);
     FILE *log_file = s.log && step < end ? open_log(step) : NULL;
     // a second signal ends the program at once
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESETHAND};
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
 
@@ -433,6 +434,7 @@ int main(int argc, char **argv) {
         printf("%s at step %lld after %.1f s, peak memory %.0f MiB%s%s\n", halt ? "stopped" : "done", (long long)step,
                seconds() - begin, peak_memory(), out ? "; saved in " : "", out ? out : "");
     if (log_file != NULL) fclose(log_file);
+    if ((fflush(stdout) != 0 || ferror(stdout)) && s.eval) fatal("stdout: the result could not be written");
     for (int a = 0; data.states != NULL && a < s.grad_accum; a++) state_free(data.states[a]);
     reader_free(&data.train), reader_free(&data.val);
     free(data.inputs), free(data.targets), free(data.fresh), free(data.states);

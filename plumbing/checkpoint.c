@@ -67,8 +67,10 @@ static bool read_block(StFile *f, const StTensor *t, Model *m, Block block, size
         int64_t piece = n - done < PIECE ? n - done : PIECE;
         if (!st_read(f, t, done, piece, values, REAL, err)) return false;
         for (int64_t i = 0; i < piece; i++) {
-            if (!isfinite(values[i]))
-                return fail(err, "%.200s: tensor '%s' is not finite at element %" PRId64, f->path, t->name, done + i);
+            const bool negative = block == MOMENT2 && values[i] < 0; // its root would be no number
+            if (negative || !isfinite(values[i]))
+                return fail(err, "%.200s: tensor '%s' is %s at element %" PRId64, f->path, t->name,
+                            negative ? "negative" : "not finite", done + i);
         }
         megalodon_write(m, block, first + (size_t)done, (size_t)piece, values);
     }
@@ -206,7 +208,10 @@ bool checkpoint_open(StFile *f, Config *config, const char *path) {
     char file[PATH_SIZE], err[ST_ERR];
     bool ok = false;
     int i = 0;
-    while (!ok && run_model(file, path, i)) ok = st_open(f, file, err), i++;
+    for (; !ok && run_model(file, path, i); i++) {
+        ok = st_open(f, file, err);
+        if (!ok) fprintf(stderr, "warning: passed over a checkpoint: %s\n", err);
+    }
     if (i == 0) { // no run: one of a run's own directories, or a file
         snprintf(file, sizeof file, "%s/model.safetensors", path);
         ok = st_open(f, file, err) || st_open(f, path, err);

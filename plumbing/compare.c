@@ -264,6 +264,10 @@ int main(int argc, char **argv) {
     StFile a = {0}, b = {0};
     bool opened = st_open(&a, paths[0], err) && st_open(&b, paths[1], err);
     int status = opened ? compare_files(&a, &b, tolerance, err) : 2;
+    if ((fflush(stdout) != 0 || ferror(stdout)) && status < 2) {
+        snprintf(err, sizeof err, "stdout: cannot be written");
+        status = 2;
+    }
     if (status == 2) fprintf(stderr, "compare: %s\n", err);
     st_close(&a);
     st_close(&b);

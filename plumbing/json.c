@@ -15,6 +15,9 @@ bool json_fail(Json *j, const char *format, ...) {
     va_start(args, format);
     vsnprintf(j->error + n, sizeof j->error - (size_t)n, format, args);
     va_end(args);
+    for (char *p = j->error; *p != 0; p++) { // may hold some of the text, and gets printed
+        if ((unsigned char)*p < 0x20 || *p == 0x7F) *p = '?';
+    }
     return false;
 }
 

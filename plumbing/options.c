@@ -105,7 +105,8 @@ static bool set_value(const Option *o, const char *text) {
         number = (double)whole;
     }
     bool overflow = errno == ERANGE && (o->kind != OPT_REAL || !isfinite(number));
-    bool in_range = o->kind < OPT_INT || (number >= o->min && number <= o->max);
+    const double min = o->kind < OPT_INT ? 0 : o->min, max = o->kind < OPT_INT ? 1 : o->max; // switches are 0 or 1
+    bool in_range = number >= min && number <= max;
     if (end == text || *end != 0 || overflow || !in_range) return false;
     if (o->kind == OPT_REAL)
         *(double *)o->value = number;

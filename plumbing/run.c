@@ -66,6 +66,21 @@ static void remove_step(const char *dir, int64_t step, const char *suffix) {
     if (remove(path) != 0) fprintf(stderr, "warning: cannot remove %s: %s\n", path, strerror(errno));
 }
 
+// Writes DIR/options.txt; whatever happens meanwhile, there is a whole one.
+static void keep_options(const char *dir, const Option *options) {
+    char tmp[PATH_SIZE], path[PATH_SIZE];
+    if (snprintf(tmp, sizeof tmp, "%s/options.txt.tmp", dir) >= PATH_SIZE) fatal("--out %s: name too long", dir);
+    snprintf(path, sizeof path, "%s/options.txt", dir);
+    FILE *f = fopen(tmp, "w");
+    if (f != NULL) options_write(options, f);
+    bool ok = f != NULL && fflush(f) == 0 && !ferror(f) && fsync(fileno(f)) == 0;
+    if (f != NULL) ok = fclose(f) == 0 && ok;
+    if (ok && rename(tmp, path) == 0) return;
+    const int reason = errno;
+    unlink(tmp);
+    fatal("%s: cannot write: %s", path, strerror(reason));
+}
+
 void run_claim(const char *dir, const Option *options, bool resume, bool overwrite) {
     char path[PATH_SIZE];
     if (snprintf(path, sizeof path, "%s/lock", dir) >= PATH_SIZE) fatal("--out %s: name too long", dir);
@@ -91,10 +106,7 @@ void run_claim(const char *dir, const Option *options, bool resume, bool overwri
               dir, (long long)steps[0], dir);
     for (int i = 0; i < count && overwrite; i++) remove_step(dir, steps[i], "");
     free(steps);
-    snprintf(path, sizeof path, "%s/options.txt", dir);
-    FILE *f = fopen(path, "w");
-    if (f != NULL) options_write(options, f);
-    if (f == NULL || fclose(f) != 0) fatal("%s: %s", path, strerror(errno));
+    keep_options(dir, options);
 }
 
 // The validation loss that a checkpoint remembers; infinite if it has none.
@@ -136,12 +148,16 @@ void run_save(const char *dir, Model *model, State *const *states, int num_state
     remove_step(dir, step, ".tmp");
     if (mkdir(tmp, 0777) != 0) fatal("%s: %s", tmp, strerror(errno));
     step_path(path, dir, step, ".tmp/model.safetensors");
-    if (!save_model(path, model, config, err)) fatal("%s", err);
+    bool ok = save_model(path, model, config, err);
     step_path(path, dir, step, ".tmp/optimizer.safetensors");
-    if (!save_optimizer(path, model, config, seed, step, val_loss, err)) fatal("%s", err);
-    for (int i = 0; i < num_states; i++) {
+    ok = ok && save_optimizer(path, model, config, seed, step, val_loss, err);
+    for (int i = 0; i < num_states && ok; i++) {
         state_path(path, dir, step, ".tmp", i);
-        if (!save_state(path, states[i], config, seed, NULL, err)) fatal("%s", err);
+        ok = save_state(path, states[i], config, seed, NULL, err);
+    }
+    if (!ok) { // a disk that is full: what is there already must not stay
+        remove_step(dir, step, ".tmp");
+        fatal("%s", err);
     }
     remove_step(dir, step, ""); // one that did not load
     step_path(path, dir, step, "");

@@ -25,6 +25,9 @@ __attribute__((format(printf, 4, 5))) static bool fail(char *err, const char *pa
     va_start(args, format);
     vsnprintf(err + n, ST_ERR - n, format, args);
     va_end(args);
+    for (char *p = err; *p != 0; p++) { // names come from files, and get printed
+        if ((unsigned char)*p < 0x20 || *p == 0x7F) *p = '?';
+    }
     return false;
 }
 
@@ -151,7 +154,8 @@ static bool check_layout(StFile *f, char *err) {
     const size_t n = (size_t)f->count;
     uint64_t at = 0;
     f->by_name = malloc((n + 1) * sizeof *f->by_name);
-    if (f->by_name == NULL) return fail(err, f->path, NULL, "out of memory");
+    if (f->tensors == NULL) f->tensors = malloc(sizeof *f->tensors); // loops add 0 to it
+    if (f->by_name == NULL || f->tensors == NULL) return fail(err, f->path, NULL, "out of memory");
     if (n > 0) qsort(f->tensors, n, sizeof *f->tensors, by_offset);
     for (size_t i = 0; i < n; i++) f->by_name[i] = &f->tensors[i];
     qsort(f->by_name, n, sizeof *f->by_name, by_name);
@@ -174,13 +178,17 @@ static bool read_header(StFile *f, char **text, char *err) {
     char name[MAX_NAME] = "";
     struct stat info;
     Json j;
-    uint64_t n = 0, size; // bytes of the header, of the file
-    if (f->file == NULL || fstat(fileno(f->file), &info) != 0) {
-        return fail(err, f->path, NULL, "%s", strerror(errno));
+    uint64_t n = 0, size;                                            // bytes of the header, of the file
+    const int fd = open(f->path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); // a FIFO is refused, not waited for
+    if (fd < 0 || fstat(fd, &info) != 0 || (f->file = fdopen(fd, "rb")) == NULL) {
+        fail(err, f->path, NULL, "%s", strerror(errno));
+        if (fd >= 0) close(fd);
+        return false;
     }
     size = (uint64_t)info.st_size;
     if (!S_ISREG(info.st_mode)) return fail(err, f->path, NULL, "not a regular file");
-    if (fread(&n, sizeof n, 1, f->file) != 1) return fail(err, f->path, NULL, "truncated: under 8 bytes");
+    if (size < sizeof n || fread(&n, sizeof n, 1, f->file) != 1)
+        return fail(err, f->path, NULL, "truncated: under 8 bytes");
     if (n > MAX_HEADER || n > size - sizeof n) {
         const char *problem = n > MAX_HEADER ? "is above the limit of 100 MB" : "is cut short";
         return fail(err, f->path, NULL, "damaged? its header of %" PRIu64 " bytes %s", n, problem);
@@ -198,8 +206,7 @@ static bool read_header(StFile *f, char **text, char *err) {
 
 bool st_open(StFile *f, const char *path, char *err) {
     char *text = NULL;
-    const int fd = open(path, O_RDONLY | O_NONBLOCK); // a pipe must not keep us waiting
-    *f = (StFile){.path = strdup(path), .file = fd < 0 ? NULL : fdopen(fd, "rb")};
+    *f = (StFile){.path = strdup(path)};
     bool ok = f->path != NULL ? read_header(f, &text, err) : fail(err, path, NULL, "out of memory");
     free(text);
     if (!ok) st_close(f);
@@ -291,17 +298,20 @@ static void print_header(FILE *out, const char *config, const StTensor *tensors,
         fprintf(out, "],\"data_offsets\":[%" PRIu64 ",%" PRIu64 "]}", t->begin, t->end);
     }
     fputc('}', out);
-    while (ftello(out) % 8 != 0) fputc(' ', out);
+    for (off_t at = ftello(out); at % 8 > 0; at++) fputc(' ', out);
 }
 
 bool st_create(StWriter *w, const char *path, const char *config, StTensor *tensors, int count, char *err) {
     uint64_t length = 0;
+    struct stat info;
     *w = (StWriter){.path = path};
     for (StTensor *t = tensors; t < tensors + count; t++) {
         t->begin = w->left;
         t->end = w->left += (uint64_t)st_count(t) * type_sizes[t->type];
     }
     if (strlen(path) + sizeof ".tmp" > sizeof w->tmp) return fail(err, path, NULL, "name too long");
+    if (stat(path, &info) == 0 && !S_ISREG(info.st_mode)) // would replace a device, /dev/null for instance
+        return fail(err, path, NULL, "cannot write: not a regular file");
     snprintf(w->tmp, sizeof w->tmp, "%s.tmp", path);
     if ((w->file = fopen(w->tmp, "wb")) == NULL) return give_up(w, err, strerror(errno));
     fwrite(&length, sizeof length, 1, w->file); // stays 0, which is no valid file, until the header is there

@@ -157,7 +157,14 @@ static void test_refusals(void) {
         {"{" ENTRY("x", "F32", "-2", "0", "8") "}", 8, "negative size -2"},
         {"{" ENTRY("x", "F32", "4294967296,4294967296", "0", "0") "}", 0, "shape overflows"},
         {"{" ENTRY("x", "F32", "1,1,1,1,1,1,1,1,1", "0", "4") "}", 4, "more than 8 sizes"},
+        {"{" ENTRY("x", "F32", "2305843009213693951", "0", "9223372036854775804") "}", 8, "ends after the file does"},
+        {"{" ENTRY("x", "F32", "2", "9223372036854775800", "9223372036854775808") "}", 8, "integer out of range"},
+        {"{" ENTRY("x", "F32", "2", "9223372036854775799", "9223372036854775807") "}", 8, "'x': a gap before it"},
+        {"{" ENTRY("x", "F32", "2", "-8", "0") "}", 8, "negative size -8"},
+        {"{" ENTRY("x", "F32", "2", "0", "4,8") "}", 8, "more than 2 sizes"},
+        {"{" ENTRY("x", "F32", "0,9223372036854775807,9223372036854775807", "0", "8") "}", 8, "shape makes 0 bytes"},
         {"{" ENTRY("x", "F16", "4", "0", "8") "}", 8, "dtype F16 is none of"},
+        {"{\"x\":{\"dtype\":[[[[[[[[]]]]]]]]}}", 0, "expected '\"'"},
         {"{" ENTRY("x", "F32", "2", "8", "0") "}", 8, "data_offsets is not"},
         {"{" ENTRY("x", "F32", "2", "0", "8") "," ENTRY("y", "F32", "2", "4", "12") "}", 12, "'y': overlaps 'x'"},
         {"{" ENTRY("x", "F32", "2", "0", "8") "," ENTRY("y", "F32", "2", "12", "20") "}", 20, "'y': a gap before it"},
@@ -165,7 +172,12 @@ static void test_refusals(void) {
         {"{\"x\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8],\"more\":1}}", 8, "unknown field 'more'"},
         {"{\"x\":{\"dtype\":\"F32\",\"dtype\":\"F32\"}}", 8, "field 'dtype' twice"},
         {"{\"x\":{\"dtype\":\"F32\",\"shape\":[2]}}", 8, "field 'data_offsets' is missing"},
-        {"{\"x\\u001b\":1}", 8, "control character in a name"},
+        {"{\"x\\u001b\":1}", 8, "'x?': header, byte 11: control character in a name"},
+        {"{\"x\":{\"\\u001b[31m\":1}}", 8, "unknown field '?[31m'"},
+        {"{\"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+         "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+         "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef\":1}",
+         8, "string longer than 255 bytes"},
         {"{\"__metadata__\":{\"config\":1}}", 0, "expected"},
         {"{\"__metadata__\":{\"config\":\"\",\"config\":\"\"}}", 0, "config twice"},
         {"{\"__metadata__\":{},\"__metadata__\":{}}", 0, "metadata twice"},
@@ -183,6 +195,29 @@ static void test_refusals(void) {
     check(!st_open(&f, "/nonexistent", err), "refused: %s", err);
     fclose(fopen(file_b, "wb"));
     check(!st_open(&f, file_b, err) && strstr(err, "truncated"), "refused: %s", err);
+    check(!write_tensor(folder, "x", ST_F64, 0, &f, 8) && strstr(err, "not a regular file"), "not written: %s", err);
+}
+
+// The last two of 750 million numbers, behind 3 GB that take no space on the disk.
+static void test_large(void) {
+    static const char header[] = "{" ENTRY("x", "F32", "750000000", "0", "3000000000") "}";
+    const uint64_t length = sizeof header - 1;
+    const float last[2] = {1.5f, -2};
+    float back[2] = {0};
+    StFile f = {0};
+    FILE *out = fopen(file_b, "wb");
+    fwrite(&length, sizeof length, 1, out);
+    fputs(header, out);
+    bool ok = fseeko(out, 3000000000 - 8, SEEK_CUR) == 0 && fwrite(last, 4, 2, out) == 2;
+    if (fclose(out) != 0 || !ok) {
+        printf("skipped: files of 3 GB cannot be written to %s\n", folder);
+        return;
+    }
+    ok = st_open(&f, file_b, err) && st_count(f.tensors) == 750000000;
+    ok = ok && st_read(&f, f.tensors, 750000000 - 2, 2, back, ST_F32, err);
+    check(ok && memcmp(back, last, sizeof last) == 0, "a tensor of 3 GB is read to its end");
+    check(ok && !st_read(&f, f.tensors, 750000000 - 1, 2, back, ST_F32, err), "  and no further: %s", err);
+    st_close(&f);
 }
 
 // ---------------------------------------------------------------- compare
@@ -264,6 +299,7 @@ int main(int argc, char **argv) {
     test_json();
     test_round_trips();
     test_refusals();
+    test_large();
     if (argc > 1) test_compares(argv[1]);
     unlink(file_a);
     unlink(file_b);
