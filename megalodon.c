@@ -208,8 +208,8 @@ static void gemm_row(int tb, int N, int K, const real *a, const real *B, int ldb
     }
 }
 
-// The threads share C out in a grid of nearly equal pieces, near squares, for which least of A and B is read. An
-// element's sum runs over k in the same order whatever the grid. bias (N), or NULL: every row's beginning.
+// The threads share C out in a grid of nearly equal pieces, near squares, for which least of A and B is read. Without
+// a library an element's sum runs over k in the same order whatever the grid. bias (N), or NULL: added to every row.
 static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, int add,
                  const real *bias, real *C, int ldc) {
     int threads = (double)M * N * K > FEW ? threads_here() : 1, rows = M, columns = N;

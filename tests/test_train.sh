@@ -136,18 +136,19 @@ check "  lists the options with their defaults" grep -q -e '--lr X .*(0.003)' qu
 # ---------------------------------------------------------------- dropout, documents, carried states
 
 drop="--dropout 0.1 --hidden-dropout 0.2 --attention-dropout 0.3 --init-mode xavier"
-check "dropout" quiet $small $drop --out drop --steps 8 --save-every 4 --val-every 0 --log drop.csv --schedule constant
+check "dropout" quiet $small $drop --out drop --steps 8 --save-every 4 --val-every 8 --log drop.csv --schedule constant
 check "  is said" grep -q 'dropout     0.1, hidden 0.2, attention 0.3' quiet.out
-rm -r drop/step-00000008
-check "  resumed" quiet --resume drop
-check "  the same, so that masks do not depend on where a run began" same_log drop.csv drop.csv
-cp drop.csv first.csv
+cp drop.csv first.csv && mv drop/step-00000008 dropped
+check "  resumed at step 4" quiet --resume drop
+check "    the same model: masks do not depend on where a run began" same drop/step-00000008 dropped
+check "    the same log" same_log drop.csv first.csv
 check "  in two batches a step" quiet $small $drop --out drop2 --steps 8 --batch-size 1 --grad-accum 2 --val-every 0 --log drop2.csv --schedule constant
 check "    the same masks" close drop2.csv first.csv
 check "  recomputing" quiet $small $drop --out drop3 --steps 8 --recompute --val-every 0 --log drop3.csv --schedule constant
 check "    the same masks" close drop3.csv first.csv
-check "  the checkpoint keeps it" quiet --init drop --eval --data text --seq-len 12
-check "  and evaluating does without" grep -q 'val loss' quiet.out
+check "  --eval of the checkpoint" quiet --init drop --eval --data text --batch-size 2 --seq-len 12 --val-batches 2
+check "    is the run's last validation, both without dropout" [ "$(sed -n 's/^val loss \([0-9.]*\) .*/\1/p' quiet.out)" = \
+    "$(tail -n 1 drop.csv | cut -d, -f7 | xargs printf %.6f)" ]
 
 carry="$small --seq-len 16 --eot 10 --carry-state --val-every 0 --schedule constant"
 check "documents that are carried on" quiet $carry --out carry --steps 12 --save-every 5 --log carry.csv
@@ -163,7 +164,13 @@ check "a stream of two batches a step" quiet $carry --batch-size 1 --grad-accum 
 check "  gives the same losses" close carry2.csv whole.csv
 check "a stream, recomputing" quiet $carry --recompute --out carry3 --steps 12 --log carry3.csv
 check "  gives the same losses" close carry3.csv whole.csv
-check "with states the losses are others" quiet $carry --out carry4 --steps 12 --log carry4.csv --seq-len 8
+alone() { # SEQ_LEN: is a step of a stream what its batch would be without a state?
+    rm -rf stream && quiet $carry --seq-len "$1" --out stream --steps 4 && quiet --resume stream --steps 5 --dump s.safetensors &&
+        "$train" --threads 1 --init stream/step-00000004/model.safetensors --batch s.safetensors --steps 1 --dump b.safetensors > alone.out 2>&1 &&
+        "${train%train}compare" s.safetensors b.safetensors > alone.out 2>&1
+}
+check "rows that each hold a whole document start fresh" alone 32
+check "pieces of documents see what was before" fails alone 8
 check "documents" quiet $small --eot 10 --seq-len 40 --steps 1 --dump docs.safetensors
 check "  a fourth and more is ignored" grep -q 'step .* | [3-9][0-9]% ignored$' quiet.out
 
