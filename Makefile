@@ -43,6 +43,7 @@ all: $(PROGRAMS)
 
 help:
 	@echo 'make             ./train, ./sample, ./compare'
+	@echo 'make cuda        the same programs for a GPU: train_cuda, sample_cuda (bfloat16), *_cuda_fp32 (float32)'
 	@echo 'make demo        trains a small model for a minute, then lets it write'
 	@echo 'make test        checks layers, gradients, files and programs; ends with "N passed, N failed"'
 	@echo 'make test-mutants  checks these checks'
@@ -86,6 +87,44 @@ build/double/train build/double/sample: %: %.o build/double/library.a
 
 -include $(wildcard build/*.d build/double/*.d)
 .PRECIOUS: build/%.o build/double/%.o
+
+# ---------------------------------------------------------------- CUDA
+
+# nvcc on the PATH, at its usual place, or NVCC=.... Its headers and libraries are where it says they are.
+NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+CUDA_ROOT := $(if $(NVCC),$(abspath $(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/^.. TOP=//p')))
+CUDA_LIBS = $(foreach d,lib64 lib,-L$(CUDA_ROOT)/$d -Xlinker -rpath,$(CUDA_ROOT)/$d) -lcublasLt $(if $(OMP),-Xcompiler $(OMP))
+# The GPU of this machine, or CUARCH="80 90": code for each, and PTX of the last for those that come after.
+CUARCH = native
+NVCCFLAGS = -std=c++17 -O3 $(if $(filter native,$(CUARCH)),-arch=native,$(foreach a,$(CUARCH),-gencode \
+            arch=compute_$a,code=sm_$a) -gencode arch=compute_$(lastword $(CUARCH)),code=compute_$(lastword $(CUARCH)))
+NVCCFLAGS += -Xcompiler -Wall,-Wextra $(if $(WERROR),--Werror all-warnings)
+CUDA_PROGRAMS = train_cuda sample_cuda train_cuda_fp32 sample_cuda_fp32
+
+CUDA_FLAGS := $(NVCC) $(NVCCFLAGS)
+ifneq ($(CUDA_FLAGS),$(shell cat build/gpu/flags 2>/dev/null))
+$(shell mkdir -p build/gpu; echo '$(CUDA_FLAGS)' > build/gpu/flags)
+endif
+
+# In bfloat16, and in float32 to compare with the CPU.
+build/gpu/megalodon.o build/gpu/test_cuda.o: build/gpu/%.o: %.cu megalodon.cu megalodon.h build/gpu/flags
+	$(NVCC) $(NVCCFLAGS) -c $< -o $@
+build/gpu/megalodon_fp32.o build/gpu/test_cuda_fp32.o: build/gpu/%_fp32.o: %.cu megalodon.cu megalodon.h build/gpu/flags
+	$(NVCC) $(NVCCFLAGS) -DMEGALODON_FP32 -c $< -o $@
+vpath %.cu . tests
+
+train_cuda sample_cuda: %_cuda: build/%.o build/gpu/megalodon.o build/library.a
+	$(NVCC) $(NVCCFLAGS) $^ $(CUDA_LIBS) -o $@
+train_cuda_fp32 sample_cuda_fp32: %_cuda_fp32: build/%.o build/gpu/megalodon_fp32.o build/library.a
+	$(NVCC) $(NVCCFLAGS) $^ $(CUDA_LIBS) -o $@
+
+ifeq ($(CUDA_ROOT),)
+cuda:
+	@echo 'no nvcc: put it on the PATH, or say NVCC=/path/to/nvcc; ./train and ./sample need none' >&2; exit 1
+else
+cuda: $(CUDA_PROGRAMS)
+	@echo "built $(CUDA_PROGRAMS): $(NVCC), $(if $(filter native,$(CUARCH)),for this GPU,for sm $(CUARCH)). Next: ./train_cuda --help"
+endif
 
 # ---------------------------------------------------------------- tests
 
@@ -148,6 +187,6 @@ demo: $(PROGRAMS)
 	./sample --model build/demo --prompt "The "
 
 clean:
-	rm -rf build $(PROGRAMS)
+	rm -rf build $(PROGRAMS) $(CUDA_PROGRAMS)
 
-.PHONY: all help test test-mutants lint fuzz bench demo clean
+.PHONY: all help cuda test test-mutants lint fuzz bench demo clean

@@ -23,6 +23,8 @@ Easy to get wrong
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -1709,6 +1711,18 @@ void megalodon_threads(int threads) {
     omp_set_num_threads(threads);
 #endif
     (void)threads;
+}
+
+size_t megalodon_room(void) { return (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE); }
+
+size_t megalodon_peak(void) { // of the whole program
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    return (size_t)usage.ru_maxrss; // bytes there, KiB elsewhere
+#else
+    return (size_t)usage.ru_maxrss << 10;
+#endif
 }
 
 const char *megalodon_backend(void) {

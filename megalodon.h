@@ -304,6 +304,8 @@ static const char *const megalodon_activations[] = { // in data-flow order
 enum { NUM_ACTIVATIONS = sizeof megalodon_activations / sizeof megalodon_activations[0] };
 
 void megalodon_threads(int threads); // how many the backend uses, where that is a choice
+size_t megalodon_room(void);         // bytes of the backend's memory that models may take
+size_t megalodon_peak(void);         // bytes of it that this program has taken at most so far
 const char *megalodon_backend(void); // one line: what runs this, e.g. "CPU, float32, 2 threads, BLAS"
 
 #endif

@@ -197,6 +197,12 @@ static void fill_model(Model *model, const Config *config) {
     free(tensors);
 }
 
+static size_t count_parameters(const Config *c) {
+    size_t n = 0;
+    free(megalodon_tensors(c, NULL, &n));
+    return n;
+}
+
 static void print_header(const Config *c, const Data *d, const MemoryPlan *p) {
     const double mib = 1048576, total = (double)p->params + (double)p->grads + (double)p->moments +
                                         (double)p->activations + (double)p->scratch;
@@ -208,7 +214,7 @@ static void print_header(const Config *c, const Data *d, const MemoryPlan *p) {
            c->swiglu ? " swiglu" : "", c->cema_ndim, c->chunk_size, c->vocab_size, c->norm_num_groups,
            c->rescale_nffn ? ", rescale_nffn" : "", c->scale_emb ? ", scale_emb" : "",
            c->share_emb ? ", share_emb" : "", c->norm_affine ? "" : ", no norm_affine");
-    printf("parameters  %zu\n", p->params / sizeof(real));
+    printf("parameters  %zu\n", count_parameters(c));
     printf("memory      %.1f MiB: parameters %.1f, gradients %.1f, moments %.1f, activations %.1f, scratch "
            "%.1f\n",
            total / mib, (double)p->params / mib, (double)p->grads / mib, (double)p->moments / mib,
@@ -432,7 +438,7 @@ int main(int argc, char **argv) {
     }
     if (!s.eval)
         printf("%s at step %lld after %.1f s, peak memory %.0f MiB%s%s\n", halt ? "stopped" : "done", (long long)step,
-               seconds() - begin, peak_memory(), out ? "; saved in " : "", out ? out : "");
+               seconds() - begin, (double)megalodon_peak() / 1048576, out ? "; saved in " : "", out ? out : "");
     if (log_file != NULL) fclose(log_file);
     if ((fflush(stdout) != 0 || ferror(stdout)) && s.eval) fatal("stdout: the result could not be written");
     for (int a = 0; data.states != NULL && a < s.grad_accum; a++) state_free(data.states[a]);

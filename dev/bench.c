@@ -359,7 +359,7 @@ static void bench_step(void) {
     int count = FIRST;
     while (!brief && parts[count].name != NULL) count++;
     run_step();
-    const double peak = peak_memory(); // before the machine's own arrays
+    const double peak = (double)megalodon_peak() / 1048576; // before the machine's own arrays
     machine_new();
     time_parts(parts, count);
     print_machine(parts);

@@ -18,9 +18,8 @@ void guard_streams(void);
 void *allocate(size_t count, size_t size);    // zeroed; never NULL; overflow and lack of memory are fatal
 char *read_text(const char *path, char *err); // a file of at most 1 MiB, freed by the caller; NULL and err
 double seconds(void);                         // of a clock that never goes back
-double peak_memory(void);                     // of this process so far, in MiB
 
-// What the model and `extra` more bytes will take; refused, with its MiB, if this machine has less.
+// What the model and `extra` more bytes will take; refused, with its MiB and with what would fit, if there is less room.
 MemoryPlan check_memory(const Config *config, Mode mode, int B, int L, size_t extra);
 
 // How OpenMP's threads wait and where they run, unless the environment says it already; starts the program again with

@@ -1,14 +1,14 @@
-#define _GNU_SOURCE       // sched.h: CPU_COUNT
-#include <errno.h>        // defines: errno
-#include <fcntl.h>        // defines: open, fcntl
-#include <sched.h>        // defines: sched_getaffinity
-#include <signal.h>       // defines: signal
-#include <stdarg.h>       // defines: va_list
-#include <stdlib.h>       // defines: calloc, exit, free, getenv, setenv
-#include <string.h>       // defines: strerror, strlen, strrchr
-#include <sys/resource.h> // defines: getrusage
-#include <time.h>         // defines: clock_gettime
-#include <unistd.h>       // defines: execv, readlink, sysconf
+#define _GNU_SOURCE // sched.h: CPU_COUNT
+#include <errno.h>  // defines: errno
+#include <math.h>   // defines: INFINITY
+#include <fcntl.h>  // defines: open, fcntl
+#include <sched.h>  // defines: sched_getaffinity
+#include <signal.h> // defines: signal
+#include <stdarg.h> // defines: va_list
+#include <stdlib.h> // defines: calloc, exit, free, getenv, setenv
+#include <string.h> // defines: strerror, strlen, strrchr
+#include <time.h>   // defines: clock_gettime
+#include <unistd.h> // defines: execv, readlink, sysconf
 #include "plumbing.h"
 
 static void print_error(const char *format, va_list args) {
@@ -70,39 +70,43 @@ double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-double peak_memory(void) {
-    struct rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-#ifdef __APPLE__
-    return (double)usage.ru_maxrss / 1048576; // bytes there, KiB elsewhere
-#else
-    return (double)usage.ru_maxrss / 1024;
-#endif
+// MiB of a plan; infinite if the plan itself might overflow.
+static double plan_mib(MemoryPlan *p, const Config *c, Mode mode, int B, int L, size_t extra, double room) {
+    const double mib = 1048576, rows = (double)B * L;
+    // The layers' outputs and one layer's widest tensors, at two bytes a number at least: more is not worth planning.
+    const double least =
+        rows *
+        ((mode == MEGALODON_TRAIN ? c->num_layers : 1) * (double)c->model_dim + c->value_dim + c->ffn_hidden_dim) * 2 /
+        mib;
+    *p = (MemoryPlan){0};
+    if (least > room || rows * c->num_heads > INT32_MAX) return INFINITY;
+    *p = megalodon_memory(c, mode, B, L);
+    if (p->params == 0) return INFINITY; // no memory for the plan
+    return ((double)p->params + (double)p->grads + (double)p->moments + (double)p->activations + (double)p->scratch +
+            (double)extra) /
+           mib;
 }
 
 MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t extra) {
-    const double mib = 1048576, rows = (double)B * L;
-    const double physical = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / mib;
-    // The layers' outputs and one layer's widest tensors. If these are too much, the plan might overflow.
-    double need =
-        rows *
-        ((mode == MEGALODON_INFER ? 1 : c->num_layers) * (double)c->model_dim + c->value_dim + c->ffn_hidden_dim) *
-        sizeof(real) / mib;
-    MemoryPlan p = {0};
-    if (need <= physical && rows * c->num_heads <= INT32_MAX) {
-        p = megalodon_memory(c, mode, B, L);
-        need = ((double)p.params + (double)p.grads + (double)p.moments + (double)p.activations + (double)p.scratch +
-                (double)extra) /
-               mib;
+    const double mib = 1048576, room = (double)megalodon_room() / mib;
+    MemoryPlan plan, other;
+    const double need = plan_mib(&plan, c, mode, B, L, extra, room);
+    if (need <= room) return plan;
+    char help[96] = "a smaller --seq-len or model";
+    const Mode modes[2] = {mode, mode == MEGALODON_TRAIN ? MEGALODON_RECOMPUTE : mode};
+    for (int i = 0, found = 0; i < 2 && !found; i++) {
+        for (int b = i == 0 ? B / 2 : B; b > 0 && !found; b /= 2) {
+            found = plan_mib(&other, c, modes[i], b, L, extra, room) <= room;
+            if (found)
+                snprintf(help, sizeof help, "%s%s %d x %d tokens", i > 0 ? "with --recompute" : "", i > 0 ? "," : "", b,
+                         L);
+        }
     }
-    if (p.params > 0 && need <= physical) return p;
-    fatal("%d x %d tokens need %.0f MiB or more (parameters, gradients and moments %.0f, activations %.0f); "
-          "this machine "
-          "has %.0f MiB, and B x L x num_heads must be below 2^31. What helps: %sa smaller --batch-size, "
-          "--seq-len or "
-          "model",
-          B, L, need, (double)(p.params + p.grads + p.moments) / mib, (double)p.activations / mib, physical,
-          mode == MEGALODON_TRAIN ? "--recompute, " : "");
+    fatal(
+        "%d x %d tokens need %.0f MiB (parameters, gradients and moments %.0f, activations %.0f, scratch %.0f); there "
+        "are %.0f MiB for %s, and B x L x num_heads must be below 2^31. What fits: %s",
+        B, L, need, (double)(plan.params + plan.grads + plan.moments) / mib, (double)plan.activations / mib,
+        (double)plan.scratch / mib, room, megalodon_backend(), help);
 }
 
 // Programs that run now or wait for a core, this one left out.

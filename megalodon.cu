@@ -1,0 +1,2728 @@
+/*
+megalodon.cu: the Megalodon language model on one GPU: megalodon.c again, function by function in the same order, with
+a kernel or a library's matrix product behind each. megalodon.h says what the model is and what the letters mean;
+megalodon.c has the derivations, which are not repeated. Every kernel says what a block and a thread own, and how many
+bytes it moves for R = B*L rows.
+
+Numbers
+- act is what activations and matrices are kept in: bfloat16, or float with -DMEGALODON_FP32. Every kernel computes in
+  float; matrix products add up in float (no TF32).
+- Parameters, gradients and moments are float. Matrices are multiplied as rounded copies of the parameters, which an
+  update writes anew; the parameters of norms and of CEMA are used as they are.
+- Statistics, CEMA's coefficients and states, softmax and loss are float; TimestepNorm's moments over whole blocks of
+  tokens are double, as in megalodon.c.
+
+Same numbers every time: no atomics. A sum over rows is made of parts, each summed by one thread block in a fixed
+order, and the parts are added in a fixed order. cuBLASLt repeats itself as long as shapes and workspace do.
+
+What differs from megalodon.c, to move fewer bytes: qk_* are RMSNorm, scale and rotation in one kernel, so that neither
+z's norm nor q and k before the rotation are kept; gates and silu compute their own output again in the backward pass;
+residuals are added by the product or kernel before them; timestep_norm_* and cema_* work on blocks of tokens at once.
+*/
+#include <assert.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+extern "C" {
+#include "megalodon.h"
+}
+
+#ifdef MEGALODON_FP32
+typedef float act;
+static const cudaDataType_t ACT_TYPE = CUDA_R_32F;
+static __host__ __device__ float to_float(act x) { return x; }
+static __device__ void set(act *dst, float x) { *dst = x; }
+#else
+typedef __nv_bfloat16 act;
+static const cudaDataType_t ACT_TYPE = CUDA_R_16BF;
+static __host__ __device__ float to_float(act x) { return __bfloat162float(x); }
+static __device__ void set(act *dst, float x) { *dst = __float2bfloat16(x); } // to nearest
+#endif
+
+enum {
+    WARP = 32,
+    VEC = 16 / sizeof(act), // numbers in a load of 16 bytes
+    THREADS = 256,          // of a block, where nothing else is said
+    NORM_BLOCK = 32,        // tokens of TimestepNorm that a warp scans
+    ACROSS = 128,           // threads side by side in a row, where threads own columns
+    CEMA_BLOCK = 64,        // tokens between two stored states of CEMA
+    CEMA_SUB = 16,          // of these, whose states the backward pass has in registers
+    CEMA_WARPS = 8,         // blocks of tokens that a thread block works on
+    QUERY_ROWS = 512,       // queries of a chunk whose scores exist at a time
+    SCORES = 1 << 24,       // scores that exist at a time
+    LOGITS = 1 << 27,       // logits that exist at a time, in whole positions; at least LOGIT_ROWS of these
+    LOGIT_ROWS = 128,
+    EMBED_ROWS = 64,    // rows with the same token that a thread block sums
+    MOST_PARTS = 1024,  // parts of a sum over rows
+    NORM_PARTS = 1024,  // parts of the gradient norm
+    WORKSPACE = 1 << 25 // bytes that cuBLASLt may use
+};
+
+static const double PI = 3.14159265358979323846;
+
+static __host__ __device__ int min_int(int a, int b) { return a < b ? a : b; }
+static __host__ __device__ int max_int(int a, int b) { return a > b ? a : b; }
+static __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// ----------------------------------------------------------------------------
+// the device
+
+static struct {
+    int open, multiprocessors;
+    char name[300];
+    size_t used, peak; // bytes of device memory
+    cublasLtHandle_t lt;
+    void *workspace;
+} gpu;
+
+static void check_cuda(cudaError_t status, const char *file, int line) {
+    if (status == cudaSuccess) return;
+    fprintf(stderr, "error: %s:%d: CUDA: %s\n", file, line, cudaGetErrorString(status));
+    exit(1);
+}
+static void check_blas(cublasStatus_t status, const char *file, int line) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    fprintf(stderr, "error: %s:%d: cuBLASLt: status %d\n", file, line, (int)status);
+    exit(1);
+}
+#define CUDA(call) check_cuda((call), __FILE__, __LINE__)
+#define BLAS(call) check_blas((call), __FILE__, __LINE__)
+#define LAUNCHED() CUDA(cudaGetLastError()) // after every launch
+
+// NULL when the device has no such room. bytes() long blocks begin where everything may begin.
+static void *device_new(size_t bytes) {
+    void *memory = NULL;
+    cudaError_t status = cudaMalloc(&memory, bytes > 0 ? bytes : 1);
+    if (status == cudaErrorMemoryAllocation) {
+        cudaGetLastError(); // forgotten
+        return NULL;
+    }
+    CUDA(status);
+    gpu.used += bytes;
+    gpu.peak = gpu.peak > gpu.used ? gpu.peak : gpu.used;
+    return memory;
+}
+static void device_free(void *memory, size_t bytes) {
+    if (memory == NULL) return;
+    CUDA(cudaFree(memory));
+    gpu.used -= bytes;
+}
+
+static void gpu_open(void) {
+    int count = 0;
+    cudaDeviceProp properties;
+    if (gpu.open) return;
+    cudaError_t status = cudaGetDeviceCount(&count);
+    if (status != cudaSuccess || count == 0) {
+        fprintf(stderr, "error: no CUDA GPU: %s. ./train and ./sample run without one\n",
+                status == cudaSuccess ? "none found" : cudaGetErrorString(status));
+        exit(1);
+    }
+    CUDA(cudaGetDeviceProperties(&properties, 0));
+    gpu.multiprocessors = properties.multiProcessorCount;
+    snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s", properties.name, properties.major, properties.minor,
+             sizeof(act) == 4 ? "float32" : "bfloat16");
+    BLAS(cublasLtCreate(&gpu.lt));
+    gpu.workspace = device_new(WORKSPACE);
+    if (gpu.workspace == NULL) {
+        fprintf(stderr, "error: %s: no memory is left on the GPU\n", gpu.name);
+        exit(1);
+    }
+    gpu.open = 1;
+}
+
+// ----------------------------------------------------------------------------
+// numbers and vectors of them: W at a time, all kernels compute in float
+
+template <int W> struct alignas(W * sizeof(act)) Vec { act v[W]; };
+template <int W> static __device__ void load(float x[W], const act *src) {
+    Vec<W> vec = *(const Vec<W> *)src;
+#pragma unroll
+    for (int i = 0; i < W; i++) x[i] = to_float(vec.v[i]);
+}
+template <int W> static __device__ void store(act *dst, const float x[W]) {
+    Vec<W> vec;
+#pragma unroll
+    for (int i = 0; i < W; i++) set(&vec.v[i], x[i]);
+    *(Vec<W> *)dst = vec;
+}
+
+// exp(x) and sigmoid: bfloat16 hides the error of the fast ones
+static __device__ float exp_act(float x) { return sizeof(act) == 4 ? expf(x) : __expf(x); }
+static __device__ float sigmoid(float x) { return 1 / (1 + exp_act(-x)); }
+
+static __device__ float warp_sum(float x) {
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+
+// Sums over the block's threads, for all of them.
+static __device__ float2 block_sum(float2 x) {
+    __shared__ float2 shared[WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    x.x = warp_sum(x.x), x.y = warp_sum(x.y);
+    __syncthreads(); // the last call's numbers have been read
+    if (lane == 0) shared[warp] = x;
+    __syncthreads();
+    x = lane < warps ? shared[lane] : make_float2(0, 0);
+    return make_float2(warp_sum(x.x), warp_sum(x.y));
+}
+
+// Blocks of `threads` threads for n things.
+static unsigned blocks_for(size_t n, int threads) { return (unsigned)((n + (size_t)threads - 1) / (size_t)threads); }
+
+// Lets a kernel have more shared memory than the 48 KB that need no asking.
+template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes) {
+    if (bytes > 48 << 10) CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
+// ----------------------------------------------------------------------------
+// matrix product: C (M,N) = op(A) op(B), op(A) is (M,K), op(B) is (K,N); ta, tb: stored transposed; rows are lda, ldb,
+// ldc long. By cuBLASLt, whose matrices are stored by columns: it computes C' = op(B)' op(A)'.
+
+typedef struct { // all that cuBLASLt's choice of an algorithm depends on
+    int ta, tb, M, N, K, lda, ldb, ldc, batch, add, epilogue, align_a, align_b, align_add, align_c;
+    cudaDataType_t type; // of C
+    int64_t stride_a, stride_b, stride_c;
+} Form;
+
+typedef struct {
+    Form form;
+    cublasLtMatmulDesc_t product;
+    cublasLtMatrixLayout_t a, b, c;
+    cublasLtMatmulAlgo_t algorithm;
+} Plan;
+
+static cublasLtMatrixLayout_t matrix_layout(cudaDataType_t type, int rows, int columns, int ld, int batch,
+                                            int64_t stride) {
+    cublasLtMatrixLayout_t layout;
+    BLAS(cublasLtMatrixLayoutCreate(&layout, type, (uint64_t)columns, (uint64_t)rows, ld));
+    BLAS(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch));
+    BLAS(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride, sizeof stride));
+    return layout;
+}
+
+static void set_alignment(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t which,
+                          int bytes) {
+    uint32_t align = (uint32_t)bytes;
+    BLAS(cublasLtMatmulPreferenceSetAttribute(preference, which, &align, sizeof align));
+}
+
+static Plan plan_new(const Form *f) {
+    Plan p;
+    cublasLtMatmulPreference_t preference;
+    cublasLtMatmulHeuristicResult_t best;
+    cublasOperation_t first = f->tb ? CUBLAS_OP_T : CUBLAS_OP_N, second = f->ta ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)f->epilogue;
+    size_t workspace = WORKSPACE;
+    int found = 0;
+    p.form = *f;
+    BLAS(cublasLtMatmulDescCreate(&p.product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
+    BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second));
+    BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+    p.a = matrix_layout(ACT_TYPE, f->ta ? f->K : f->M, f->ta ? f->M : f->K, f->lda, f->batch, f->stride_a);
+    p.b = matrix_layout(ACT_TYPE, f->tb ? f->N : f->K, f->tb ? f->K : f->N, f->ldb, f->batch, f->stride_b);
+    p.c = matrix_layout(f->type, f->M, f->N, f->ldc, f->batch, f->stride_c);
+    BLAS(cublasLtMatmulPreferenceCreate(&preference));
+    BLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+                                              sizeof workspace));
+    set_alignment(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, f->align_b);
+    set_alignment(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, f->align_a);
+    set_alignment(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, f->align_add);
+    set_alignment(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, f->align_c);
+    cublasStatus_t status =
+        cublasLtMatmulAlgoGetHeuristic(gpu.lt, p.product, p.b, p.a, p.c, p.c, preference, 1, &best, &found);
+    if (status != CUBLAS_STATUS_SUCCESS || found == 0) {
+        fprintf(stderr, "error: cuBLASLt has no product of %d x %d by %d x %d (%s)\n", f->M, f->K, f->K, f->N,
+                gpu.name);
+        exit(1);
+    }
+    BLAS(cublasLtMatmulPreferenceDestroy(preference));
+    p.algorithm = best.algo;
+    return p;
+}
+
+// Plans are made once for every form, since choosing takes longer than a small product.
+static const Plan *plan_for(const Form *form) {
+    static Plan *plans;
+    static int count, room, last;
+    for (int i = 0; i < count; i++) { // products come in the same order step after step
+        int at = (last + 1 + i) % count;
+        if (memcmp(&plans[at].form, form, sizeof *form) == 0) return &plans[last = at];
+    }
+    if (count == room) {
+        plans = (Plan *)realloc(plans, (size_t)(room = 2 * room + 64) * sizeof *plans);
+        if (plans == NULL) {
+            fprintf(stderr, "error: out of memory\n");
+            exit(1);
+        }
+    }
+    plans[last = count++] = plan_new(form);
+    return &plans[last];
+}
+
+static int alignment(const void *pointer) {
+    uintptr_t bits = (uintptr_t)pointer | 256;
+    return (int)(bits & -bits);
+}
+
+// add: what is added, of C's form, NULL for nothing, may be C. extra: the bias (N), added to every row, or, with
+// CUBLASLT_EPILOGUE_BGRADB, where the sums of A' rows go (M).
+static void product(Form form, const act *A, const act *B, const void *add, const void *extra, void *C) {
+    const float one = 1, beta = add ? 1 : 0;
+    form.add = add != NULL;
+    form.align_a = alignment(A), form.align_b = alignment(B), form.align_c = alignment(C);
+    form.align_add = add ? alignment(add) : form.align_c;
+    const Plan *p = plan_for(&form);
+    if (extra)
+        BLAS(cublasLtMatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &extra, sizeof extra));
+    BLAS(cublasLtMatmul(gpu.lt, p->product, &one, B, p->b, A, p->a, &beta, add ? add : C, p->c, C, p->c, &p->algorithm,
+                        gpu.workspace, WORKSPACE, 0));
+}
+
+static Form form_of(int ta, int tb, int M, int N, int K, int lda, int ldb, int ldc) {
+    Form f;
+    memset(&f, 0, sizeof f); // also between the fields: forms are compared as bytes
+    f.ta = ta, f.tb = tb, f.M = M, f.N = N, f.K = K, f.lda = lda, f.ldb = ldb, f.ldc = ldc, f.batch = 1;
+    f.type = ACT_TYPE, f.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    return f;
+}
+
+// ----------------------------------------------------------------------------
+// sums over rows are made of parts (P, stride), of which `width` columns count: out (width) = sum of the parts, added to
+// what is there if `add`. A block owns 32 columns, its 32 rows of threads share the parts. Reads P*width floats.
+
+static __global__ void sum_parts_kernel(float *out, int add, const float *parts, int P, size_t stride, size_t width) {
+    __shared__ float sums[WARP][WARP + 1];
+    size_t c = (size_t)blockIdx.x * WARP + threadIdx.x;
+    float sum = 0;
+    for (int p = threadIdx.y; p < P && c < width; p += WARP) sum += parts[(size_t)p * stride + c];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    sum = warp_sum(sums[threadIdx.x][threadIdx.y]); // the other way round: a warp has a column
+    if (threadIdx.x == 0) sums[0][threadIdx.y] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && c < width) out[c] = sums[0][threadIdx.x] + (add ? out[c] : 0);
+}
+
+static void sum_parts(float *out, int add, const float *parts, int P, size_t stride, size_t width) {
+    sum_parts_kernel<<<blocks_for(width, WARP), dim3(WARP, WARP)>>>(out, add, parts, P, stride, width);
+    LAUNCHED();
+}
+
+// ----------------------------------------------------------------------------
+// embedding: out (R,D) = scale * embed[token]
+// forward: a thread has VEC numbers; reads and writes R*D.
+// backward: the host has sorted the rows by token into segments of up to EMBED_ROWS rows of one token. A block sums a
+// segment, a thread a column; a token of several segments gets these sums in a second step. Reads R*D.
+
+typedef struct {
+    int from, to, token, part; // rows order[from..to); part: where the sum goes, -1: to the token
+} Segment;
+
+template <int W>
+static __global__ void embedding_forward_kernel(act *out, const int32_t *tokens, const act *embed, float scale, int R,
+                                                int D) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W, r = i / D;
+    float x[W];
+    if (r >= (size_t)R) return;
+    load<W>(x, embed + (size_t)tokens[r] * D + i % D);
+#pragma unroll
+    for (int k = 0; k < W; k++) x[k] *= scale;
+    store<W>(out + i, x);
+}
+
+static void embedding_forward(act *out, const int32_t *tokens, const act *embed, float scale, int R, int D) {
+    auto kernel = D % VEC == 0 ? embedding_forward_kernel<VEC> : embedding_forward_kernel<1>;
+    kernel<<<blocks_for((size_t)R * D / (D % VEC == 0 ? VEC : 1), THREADS), THREADS>>>(out, tokens, embed, scale, R, D);
+    LAUNCHED();
+}
+
+static __global__ void embedding_segments_kernel(float *dembed, float *parts, const act *dout, const Segment *segments,
+                                                 const int *order, float scale, int D) {
+    Segment s = segments[blockIdx.x];
+    for (int c = threadIdx.x; c < D; c += blockDim.x) {
+        float sum = 0;
+        for (int i = s.from; i < s.to; i++) sum += to_float(dout[(size_t)order[i] * D + c]);
+        if (s.part < 0) {
+            dembed[(size_t)s.token * D + c] += scale * sum;
+        } else {
+            parts[(size_t)s.part * D + c] = sum;
+        }
+    }
+}
+
+static __global__ void embedding_tokens_kernel(float *dembed, const float *parts, const Segment *tokens, float scale,
+                                               int D) {
+    Segment s = tokens[blockIdx.x]; // from, to: its parts
+    int c = blockIdx.y * blockDim.x + threadIdx.x;
+    float sum = 0;
+    if (c >= D) return;
+    for (int p = s.from; p < s.to; p++) sum += parts[(size_t)p * D + c];
+    dembed[(size_t)s.token * D + c] += scale * sum;
+}
+
+// Sorts R tokens: order (R), segments (R) and, behind them, the tokens with parts. first (V+1) is scratch.
+typedef struct {
+    int segments, tokens, parts;
+} Sorted;
+static Sorted sort_tokens(int *order, Segment *segments, int *first, const int32_t *tokens, int R, int V) {
+    Sorted n = {0, 0, 0};
+    memset(first, 0, ((size_t)V + 1) * sizeof *first);
+    for (int r = 0; r < R; r++) first[tokens[r] + 1]++;
+    for (int v = 0; v < V; v++) first[v + 1] += first[v];
+    for (int r = 0; r < R; r++) order[first[tokens[r]]++] = r; // first[v] is now where v ends
+    for (int v = 0, from = 0; v < V; from = first[v++]) {
+        int to = first[v], pieces = ceil_div(to - from, EMBED_ROWS);
+        for (int i = 0; i < pieces; i++) {
+            int begin = from + i * EMBED_ROWS;
+            segments[n.segments++] = Segment{begin, min_int(begin + EMBED_ROWS, to), v, pieces > 1 ? n.parts++ : -1};
+        }
+    }
+    for (int i = 0; i < n.segments; i++) { // a token's parts are neighbours
+        const Segment *s = &segments[i];
+        if (s->part < 0) continue;
+        Segment *last = n.tokens > 0 ? &segments[n.segments + n.tokens - 1] : NULL;
+        if (last && last->token == s->token) {
+            last->to = s->part + 1;
+        } else {
+            segments[n.segments + n.tokens++] = Segment{s->part, s->part + 1, s->token, -1};
+        }
+    }
+    return n;
+}
+
+static void embedding_backward(float *dembed, float *parts, const act *dout, const int *order, const Segment *segments,
+                               Sorted n, float scale, int D) {
+    embedding_segments_kernel<<<n.segments, THREADS>>>(dembed, parts, dout, segments, order, scale, D);
+    LAUNCHED();
+    if (n.tokens == 0) return;
+    embedding_tokens_kernel<<<dim3(n.tokens, ceil_div(D, THREADS)), THREADS>>>(dembed, parts, segments + n.segments,
+                                                                               scale, D);
+    LAUNCHED();
+}
+
+// ----------------------------------------------------------------------------
+// dropout: out = mask inp/(1 - p). Element i of the step's whole batch has word i % 4 of Philox's counter
+// (STREAM_DROPOUT + place, step, layer, i/4), here as in megalodon.c. A thread has the elements of one i/4; reads and
+// writes n. out may be inp.
+
+enum { DROP_EMBED, DROP_MX, DROP_ATTENTION, DROP_GATED, DROP_MEGA, DROP_HIDDEN, DROP_NFFN }; // places
+
+typedef struct {
+    double p; // 0: no dropout
+    uint64_t seed;
+    uint32_t stream, step, layer;
+    uint64_t first; // i of inp[0]
+} Mask;
+
+static __device__ void mask_words(uint32_t words[4], const Mask *mask, uint64_t four) {
+    // indices beyond 32 bits go above the layer's 16
+    megalodon_philox(words, mask->seed, mask->stream, mask->step, mask->layer + (uint32_t)(four >> 32 << 16),
+                     (uint32_t)four);
+}
+
+// What element i of inp is multiplied with.
+static __device__ float mask_at(const Mask *mask, uint64_t i) {
+    uint32_t words[4], which = (uint32_t)((mask->first + i) % 4);
+    mask_words(words, mask, (mask->first + i) / 4);
+    uint32_t word = which == 0 ? words[0] : which == 1 ? words[1] : which == 2 ? words[2] : words[3];
+    return word >= (uint32_t)(mask->p * 4294967296.0) ? (float)(1 / (1 - mask->p)) : 0;
+}
+
+static __global__ void dropout_kernel(act *out, const act *inp, Mask mask, size_t n) {
+    uint64_t four = mask.first / 4 + (uint64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    uint32_t words[4], limit = (uint32_t)(mask.p * 4294967296.0);
+    float scale = (float)(1 / (1 - mask.p));
+    mask_words(words, &mask, four);
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+        uint64_t i = 4 * four + w - mask.first; // wraps below 0: too large
+        if (i < n) set(&out[i], words[w] >= limit ? to_float(inp[i]) * scale : 0);
+    }
+}
+
+static void dropout(act *out, const act *inp, Mask mask, size_t n) {
+    if (mask.p == 0) return;
+    dropout_kernel<<<blocks_for(n / 4 + 2, THREADS), THREADS>>>(out, inp, mask, n);
+    LAUNCHED();
+}
+
+// ----------------------------------------------------------------------------
+// TimestepNorm: y_t = (x_t - mean_t) rstd_t (weight + 1) + bias, mean and variance over a group's scalars at all tokens
+// up to t. Three kernels, since moments of sets of scalars can be merged in any grouping:
+// 1. moments: a warp owns NORM_BLOCK tokens of a group, a lane a token. The lane sums its token's g scalars, the warp
+//    scans the tokens. In float, relative to the first scalar there, so that a large mean costs no digits. Reads R*D.
+// 2. scan: a warp owns a sequence's group and merges its blocks, in double, from the incoming state on.
+// 3. apply: a block owns NORM_BLOCK tokens; its threads own columns, so that scales are read once. Reads and writes R*D.
+
+typedef struct {
+    float mean, m2; // mean relative to the block's first scalar
+} Prefix;           // of a token: moments of its block up to it
+typedef struct {
+    double mean, m2;
+} Moments; // of a whole block, then of all before it
+
+static __host__ __device__ Moments merge(double n0, Moments a, double n1, Moments b) {
+    double n = n0 + n1, d = b.mean - a.mean;
+    if (n == 0) return a;
+    return Moments{a.mean + d * (n1 / n), a.m2 + b.m2 + d * d * (n0 * (n1 / n))};
+}
+
+template <int W>
+static __global__ void timestep_norm_moments_kernel(Prefix *prefix, Moments *blocks, const act *inp, int L, int D,
+                                                    int G) {
+    int g = D / G, num_blocks = ceil_div(L, NORM_BLOCK), lane = threadIdx.x;
+    int j = blockIdx.y * blockDim.y + threadIdx.y, t0 = blockIdx.x % num_blocks * NORM_BLOCK;
+    size_t first_row = (size_t)(blockIdx.x / num_blocks) * L + t0;
+    int T = min_int(NORM_BLOCK, L - t0);
+    if (j >= G) return;
+    const act *x = inp + first_row * D + (size_t)j * g;
+    float anchor = to_float(x[0]), k = 0, mean = 0, m2 = 0; // of k tokens
+    if (lane < T) {
+        const act *row = x + (size_t)lane * D;
+        float from = to_float(row[0]), s1 = 0, s2 = 0;
+        for (int c = 0; c < g; c += W) {
+            float v[W];
+            load<W>(v, row + c);
+#pragma unroll
+            for (int i = 0; i < W; i++) {
+                float d = v[i] - from;
+                s1 += d;
+                s2 += d * d;
+            }
+        }
+        k = 1, mean = (from - anchor) + s1 / g, m2 = fmaxf(s2 - s1 * s1 / g, 0);
+    }
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        float k0 = __shfl_up_sync(~0u, k, step), mean0 = __shfl_up_sync(~0u, mean, step);
+        float m20 = __shfl_up_sync(~0u, m2, step);
+        if (lane >= step && k > 0) {
+            float d = mean - mean0, share = k / (k0 + k);
+            mean = mean0 + d * share;
+            m2 += m20 + g * d * d * k0 * share;
+            k += k0;
+        }
+    }
+    if (lane < T) prefix[(first_row + lane) * G + j] = Prefix{mean, m2};
+    if (lane == T - 1) blocks[(size_t)blockIdx.x * G + j] = Moments{(double)anchor + mean, m2};
+}
+
+// Replaces blocks' own moments by those of all tokens before them. mean_out may be mean_in.
+static __global__ void timestep_norm_scan_kernel(Moments *blocks, double *mean_out, double *m2_out,
+                                                 const double *mean_in, const double *m2_in, const int64_t *count,
+                                                 int B, int L, int D, int G) {
+    int pair = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x, num_blocks = ceil_div(L, NORM_BLOCK);
+    if (pair >= B * G) return;
+    int b = pair / G, j = pair % G, share = ceil_div(num_blocks, WARP), from = lane * share;
+    int to = min_int(from + share, num_blocks), g = D / G;
+    Moments *mine = blocks + (size_t)b * num_blocks * G + j, all = {0, 0}, in = {0, 0};
+    double n = 0, n_in = count ? (double)g * (double)count[b] : 0;
+    if (mean_in) in = Moments{mean_in[pair], m2_in[pair]};
+    for (int i = from; i < to; i++) {
+        double m = (double)g * min_int(NORM_BLOCK, L - i * NORM_BLOCK);
+        all = merge(n, all, m, mine[(size_t)i * G]);
+        n += m;
+    }
+    for (int step = 1; step < WARP; step *= 2) {
+        double n0 = __shfl_up_sync(~0u, n, step);
+        Moments a = {__shfl_up_sync(~0u, all.mean, step), __shfl_up_sync(~0u, all.m2, step)};
+        if (lane >= step) all = merge(n0, a, n, all), n += n0;
+    }
+    Moments before = {__shfl_up_sync(~0u, all.mean, 1), __shfl_up_sync(~0u, all.m2, 1)};
+    double n_before = __shfl_up_sync(~0u, n, 1);
+    if (lane == 0) before = Moments{0, 0}, n_before = 0;
+    if (lane == WARP - 1 && mean_out) {
+        Moments end = merge(n_in, in, n, all);
+        mean_out[pair] = end.mean, m2_out[pair] = end.m2;
+    }
+    before = merge(n_in, in, n_before, before);
+    n_before += n_in;
+    for (int i = from; i < to; i++) {
+        Moments own = mine[(size_t)i * G];
+        double m = (double)g * min_int(NORM_BLOCK, L - i * NORM_BLOCK);
+        mine[(size_t)i * G] = before;
+        before = merge(n_before, before, m, own);
+        n_before += m;
+    }
+}
+
+// Where a thread stands in a block whose threads own W columns each, in `down` rows of threads.
+typedef struct {
+    int c, row, down; // row < 0: it has nothing to do
+} Place;
+template <int W> static __device__ Place place(int D) {
+    int across = min_int(ACROSS, ceil_div(D, W)), down = blockDim.x / across;
+    Place p = {(int)(blockIdx.y * across + threadIdx.x % across) * W, (int)threadIdx.x / across, down};
+    if (p.row >= down || p.c >= D) p.row = -1;
+    return p;
+}
+// The groups that such a block's columns touch.
+typedef struct {
+    int first, count;
+} Groups;
+template <int W> static __device__ Groups groups_here(int D, int G) {
+    int across = min_int(ACROSS, ceil_div(D, W)), g = D / G, from = blockIdx.y * across * W;
+    int to = min_int(from + across * W, D);
+    return Groups{from / g, (to - 1) / g - from / g + 1};
+}
+template <int W> static dim3 grid_of(int blocks, int D) { return dim3(blocks, ceil_div(ceil_div(D, W), ACROSS)); }
+static int most_groups(int W, int D, int G) { return min_int(ACROSS * W / (D / G) + 2, G); }
+
+template <int W>
+static __global__ void timestep_norm_apply_kernel(act *out, float *mean, float *rstd, const Prefix *prefix,
+                                                  const Moments *blocks, const act *inp, const float *weight,
+                                                  const float *bias, const int64_t *count, int L, int D, int G,
+                                                  double eps) {
+    extern __shared__ float2 stats[]; // (NORM_BLOCK, groups): mean, rstd
+    int g = D / G, num_blocks = ceil_div(L, NORM_BLOCK), b = blockIdx.x / num_blocks;
+    int t0 = blockIdx.x % num_blocks * NORM_BLOCK, T = min_int(NORM_BLOCK, L - t0);
+    size_t first_row = (size_t)b * L + t0;
+    Groups groups = groups_here<W>(D, G);
+    double before = (double)g * ((count ? (double)count[b] : 0) + t0);
+    for (int i = threadIdx.x; i < T * groups.count; i += blockDim.x) {
+        int t = i / groups.count, j = groups.first + i % groups.count;
+        size_t at = (first_row + t) * G + j;
+        double anchor = to_float(inp[first_row * D + (size_t)j * g]), n = (double)g * (t + 1);
+        Moments own = {anchor + prefix[at].mean, prefix[at].m2};
+        Moments m = merge(before, blocks[(size_t)blockIdx.x * G + j], n, own);
+        stats[i] = make_float2((float)m.mean, (float)(1 / sqrt(m.m2 / (before + n) + eps)));
+        if (i % groups.count > 0 || groups.first * g == (int)blockIdx.y * ACROSS * W) // not the neighbour's group
+            mean[at] = stats[i].x, rstd[at] = stats[i].y;
+    }
+    __syncthreads();
+    Place p = place<W>(D);
+    if (p.row < 0) return;
+    float w[W], bs[W], x[W];
+#pragma unroll
+    for (int i = 0; i < W; i++) w[i] = weight[p.c + i] + 1, bs[i] = bias[p.c + i];
+    for (int t = p.row; t < T; t += p.down) {
+        float2 s = stats[t * groups.count + p.c / g - groups.first];
+        size_t at = (first_row + t) * D + p.c;
+        load<W>(x, inp + at);
+#pragma unroll
+        for (int i = 0; i < W; i++) x[i] = (x[i] - s.x) * s.y * w[i] + bs[i];
+        store<W>(out + at, x);
+    }
+}
+
+// prefix (R,G) and blocks (B, L/NORM_BLOCK, G) are scratch.
+static void timestep_norm_forward(act *out, float *mean, float *rstd, double *mean_out, double *m2_out, const act *inp,
+                                  const float *weight, const float *bias, const double *mean_in, const double *m2_in,
+                                  const int64_t *count, Prefix *prefix, Moments *blocks, int B, int L, int D, int G,
+                                  double eps) {
+    int num_blocks = B * ceil_div(L, NORM_BLOCK), wide = D / G % VEC == 0;
+    const int warps = 8;
+    auto moments = wide ? timestep_norm_moments_kernel<VEC> : timestep_norm_moments_kernel<1>;
+    moments<<<dim3(num_blocks, ceil_div(G, warps)), dim3(WARP, warps)>>>(prefix, blocks, inp, L, D, G);
+    LAUNCHED();
+    timestep_norm_scan_kernel<<<ceil_div(B * G, warps), dim3(WARP, warps)>>>(blocks, mean_out, m2_out, mean_in, m2_in,
+                                                                             count, B, L, D, G);
+    LAUNCHED();
+    size_t shared = (size_t)NORM_BLOCK * most_groups(wide ? VEC : 1, D, G) * sizeof(float2);
+    auto apply = wide ? timestep_norm_apply_kernel<VEC> : timestep_norm_apply_kernel<1>;
+    dim3 grid = wide ? grid_of<VEC>(num_blocks, D) : grid_of<1>(num_blocks, D);
+    allow_shared(apply, shared);
+    apply<<<grid, THREADS, shared>>>(out, mean, rstd, prefix, blocks, inp, weight, bias, count, L, D, G, eps);
+    LAUNCHED();
+}
+
+// Backward: dx_s = rstd_s w dy_s + U_s + 2 (x_s V_s - W_s) with three sums over t >= s, see megalodon.c. The same three
+// kernels, from the last token to the first, and simple sums instead of merges. In the last one
+// x_s V_s - W_s = (x_s - mean_s) V_s - (W_s - mean_s V_s), so that a large mean costs no digits in float. It also sums
+// dweight and dbias, and adds the residuals' gradients (NULL: none); dinp may be one of them.
+// Reads 2 R*D, then 2 to 4 R*D; writes R*D.
+
+typedef struct {
+    double U, V, W;
+} Sums;
+
+template <int W>
+static __global__ void timestep_norm_sums_kernel(Sums *suffix, Sums *blocks, const act *dout, const act *inp,
+                                                 const float *weight, const float *mean, const float *rstd,
+                                                 const int64_t *count, int L, int D, int G) {
+    int g = D / G, num_blocks = ceil_div(L, NORM_BLOCK), b = blockIdx.x / num_blocks, lane = threadIdx.x;
+    int j = blockIdx.y * blockDim.y + threadIdx.y, t0 = blockIdx.x % num_blocks * NORM_BLOCK;
+    int T = min_int(NORM_BLOCK, L - t0);
+    size_t row = (size_t)b * L + t0 + lane;
+    Sums sum = {0, 0, 0};
+    if (j >= G) return;
+    if (lane < T) {
+        const act *x = inp + row * D + (size_t)j * g, *dy = dout + row * D + (size_t)j * g;
+        float m = mean[row * G + j], r = rstd[row * G + j], s = 0, d = 0;
+        for (int c = 0; c < g; c += W) {
+            float v[W], dv[W];
+            load<W>(v, x + c), load<W>(dv, dy + c);
+#pragma unroll
+            for (int i = 0; i < W; i++) {
+                float wdy = (weight[(size_t)j * g + c + i] + 1) * dv[i];
+                s += wdy;
+                d += wdy * (v[i] - m);
+            }
+        }
+        double n = (double)g * ((count ? (double)count[b] : 0) + t0 + lane + 1), dvar = -0.5 * r * r * r * d;
+        sum = Sums{-(double)r * s / n, dvar / n, dvar / n * m};
+    }
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        double U = __shfl_down_sync(~0u, sum.U, step), V = __shfl_down_sync(~0u, sum.V, step);
+        double later = __shfl_down_sync(~0u, sum.W, step);
+        if (lane + step < WARP) sum.U += U, sum.V += V, sum.W += later;
+    }
+    if (lane < T) suffix[row * G + j] = sum;
+    if (lane == 0) blocks[(size_t)blockIdx.x * G + j] = sum;
+}
+
+// Replaces blocks' own sums by those of all blocks after them.
+static __global__ void timestep_norm_sums_scan_kernel(Sums *blocks, int B, int L, int G) {
+    int pair = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x, num_blocks = ceil_div(L, NORM_BLOCK);
+    if (pair >= B * G) return;
+    int b = pair / G, j = pair % G, share = ceil_div(num_blocks, WARP), from = lane * share;
+    int to = min_int(from + share, num_blocks);
+    Sums *mine = blocks + (size_t)b * num_blocks * G + j, own = {0, 0, 0}, sum;
+    for (int i = from; i < to; i++) {
+        Sums s = mine[(size_t)i * G];
+        own.U += s.U, own.V += s.V, own.W += s.W;
+    }
+    sum = own;
+    for (int step = 1; step < WARP; step *= 2) {
+        double U = __shfl_down_sync(~0u, sum.U, step), V = __shfl_down_sync(~0u, sum.V, step);
+        double later = __shfl_down_sync(~0u, sum.W, step);
+        if (lane + step < WARP) sum.U += U, sum.V += V, sum.W += later;
+    }
+    sum.U -= own.U, sum.V -= own.V, sum.W -= own.W; // of the lanes behind
+    for (int i = to - 1; i >= from; i--) {
+        Sums s = mine[(size_t)i * G];
+        mine[(size_t)i * G] = sum;
+        sum.U += s.U, sum.V += s.V, sum.W += s.W;
+    }
+}
+
+// parts (blocks*down, 2, D): dweight, dbias.
+template <int W>
+static __global__ void timestep_norm_backward_kernel(act *dinp, float *parts, const act *dout, const act *residual,
+                                                     const act *residual2, const act *inp, const float *weight,
+                                                     const float *mean, const float *rstd, const Sums *suffix,
+                                                     const Sums *blocks, int B, int L, int D, int G) {
+    extern __shared__ float4 factors[]; // (NORM_BLOCK, groups): mean, rstd, U - 2 (W - mean V), 2 V
+    int g = D / G, num_blocks = ceil_div(L, NORM_BLOCK);
+    Groups groups = groups_here<W>(D, G);
+    Place p = place<W>(D);
+    float w[W], dw[W], db[W], x[W], dy[W], more[W];
+#pragma unroll
+    for (int i = 0; i < W; i++) w[i] = p.row < 0 ? 0 : weight[p.c + i] + 1, dw[i] = db[i] = 0;
+    for (int block = blockIdx.x; block < B * num_blocks; block += gridDim.x) {
+        int t0 = block % num_blocks * NORM_BLOCK, T = min_int(NORM_BLOCK, L - t0);
+        size_t first_row = (size_t)(block / num_blocks) * L + t0;
+        __syncthreads(); // the last block's factors have been read
+        for (int i = threadIdx.x; i < T * groups.count; i += blockDim.x) {
+            int j = groups.first + i % groups.count;
+            size_t at = (first_row + i / groups.count) * G + j;
+            Sums s = suffix[at], after = blocks[(size_t)block * G + j];
+            double m = mean[at], V = s.V + after.V;
+            factors[i] =
+                make_float4((float)m, rstd[at], (float)(s.U + after.U - 2 * (s.W + after.W - m * V)), (float)(2 * V));
+        }
+        __syncthreads();
+        for (int t = p.row; t >= 0 && t < T; t += p.down) {
+            float4 f = factors[t * groups.count + p.c / g - groups.first];
+            size_t at = (first_row + t) * D + p.c;
+            load<W>(x, inp + at), load<W>(dy, dout + at);
+#pragma unroll
+            for (int i = 0; i < W; i++) {
+                dw[i] += dy[i] * (x[i] - f.x) * f.y, db[i] += dy[i];
+                x[i] = f.y * w[i] * dy[i] + f.z + (x[i] - f.x) * f.w;
+            }
+            if (residual) {
+                load<W>(more, residual + at);
+#pragma unroll
+                for (int i = 0; i < W; i++) x[i] += more[i];
+            }
+            if (residual2) {
+                load<W>(more, residual2 + at);
+#pragma unroll
+                for (int i = 0; i < W; i++) x[i] += more[i];
+            }
+            store<W>(dinp + at, x);
+        }
+    }
+    float *part = parts + ((size_t)blockIdx.x * p.down + p.row) * 2 * D + p.c;
+    for (int i = 0; i < W && p.row >= 0; i++) part[i] = dw[i], part[D + i] = db[i];
+}
+
+static void timestep_norm_backward(act *dinp, float *dweight, float *dbias, const act *dout, const act *residual,
+                                   const act *residual2, const act *inp, const float *weight, const float *mean,
+                                   const float *rstd, const int64_t *count, Sums *suffix, Sums *blocks, float *parts,
+                                   int B, int L, int D, int G) {
+    int num_blocks = B * ceil_div(L, NORM_BLOCK), wide = D / G % VEC == 0, W = wide ? VEC : 1;
+    int down = THREADS / min_int(ACROSS, ceil_div(D, W)), P = min_int(num_blocks, max_int(MOST_PARTS / down, 1));
+    const int warps = 8;
+    auto sums = wide ? timestep_norm_sums_kernel<VEC> : timestep_norm_sums_kernel<1>;
+    sums<<<dim3(num_blocks, ceil_div(G, warps)), dim3(WARP, warps)>>>(suffix, blocks, dout, inp, weight, mean, rstd,
+                                                                      count, L, D, G);
+    LAUNCHED();
+    timestep_norm_sums_scan_kernel<<<ceil_div(B * G, warps), dim3(WARP, warps)>>>(blocks, B, L, G);
+    LAUNCHED();
+    size_t shared = (size_t)NORM_BLOCK * most_groups(W, D, G) * sizeof(float4);
+    auto kernel = wide ? timestep_norm_backward_kernel<VEC> : timestep_norm_backward_kernel<1>;
+    dim3 grid = wide ? grid_of<VEC>(P, D) : grid_of<1>(P, D);
+    allow_shared(kernel, shared);
+    kernel<<<grid, THREADS, shared>>>(dinp, parts, dout, residual, residual2, inp, weight, mean, rstd, suffix, blocks,
+                                      B, L, D, G);
+    LAUNCHED();
+    sum_parts(dweight, 1, parts, P * down, 2 * (size_t)D, D);
+    sum_parts(dbias, 1, parts + D, P * down, 2 * (size_t)D, D);
+}
+
+// ----------------------------------------------------------------------------
+// CEMA: h_t = q h_(t-1) + p x_t, y_t = Re sum_n (gamma_n/sqrt(N)) h_t,n + omega x_t, for N complex h per channel.
+// Coefficients (N,D) each: those of megalodon.c, and t = q^CEMA_BLOCK, with which a state passes over a block of tokens.
+// A thread has one channel's mode.
+
+typedef struct {
+    float *p, *q_re, *q_im, *g_re, *g_im; // g is gamma/sqrt(N)
+    float *t_re, *t_im;                   // none in a gradient
+} Coefs;
+
+static __global__ void cema_coefs_forward_kernel(Coefs c, const float *alpha, const float *delta, const float *theta,
+                                                 const float *gamma, int D, int N) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= D * N) return;
+    int n = i / D, d = i % D, in = d * N + n;
+    double a = 1 / (1 + exp(-(double)alpha[in])), b = 1 / (1 + exp(-(double)delta[in]));
+    double phi = 2 * PI * (n + 1) / N / (1 + exp(-(double)theta[d])), size = 1 - a * b;
+    double over = pow(size, (double)CEMA_BLOCK);
+    c.p[i] = (float)a;
+    c.q_re[i] = (float)(size * cos(phi)), c.q_im[i] = (float)(size * sin(phi));
+    c.g_re[i] = (float)(gamma[2 * in] / sqrt((double)N)), c.g_im[i] = (float)(gamma[2 * in + 1] / sqrt((double)N));
+    c.t_re[i] = (float)(over * cos(CEMA_BLOCK * phi)), c.t_im[i] = (float)(over * sin(CEMA_BLOCK * phi));
+}
+
+static void cema_coefs_forward(Coefs *c, const float *alpha, const float *delta, const float *theta, const float *gamma,
+                               int D, int N) {
+    cema_coefs_forward_kernel<<<blocks_for((size_t)D * N, THREADS), THREADS>>>(*c, alpha, delta, theta, gamma, D, N);
+    LAUNCHED();
+}
+
+// A block has 32 channels, threadIdx.y their modes in turn.
+static __global__ void cema_coefs_backward_kernel(float *dalpha, float *ddelta, float *dtheta, float *dgamma, Coefs dc,
+                                                  const float *alpha, const float *delta, const float *theta, int D,
+                                                  int N) {
+    __shared__ double turns[8][WARP];
+    int d = blockIdx.x * WARP + threadIdx.x;
+    double turn = d < D ? 1 / (1 + exp(-(double)theta[d])) : 0, dturn = 0;
+    for (int n = threadIdx.y; n < N && d < D; n += blockDim.y) {
+        size_t in = (size_t)d * N + n, out = (size_t)n * D + d;
+        double a = 1 / (1 + exp(-(double)alpha[in])), b = 1 / (1 + exp(-(double)delta[in]));
+        double phi = 2 * PI * (n + 1) / N * turn, re = cos(phi), im = sin(phi);
+        double dabs = dc.q_re[out] * re + dc.q_im[out] * im;
+        double dphi = (1 - a * b) * (dc.q_im[out] * re - dc.q_re[out] * im);
+        dalpha[in] += (float)((dc.p[out] - b * dabs) * a * (1 - a));
+        ddelta[in] += (float)(-a * dabs * b * (1 - b));
+        dturn += dphi * 2 * PI * (n + 1) / N;
+        dgamma[2 * in] += (float)(dc.g_re[out] / sqrt((double)N));
+        dgamma[2 * in + 1] += (float)(dc.g_im[out] / sqrt((double)N));
+    }
+    turns[threadIdx.y][threadIdx.x] = dturn;
+    __syncthreads();
+    if (threadIdx.y > 0 || d >= D) return;
+    dturn = 0;
+    for (int i = 0; i < (int)blockDim.y; i++) dturn += turns[i][threadIdx.x];
+    dtheta[d] += (float)(dturn * turn * (1 - turn));
+}
+
+static void cema_coefs_backward(float *dalpha, float *ddelta, float *dtheta, float *dgamma, const Coefs *dc,
+                                const float *alpha, const float *delta, const float *theta, int D, int N) {
+    cema_coefs_backward_kernel<<<ceil_div(D, WARP), dim3(WARP, 8)>>>(dalpha, ddelta, dtheta, dgamma, *dc, alpha, delta,
+                                                                     theta, D, N);
+    LAUNCHED();
+}
+
+// Three kernels, since the recurrence is linear: a block of T = CEMA_BLOCK tokens adds its own end state to
+// q^T times the state before it.
+// 1. ends: every block's end state from zero. Mode by mode, x in registers; a warp has 32 channels of a block of tokens.
+//    Reads R*D, writes 2*N*R*D/T floats.
+// 2. scan: from block to block, h = q^T h + end; a thread has a mode of a channel of a sequence. The state before every
+//    block takes the place of its end state, and stays for the backward pass. Reads and writes 2*N*R*D/T floats.
+// 3. forward: every block once more, from the state before it. Two modes at a time, y in registers. Reads and writes R*D,
+//    reads 2*N*R*D/T floats.
+
+// Keeps the compiler from reading shared memory once for all modes, for which there are too few registers.
+static __device__ void read_again(void) { asm volatile("" ::: "memory"); }
+
+typedef struct {
+    int d, at, t0, T; // channel; block of tokens in the batch, where it begins in its sequence, tokens that it has
+    size_t row;       // its first
+    bool inside;
+} CemaPlace;
+static __device__ CemaPlace cema_place(int at, int B, int L, int D) {
+    int blocks = ceil_div(L, CEMA_BLOCK), t0 = at % blocks * CEMA_BLOCK;
+    CemaPlace p = {(int)(blockIdx.x * WARP + threadIdx.x), at,   t0, min_int(CEMA_BLOCK, L - t0),
+                   (size_t)(at / blocks) * L + t0,         false};
+    p.inside = p.d < D && at < B * blocks;
+    return p;
+}
+
+static __global__ void __launch_bounds__(WARP *CEMA_WARPS)
+    cema_ends_kernel(float *h_blocks, const act *inp, Coefs coefs, int B, int L, int D, int N) {
+    CemaPlace p = cema_place(blockIdx.y * CEMA_WARPS + threadIdx.y, B, L, D);
+    if (!p.inside || p.t0 + CEMA_BLOCK >= L) return; // after the last block there is none
+    float x[CEMA_BLOCK];
+#pragma unroll
+    for (int t = 0; t < CEMA_BLOCK; t++) x[t] = to_float(inp[(p.row + t) * D + p.d]);
+    for (int n = 0; n < N; n++) {
+        size_t at = (size_t)n * D + p.d, out = (size_t)p.at * 2 * N * D + at;
+        float q_re = coefs.q_re[at], q_im = coefs.q_im[at], re = 0, im = 0;
+#pragma unroll
+        for (int t = 0; t < CEMA_BLOCK; t++) {
+            float old = re;
+            re = q_re * old - q_im * im + x[t];
+            im = q_re * im + q_im * old;
+        }
+        h_blocks[out] = coefs.p[at] * re, h_blocks[out + (size_t)N * D] = coefs.p[at] * im;
+    }
+}
+
+// states (B, blocks, 2, N, D); start (B,2,N,D) or NULL: before the first block. back: the same from the last block to the
+// first, with conj(q^T).
+static __global__ void cema_scan_kernel(float *states, const float *start, Coefs coefs, int back, int B, int blocks,
+                                        int D, int N) {
+    enum { AHEAD = 8 }; // blocks whose numbers are on their way
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, modes = (size_t)N * D, b = i / modes, mode = i % modes;
+    if (b >= (size_t)B) return;
+    float q_re = coefs.t_re[mode], q_im = back ? -coefs.t_im[mode] : coefs.t_im[mode];
+    float re = start ? start[b * 2 * modes + mode] : 0, im = start ? start[(b * 2 + 1) * modes + mode] : 0;
+    float *first = states + b * blocks * 2 * modes + mode;
+    for (int k0 = 0; k0 < blocks; k0 += AHEAD) {
+        float end_re[AHEAD], end_im[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            if (k0 + k >= blocks - 1) break; // behind the last block nothing comes
+            const float *at = first + (size_t)(back ? blocks - 1 - k0 - k : k0 + k) * 2 * modes;
+            end_re[k] = at[0], end_im[k] = at[modes];
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            if (k0 + k >= blocks) break;
+            float *at = first + (size_t)(back ? blocks - 1 - k0 - k : k0 + k) * 2 * modes, old = re;
+            at[0] = re, at[modes] = im;
+            if (k0 + k == blocks - 1) break;
+            re = q_re * old - q_im * im + end_re[k];
+            im = q_re * im + q_im * old + end_im[k];
+        }
+    }
+}
+
+static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
+    cema_forward_kernel(act *out, const float *h_blocks, const act *inp, Coefs coefs, const float *omega, int B, int L,
+                        int D, int N) {
+    extern __shared__ act cema_tiles[]; // (CEMA_WARPS, CEMA_BLOCK, WARP)
+    CemaPlace p = cema_place(blockIdx.y * CEMA_WARPS + threadIdx.y, B, L, D);
+    if (!p.inside) return;
+    act *x = cema_tiles + threadIdx.y * CEMA_BLOCK * WARP + threadIdx.x; // (CEMA_BLOCK), WARP apart: only this thread's
+    float y[CEMA_BLOCK], om = omega[p.d];
+#pragma unroll
+    for (int t = 0; t < CEMA_BLOCK; t++) {
+        float xt = t < p.T ? to_float(inp[(p.row + t) * D + p.d]) : 0;
+        set(&x[t * WARP], xt);
+        y[t] = om * xt;
+    }
+    for (int n = 0; n < N; n += 2) {
+        read_again();
+        float q_re[2], q_im[2], pn[2], g_re[2], g_im[2], re[2], im[2];
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+            size_t at = (size_t)(n + u) * D + p.d, state = (size_t)p.at * 2 * N * D + at;
+            q_re[u] = q_im[u] = pn[u] = g_re[u] = g_im[u] = re[u] = im[u] = 0;
+            if (n + u >= N) continue;
+            q_re[u] = coefs.q_re[at], q_im[u] = coefs.q_im[at], pn[u] = coefs.p[at];
+            g_re[u] = coefs.g_re[at], g_im[u] = coefs.g_im[at];
+            re[u] = h_blocks[state], im[u] = h_blocks[state + (size_t)N * D];
+        }
+#pragma unroll
+        for (int t = 0; t < CEMA_BLOCK; t++) {
+            float xt = to_float(x[t * WARP]);
+#pragma unroll
+            for (int u = 0; u < 2; u++) {
+                float old = re[u];
+                re[u] = q_re[u] * old - q_im[u] * im[u] + pn[u] * xt;
+                im[u] = q_re[u] * im[u] + q_im[u] * old;
+                y[t] += g_re[u] * re[u] - g_im[u] * im[u];
+            }
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < CEMA_BLOCK; t++) {
+        if (t < p.T) set(&out[(p.row + t) * D + p.d], y[t]);
+    }
+}
+
+// The state after the last token. A thread has a mode of a channel of a sequence.
+static __global__ void cema_end_kernel(float *h_out, const float *h_blocks, const act *inp, Coefs coefs, int B, int L,
+                                       int D, int N) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, modes = (size_t)N * D, b = i / modes, mode = i % modes;
+    int blocks = ceil_div(L, CEMA_BLOCK);
+    if (b >= (size_t)B) return;
+    const float *h = h_blocks + (b * blocks + blocks - 1) * 2 * modes + mode;
+    float q_re = coefs.q_re[mode], q_im = coefs.q_im[mode], p = coefs.p[mode], re = h[0], im = h[modes];
+    for (int t = (blocks - 1) * CEMA_BLOCK; t < L; t++) {
+        float old = re;
+        re = q_re * old - q_im * im + p * to_float(inp[(b * L + t) * D + mode % D]);
+        im = q_re * im + q_im * old;
+    }
+    h_out[b * 2 * modes + mode] = re, h_out[(b * 2 + 1) * modes + mode] = im;
+}
+
+// h_blocks (B, blocks, 2, N, D): h before each block. h_in, h_out (B,2,N,D), or NULL; they may be the same.
+static void cema_forward(act *out, float *h_blocks, float *h_out, const act *inp, const Coefs *coefs,
+                         const float *omega, const float *h_in, int B, int L, int D, int N) {
+    int blocks = ceil_div(L, CEMA_BLOCK);
+    dim3 grid(ceil_div(D, WARP), ceil_div(B * blocks, CEMA_WARPS)), threads(WARP, CEMA_WARPS);
+    unsigned modes = blocks_for((size_t)B * N * D, THREADS);
+    if (blocks > 1) {
+        cema_ends_kernel<<<grid, threads>>>(h_blocks, inp, *coefs, B, L, D, N);
+        LAUNCHED();
+    }
+    cema_scan_kernel<<<modes, THREADS>>>(h_blocks, h_in, *coefs, 0, B, blocks, D, N);
+    LAUNCHED();
+    size_t shared = CEMA_WARPS * CEMA_BLOCK * WARP * sizeof(act);
+    allow_shared(cema_forward_kernel, shared);
+    cema_forward_kernel<<<grid, threads, shared>>>(out, h_blocks, inp, *coefs, omega, B, L, D, N);
+    LAUNCHED();
+    if (h_out == NULL) return;
+    cema_end_kernel<<<modes, THREADS>>>(h_out, h_blocks, inp, *coefs, B, L, D, N);
+    LAUNCHED();
+}
+
+// Backward: G_t = conj(g) dy_t + conj(q) G_(t+1), dx_t = omega dy_t + sum_n p Re G_t, and the sums of megalodon.c for the
+// coefficients. The same three kernels, reversed: conj(q) G of a block's first token from zero after it; the scan; the
+// block once more. That one computes h again, forward for the whole block, keeping every CEMA_SUB-th, then from each of
+// these for CEMA_SUB tokens in registers. dx stays in registers over all modes.
+// Reads R*D, then 2 R*D; writes R*D; and the states as in the forward pass, twice.
+
+static __global__ void __launch_bounds__(WARP *CEMA_WARPS)
+    cema_futures_kernel(float *futures, const act *dout, Coefs coefs, int B, int L, int D, int N) {
+    CemaPlace p = cema_place(blockIdx.y * CEMA_WARPS + threadIdx.y, B, L, D);
+    if (!p.inside || p.t0 == 0) return; // before the first block there is none
+    float dy[CEMA_BLOCK];
+#pragma unroll
+    for (int t = 0; t < CEMA_BLOCK; t++) dy[t] = t < p.T ? to_float(dout[(p.row + t) * D + p.d]) : 0;
+    for (int n = 0; n < N; n++) {
+        size_t at = (size_t)n * D + p.d, out = (size_t)p.at * 2 * N * D + at;
+        float q_re = coefs.q_re[at], q_im = coefs.q_im[at], g_re = coefs.g_re[at], g_im = coefs.g_im[at];
+        float re = 0, im = 0; // without conj(g), which is the same for all
+#pragma unroll
+        for (int t = CEMA_BLOCK - 1; t >= 0; t--) {
+            float G_re = re + dy[t];
+            re = q_re * G_re + q_im * im;
+            im = q_re * im - q_im * G_re;
+        }
+        futures[out] = g_re * re + g_im * im, futures[out + (size_t)N * D] = g_re * im - g_im * re;
+    }
+}
+
+// parts (gridDim.y, 5*N*D + D): p, q_re, q_im, g_re, g_im of the coefficients' gradients, then domega.
+static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
+    cema_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp, const float *h_blocks,
+                         const float *futures, Coefs coefs, const float *omega, int B, int L, int D, int N) {
+    extern __shared__ float cema_shared[];
+    float *sums = cema_shared; // (2, 5, CEMA_WARPS, WARP), in turn
+    act *tiles = (act *)(cema_shared + 2 * 5 * CEMA_WARPS * WARP);
+    act *x = tiles + threadIdx.y * CEMA_BLOCK * WARP + threadIdx.x; // (CEMA_BLOCK), WARP apart: only this thread's
+    act *dy = x + CEMA_WARPS * CEMA_BLOCK * WARP;
+    int tasks = B * ceil_div(L, CEMA_BLOCK), thread = threadIdx.y * WARP + threadIdx.x, turn = 0;
+    float *part = parts + (size_t)blockIdx.y * (5 * N + 1) * D;
+    for (int task = blockIdx.y * CEMA_WARPS; task < tasks; task += gridDim.y * CEMA_WARPS) {
+        CemaPlace place = cema_place(task + threadIdx.y, B, L, D);
+        const int T = place.inside ? place.T : 0, first = task == (int)blockIdx.y * CEMA_WARPS;
+        float dx[CEMA_BLOCK], om = place.inside ? omega[place.d] : 0, dom = 0;
+#pragma unroll
+        for (int t = 0; t < CEMA_BLOCK; t++) {
+            size_t at = (place.row + t) * D + place.d;
+            float xt = t < T ? to_float(inp[at]) : 0, dyt = t < T ? to_float(dout[at]) : 0;
+            set(&x[t * WARP], xt), set(&dy[t * WARP], dyt);
+            dx[t] = om * dyt;
+            dom += xt * dyt;
+            if (t % CEMA_SUB == 0) read_again(); // not all at once
+        }
+        for (int n = 0; n <= N; n++, turn ^= 1) { // the last time for domega
+            float s_p = 0, s_q_re = 0, s_q_im = 0, s_g_re = 0, s_g_im = 0;
+            read_again();
+            if (n < N && place.inside) {
+                size_t at = (size_t)n * D + place.d, state = (size_t)place.at * 2 * N * D + at;
+                const float p = coefs.p[at], q_re = coefs.q_re[at], q_im = coefs.q_im[at];
+                const float g_re = coefs.g_re[at], g_im = coefs.g_im[at];
+                float f_re = futures[state], f_im = futures[state + (size_t)N * D];
+                float kept_re[CEMA_BLOCK / CEMA_SUB], kept_im[CEMA_BLOCK / CEMA_SUB];
+                float re = h_blocks[state], im = h_blocks[state + (size_t)N * D];
+#pragma unroll
+                for (int t = 0; t < CEMA_BLOCK - CEMA_SUB + 1; t++) {
+                    if (t % CEMA_SUB == 0) kept_re[t / CEMA_SUB] = re, kept_im[t / CEMA_SUB] = im;
+                    float old = re;
+                    re = q_re * old - q_im * im + p * to_float(x[t * WARP]);
+                    im = q_re * im + q_im * old;
+                }
+#pragma unroll
+                for (int sub = CEMA_BLOCK / CEMA_SUB - 1; sub >= 0; sub--) {
+                    float h_re[CEMA_SUB + 1], h_im[CEMA_SUB + 1]; // [t] is before token t
+                    read_again();
+                    h_re[0] = kept_re[sub], h_im[0] = kept_im[sub];
+#pragma unroll
+                    for (int t = 0; t < CEMA_SUB; t++) {
+                        float xt = to_float(x[(sub * CEMA_SUB + t) * WARP]);
+                        h_re[t + 1] = q_re * h_re[t] - q_im * h_im[t] + p * xt;
+                        h_im[t + 1] = q_re * h_im[t] + q_im * h_re[t];
+                    }
+                    read_again();
+#pragma unroll
+                    for (int t = CEMA_SUB - 1; t >= 0; t--) {
+                        float xt = to_float(x[(sub * CEMA_SUB + t) * WARP]);
+                        float dyt = to_float(dy[(sub * CEMA_SUB + t) * WARP]);
+                        float G_re = g_re * dyt + f_re, G_im = f_im - g_im * dyt;
+                        dx[sub * CEMA_SUB + t] += p * G_re;
+                        s_p += xt * G_re;
+                        s_q_re += G_re * h_re[t] + G_im * h_im[t];
+                        s_q_im += G_im * h_re[t] - G_re * h_im[t];
+                        s_g_re += dyt * h_re[t + 1];
+                        s_g_im -= dyt * h_im[t + 1];
+                        f_re = q_re * G_re + q_im * G_im;
+                        f_im = q_re * G_im - q_im * G_re;
+                    }
+                }
+            }
+            float *mine = sums + (turn * 5 * CEMA_WARPS + threadIdx.y) * WARP + threadIdx.x;
+            mine[0] = n < N ? s_p : dom;
+            mine[1 * CEMA_WARPS * WARP] = s_q_re, mine[2 * CEMA_WARPS * WARP] = s_q_im;
+            mine[3 * CEMA_WARPS * WARP] = s_g_re, mine[4 * CEMA_WARPS * WARP] = s_g_im;
+            __syncthreads(); // sums of the turn before are read before this one's next turn begins
+            int kind = thread / WARP, d = blockIdx.x * WARP + threadIdx.x;
+            if (kind < (n < N ? 5 : 1) && d < D) {
+                const float *all = sums + (turn * 5 + kind) * CEMA_WARPS * WARP + threadIdx.x;
+                float sum = 0;
+                for (int w = 0; w < CEMA_WARPS; w++) sum += all[w * WARP];
+                float *to = n < N ? part + ((size_t)kind * N + n) * D + d : part + (size_t)5 * N * D + d;
+                *to = first ? sum : *to + sum;
+            }
+        }
+        int rows = D; // apart
+        asm volatile("" : "+r"(rows));
+#pragma unroll
+        for (int t = 0; t < CEMA_BLOCK; t++) {
+            if (t < T) set(&dinp[(place.row + t) * rows + place.d], dx[t]);
+        }
+    }
+}
+
+// How many parts the sums over blocks of tokens have.
+static int cema_parts(int B, int L, int D) {
+    return min_int(ceil_div(B * ceil_div(L, CEMA_BLOCK), CEMA_WARPS), max_int(MOST_PARTS / ceil_div(D, WARP), 1));
+}
+
+// dcoefs, whose arrays lie one behind the other, is set. futures (B, blocks, 2, N, D) and parts are scratch.
+static void cema_backward(act *dinp, Coefs *dcoefs, float *domega, const act *dout, const act *inp,
+                          const float *h_blocks, const Coefs *coefs, const float *omega, float *futures, float *parts,
+                          int B, int L, int D, int N) {
+    int blocks = ceil_div(L, CEMA_BLOCK), strips = ceil_div(D, WARP), P = cema_parts(B, L, D);
+    size_t width = (size_t)(5 * N + 1) * D;
+    size_t shared = 2 * CEMA_WARPS * WARP * (5 * sizeof(float) + CEMA_BLOCK * sizeof(act));
+    dim3 threads(WARP, CEMA_WARPS);
+    if (blocks > 1) {
+        cema_futures_kernel<<<dim3(strips, ceil_div(B * blocks, CEMA_WARPS)), threads>>>(futures, dout, *coefs, B, L, D,
+                                                                                         N);
+        LAUNCHED();
+    }
+    cema_scan_kernel<<<blocks_for((size_t)B * N * D, THREADS), THREADS>>>(futures, NULL, *coefs, 1, B, blocks, D, N);
+    LAUNCHED();
+    allow_shared(cema_backward_kernel, shared);
+    cema_backward_kernel<<<dim3(strips, P), threads, shared>>>(dinp, parts, dout, inp, h_blocks, futures, *coefs, omega,
+                                                               B, L, D, N);
+    LAUNCHED();
+    sum_parts(dcoefs->p, 0, parts, P, width, (size_t)5 * N * D);
+    sum_parts(domega, 1, parts + (size_t)5 * N * D, P, width, D);
+}
+
+// ----------------------------------------------------------------------------
+// RMSNorm: y = x rstd (weight + 1), rstd = 1/sqrt(mean(x^2) + eps); weight NULL: no scale. rstd (R).
+// forward: a warp has a row. Reads and writes R*D.
+// backward, with a = (weight + 1) dy: dx = rstd (a - x rstd^2 mean(a x)). A block goes through rows, its threads own
+// columns, whose dweight they add up. Reads 2 R*D, writes R*D.
+
+enum { ROW_WARPS = 8, COLUMN_THREADS = 128 }; // of a block whose warps have rows; whose threads own columns
+
+template <int W>
+static __global__ void rmsnorm_forward_kernel(act *out, float *rstd, const act *inp, const float *weight, int R, int D,
+                                              double eps) {
+    size_t r = (size_t)blockIdx.x * ROW_WARPS + threadIdx.y;
+    float v[W], squares = 0;
+    if (r >= (size_t)R) return;
+    for (int c = threadIdx.x * W; c < D; c += WARP * W) {
+        load<W>(v, inp + r * D + c);
+#pragma unroll
+        for (int i = 0; i < W; i++) squares += v[i] * v[i];
+    }
+    float s = (float)(1 / sqrt((double)warp_sum(squares) / D + eps));
+    for (int c = threadIdx.x * W; c < D; c += WARP * W) {
+        load<W>(v, inp + r * D + c);
+#pragma unroll
+        for (int i = 0; i < W; i++) v[i] *= s * (weight ? weight[c + i] + 1 : 1);
+        store<W>(out + r * D + c, v);
+    }
+    if (threadIdx.x == 0) rstd[r] = s;
+}
+
+static void rmsnorm_forward(act *out, float *rstd, const act *inp, const float *weight, int R, int D, double eps) {
+    auto kernel = D % VEC == 0 ? rmsnorm_forward_kernel<VEC> : rmsnorm_forward_kernel<1>;
+    kernel<<<ceil_div(R, ROW_WARPS), dim3(WARP, ROW_WARPS)>>>(out, rstd, inp, weight, R, D, eps);
+    LAUNCHED();
+}
+
+// How many blocks share R rows when each leaves a part of a sum over them.
+static int row_parts(int R) { return min_int(R, MOST_PARTS); }
+
+template <int W>
+static __global__ void rmsnorm_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp,
+                                               const float *weight, const float *rstd, int R, int D) {
+    extern __shared__ float row_sums[]; // (W, D/W): a thread reads and writes its own
+    float x[W], dy[W];
+    for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
+        for (int i = 0; i < W; i++) row_sums[i * (D / W) + v] = 0;
+    }
+    for (size_t r = blockIdx.x; r < (size_t)R; r += gridDim.x) {
+        float s = rstd[r], dot = 0;
+        for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
+            load<W>(x, inp + r * D + v * W), load<W>(dy, dout + r * D + v * W);
+#pragma unroll
+            for (int i = 0; i < W; i++) {
+                dot += dy[i] * (weight ? weight[v * W + i] + 1 : 1) * x[i];
+                row_sums[i * (D / W) + v] += dy[i] * x[i] * s;
+            }
+        }
+        float back = block_sum(make_float2(dot, 0)).x / D * s * s;
+        for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
+            load<W>(x, inp + r * D + v * W), load<W>(dy, dout + r * D + v * W);
+#pragma unroll
+            for (int i = 0; i < W; i++) x[i] = s * (dy[i] * (weight ? weight[v * W + i] + 1 : 1) - x[i] * back);
+            store<W>(dinp + r * D + v * W, x);
+        }
+    }
+    for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
+        for (int i = 0; i < W; i++) parts[(size_t)blockIdx.x * D + v * W + i] = row_sums[i * (D / W) + v];
+    }
+}
+
+static void rmsnorm_backward(act *dinp, float *dweight, const act *dout, const act *inp, const float *weight,
+                             const float *rstd, float *parts, int R, int D) {
+    int P = row_parts(R);
+    size_t shared = (size_t)D * sizeof(float);
+    auto kernel = D % VEC == 0 ? rmsnorm_backward_kernel<VEC> : rmsnorm_backward_kernel<1>;
+    allow_shared(kernel, shared);
+    kernel<<<P, COLUMN_THREADS, shared>>>(dinp, parts, dout, inp, weight, rstd, R, D);
+    LAUNCHED();
+    if (dweight) sum_parts(dweight, 1, parts, P, D, D);
+}
+
+// ----------------------------------------------------------------------------
+// linear: out (R,M) = inp (R,K) weight' (M,K) + bias (M) + add (R,M); bias, add may be NULL, add may be out
+// backward: dinp = dout weight (added to what is there if `add`), dweight += dout' inp, dbias += sum of rows, which the
+// product that reads dout anyway leaves in parts
+
+static void linear_forward(act *out, const act *add, const act *inp, const act *weight, const act *bias, int R, int K,
+                           int M) {
+    Form f = form_of(0, 1, R, M, K, K, K, M);
+    if (bias) f.epilogue = CUBLASLT_EPILOGUE_BIAS;
+    product(f, inp, weight, add, bias, out);
+}
+
+static void linear_backward_inp(act *dinp, int add, const act *dout, const act *weight, int R, int K, int M) {
+    product(form_of(0, 0, R, K, M, M, K, K), dout, weight, add ? dinp : NULL, NULL, dinp);
+}
+
+static void linear_backward_weight(float *dweight, float *dbias, const act *dout, const act *inp, float *parts, int R,
+                                   int K, int M) {
+    Form f = form_of(1, 0, M, K, R, M, K, K);
+    f.type = CUDA_R_32F;
+    if (dbias) f.epilogue = CUBLASLT_EPILOGUE_BGRADB;
+    product(f, dout, inp, dweight, dbias ? parts : NULL, dweight);
+    if (dbias) sum_parts(dbias, 1, parts, 1, M, M);
+}
+
+static void linear_backward(act *dinp, int add, float *dweight, float *dbias, const act *dout, const act *inp,
+                            const act *weight, float *parts, int R, int K, int M) {
+    linear_backward_inp(dinp, add, dout, weight, R, K, M);
+    linear_backward_weight(dweight, dbias, dout, inp, parts, R, K, M);
+}
+
+// ----------------------------------------------------------------------------
+// queries and keys from the shared z (R,Z): per head n = RMSNorm(z) over dz, then
+//     q = n (gamma0 + 1)/sqrt(dz) + beta0,    k = n (gamma1 + 1)/sqrt(dz) + beta1;    gamma, beta (2,Z)
+// and the rotary embedding: the pair (2j, 2j+1), taken as a complex number, is turned by e^(i pos base^(-2j/dz)).
+// table (C, dz/2): cos, sin; NULL: no rotation. count (B): tokens before these, or NULL.
+// A warp has a head of a row. Reads R*Z, writes 2 R*Z.
+
+static __global__ void rope_table_kernel(float2 *table, int C, int dz, double base) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, pairs = dz / 2;
+    if (i >= C * pairs) return;
+    double angle = i / pairs * pow(base, -2.0 * (i % pairs) / dz);
+    table[i] = make_float2((float)cos(angle), (float)sin(angle));
+}
+
+static void rope_table(float2 *table, int C, int dz, double base) {
+    rope_table_kernel<<<blocks_for((size_t)C * (dz / 2), THREADS), THREADS>>>(table, C, dz, base);
+    LAUNCHED();
+}
+
+static __device__ float2 turn(float2 x, float2 by, int sign) {
+    return make_float2(x.x * by.x - x.y * sign * by.y, x.x * sign * by.y + x.y * by.x);
+}
+static __device__ float2 load_pair(const act *src) {
+    float x[2];
+    load<2>(x, src);
+    return make_float2(x[0], x[1]);
+}
+static __device__ void store_pair(act *dst, float2 pair) {
+    const float x[2] = {pair.x, pair.y};
+    store<2>(dst, x);
+}
+static __device__ int position(const int64_t *count, size_t row, int L, int C) {
+    return (int)(((count ? count[row / L] : 0) + (int64_t)(row % L)) % C);
+}
+
+static __global__ void qk_forward_kernel(act *q, act *k, const act *z, const float *gamma, const float *beta,
+                                         const float2 *table, const int64_t *count, int R, int L, int Z, int dz, int C,
+                                         double eps) {
+    int H = Z / dz, pairs = dz / 2;
+    size_t task = (size_t)blockIdx.x * ROW_WARPS + threadIdx.y, row = task / H;
+    int h = (int)(task % H);
+    float squares = 0, scale = (float)(1 / sqrt((double)dz));
+    if (row >= (size_t)R) return;
+    const act *zr = z + row * Z + h * dz;
+    for (int j = threadIdx.x; j < pairs; j += WARP) {
+        float2 x = load_pair(zr + 2 * j);
+        squares += x.x * x.x + x.y * x.y;
+    }
+    float s = (float)(1 / sqrt((double)warp_sum(squares) / dz + eps));
+    for (int j = threadIdx.x; j < pairs; j += WARP) {
+        int c = h * dz + 2 * j;
+        float2 n = load_pair(zr + 2 * j);
+        n.x *= s, n.y *= s;
+        float2 by = table ? table[(size_t)position(count, row, L, C) * pairs + j] : make_float2(1, 0);
+        float2 qj = make_float2(n.x * (gamma[c] + 1) * scale + beta[c], n.y * (gamma[c + 1] + 1) * scale + beta[c + 1]);
+        const float *gamma1 = gamma + Z, *beta1 = beta + Z;
+        float2 kj =
+            make_float2(n.x * (gamma1[c] + 1) * scale + beta1[c], n.y * (gamma1[c + 1] + 1) * scale + beta1[c + 1]);
+        store_pair(q + row * Z + c, turn(qj, by, 1));
+        store_pair(k + row * Z + c, turn(kj, by, 1));
+    }
+}
+
+static void qk_forward(act *q, act *k, const act *z, const float *gamma, const float *beta, const float2 *table,
+                       const int64_t *count, int R, int L, int Z, int dz, int C, double eps) {
+    qk_forward_kernel<<<blocks_for((size_t)R * (Z / dz), ROW_WARPS), dim3(WARP, ROW_WARPS)>>>(
+        q, k, z, gamma, beta, table, count, R, L, Z, dz, C, eps);
+    LAUNCHED();
+}
+
+// Backward: the rotation turned back, then a = (dq (gamma0 + 1) + dk (gamma1 + 1))/sqrt(dz) is the gradient by n, and
+// dz = rstd (a - z rstd^2 mean(a z)). A warp goes through rows of a head and adds up its own sums for gamma and beta.
+// parts (gridDim.x*warps, 4, Z): dgamma0, dgamma1, dbeta0, dbeta1. Reads 3 R*Z, writes R*Z.
+
+static __global__ void qk_backward_kernel(act *dz_out, float *parts, const act *dq, const act *dk, const act *z,
+                                          const float *gamma, const float2 *table, int R, int L, int Z, int dz, int C,
+                                          double eps) {
+    extern __shared__ float qk_sums[]; // (warps, 8, dz/2)
+    int pairs = dz / 2, h = blockIdx.y;
+    float *sums = qk_sums + (size_t)threadIdx.y * 4 * dz, scale = (float)(1 / sqrt((double)dz));
+    for (int j = threadIdx.x; j < 4 * dz; j += WARP) sums[j] = 0;
+    __syncwarp();
+    for (size_t row = (size_t)blockIdx.x * blockDim.y + threadIdx.y; row < (size_t)R;
+         row += (size_t)gridDim.x * blockDim.y) {
+        const float2 *turns = table + (size_t)position(NULL, row, L, C) * pairs;
+        size_t at = row * Z + h * dz;
+        float squares = 0, dot = 0;
+        for (int j = threadIdx.x; j < pairs; j += WARP) {
+            int c = h * dz + 2 * j;
+            float2 zj = load_pair(z + at + 2 * j);
+            float2 q = turn(load_pair(dq + at + 2 * j), turns[j], -1),
+                   k = turn(load_pair(dk + at + 2 * j), turns[j], -1);
+            squares += zj.x * zj.x + zj.y * zj.y;
+            dot += (q.x * (gamma[c] + 1) + k.x * (gamma[Z + c] + 1)) * zj.x +
+                   (q.y * (gamma[c + 1] + 1) + k.y * (gamma[Z + c + 1] + 1)) * zj.y;
+        }
+        float s = (float)(1 / sqrt((double)warp_sum(squares) / dz + eps));
+        float back = warp_sum(dot) * scale / dz * s * s;
+        for (int j = threadIdx.x; j < pairs; j += WARP) {
+            int c = h * dz + 2 * j;
+            float2 zj = load_pair(z + at + 2 * j), n = make_float2(zj.x * s, zj.y * s);
+            float2 q = turn(load_pair(dq + at + 2 * j), turns[j], -1),
+                   k = turn(load_pair(dk + at + 2 * j), turns[j], -1);
+            float2 a = make_float2((q.x * (gamma[c] + 1) + k.x * (gamma[Z + c] + 1)) * scale,
+                                   (q.y * (gamma[c + 1] + 1) + k.y * (gamma[Z + c + 1] + 1)) * scale);
+            store_pair(dz_out + at + 2 * j, make_float2(s * (a.x - zj.x * back), s * (a.y - zj.y * back)));
+            const float terms[8] = {
+                q.x * n.x * scale, q.y * n.y * scale, k.x * n.x * scale, k.y * n.y * scale, q.x, q.y, k.x, k.y};
+#pragma unroll
+            for (int i = 0; i < 8; i++) sums[i * pairs + j] += terms[i];
+        }
+    }
+    float *part = parts + ((size_t)blockIdx.x * blockDim.y + threadIdx.y) * 4 * Z + h * dz;
+    for (int j = threadIdx.x; j < pairs; j += WARP) {
+        for (int i = 0; i < 8; i++) part[(size_t)(i / 2) * Z + 2 * j + i % 2] = sums[i * pairs + j];
+    }
+}
+
+static void qk_backward(act *dz_out, float *dgamma, float *dbeta, const act *dq, const act *dk, const act *z,
+                        const float *gamma, const float2 *table, float *parts, int R, int L, int Z, int dz, int C,
+                        double eps) {
+    size_t shared = 4 * (size_t)dz * sizeof(float);
+    int warps = max_int(min_int((int)((48 << 10) / shared), 4), 1);
+    int blocks = max_int(min_int(ceil_div(R, warps), MOST_PARTS / warps), 1);
+    allow_shared(qk_backward_kernel, warps * shared);
+    qk_backward_kernel<<<dim3(blocks, Z / dz), dim3(WARP, warps), warps * shared>>>(dz_out, parts, dq, dk, z, gamma,
+                                                                                    table, R, L, Z, dz, C, eps);
+    LAUNCHED();
+    sum_parts(dgamma, 1, parts, blocks * warps, 4 * (size_t)Z, 2 * (size_t)Z);
+    sum_parts(dbeta, 1, parts + 2 * (size_t)Z, blocks * warps, 4 * (size_t)Z, 2 * (size_t)Z);
+}
+
+// ----------------------------------------------------------------------------
+// silu(x) = x sigmoid(x), and the gate out = a silu(b): the attention's (o, r) and the FFN's (f3, f1)
+// backward: silu'(x) = sigmoid(x) (1 + x (1 - sigmoid(x))); out is computed again, since the product after it needs it
+// for its weights' gradient; NULL: not. dinp, or da, may be dout.
+// A thread has VEC numbers; arrays have room for whole vectors. silu: reads and writes n, backward 2 n, 1 or 2 n;
+// gate: reads 2 n, writes n, backward 3 n and 3 n.
+
+static __global__ void silu_forward_kernel(act *out, const act *inp, size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    float x[VEC];
+    if (i >= n) return;
+    load<VEC>(x, inp + i);
+#pragma unroll
+    for (int k = 0; k < VEC; k++) x[k] *= sigmoid(x[k]);
+    store<VEC>(out + i, x);
+}
+
+static void silu_forward(act *out, const act *inp, size_t n) {
+    silu_forward_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, inp, n);
+    LAUNCHED();
+}
+
+static __global__ void silu_backward_kernel(act *out, act *dinp, const act *dout, const act *inp, size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    float x[VEC], d[VEC];
+    if (i >= n) return;
+    load<VEC>(x, inp + i), load<VEC>(d, dout + i);
+#pragma unroll
+    for (int k = 0; k < VEC; k++) {
+        float s = sigmoid(x[k]);
+        d[k] *= s * (1 + x[k] * (1 - s));
+        x[k] *= s;
+    }
+    store<VEC>(dinp + i, d);
+    if (out) store<VEC>(out + i, x);
+}
+
+static void silu_backward(act *out, act *dinp, const act *dout, const act *inp, size_t n) {
+    silu_backward_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, dinp, dout, inp, n);
+    LAUNCHED();
+}
+
+static __global__ void gate_forward_kernel(act *out, const act *a, const act *b, size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    float x[VEC], y[VEC];
+    if (i >= n) return;
+    load<VEC>(x, a + i), load<VEC>(y, b + i);
+#pragma unroll
+    for (int k = 0; k < VEC; k++) x[k] *= y[k] * sigmoid(y[k]);
+    store<VEC>(out + i, x);
+}
+
+static void gate_forward(act *out, const act *a, const act *b, size_t n) {
+    gate_forward_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, a, b, n);
+    LAUNCHED();
+}
+
+static __global__ void gate_backward_kernel(act *out, act *da, act *db, const act *dout, const act *a, const act *b,
+                                            size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    float x[VEC], y[VEC], d[VEC];
+    if (i >= n) return;
+    load<VEC>(x, a + i), load<VEC>(y, b + i), load<VEC>(d, dout + i);
+#pragma unroll
+    for (int k = 0; k < VEC; k++) {
+        float s = sigmoid(y[k]), silu = y[k] * s, dy = d[k] * x[k] * s * (1 + y[k] * (1 - s));
+        x[k] *= silu, d[k] *= silu, y[k] = dy;
+    }
+    store<VEC>(out + i, x), store<VEC>(da + i, d), store<VEC>(db + i, y);
+}
+
+static void gate_backward(act *out, act *da, act *db, const act *dout, const act *a, const act *b, size_t n) {
+    gate_backward_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, da, db, dout, a, b, n);
+    LAUNCHED();
+}
+
+// ----------------------------------------------------------------------------
+// attention of one head inside chunks: nq queries, the last nq of nk keys' positions, of `batch` chunks at a time whose
+// rows lie `step` rows apart
+//
+//     S_ij = q_i . k_j for j <= i        P = softmax over j        o_i = sum_j P_ij v_j
+//
+// Scores exist for QUERY_ROWS queries at a time, against the keys up to the last of them, so that those above the
+// diagonal are few; S, P and their gradients are acts, softmax is float. Of P only lse_i = log sum_j e^(S_ij) is kept.
+// scores (batch, nq, ld). A warp has a query's scores: reads them twice, writes them once; they are in the L2 cache.
+
+typedef struct {
+    size_t row;                  // of the first query
+    int step, batch, nq, nk, ld; // ld: length of a row of scores
+    int h, L, H, C;
+} Queries;
+
+static __device__ size_t query_row(const Queries *s, size_t task) {
+    return s->row + task / s->nq * s->step + task % s->nq;
+}
+// The mask's index of query `row`'s first key.
+static __device__ uint64_t mask_row(const Queries *s, size_t row) {
+    return ((row / s->L * s->H + s->h) * s->L + row % s->L) * s->C;
+}
+
+static __global__ void attend_forward_kernel(act *scores, float *lse, Queries s, Mask mask) {
+    size_t task = (size_t)blockIdx.x * ROW_WARPS + threadIdx.y;
+    if (task >= (size_t)s.batch * s.nq) return;
+    size_t row = query_row(&s, task);
+    act *p = scores + task * s.ld;
+    int seen = s.nk - s.nq + (int)(task % s.nq) + 1; // keys at or before this query
+    float x[VEC], top = -INFINITY, sum = 0;          // sum of e^(S - top) over what this lane has seen
+    for (int j = threadIdx.x * VEC; j < seen; j += WARP * VEC) {
+        load<VEC>(x, p + j);
+        float most = top;
+#pragma unroll
+        for (int i = 0; i < VEC; i++) most = j + i < seen ? fmaxf(most, x[i]) : most;
+        if (most > top) sum *= exp_act(top - most), top = most;
+#pragma unroll
+        for (int i = 0; i < VEC; i++) sum += j + i < seen ? exp_act(x[i] - top) : 0;
+    }
+    float most = top;
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+    sum = warp_sum(top > -INFINITY ? sum * exp_act(top - most) : 0);
+    float l = most + logf(sum), scale = 1 / sum;
+    for (int j = threadIdx.x * VEC; j < s.nk; j += WARP * VEC) {
+        load<VEC>(x, p + j);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            x[i] = j + i < seen ? exp_act(x[i] - most) * scale : 0;
+            if (mask.p > 0) x[i] *= mask_at(&mask, mask_row(&s, row) + j + i);
+        }
+        store<VEC>(p + j, x);
+    }
+    if (threadIdx.x == 0) lse[row * s.H + s.h] = l;
+}
+
+// A product of every chunk's matrices; stored rows and their distances are those of Queries.
+static void chunk_product(const Queries *s, int ta, int tb, int M, int N, int K, const act *A, int lda,
+                          int64_t stride_a, const act *B, int ldb, int64_t stride_b, int add, act *C, int ldc,
+                          int64_t stride_c) {
+    Form f = form_of(ta, tb, M, N, K, lda, ldb, ldc);
+    f.batch = s->batch, f.stride_a = stride_a, f.stride_b = stride_b, f.stride_c = stride_c;
+    product(f, A, B, add ? C : NULL, NULL, C);
+}
+
+// q, o begin with the first query, k, v with the first key; rows of q, k are Z long, of v, o E.
+static void attend_forward(act *o, float *lse, act *scores, const act *q, const act *k, const act *v, Queries s,
+                           Mask mask, int dz, int dv, int Z, int E) {
+    int64_t step_z = (int64_t)s.step * Z, step_e = (int64_t)s.step * E, step_s = (int64_t)s.nq * s.ld;
+    chunk_product(&s, 0, 1, s.nq, s.nk, dz, q, Z, step_z, k, Z, step_z, 0, scores, s.ld, step_s);
+    attend_forward_kernel<<<blocks_for((size_t)s.batch * s.nq, ROW_WARPS), dim3(WARP, ROW_WARPS)>>>(scores, lse, s,
+                                                                                                    mask);
+    LAUNCHED();
+    chunk_product(&s, 0, 0, s.nq, dv, s.nk, scores, s.ld, step_s, v, E, step_e, 0, o, E, step_e);
+}
+
+// P_ij = e^(S_ij - lse_i) again; dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij). With dropout, v meets P under the mask, and so
+// does dP. A warp has a query's scores and their gradients dP: reads both twice, writes P and dS in their place.
+
+static __global__ void attend_backward_kernel(act *scores, act *dscores, const float *lse, Queries s, Mask mask) {
+    size_t task = (size_t)blockIdx.x * ROW_WARPS + threadIdx.y;
+    if (task >= (size_t)s.batch * s.nq) return;
+    size_t row = query_row(&s, task);
+    act *p = scores + task * s.ld, *ds = dscores + task * s.ld;
+    int seen = s.nk - s.nq + (int)(task % s.nq) + 1;
+    float x[VEC], d[VEC], l = lse[row * s.H + s.h], dot = 0;
+    for (int j = threadIdx.x * VEC; j < seen; j += WARP * VEC) {
+        load<VEC>(x, p + j), load<VEC>(d, ds + j);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            if (j + i >= seen) continue;
+            if (mask.p > 0) d[i] *= mask_at(&mask, mask_row(&s, row) + j + i);
+            dot += exp_act(x[i] - l) * d[i];
+        }
+    }
+    dot = warp_sum(dot);
+    for (int j = threadIdx.x * VEC; j < s.nk; j += WARP * VEC) {
+        load<VEC>(x, p + j), load<VEC>(d, ds + j);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            float keep = mask.p > 0 && j + i < seen ? mask_at(&mask, mask_row(&s, row) + j + i) : 1;
+            x[i] = j + i < seen ? exp_act(x[i] - l) : 0;
+            d[i] = j + i < seen ? x[i] * (d[i] * keep - dot) : 0;
+            x[i] *= keep;
+        }
+        store<VEC>(p + j, x), store<VEC>(ds + j, d);
+    }
+}
+
+// dq is set; dk and dv are added to if `add`.
+static void attend_backward(act *dq, act *dk, act *dv_out, act *scores, act *dscores, int add, const act *dout,
+                            const float *lse, const act *q, const act *k, const act *v, Queries s, Mask mask, int dz,
+                            int dv, int Z, int E) {
+    int64_t step_z = (int64_t)s.step * Z, step_e = (int64_t)s.step * E, step_s = (int64_t)s.nq * s.ld;
+    chunk_product(&s, 0, 1, s.nq, s.nk, dz, q, Z, step_z, k, Z, step_z, 0, scores, s.ld, step_s);
+    chunk_product(&s, 0, 1, s.nq, s.nk, dv, dout, E, step_e, v, E, step_e, 0, dscores, s.ld, step_s);
+    attend_backward_kernel<<<blocks_for((size_t)s.batch * s.nq, ROW_WARPS), dim3(WARP, ROW_WARPS)>>>(scores, dscores,
+                                                                                                     lse, s, mask);
+    LAUNCHED();
+    chunk_product(&s, 0, 0, s.nq, dz, s.nk, dscores, s.ld, step_s, k, Z, step_z, 0, dq, Z, step_z);
+    chunk_product(&s, 1, 0, s.nk, dz, s.nq, dscores, s.ld, step_s, q, Z, step_z, add, dk, Z, step_z);
+    chunk_product(&s, 1, 0, s.nk, dv, s.nq, scores, s.ld, step_s, dout, E, step_e, add, dv_out, E, step_e);
+}
+
+// Chunked attention: a token sees its own chunk up to itself. Chunks that can be multiplied at once are a run: all of
+// the batch if L is a multiple of C, otherwise the sequences' first chunks, their second ones, and so on. A run is
+// shared out so that there is room for the scores.
+
+typedef struct {
+    size_t row; // of its first chunk's first token
+    int step, chunks, n;
+} Run; // chunks of n tokens, `step` rows apart
+
+static int score_columns(int C) { return ceil_div(C, VEC) * VEC; }
+static int score_rows(int C) { return min_int(QUERY_ROWS, C); }
+static int chunks_at_once(int C) { return max_int(SCORES / (score_rows(C) * score_columns(C)), 1); }
+
+static Run run_part(Run run, int first, int most) {
+    return Run{run.row + (size_t)first * run.step, run.step, min_int(run.chunks - first, most), run.n};
+}
+static int count_runs(int L, int C) { return L % C == 0 ? 1 : ceil_div(L, C); }
+static Run run_number(int i, int B, int L, int C) {
+    if (L % C == 0) return Run{0, C, B * (L / C), C};
+    return Run{(size_t)i * C, L, B, min_int(C, L - i * C)};
+}
+
+static __global__ void widen_kernel(float *out, const act *inp, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = to_float(inp[i]);
+}
+static __global__ void narrow_kernel(act *out, const float *inp, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) set(&out[i], inp[i]);
+}
+static void widen(float *out, const act *inp, size_t n) {
+    if (n == 0) return;
+    widen_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
+    LAUNCHED();
+}
+static void narrow(act *out, const float *inp, size_t n) {
+    if (n == 0) return;
+    narrow_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
+    LAUNCHED();
+}
+
+// Puts n tokens' keys and values, from t on, into the cache of row b, from place `at` on.
+static void cache_chunk(float *cache_k, float *cache_v, const act *k, const act *v, int b, int t, int at, int n, int L,
+                        int C, int Z, int E) {
+    size_t from = (size_t)b * L + t, to = (size_t)b * C + at;
+    widen(cache_k + to * Z, k + from * Z, (size_t)n * Z);
+    widen(cache_v + to * E, v + from * E, (size_t)n * E);
+}
+
+// One run's queries, block by block, head by head.
+static void attend_run(act *o, float *lse, act *scores, const act *q, const act *k, const act *v, Run run, int past,
+                       Mask mask, int L, int C, int H, int Z, int E) {
+    int dz = Z / H, dv = E / H;
+    for (int first = 0; first < run.chunks; first += chunks_at_once(C)) {
+        Run part = run_part(run, first, chunks_at_once(C));
+        size_t keys = (size_t)first * run.step;
+        for (int h = 0; h < H; h++) {
+            for (int i = 0; i < part.n; i += QUERY_ROWS) {
+                int nq = min_int(QUERY_ROWS, part.n - i);
+                size_t row = part.row + i;
+                Queries s = {row, part.step, part.chunks, nq, past + i + nq, score_columns(C), h, L, H, C};
+                attend_forward(o + row * E + h * dv, lse, scores, q + row * Z + h * dz, k + keys * Z + h * dz,
+                               v + keys * E + h * dv, s, mask, dz, dv, Z, E);
+            }
+        }
+    }
+}
+
+// q, k (B,L,Z) are rotated, v, o (B,L,E), lse (B,L,H). past (B), on the host, NULL: all 0: tokens that the chunk at the
+// start has already; their keys and values are in cache_k (B,C,Z), cache_v (B,C,E), and this call's go there too, as
+// far as their chunk stays unfinished. chunk_k (C,Z), chunk_v (C,E) are scratch.
+static void attention_forward(act *o, float *lse, float *cache_k, float *cache_v, act *scores, act *chunk_k,
+                              act *chunk_v, const act *q, const act *k, const act *v, const int *past, Mask mask, int B,
+                              int L, int C, int H, int Z, int E) {
+    int some = 0; // whether any sequence goes on inside a chunk
+    for (int b = 0; past && b < B; b++) some |= past[b];
+    for (int i = 0; !some && i < count_runs(L, C); i++) {
+        Run run = run_number(i, B, L, C);
+        attend_run(o, lse, scores, q, k + run.row * Z, v + run.row * E, run, 0, mask, L, C, H, Z, E);
+    }
+    for (int b = 0; some && b < B; b++) {
+        size_t row = (size_t)b * L, cache = (size_t)b * C;
+        int n = min_int(C - past[b], L), t = 0;
+        if (past[b] > 0) { // the rest of the chunk
+            cache_chunk(cache_k, cache_v, k, v, b, 0, past[b], n, L, C, Z, E);
+            narrow(chunk_k, cache_k + cache * Z, (size_t)(past[b] + n) * Z);
+            narrow(chunk_v, cache_v + cache * E, (size_t)(past[b] + n) * E);
+            attend_run(o, lse, scores, q, chunk_k, chunk_v, Run{row, L, 1, n}, past[b], mask, L, C, H, Z, E);
+            t = n;
+        }
+        for (; t < L; t += C) {
+            Run run = {row + t, L, 1, min_int(C, L - t)};
+            attend_run(o, lse, scores, q, k + run.row * Z, v + run.row * E, run, 0, mask, L, C, H, Z, E);
+        }
+    }
+    for (int b = 0; cache_k && b < B; b++) {
+        int before = past ? past[b] : 0, left = (before + L) % C; // tokens of the last chunk, if it stays unfinished
+        if (before == 0 || before + L > C) cache_chunk(cache_k, cache_v, k, v, b, L - left, 0, left, L, C, Z, E);
+    }
+}
+
+static void attention_backward(act *dq, act *dk, act *dv_out, act *scores, act *dscores, const act *dout,
+                               const float *lse, const act *q, const act *k, const act *v, Mask mask, int B, int L,
+                               int C, int H, int Z, int E) {
+    int dz = Z / H, dv = E / H;
+    for (int r = 0; r < count_runs(L, C); r++) {
+        Run run = run_number(r, B, L, C);
+        for (int first = 0; first < run.chunks; first += chunks_at_once(C)) {
+            Run part = run_part(run, first, chunks_at_once(C));
+            int last = (part.n - 1) / QUERY_ROWS * QUERY_ROWS;
+            for (int h = 0; h < H; h++) {
+                size_t z = part.row * Z + h * dz, e = part.row * E + h * dv;
+                for (int i = last; i >= 0; i -= QUERY_ROWS) { // the last block sees all keys: it sets dk and dv
+                    int nq = min_int(QUERY_ROWS, part.n - i);
+                    size_t zi = z + (size_t)i * Z, ei = e + (size_t)i * E;
+                    Queries s = {part.row + i, part.step, part.chunks, nq, i + nq, score_columns(C), h, L, H, C};
+                    attend_backward(dq + zi, dk + z, dv_out + e, scores, dscores, i < last, dout + ei, lse, q + zi,
+                                    k + z, v + e, s, mask, dz, dv, Z, E);
+                }
+            }
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------
+// LayerNorm: y = (x - mean) rstd (weight + 1) + bias; weight, bias NULL: neither. mean, rstd (R).
+// forward: a warp has a row. Reads and writes R*D.
+// backward, with a = (weight + 1) dy and n = (x - mean) rstd: dx = rstd (a - mean(a) - n mean(a n)). A block goes
+// through rows, its threads own columns, whose dweight and dbias they add up. Reads 2 R*D, writes R*D.
+
+template <int W>
+static __global__ void layernorm_forward_kernel(act *out, float *mean, float *rstd, const act *inp, const float *weight,
+                                                const float *bias, int R, int D, double eps) {
+    size_t r = (size_t)blockIdx.x * ROW_WARPS + threadIdx.y;
+    float v[W], sum = 0, squares = 0;
+    if (r >= (size_t)R) return;
+    for (int c = threadIdx.x * W; c < D; c += WARP * W) {
+        load<W>(v, inp + r * D + c);
+#pragma unroll
+        for (int i = 0; i < W; i++) sum += v[i];
+    }
+    float m = warp_sum(sum) / D;
+    for (int c = threadIdx.x * W; c < D; c += WARP * W) {
+        load<W>(v, inp + r * D + c);
+#pragma unroll
+        for (int i = 0; i < W; i++) squares += (v[i] - m) * (v[i] - m);
+    }
+    float s = (float)(1 / sqrt((double)warp_sum(squares) / D + eps));
+    for (int c = threadIdx.x * W; c < D; c += WARP * W) {
+        load<W>(v, inp + r * D + c);
+#pragma unroll
+        for (int i = 0; i < W; i++) {
+            v[i] = (v[i] - m) * s * (weight ? weight[c + i] + 1 : 1) + (bias ? bias[c + i] : 0);
+        }
+        store<W>(out + r * D + c, v);
+    }
+    if (threadIdx.x == 0) mean[r] = m, rstd[r] = s;
+}
+
+static void layernorm_forward(act *out, float *mean, float *rstd, const act *inp, const float *weight,
+                              const float *bias, int R, int D, double eps) {
+    auto kernel = D % VEC == 0 ? layernorm_forward_kernel<VEC> : layernorm_forward_kernel<1>;
+    kernel<<<ceil_div(R, ROW_WARPS), dim3(WARP, ROW_WARPS)>>>(out, mean, rstd, inp, weight, bias, R, D, eps);
+    LAUNCHED();
+}
+
+// parts (gridDim.x, 2, D): dweight, dbias
+template <int W>
+static __global__ void layernorm_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp,
+                                                 const float *weight, const float *mean, const float *rstd, int R,
+                                                 int D) {
+    extern __shared__ float column_sums[]; // (2, W, D/W): a thread reads and writes its own
+    float x[W], dy[W], *dw = column_sums, *db = column_sums + D;
+    for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
+        for (int i = 0; i < W; i++) dw[i * (D / W) + v] = db[i * (D / W) + v] = 0;
+    }
+    for (size_t r = blockIdx.x; r < (size_t)R; r += gridDim.x) {
+        float m = mean[r], s = rstd[r];
+        float2 sums = make_float2(0, 0);
+        for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
+            load<W>(x, inp + r * D + v * W), load<W>(dy, dout + r * D + v * W);
+#pragma unroll
+            for (int i = 0; i < W; i++) {
+                float a = dy[i] * (weight ? weight[v * W + i] + 1 : 1), n = (x[i] - m) * s;
+                sums.x += a, sums.y += a * n;
+                dw[i * (D / W) + v] += dy[i] * n, db[i * (D / W) + v] += dy[i];
+            }
+        }
+        sums = block_sum(sums);
+        for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
+            load<W>(x, inp + r * D + v * W), load<W>(dy, dout + r * D + v * W);
+#pragma unroll
+            for (int i = 0; i < W; i++) {
+                float a = dy[i] * (weight ? weight[v * W + i] + 1 : 1);
+                x[i] = s * (a - sums.x / D - (x[i] - m) * s * (sums.y / D));
+            }
+            store<W>(dinp + r * D + v * W, x);
+        }
+    }
+    for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
+        float *part = parts + (size_t)blockIdx.x * 2 * D + v * W;
+        for (int i = 0; i < W; i++) part[i] = dw[i * (D / W) + v], part[D + i] = db[i * (D / W) + v];
+    }
+}
+
+static void layernorm_backward(act *dinp, float *dweight, float *dbias, const act *dout, const act *inp,
+                               const float *weight, const float *mean, const float *rstd, float *parts, int R, int D) {
+    int P = row_parts(R);
+    size_t shared = 2 * (size_t)D * sizeof(float);
+    auto kernel = D % VEC == 0 ? layernorm_backward_kernel<VEC> : layernorm_backward_kernel<1>;
+    allow_shared(kernel, shared);
+    kernel<<<P, COLUMN_THREADS, shared>>>(dinp, parts, dout, inp, weight, mean, rstd, R, D);
+    LAUNCHED();
+    if (dweight == NULL) return;
+    sum_parts(dweight, 1, parts, P, 2 * (size_t)D, D);
+    sum_parts(dbias, 1, parts + D, P, 2 * (size_t)D, D);
+}
+
+// ----------------------------------------------------------------------------
+// rescale: out = alpha inp, alpha (D); backward: dinp = alpha dout, dalpha += sum of rows of dout inp
+// A thread has VEC numbers; backward, a block goes through rows and its threads own columns. Reads R*D, backward 2 R*D;
+// writes R*D.
+
+static __global__ void rescale_forward_kernel(act *out, const act *inp, const float *alpha, size_t n, int D) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) set(&out[i], alpha[i % D] * to_float(inp[i]));
+}
+
+static void rescale_forward(act *out, const act *inp, const float *alpha, int R, int D) {
+    rescale_forward_kernel<<<blocks_for((size_t)R * D, THREADS), THREADS>>>(out, inp, alpha, (size_t)R * D, D);
+    LAUNCHED();
+}
+
+static __global__ void rescale_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp,
+                                               const float *alpha, int R, int D) {
+    for (int c = threadIdx.x; c < D; c += blockDim.x) {
+        float sum = 0;
+        for (size_t at = (size_t)blockIdx.x * D + c; at < (size_t)R * D; at += (size_t)gridDim.x * D) {
+            float dy = to_float(dout[at]);
+            sum += dy * to_float(inp[at]);
+            set(&dinp[at], alpha[c] * dy);
+        }
+        parts[(size_t)blockIdx.x * D + c] = sum;
+    }
+}
+
+static void rescale_backward(act *dinp, float *dalpha, const act *dout, const act *inp, const float *alpha,
+                             float *parts, int R, int D) {
+    rescale_backward_kernel<<<row_parts(R), COLUMN_THREADS>>>(dinp, parts, dout, inp, alpha, R, D);
+    LAUNCHED();
+    sum_parts(dalpha, 1, parts, row_parts(R), D, D);
+}
+
+// a residual: out += inp, where no kernel before it adds it. A thread has VEC numbers; reads 2 n, writes n.
+static __global__ void add_kernel(act *out, const act *inp, size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    float x[VEC], y[VEC];
+    if (i >= n) return;
+    load<VEC>(x, out + i), load<VEC>(y, inp + i);
+#pragma unroll
+    for (int k = 0; k < VEC; k++) x[k] += y[k];
+    store<VEC>(out + i, x);
+}
+
+static void add(act *out, const act *inp, size_t n) {
+    add_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, inp, n);
+    LAUNCHED();
+}
+
+// ----------------------------------------------------------------------------
+// output and loss: logits (R,V) = x output', loss = log sum_v e^logit - logit of the target, in nats. A block of
+// positions at a time, forward and backward in one, see megalodon.c.
+// A block has a position: reads its logits twice (the second time from the cache), writes their gradients over them.
+
+static int logit_rows(int V) { return max_int(LOGITS / V, LOGIT_ROWS); }
+
+template <int W>
+static __global__ void loss_kernel(float *losses, act *logits, const int32_t *targets, float grad_scale, int grad,
+                                   int V) {
+    __shared__ float tops[WARP], sums[WARP];
+    size_t r = blockIdx.x;
+    act *l = logits + r * V;
+    int target = targets[r], lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    float x[W], top = -INFINITY, sum = 0, at_target = target < 0 ? 0 : to_float(l[target]);
+    for (int v = threadIdx.x * W; v < V; v += blockDim.x * W) {
+        load<W>(x, l + v);
+        float most = top;
+#pragma unroll
+        for (int i = 0; i < W; i++) most = fmaxf(most, x[i]);
+        if (most > top) sum *= exp_act(top - most), top = most;
+#pragma unroll
+        for (int i = 0; i < W; i++) sum += exp_act(x[i] - top);
+    }
+    float most = top;
+    for (int step = WARP / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+    sum = warp_sum(top > -INFINITY ? sum * exp_act(top - most) : 0);
+    if (lane == 0) tops[warp] = most, sums[warp] = sum;
+    __syncthreads(); // all have read the target's logit, too
+    top = lane < warps ? tops[lane] : -INFINITY, sum = lane < warps ? sums[lane] : 0, most = top;
+    for (int step = WARP / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+    sum = warp_sum(top > -INFINITY ? sum * exp_act(top - most) : 0);
+    if (threadIdx.x == 0) losses[r] = target < 0 ? 0 : (float)(log((double)sum) + (most - at_target));
+    float scale = target < 0 ? 0 : grad_scale / sum;
+    for (int v = threadIdx.x * W; grad && v < V; v += blockDim.x * W) {
+        load<W>(x, l + v);
+#pragma unroll
+        for (int i = 0; i < W; i++) x[i] = scale * exp_act(x[i] - most) - (v + i == target ? grad_scale : 0);
+        store<W>(l + v, x);
+    }
+}
+
+static __global__ void sum_losses_kernel(double *total, const float *losses, int R) {
+    __shared__ double sums[THREADS];
+    double sum = 0;
+    for (int r = threadIdx.x; r < R; r += THREADS) sum += losses[r];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        if ((int)threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) *total = sums[0];
+}
+
+// total gets the sum of the losses (R)
+static void output_loss(double *total, float *losses, act *dx, float *doutput, act *logits, const act *x,
+                        const act *output, const int32_t *targets, double grad_scale, int R, int D, int V) {
+    for (int r0 = 0; r0 < R; r0 += logit_rows(V)) {
+        int rows = min_int(logit_rows(V), R - r0), threads = V > 4096 ? 512 : 64;
+        const act *xr = x + (size_t)r0 * D;
+        linear_forward(logits, NULL, xr, output, NULL, rows, D, V);
+        auto kernel = V % VEC == 0 ? loss_kernel<VEC> : loss_kernel<1>;
+        kernel<<<rows, threads>>>(losses + r0, logits, targets + r0, (float)grad_scale, dx != NULL, V);
+        LAUNCHED();
+        if (dx) linear_backward(dx + (size_t)r0 * D, 0, doutput, NULL, logits, xr, output, NULL, rows, D, V);
+    }
+    sum_losses_kernel<<<1, THREADS>>>(total, losses, R);
+    LAUNCHED();
+}
+
+// ----------------------------------------------------------------------------
+// activations
+
+typedef struct {                  // of one layer: what its backward pass reads
+    float *norm_mean, *norm_rstd; // (B,L,G) TimestepNorm's
+    act *xt;                      // (B,L,D) TimestepNorm(x)
+    float *h;                     // (B, L/CEMA_BLOCK, 2, N, D) CEMA's state before each block
+    act *ema;                     // (B,L,D) CEMA(xt)
+    float *ema_rstd;              // (B,L) its RMSNorm's
+    act *mx;                      // (B,L,D) RMSNorm(CEMA(xt))
+    act *z;                       // (B,L,Z) before its norm
+    act *v_in, *r_in;             // (B,L,E) before silu
+    act *o;                       // (B,L,E)
+    float *lse;                   // (B,L,H)
+    act *y;                       // (B,L,D) the sub-layer's output
+    float *ffn_mean, *ffn_rstd;   // (B,L) LayerNorm's
+    act *u;                       // (B,L,D) LayerNorm(y)
+    act *f1, *f3;                 // (B,L,F) u W1', u W3' (swiglu only)
+    act *f2;                      // (B,L,D) before alpha (rescale_nffn only)
+} LayerActs;
+
+typedef struct {                 // used by every layer in turn; what begins with d, for backward only
+    act *logits;                 // (logit_rows,V)
+    act *dx, *dy, *dxt, *dmx;    // (B,L,D)
+    Prefix *prefix;              // (B,L,G) TimestepNorm's, forward
+    Sums *suffix;                // (B,L,G) and backward
+    Moments *moments;            // (B, L/NORM_BLOCK, G) forward
+    Sums *sums;                  // (B, L/NORM_BLOCK, G) backward
+    act *q_turned, *k_turned;    // (B,L,Z) of the attention sub-layer, here and below
+    act *v, *gated;              // (B,L,E)
+    act *scores;                 // (chunks_at_once, score_rows, score_columns)
+    act *chunk_k, *chunk_v;      // (C,Z), (C,E) a chunk that began before
+    act *dema;                   // (B,L,D)
+    act *dq, *dk, *dz;           // (B,L,Z)
+    act *do_, *dr_in, *dv;       // (B,L,E)
+    act *dscores;                // as scores
+    float *futures;              // (B, L/CEMA_BLOCK, 2, N, D)
+    Coefs dcoefs;                // one behind the other
+    float *parts;                // of sums over rows
+    act *hidden, *dhidden, *df1; // (B,L,F) of the FFN sub-layer
+} Scratch;
+
+struct Model {
+    Config config;
+    Mode mode;
+    int max_B, max_L;
+    Tensor *tensors;
+    int num_tensors;
+    size_t num_params;
+    MemoryPlan plan;
+    void *params_memory;  // the parameters, then what they are rounded to
+    void *moments_memory; // both
+    float *memory[4];     // PARAMS, GRADS, MOMENT1, MOMENT2
+    act *rounded;         // the parameters as acts; themselves in the float32 build
+    Params params, grads;
+    void *acts_memory, *work_memory;
+    LayerActs *acts;                // (num_layers), all in the same memory unless mode is TRAIN
+    act **x;                        // (num_layers+1) of (B,L,D): blocks' inputs, the last one's output
+    float *final_mean, *final_rstd; // (B,L,G) final norm's
+    act *final;                     // (B,L,D) and its output
+    float *losses;                  // (B,L)
+    double *totals;                 // (NORM_PARTS) of megalodon_grad_norm; of the loss
+    int32_t *tokens, *targets;      // (B,L)
+    int *order;                     // (B,L) rows sorted by token
+    Segment *segments;              // (2 B*L) of these
+    Sorted sorted;
+    int *host_order, *host_first; // the same on the host
+    Segment *host_segments;
+    int64_t *host_count; // (B) state's count before the last forward
+    int *past;           // (B) of it, tokens of an unfinished chunk
+    float2 *rope;        // (C, dz/2)
+    Coefs *coefs;        // (num_layers)
+    int coefs_valid;
+    Scratch scratch;
+    Draw draw;       // of dropout, if
+    int dropping;    // it is on
+    State before;    // the last forward's incoming state without k and v, for the backward pass
+    int with_before; // there was one
+    int B, L;        // of the last forward
+    int acts_layer;  // the layer whose activations the shared memory holds, -1: none; not in mode TRAIN
+};
+
+// Hands out room for the next n things behind *at; with at NULL it only counts. Slices begin at multiples of 256 bytes.
+typedef struct {
+    char *at;
+    size_t used;
+} Arena;
+template <typename T> static void take(T **pointer, Arena *arena, size_t n) {
+    *pointer = arena->at ? (T *)(void *)(arena->at + arena->used) : NULL;
+    arena->used += (n * sizeof(T) + 255) / 256 * 256;
+}
+
+static void layer_acts_take(LayerActs *a, Arena *arena, const Config *c, int B, int L) {
+    size_t R = (size_t)B * L, D = c->model_dim, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim;
+    size_t H = c->num_heads, G = c->norm_num_groups, blocks = (size_t)B * ceil_div(L, CEMA_BLOCK);
+    take(&a->norm_mean, arena, R * G), take(&a->norm_rstd, arena, R * G);
+    take(&a->xt, arena, R * D);
+    take(&a->h, arena, blocks * 2 * c->cema_ndim * D);
+    take(&a->ema, arena, R * D), take(&a->ema_rstd, arena, R);
+    take(&a->mx, arena, R * D);
+    take(&a->z, arena, R * Z);
+    take(&a->v_in, arena, R * E), take(&a->r_in, arena, R * E);
+    take(&a->o, arena, R * E), take(&a->lse, arena, R * H);
+    take(&a->y, arena, R * D);
+    take(&a->ffn_mean, arena, R), take(&a->ffn_rstd, arena, R);
+    take(&a->u, arena, R * D);
+    take(&a->f1, arena, R * F), take(&a->f3, arena, c->swiglu ? R * F : 0);
+    take(&a->f2, arena, c->rescale_nffn ? R * D : 0);
+}
+
+static void coefs_take(Coefs *coefs, Arena *arena, const Config *c) {
+    size_t n = (size_t)c->cema_ndim * c->model_dim;
+    float *all;
+    take(&all, arena, 7 * n);
+    *coefs = all ? Coefs{all, all + n, all + 2 * n, all + 3 * n, all + 4 * n, all + 5 * n, all + 6 * n} : Coefs{};
+}
+
+// Floats that the largest sum over rows needs for its parts.
+static size_t parts_size(const Config *c, int B, int L) {
+    size_t D = c->model_dim, widest = max_int(c->value_dim, max_int(c->model_dim, c->z_dim));
+    size_t rows = MOST_PARTS * max_int(2 * c->model_dim, 4 * c->z_dim); // norms, q and k
+    size_t cema = (size_t)cema_parts(B, L, c->model_dim) * (5 * c->cema_ndim + 1) * D;
+    size_t embed = ((size_t)B * L / (EMBED_ROWS / 2) + 1) * D;
+    size_t most = rows > cema ? rows : cema;
+    most = most > embed ? most : embed;
+    return most > widest ? most : widest;
+}
+
+// The two sub-layers take turns, so theirs lie in the same place.
+static void scratch_take(Scratch *s, Arena *arena, const Config *c, Mode mode, int B, int L) {
+    size_t R = (size_t)B * L, D = c->model_dim, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim;
+    size_t G = c->norm_num_groups, C = c->chunk_size, blocks = (size_t)B * ceil_div(L, NORM_BLOCK);
+    size_t states = (size_t)B * ceil_div(L, CEMA_BLOCK) * 2 * c->cema_ndim * D;
+    size_t chunks = min_int(chunks_at_once(C), B * ceil_div(L, C));
+    size_t scores = chunks * score_rows(C) * score_columns(C);
+    int backward = mode != MEGALODON_INFER;
+    take(&s->prefix, arena, R * G), take(&s->moments, arena, blocks * G);
+    if (backward) take(&s->suffix, arena, R * G), take(&s->sums, arena, blocks * G);
+    size_t start = arena->used;
+    take(&s->q_turned, arena, R * Z), take(&s->k_turned, arena, R * Z);
+    take(&s->v, arena, R * E), take(&s->gated, arena, R * E);
+    take(&s->scores, arena, scores);
+    take(&s->chunk_k, arena, C * Z), take(&s->chunk_v, arena, C * E);
+    if (backward) {
+        take(&s->dema, arena, R * D);
+        take(&s->dq, arena, R * Z), take(&s->dk, arena, R * Z), take(&s->dz, arena, R * Z);
+        take(&s->do_, arena, R * E), take(&s->dr_in, arena, R * E), take(&s->dv, arena, R * E);
+        take(&s->dscores, arena, scores);
+        take(&s->futures, arena, states);
+        coefs_take(&s->dcoefs, arena, c);
+    }
+    size_t end = arena->used;
+    arena->used = start;
+    take(&s->hidden, arena, R * F);
+    if (backward) take(&s->dhidden, arena, R * F), take(&s->df1, arena, R * F);
+    arena->used = end > arena->used ? end : arena->used;
+    take(&s->logits, arena, (size_t)min_int(logit_rows(c->vocab_size), B * L) * c->vocab_size);
+    if (!backward) return;
+    take(&s->dx, arena, R * D), take(&s->dy, arena, R * D);
+    take(&s->dxt, arena, R * D), take(&s->dmx, arena, R * D);
+    take(&s->parts, arena, parts_size(c, B, L));
+}
+
+// ----------------------------------------------------------------------------
+// the attention sub-layer: y = mega(x), see megalodon.h. It goes on from the state `in` and leaves its own in
+// `out`, which may be the same; NULL: a fresh start, the end not kept.
+
+// The dropout of one place in one layer (-1: none of them), for an activation of `width` numbers a token.
+static Mask mask_of(const Model *m, int layer, int place, double p, size_t width) {
+    Mask mask;
+    mask.p = m->dropping ? p : 0;
+    mask.seed = m->draw.seed;
+    mask.stream = STREAM_DROPOUT + (uint32_t)place;
+    mask.step = (uint32_t)m->draw.step;
+    mask.layer = (uint32_t)(layer + 1);
+    mask.first = (uint64_t)m->draw.row * (uint64_t)m->L * width;
+    return mask;
+}
+
+// A parameter as products read it.
+static const act *rounded(const Model *m, const float *param) { return m->rounded + (param - m->memory[PARAMS]); }
+
+static void mega_forward(Model *m, int layer, const State *in, State *out, const act *x, int B, int L) {
+    const Config *c = &m->config;
+    const LayerParams *w = &m->params.layers[layer];
+    LayerActs *a = &m->acts[layer];
+    Scratch *s = &m->scratch;
+    int D = c->model_dim, N = c->cema_ndim, H = c->num_heads, Z = c->z_dim, E = c->value_dim, C = c->chunk_size;
+    int G = c->norm_num_groups, R = B * L, dz = Z / H;
+    size_t moments = (size_t)layer * B * G, modes = (size_t)layer * B * 2 * N * D, chunk = (size_t)layer * B * C;
+    const int64_t *count = in ? in->count : NULL;
+    float *cache_k = out && out->k ? out->k + chunk * Z : NULL, *cache_v = out && out->v ? out->v + chunk * E : NULL;
+
+    // xt = TimestepNorm(x), mx = RMSNorm(CEMA(xt))
+    timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, out ? out->mean + moments : NULL,
+                          out ? out->m2 + moments : NULL, x, w->timenorm_weight, w->timenorm_bias,
+                          in ? in->mean + moments : NULL, in ? in->m2 + moments : NULL, count, s->prefix, s->moments, B,
+                          L, D, G, c->norm_eps);
+    cema_forward(a->ema, a->h, out ? out->h + modes : NULL, a->xt, &m->coefs[layer], w->cema_omega,
+                 in ? in->h + modes : NULL, B, L, D, N);
+    rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, c->norm_eps);
+    dropout(a->mx, a->mx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
+    // z = mx Wz' + bz, and from its norm q and k
+    linear_forward(a->z, NULL, a->mx, rounded(m, w->wz), rounded(m, w->wz_bias), R, D, Z);
+    qk_forward(s->q_turned, s->k_turned, a->z, w->gamma, w->beta, m->rope, count, R, L, Z, dz, C, c->norm_eps);
+    // v = silu(xt Wv' + bv)
+    linear_forward(a->v_in, NULL, a->xt, rounded(m, w->wv), rounded(m, w->wv_bias), R, D, E);
+    silu_forward(s->v, a->v_in, (size_t)R * E);
+    attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->chunk_k, s->chunk_v, s->q_turned, s->k_turned, s->v,
+                      in ? m->past : NULL, mask_of(m, layer, DROP_ATTENTION, c->attention_dropout, (size_t)H * C), B, L,
+                      C, H, Z, E);
+    // y = (mx Wh1' + bh1) + (o * r) Wh2' + x, r = silu(mx Wr' + br)
+    linear_forward(a->r_in, NULL, a->mx, rounded(m, w->wr), rounded(m, w->wr_bias), R, D, E);
+    gate_forward(s->gated, a->o, a->r_in, (size_t)R * E);
+    dropout(s->gated, s->gated, mask_of(m, layer, DROP_GATED, c->hidden_dropout, E), (size_t)R * E);
+    Mask mask = mask_of(m, layer, DROP_MEGA, c->dropout, D);
+    const act *residual = mask.p > 0 ? NULL : x; // the product adds it, unless a dropout comes between
+    linear_forward(a->y, residual, a->mx, rounded(m, w->wh1), rounded(m, w->wh1_bias), R, D, D);
+    linear_forward(a->y, a->y, s->gated, rounded(m, w->wh2), NULL, R, E, D);
+    dropout(a->y, a->y, mask, (size_t)R * D);
+    if (residual == NULL) add(a->y, x, (size_t)R * D);
+}
+
+// dx = gradient by x, from dy that by y, and added to it that of the block's other residual, which may be dx itself.
+static void mega_backward(Model *m, int layer, act *dx, const act *dy, const act *residual, const act *x, int B,
+                          int L) {
+    const Config *c = &m->config;
+    const LayerParams *w = &m->params.layers[layer];
+    LayerParams *dw = &m->grads.layers[layer];
+    LayerActs *a = &m->acts[layer];
+    Scratch *s = &m->scratch;
+    int D = c->model_dim, N = c->cema_ndim, H = c->num_heads, Z = c->z_dim, E = c->value_dim, C = c->chunk_size;
+    int G = c->norm_num_groups, R = B * L, dz = Z / H;
+
+    const Mask mega_mask = mask_of(m, layer, DROP_MEGA, c->dropout, D);
+    const Mask gated_mask = mask_of(m, layer, DROP_GATED, c->hidden_dropout, E);
+    const act *dsum = mega_mask.p > 0 ? s->dxt : dy; // gradient by wh1's and wh2's sum
+    dropout(s->dxt, dy, mega_mask, (size_t)R * D);
+    linear_backward_inp(s->do_, 0, dsum, rounded(m, w->wh2), R, E, D);
+    dropout(s->do_, s->do_, gated_mask, (size_t)R * E);
+    gate_backward(s->gated, s->do_, s->dr_in, s->do_, a->o, a->r_in, (size_t)R * E);
+    dropout(s->gated, s->gated, gated_mask, (size_t)R * E);
+    linear_backward_weight(dw->wh2, NULL, dsum, s->gated, s->parts, R, E, D);
+    linear_backward(s->dmx, 0, dw->wh1, dw->wh1_bias, dsum, a->mx, rounded(m, w->wh1), s->parts, R, D, D);
+    linear_backward(s->dmx, 1, dw->wr, dw->wr_bias, s->dr_in, a->mx, rounded(m, w->wr), s->parts, R, D, E);
+
+    silu_forward(s->v, a->v_in, (size_t)R * E);
+    qk_forward(s->q_turned, s->k_turned, a->z, w->gamma, w->beta, m->rope, NULL, R, L, Z, dz, C, c->norm_eps);
+    attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->lse, s->q_turned, s->k_turned, s->v,
+                       mask_of(m, layer, DROP_ATTENTION, c->attention_dropout, (size_t)H * C), B, L, C, H, Z, E);
+    qk_backward(s->dz, dw->gamma, dw->beta, s->dq, s->dk, a->z, w->gamma, m->rope, s->parts, R, L, Z, dz, C,
+                c->norm_eps);
+    linear_backward(s->dmx, 1, dw->wz, dw->wz_bias, s->dz, a->mx, rounded(m, w->wz), s->parts, R, D, Z);
+
+    dropout(s->dmx, s->dmx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
+    rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, s->parts, R, D);
+    cema_backward(s->dxt, &s->dcoefs, dw->cema_omega, s->dema, a->xt, a->h, &m->coefs[layer], w->cema_omega, s->futures,
+                  s->parts, B, L, D, N);
+    cema_coefs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoefs, w->cema_alpha,
+                        w->cema_delta, w->cema_theta, D, N);
+    silu_backward(NULL, s->dv, s->dv, a->v_in, (size_t)R * E);
+    linear_backward(s->dxt, 1, dw->wv, dw->wv_bias, s->dv, a->xt, rounded(m, w->wv), s->parts, R, D, E);
+    timestep_norm_backward(dx, dw->timenorm_weight, dw->timenorm_bias, s->dxt, dy, residual, x, w->timenorm_weight,
+                           a->norm_mean, a->norm_rstd, m->with_before ? m->before.count : NULL, s->suffix, s->sums,
+                           s->parts, B, L, D, G);
+}
+
+// ----------------------------------------------------------------------------
+// the FFN sub-layer with the block's residual: out = [alpha *] hidden W2' + x,
+// hidden = silu(u W1') [* (u W3')], u = LayerNorm(y)
+
+static void nffn_forward(Model *m, int layer, act *out, const act *x, int R) {
+    const Config *c = &m->config;
+    const LayerParams *w = &m->params.layers[layer];
+    LayerActs *a = &m->acts[layer];
+    Scratch *s = &m->scratch;
+    int D = c->model_dim, F = c->ffn_hidden_dim;
+
+    layernorm_forward(a->u, a->ffn_mean, a->ffn_rstd, a->y, w->norm_weight, w->norm_bias, R, D, c->norm_eps);
+    linear_forward(a->f1, NULL, a->u, rounded(m, w->fc1), NULL, R, D, F);
+    if (c->swiglu) {
+        linear_forward(a->f3, NULL, a->u, rounded(m, w->fc3), NULL, R, D, F);
+        gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
+    } else {
+        silu_forward(s->hidden, a->f1, (size_t)R * F);
+    }
+    dropout(s->hidden, s->hidden, mask_of(m, layer, DROP_HIDDEN, c->hidden_dropout, F), (size_t)R * F);
+    Mask mask = mask_of(m, layer, DROP_NFFN, c->dropout, D);
+    const act *residual = mask.p > 0 || c->rescale_nffn ? NULL : x; // the product adds it, if nothing comes between
+    act *f2 = c->rescale_nffn ? a->f2 : out;
+    linear_forward(f2, residual, s->hidden, rounded(m, w->fc2), NULL, R, F, D);
+    dropout(f2, f2, mask, (size_t)R * D);
+    if (c->rescale_nffn) rescale_forward(out, f2, w->alpha, R, D);
+    if (residual == NULL) add(out, x, (size_t)R * D);
+}
+
+// dy = gradient by y, from dout. The residual's share, dout itself, is the block's to add.
+static void nffn_backward(Model *m, int layer, act *dy, const act *dout, int R) {
+    const Config *c = &m->config;
+    const LayerParams *w = &m->params.layers[layer];
+    LayerParams *dw = &m->grads.layers[layer];
+    LayerActs *a = &m->acts[layer];
+    Scratch *s = &m->scratch;
+    int D = c->model_dim, F = c->ffn_hidden_dim;
+
+    const Mask hidden_mask = mask_of(m, layer, DROP_HIDDEN, c->hidden_dropout, F);
+    const Mask nffn_mask = mask_of(m, layer, DROP_NFFN, c->dropout, D);
+    const act *df2 = dout;
+    if (c->rescale_nffn) {
+        rescale_backward(s->dmx, dw->alpha, dout, a->f2, w->alpha, s->parts, R, D);
+        df2 = s->dmx;
+    }
+    dropout(s->dmx, df2, nffn_mask, (size_t)R * D);
+    if (nffn_mask.p > 0) df2 = s->dmx;
+    linear_backward_inp(s->dhidden, 0, df2, rounded(m, w->fc2), R, F, D);
+    dropout(s->dhidden, s->dhidden, hidden_mask, (size_t)R * F);
+    act *du = s->dxt;
+    if (c->swiglu) { // dhidden becomes df3
+        gate_backward(s->hidden, s->dhidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F);
+        linear_backward(du, 0, dw->fc3, NULL, s->dhidden, a->u, rounded(m, w->fc3), s->parts, R, D, F);
+    } else {
+        silu_backward(s->hidden, s->df1, s->dhidden, a->f1, (size_t)R * F);
+    }
+    dropout(s->hidden, s->hidden, hidden_mask, (size_t)R * F);
+    linear_backward_weight(dw->fc2, NULL, df2, s->hidden, s->parts, R, F, D);
+    linear_backward(du, c->swiglu, dw->fc1, NULL, s->df1, a->u, rounded(m, w->fc1), s->parts, R, D, F);
+    layernorm_backward(dy, dw->norm_weight, dw->norm_bias, du, a->y, w->norm_weight, a->ffn_mean, a->ffn_rstd, s->parts,
+                       R, D);
+}
+
+// ----------------------------------------------------------------------------
+// the block: y = mega(x), out = nffn(y) + x. The second residual skips both sub-layers.
+
+static void block_forward(Model *m, int layer, const State *in, State *out, int B, int L) {
+    mega_forward(m, layer, in, out, m->x[layer], B, L);
+    nffn_forward(m, layer, m->x[layer + 1], m->x[layer], B * L);
+    m->acts_layer = layer;
+}
+
+// A block's forward again, for its activations.
+static void block_again(Model *m, int layer) {
+    if (m->mode != MEGALODON_TRAIN && m->acts_layer != layer)
+        block_forward(m, layer, m->with_before ? &m->before : NULL, NULL, m->B, m->L);
+}
+
+// Replaces scratch.dx, the gradient by the block's output, by that by its input.
+static void block_backward(Model *m, int layer, int B, int L) {
+    Scratch *s = &m->scratch;
+    block_again(m, layer);
+    nffn_backward(m, layer, s->dy, s->dx, B * L);
+    mega_backward(m, layer, s->dx, s->dy, s->dx, m->x[layer], B, L);
+}
+
+// ----------------------------------------------------------------------------
+// the model: tokens -> embedding -> blocks -> TimestepNorm -> output
+
+static float embedding_scale(const Config *c) { return c->scale_emb ? (float)sqrt((double)c->model_dim) : 1; }
+
+static void upload(void *dst, const void *src, size_t bytes) {
+    CUDA(cudaMemcpy(dst, src, bytes, cudaMemcpyHostToDevice));
+}
+
+// Copies n acts to floats of the host.
+static void download(float *dst, const act *src, size_t n) {
+    enum { PIECE = 1 << 16 };
+    static act piece[PIECE];
+    for (size_t done = 0; done < n; done += PIECE) {
+        size_t some = n - done < PIECE ? n - done : (size_t)PIECE;
+        CUDA(cudaMemcpy(piece, src + done, some * sizeof *piece, cudaMemcpyDeviceToHost));
+        for (size_t i = 0; i < some; i++) dst[done + i] = to_float(piece[i]);
+    }
+}
+
+void megalodon_dropout(Model *m, const Draw *draw) {
+    m->dropping = draw != NULL;
+    if (draw) m->draw = *draw;
+}
+
+// Keeps what the backward pass, or a block's forward again, needs of the incoming state.
+static void remember(Model *m, const State *state, int B) {
+    const Config *c = &m->config;
+    size_t layers = c->num_layers, moments = layers * B * c->norm_num_groups;
+    size_t h = layers * B * 2 * c->cema_ndim * c->model_dim;
+    State *s = &m->before;
+    m->with_before = state != NULL;
+    if (!state) return;
+    CUDA(cudaMemcpyAsync(s->count, state->count, B * sizeof *s->count, cudaMemcpyDeviceToDevice));
+    CUDA(cudaMemcpyAsync(s->mean, state->mean, moments * sizeof *s->mean, cudaMemcpyDeviceToDevice));
+    CUDA(cudaMemcpyAsync(s->m2, state->m2, moments * sizeof *s->m2, cudaMemcpyDeviceToDevice));
+    CUDA(cudaMemcpyAsync(s->h, state->h, h * sizeof *s->h, cudaMemcpyDeviceToDevice));
+}
+
+static __global__ void advance_kernel(int64_t *count, int B, int L) {
+    int b = blockIdx.x * blockDim.x + threadIdx.x;
+    if (b < B) count[b] += L;
+}
+
+void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int L) {
+    const Config *c = &m->config;
+    int D = c->model_dim, G = c->norm_num_groups, layers = c->num_layers;
+    size_t R = (size_t)B * L;
+    assert(B > 0 && L > 0 && B <= m->max_B && L <= m->max_L && (!state || state->B == B));
+    for (size_t i = 0; i < R; i++) assert(tokens[i] >= 0 && tokens[i] < c->vocab_size);
+    m->B = B, m->L = L, m->acts_layer = -1;
+    upload(m->tokens, tokens, R * sizeof *tokens);
+    memset(m->host_count, 0, (size_t)B * sizeof *m->host_count);
+    if (state) CUDA(cudaMemcpy(m->host_count, state->count, B * sizeof *m->host_count, cudaMemcpyDeviceToHost));
+    for (int b = 0; b < B; b++) m->past[b] = (int)(m->host_count[b] % c->chunk_size);
+    for (int l = 0; l < layers && !m->coefs_valid; l++) {
+        const LayerParams *w = &m->params.layers[l];
+        cema_coefs_forward(&m->coefs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, c->cema_ndim);
+    }
+    m->coefs_valid = 1;
+    if (m->mode != MEGALODON_INFER) {
+        remember(m, state, B);
+        m->sorted = sort_tokens(m->host_order, m->host_segments, m->host_first, tokens, (int)R, c->vocab_size);
+        upload(m->order, m->host_order, R * sizeof *m->order);
+        upload(m->segments, m->host_segments, (size_t)(m->sorted.segments + m->sorted.tokens) * sizeof *m->segments);
+    }
+
+    embedding_forward(m->x[0], m->tokens, rounded(m, m->params.embed), embedding_scale(c), B * L, D);
+    dropout(m->x[0], m->x[0], mask_of(m, -1, DROP_EMBED, c->dropout, D), R * D);
+    for (int l = 0; l < layers; l++) block_forward(m, l, state, state, B, L);
+    double *mean = state ? state->mean + (size_t)layers * B * G : NULL;
+    double *m2 = state ? state->m2 + (size_t)layers * B * G : NULL;
+    timestep_norm_forward(m->final, m->final_mean, m->final_rstd, mean, m2, m->x[layers], m->params.final_norm_weight,
+                          m->params.final_norm_bias, mean, m2, state ? state->count : NULL, m->scratch.prefix,
+                          m->scratch.moments, B, L, D, G, c->norm_eps);
+    if (!state) return;
+    advance_kernel<<<blocks_for(B, THREADS), THREADS>>>(state->count, B, L);
+    LAUNCHED();
+}
+
+double megalodon_loss(Model *m, const int32_t *targets, double grad_scale, int64_t *counted, real *losses) {
+    int R = m->B * m->L, D = m->config.model_dim, V = m->config.vocab_size;
+    int grad = grad_scale > 0 && m->mode != MEGALODON_INFER;
+    double sum;
+    upload(m->targets, targets, (size_t)R * sizeof *targets);
+    output_loss(m->totals, m->losses, grad ? m->scratch.dxt : NULL, grad ? m->grads.output : NULL, m->scratch.logits,
+                m->final, rounded(m, m->params.output), m->targets, grad_scale, R, D, V);
+    *counted = 0;
+    for (int r = 0; r < R; r++) *counted += targets[r] >= 0;
+    CUDA(cudaMemcpy(&sum, m->totals, sizeof sum, cudaMemcpyDeviceToHost));
+    if (losses) CUDA(cudaMemcpy(losses, m->losses, (size_t)R * sizeof *losses, cudaMemcpyDeviceToHost));
+    return sum;
+}
+
+void megalodon_backward(Model *m) {
+    const Config *c = &m->config;
+    int B = m->B, L = m->L, D = c->model_dim, G = c->norm_num_groups;
+    Scratch *s = &m->scratch;
+    assert(m->mode != MEGALODON_INFER);
+    for (int b = 0; b < B; b++) assert(m->past[b] == 0);
+    timestep_norm_backward(s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, s->dxt, NULL, NULL,
+                           m->x[c->num_layers], m->params.final_norm_weight, m->final_mean, m->final_rstd,
+                           m->with_before ? m->before.count : NULL, s->suffix, s->sums, s->parts, B, L, D, G);
+    for (int l = c->num_layers - 1; l >= 0; l--) block_backward(m, l, B, L);
+    dropout(s->dx, s->dx, mask_of(m, -1, DROP_EMBED, c->dropout, D), (size_t)B * L * D);
+    embedding_backward(m->grads.embed, s->parts, s->dx, m->order, m->segments, m->sorted, embedding_scale(c), D);
+}
+
+void megalodon_logits(Model *m, size_t first, size_t rows, real *dst) {
+    int D = m->config.model_dim, V = m->config.vocab_size, most = logit_rows(V);
+    assert(first + rows <= (size_t)m->B * m->L);
+    for (size_t r = 0; r < rows; r += most) {
+        int some = rows - r < (size_t)most ? (int)(rows - r) : most;
+        linear_forward(m->scratch.logits, NULL, m->final + (first + r) * D, rounded(m, m->params.output), NULL, some, D,
+                       V);
+        download(dst + r * V, m->scratch.logits, (size_t)some * V);
+    }
+}
+
+int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
+    const Config *c = &m->config;
+    size_t R = (size_t)m->B * m->L;
+    const act *src = m->final;
+    int width = c->model_dim;
+    assert(m->mode != MEGALODON_INFER);
+    if (layer >= 0) {
+        LayerActs *a = &m->acts[layer];
+        LayerParams *w = &m->params.layers[layer];
+        Scratch *s = &m->scratch;
+        const int Z = c->z_dim, E = c->value_dim;
+        const struct {
+            const act *src;
+            int width;
+        } table[NUM_ACTIVATIONS] = {{a->xt, width},   {a->ema, width}, {a->mx, width},          {s->q_turned, Z},
+                                    {s->k_turned, Z}, {s->v, E},       {s->gated, E},           {a->o, E},
+                                    {a->y, width},    {a->u, width},   {m->x[layer + 1], width}};
+        int i = 0;
+        while (i < NUM_ACTIVATIONS && strcmp(name, megalodon_activations[i])) i++;
+        if (i == NUM_ACTIVATIONS) return 0;
+        src = table[i].src, width = table[i].width;
+        if (dst) {
+            block_again(m, layer);
+            qk_forward(s->q_turned, s->k_turned, a->z, w->gamma, w->beta, NULL, NULL, (int)R, m->L, Z, Z / c->num_heads,
+                       c->chunk_size, c->norm_eps);
+            silu_forward(s->v, a->v_in, R * E), silu_forward(s->gated, a->r_in, R * E);
+        }
+    } else if (strcmp(name, "final_norm")) {
+        return 0;
+    }
+    if (dst) download(dst, src, R * width);
+    return width;
+}
+
+// ----------------------------------------------------------------------------
+// optimizer
+
+void megalodon_zero_grad(Model *m) {
+    CUDA(cudaMemsetAsync(m->memory[GRADS], 0, m->num_params * sizeof *m->memory[GRADS]));
+}
+
+// A block sums a part, always the same one. Reads the gradients.
+static __global__ void square_kernel(double *parts, const float *x, size_t n) {
+    __shared__ double sums[THREADS];
+    double sum = 0;
+    for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (size_t)gridDim.x * THREADS) {
+        sum += (double)x[i] * x[i];
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        if ((int)threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) parts[blockIdx.x] = sums[0];
+}
+
+double megalodon_grad_norm(Model *m) {
+    double sums[NORM_PARTS], total = 0;
+    square_kernel<<<NORM_PARTS, THREADS>>>(m->totals, m->memory[GRADS], m->num_params);
+    LAUNCHED();
+    CUDA(cudaMemcpy(sums, m->totals, sizeof sums, cudaMemcpyDeviceToHost));
+    for (int p = 0; p < NORM_PARTS; p++) total += sums[p];
+    return sqrt(total);
+}
+
+// AdamW, see megalodon.c, and the parameters rounded anew. A thread has four parameters; blocks of memory have room for
+// whole fours. Reads 16 bytes and writes 12 and an act for each parameter.
+typedef struct {
+    float b1, b2, c1, c2, eps, scale, step, root, keep;
+} Factors;
+
+static __global__ void update_kernel(float4 *params, act *rounded, float4 *moment1, float4 *moment2,
+                                     const float4 *grads, Factors f, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (4 * i >= n) return;
+    float4 p4 = params[i], m4 = moment1[i], v4 = moment2[i], g4 = grads[i];
+    float p[4] = {p4.x, p4.y, p4.z, p4.w}, m1[4] = {m4.x, m4.y, m4.z, m4.w}, m2[4] = {v4.x, v4.y, v4.z, v4.w};
+    const float grad[4] = {g4.x, g4.y, g4.z, g4.w};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        float g = grad[k] * f.scale;
+        m1[k] = f.b1 * m1[k] + f.c1 * g;
+        m2[k] = f.b2 * m2[k] + f.c2 * g * g;
+        p[k] = p[k] * f.keep - f.step * m1[k] / (sqrtf(m2[k]) * f.root + f.eps);
+    }
+    params[i] = make_float4(p[0], p[1], p[2], p[3]);
+    moment1[i] = make_float4(m1[0], m1[1], m1[2], m1[3]);
+    moment2[i] = make_float4(m2[0], m2[1], m2[2], m2[3]);
+    if (sizeof(act) < 4) store<4>(rounded + 4 * i, p);
+}
+
+void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, int64_t update) {
+    double k = (double)update + 1;
+    Factors f = {(float)o->beta1,
+                 (float)o->beta2,
+                 (float)(1 - o->beta1),
+                 (float)(1 - o->beta2),
+                 (float)o->eps,
+                 (float)grad_scale,
+                 (float)(lr / (1 - pow(o->beta1, k))),
+                 (float)(1 / sqrt(1 - pow(o->beta2, k))),
+                 (float)(1 - lr * o->weight_decay)};
+    update_kernel<<<blocks_for(m->num_params, 4 * THREADS), THREADS>>>(
+        (float4 *)m->memory[PARAMS], m->rounded, (float4 *)m->memory[MOMENT1], (float4 *)m->memory[MOMENT2],
+        (const float4 *)m->memory[GRADS], f, m->num_params);
+    LAUNCHED();
+    m->coefs_valid = 0;
+}
+
+// ----------------------------------------------------------------------------
+// memory
+
+static void acts_take(Model *m, Arena *arena) {
+    const Config *c = &m->config;
+    int layers = c->num_layers, B = m->max_B, L = m->max_L;
+    size_t R = (size_t)B * L, D = c->model_dim, G = c->norm_num_groups;
+    size_t kept = arena->used;
+    for (int l = 0; l < layers; l++) {
+        if (m->mode != MEGALODON_TRAIN) arena->used = kept; // every layer gets the same memory
+        layer_acts_take(&m->acts[l], arena, c, B, L);
+    }
+    act *in = NULL, *out = NULL;
+    for (int l = 0; l <= layers; l++) {
+        act **x = l % 2 ? &out : &in; // without a backward pass two take turns
+        if (m->mode != MEGALODON_INFER || l < 2) take(x, arena, R * D);
+        m->x[l] = *x;
+    }
+    take(&m->final_mean, arena, R * G), take(&m->final_rstd, arena, R * G), take(&m->final, arena, R * D);
+}
+
+static void work_take(Model *m, Arena *arena) {
+    const Config *c = &m->config;
+    size_t R = (size_t)m->max_B * m->max_L, rows = (size_t)m->max_B * c->num_layers;
+    scratch_take(&m->scratch, arena, c, m->mode, m->max_B, m->max_L);
+    take(&m->rope, arena, (size_t)c->chunk_size * (c->z_dim / c->num_heads / 2));
+    for (int l = 0; l < c->num_layers; l++) coefs_take(&m->coefs[l], arena, c);
+    take(&m->losses, arena, R), take(&m->totals, arena, NORM_PARTS);
+    take(&m->tokens, arena, R), take(&m->targets, arena, R);
+    if (m->mode == MEGALODON_INFER) return;
+    take(&m->order, arena, R), take(&m->segments, arena, 2 * R);
+    take(&m->before.count, arena, m->max_B);
+    take(&m->before.mean, arena, rows * c->norm_num_groups), take(&m->before.m2, arena, rows * c->norm_num_groups);
+    take(&m->before.h, arena, rows * 2 * c->cema_ndim * c->model_dim);
+}
+
+// A model with its tables but no memory for numbers.
+static Model *model_outline(const Config *config, Mode mode, int B, int L) {
+    size_t layers = (size_t)config->num_layers, R = (size_t)B * L;
+    Model *m = (Model *)calloc(1, sizeof *m);
+    if (!m) return NULL;
+    m->config = *config, m->mode = mode, m->max_B = B, m->max_L = L, m->acts_layer = -1;
+    m->tensors = megalodon_tensors(config, &m->num_tensors, &m->num_params);
+    m->params.layers = (LayerParams *)calloc(layers, sizeof *m->params.layers);
+    m->grads.layers = (LayerParams *)calloc(layers, sizeof *m->grads.layers);
+    m->acts = (LayerActs *)calloc(layers, sizeof *m->acts);
+    m->x = (act **)calloc(layers + 1, sizeof *m->x);
+    m->coefs = (Coefs *)calloc(layers, sizeof *m->coefs);
+    m->host_count = (int64_t *)calloc(B, sizeof *m->host_count);
+    m->past = (int *)calloc(B, sizeof *m->past);
+    m->host_order = (int *)malloc(R * sizeof *m->host_order);
+    m->host_segments = (Segment *)malloc(2 * R * sizeof *m->host_segments);
+    m->host_first = (int *)malloc(((size_t)config->vocab_size + 1) * sizeof *m->host_first);
+    if (m->tensors && m->params.layers && m->grads.layers && m->acts && m->x && m->coefs && m->host_count && m->past &&
+        m->host_order && m->host_segments && m->host_first)
+        return m;
+    megalodon_free(m);
+    return NULL;
+}
+
+// Bytes of a block of parameters, and of what they are rounded to: of whole vectors.
+static size_t block_bytes(const Model *m) { return (m->num_params * sizeof(float) + 255) / 256 * 256; }
+static size_t rounded_bytes(const Model *m) { return sizeof(act) < 4 ? block_bytes(m) / 2 : 0; }
+
+MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
+    MemoryPlan plan = {0, 0, 0, 0, 0};
+    Model *m = model_outline(config, mode, B, L);
+    if (!m) return plan;
+    Arena acts = {NULL, 0}, work = {NULL, 0};
+    acts_take(m, &acts);
+    work_take(m, &work);
+    plan.params = block_bytes(m) + rounded_bytes(m);
+    if (mode != MEGALODON_INFER) plan.grads = block_bytes(m), plan.moments = 2 * block_bytes(m);
+    plan.activations = acts.used;
+    plan.scratch = work.used;
+    megalodon_free(m);
+    return plan;
+}
+
+static void *zeros(size_t bytes) {
+    void *memory = device_new(bytes);
+    if (memory) CUDA(cudaMemset(memory, 0, bytes));
+    return memory;
+}
+
+Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
+    gpu_open();
+    Model *m = model_outline(config, mode, B, L);
+    if (!m) return NULL;
+    MemoryPlan plan = m->plan = megalodon_memory(config, mode, B, L);
+    size_t block = block_bytes(m), n = block / sizeof(float);
+    m->params_memory = zeros(plan.params);
+    m->acts_memory = zeros(plan.activations);
+    m->work_memory = zeros(plan.scratch);
+    int complete = m->params_memory && m->acts_memory && m->work_memory;
+    m->memory[PARAMS] = (float *)m->params_memory;
+    if (complete && mode != MEGALODON_INFER) {
+        m->memory[GRADS] = (float *)zeros(plan.grads);
+        m->moments_memory = zeros(plan.moments);
+        complete = m->memory[GRADS] && m->moments_memory;
+        m->memory[MOMENT1] = (float *)m->moments_memory;
+        if (complete) m->memory[MOMENT2] = m->memory[MOMENT1] + n;
+    }
+    if (!complete) {
+        megalodon_free(m);
+        return NULL;
+    }
+    m->rounded = sizeof(act) < 4 ? (act *)(void *)(m->memory[PARAMS] + n) : (act *)(void *)m->memory[PARAMS];
+    Arena acts = {(char *)m->acts_memory, 0}, work = {(char *)m->work_memory, 0};
+    acts_take(m, &acts);
+    work_take(m, &work);
+    megalodon_point(&m->params, m->memory[PARAMS], config, m->tensors, m->num_tensors);
+    if (mode != MEGALODON_INFER) megalodon_point(&m->grads, m->memory[GRADS], config, m->tensors, m->num_tensors);
+    rope_table(m->rope, config->chunk_size, config->z_dim / config->num_heads, config->rope_base);
+    return m;
+}
+
+void megalodon_free(Model *m) {
+    if (!m) return;
+    device_free(m->params_memory, m->plan.params), device_free(m->memory[GRADS], m->plan.grads);
+    device_free(m->moments_memory, m->plan.moments);
+    device_free(m->acts_memory, m->plan.activations), device_free(m->work_memory, m->plan.scratch);
+    free(m->tensors), free(m->params.layers), free(m->grads.layers), free(m->acts), free(m->x), free(m->coefs);
+    free(m->host_count), free(m->past), free(m->host_order), free(m->host_segments), free(m->host_first);
+    free(m);
+}
+
+void megalodon_read(Model *m, Block block, size_t first, size_t n, real *dst) {
+    assert(m->memory[block] && first + n <= m->num_params);
+    CUDA(cudaMemcpy(dst, m->memory[block] + first, n * sizeof *dst, cudaMemcpyDeviceToHost));
+}
+
+void megalodon_write(Model *m, Block block, size_t first, size_t n, const real *src) {
+    assert(m->memory[block] && first + n <= m->num_params);
+    upload(m->memory[block] + first, src, n * sizeof *src);
+    if (block != PARAMS) return;
+    if (sizeof(act) < 4) narrow(m->rounded + first, m->memory[PARAMS] + first, n);
+    m->coefs_valid = 0;
+}
+
+State *state_new(const Config *c, int B, int whole_chunks) {
+    gpu_open();
+    State *s = (State *)calloc(1, sizeof *s);
+    if (!s) return NULL;
+    size_t layers = (size_t)c->num_layers, rows = (size_t)B, G = c->norm_num_groups;
+    size_t counts = (rows + 7) / 8 * 8, moments = (layers + 1) * rows * G;
+    size_t chunk = whole_chunks ? 0 : layers * rows * c->chunk_size;
+    size_t h = layers * rows * 2 * c->cema_ndim * c->model_dim, k = chunk * c->z_dim, v = chunk * c->value_dim;
+    s->B = B, s->layers = c->num_layers, s->G = c->norm_num_groups, s->modes = (size_t)2 * c->cema_ndim * c->model_dim;
+    s->bytes = counts * sizeof *s->count + 2 * moments * sizeof *s->mean + (h + k + v) * sizeof(real);
+    s->memory = zeros(s->bytes);
+    if (!s->memory) {
+        free(s);
+        return NULL;
+    }
+    s->count = (int64_t *)s->memory;
+    s->mean = (double *)(void *)(s->count + counts);
+    s->m2 = s->mean + moments;
+    s->h = (real *)(void *)(s->m2 + moments);
+    if (whole_chunks) return s;
+    s->k = s->h + h;
+    s->v = s->k + k;
+    return s;
+}
+
+void state_free(State *s) {
+    if (!s) return;
+    device_free(s->memory, s->bytes);
+    free(s);
+}
+
+// k and v need not be cleared: what lies beyond count % C is not read.
+void state_reset(State *s, int row) {
+    size_t moments = (size_t)s->G * sizeof *s->mean, modes = s->modes * sizeof *s->h;
+    CUDA(cudaMemsetAsync(s->count + row, 0, sizeof *s->count));
+    for (size_t i = (size_t)row; i < (size_t)(s->layers + 1) * s->B; i += (size_t)s->B) {
+        CUDA(cudaMemsetAsync(s->mean + i * s->G, 0, moments));
+        CUDA(cudaMemsetAsync(s->m2 + i * s->G, 0, moments));
+        if (i < (size_t)s->layers * s->B) CUDA(cudaMemsetAsync(s->h + i * s->modes, 0, modes));
+    }
+}
+
+void state_read(const State *s, size_t first, size_t bytes, void *dst) {
+    assert(first + bytes <= s->bytes);
+    CUDA(cudaMemcpy(dst, (char *)s->memory + first, bytes, cudaMemcpyDeviceToHost));
+}
+
+void state_write(State *s, size_t first, size_t bytes, const void *src) {
+    assert(first + bytes <= s->bytes);
+    upload((char *)s->memory + first, src, bytes);
+}
+
+// ----------------------------------------------------------------------------
+// the machine
+
+void megalodon_threads(int threads) { (void)threads; } // the device has its own
+
+size_t megalodon_room(void) {
+    size_t free_bytes, total;
+    gpu_open();
+    CUDA(cudaMemGetInfo(&free_bytes, &total));
+    return free_bytes;
+}
+
+size_t megalodon_peak(void) { return gpu.peak; }
+
+const char *megalodon_backend(void) {
+    gpu_open();
+    return gpu.name;
+}

@@ -1,0 +1,581 @@
+/*
+cuda_runtime.h: enough of CUDA to run megalodon.cu on a CPU, where there is no GPU to test it on. translate.awk turns
+the source into C++ that includes this folder's headers in place of CUDA's; see there.
+
+- A launch runs its blocks one after another, with -fopenmp on several cores.
+- A block's threads are fibers on one core, each with its own stack. A fiber runs until it has to wait for others: at
+  __syncthreads, __syncwarp and shuffles. If nobody can run, the program ends with a message.
+- Device memory and dynamic shared memory are full of bytes 0xff at first: floats that nobody wrote are NaN.
+  AddressSanitizer sees overruns, since both are exactly as large as asked for.
+- A CPU reads whatever it can reach. What a GPU cannot read is found for pointers that are arguments of a kernel.
+
+Left out: streams (all calls wait), atomics, warps' masks other than all lanes, races within a barrier's time. With
+CUDA_ON_CPU_REVERSE=1 in the environment threads take turns the other way round, which makes some races visible.
+*/
+#ifndef CUDA_ON_CPU_RUNTIME_H
+#define CUDA_ON_CPU_RUNTIME_H
+
+#include <math.h>
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#include <map>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#if defined __SANITIZE_ADDRESS__
+#define EMU_ASAN
+#elif defined __has_feature
+#if __has_feature(address_sanitizer)
+#define EMU_ASAN
+#endif
+#endif
+#ifdef EMU_ASAN
+#include <sanitizer/common_interface_defs.h>
+#endif
+#ifndef __x86_64__
+#define EMU_UCONTEXT
+#endif
+#ifdef EMU_UCONTEXT
+#include <ucontext.h>
+#endif
+
+// ----------------------------------------------------------------------------
+// the language
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+
+struct uint3 {
+    unsigned x, y, z;
+};
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+struct alignas(8) int2 {
+    int x, y;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(16) double2 {
+    double x, y;
+};
+inline int2 make_int2(int x, int y) { return int2{x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return uint2{x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return int4{x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return uint4{x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return float2{x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return float4{x, y, z, w}; }
+inline double2 make_double2(double x, double y) { return double2{x, y}; }
+
+inline float __expf(float x) { return expf(x); }
+inline float __logf(float x) { return logf(x); }
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline double rsqrt(double x) { return 1 / sqrt(x); }
+
+inline thread_local uint3 threadIdx, blockIdx;
+inline thread_local dim3 blockDim, gridDim;
+enum { warpSize = 32 };
+
+// ----------------------------------------------------------------------------
+// fibers
+
+enum { EMU_STACK = 256 << 10, EMU_GUARD = 4096, EMU_THREADS = 1024, EMU_WARPS = EMU_THREADS / warpSize };
+
+struct EmuFiber {
+    void *sp;          // where it stopped
+    char *stack;       // lowest address
+    size_t stack_size; // bytes
+    void *fake_stack;  // AddressSanitizer's
+    uint3 thread;
+    int warp, lane;
+#ifdef EMU_UCONTEXT
+    ucontext_t context;
+#endif
+};
+
+// Fibers that wait for each other. `live` of them have not returned.
+struct EmuBarrier {
+    int live, arrived;
+    unsigned turn; // how often they have met
+    EmuFiber *waiting[EMU_THREADS];
+};
+
+struct EmuWarp {
+    EmuBarrier barrier;
+    struct {
+        unsigned turn; // at which it was written, + 1
+        uint64_t bits;
+    } slots[2][warpSize]; // of this shuffle and the one before, whose readers may be late
+};
+
+// All that a core needs to run a block.
+struct EmuWorker {
+    EmuFiber main, fibers[EMU_THREADS], *current, *ready[EMU_THREADS];
+    int num_fibers, num_ready, reverse;
+    EmuBarrier block;
+    EmuWarp warps[EMU_WARPS];
+    void (*run)(const void *arguments);
+    const void *arguments;
+    char *shared; // the block's dynamic shared memory
+    const char *kernel;
+    int line;
+};
+
+inline thread_local EmuWorker *emu_worker;
+
+[[noreturn]] inline void emu_fatal(const char *what) {
+    const EmuWorker *w = emu_worker;
+    fflush(stdout);
+    fprintf(stderr, "error: CUDA on the CPU: %s", what);
+    if (w && w->kernel) {
+        fprintf(stderr, ": %s, launched in line %d, block (%u,%u,%u)", w->kernel, w->line, blockIdx.x, blockIdx.y,
+                blockIdx.z);
+    }
+    fprintf(stderr, "\n");
+    abort();
+}
+
+#ifndef EMU_UCONTEXT
+// Keeps on the stack what a function must leave as it was, and its address in *save; goes on from another stack.
+#ifdef __clang__
+__attribute__((naked, noinline))
+#else
+__attribute__((naked, noinline, noipa)) // noipa: callers may assume nothing about registers
+#endif
+static void
+emu_switch_stacks(void **, void *) {
+    asm volatile("push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
+                 "mov %rsp, (%rdi)\n mov %rsi, %rsp\n"
+                 "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret");
+}
+#endif
+
+inline void emu_switch(EmuFiber *from, EmuFiber *to) {
+    emu_worker->current = to;
+#ifdef EMU_ASAN
+    __sanitizer_start_switch_fiber(&from->fake_stack, to->stack, to->stack_size);
+#endif
+#ifdef EMU_UCONTEXT
+    swapcontext(&from->context, &to->context);
+#else
+    emu_switch_stacks(&from->sp, to->sp);
+#endif
+#ifdef EMU_ASAN
+    __sanitizer_finish_switch_fiber(from->fake_stack, NULL, NULL);
+#endif
+    threadIdx = from->thread;
+}
+
+// Somebody else's turn, the last one's that became ready: its stack is still in the cache.
+inline void emu_switch_to_next(void) {
+    EmuWorker *w = emu_worker;
+    if (w->num_ready == 0) {
+        char text[200];
+        snprintf(text, sizeof text, "deadlock: of %d threads %d wait in __syncthreads, the others for their warps",
+                 w->block.live, w->block.arrived);
+        emu_fatal(text);
+    }
+    emu_switch(w->current, w->ready[--w->num_ready]);
+}
+
+inline void emu_make_ready(EmuFiber *const *fibers, int n) {
+    EmuWorker *w = emu_worker;
+    for (int i = 0; i < n; i++) w->ready[w->num_ready++] = fibers[w->reverse ? i : n - 1 - i];
+}
+
+inline void emu_release(EmuBarrier *barrier) {
+    emu_make_ready(barrier->waiting, barrier->arrived);
+    barrier->arrived = 0;
+    barrier->turn++;
+}
+
+// Returns when all live fibers of the barrier have come. The last one just goes on.
+inline void emu_wait(EmuBarrier *barrier) {
+    if (barrier->arrived + 1 == barrier->live) return emu_release(barrier);
+    barrier->waiting[barrier->arrived++] = emu_worker->current;
+    emu_switch_to_next();
+}
+
+// One fewer to wait for.
+inline void emu_leave(EmuBarrier *barrier) {
+    if (barrier->arrived == --barrier->live) emu_release(barrier);
+}
+
+// A fiber's life: a thread of every block.
+inline void emu_fiber_main(void) {
+#ifdef EMU_ASAN
+    __sanitizer_finish_switch_fiber(NULL, NULL, NULL);
+#endif
+    EmuWorker *w = emu_worker;
+    EmuFiber *self = w->current;
+    for (;;) {
+        threadIdx = self->thread;
+        w->run(w->arguments);
+        emu_leave(&w->warps[self->warp].barrier);
+        emu_leave(&w->block);
+        if (w->block.live == 0) {
+            emu_switch(self, &w->main);
+        } else {
+            emu_switch_to_next();
+        }
+    }
+}
+
+// Guard pages between stacks make an overflow a segmentation fault.
+inline void emu_fiber_new(EmuFiber *f, int number) {
+    void *memory =
+        mmap(NULL, EMU_GUARD + EMU_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, EMU_GUARD, PROT_NONE) != 0) emu_fatal("no memory for stacks");
+    f->stack = (char *)memory + EMU_GUARD;
+    f->stack_size = EMU_STACK - (size_t)(number % 64) * 192; // tops in different cache sets
+    f->stack_size -= f->stack_size % 64;
+    f->warp = number / warpSize, f->lane = number % warpSize;
+#ifdef EMU_UCONTEXT
+    getcontext(&f->context);
+    f->context.uc_stack.ss_sp = f->stack;
+    f->context.uc_stack.ss_size = f->stack_size;
+    makecontext(&f->context, emu_fiber_main, 0);
+#else
+    void **top = (void **)(void *)(f->stack + f->stack_size); // 6 registers, where to begin, no return address
+    top[-2] = (void *)emu_fiber_main;
+    f->sp = top - 8;
+#endif
+}
+
+// A core's worker lives as long as the program.
+inline EmuWorker *emu_worker_here(void) {
+    if (emu_worker) return emu_worker;
+    emu_worker = (EmuWorker *)calloc(1, sizeof *emu_worker);
+    if (emu_worker == NULL) emu_fatal("out of memory");
+    const char *reverse = getenv("CUDA_ON_CPU_REVERSE");
+    emu_worker->reverse = reverse && atoi(reverse);
+#ifdef EMU_ASAN
+    pthread_attr_t attributes; // where the core's own stack lies
+    void *stack;
+    pthread_getattr_np(pthread_self(), &attributes);
+    pthread_attr_getstack(&attributes, &stack, &emu_worker->main.stack_size);
+    emu_worker->main.stack = (char *)stack;
+    pthread_attr_destroy(&attributes);
+#endif
+    return emu_worker;
+}
+
+inline void emu_run_block(EmuWorker *w) {
+    int n = (int)(blockDim.x * blockDim.y * blockDim.z);
+    EmuFiber *all[EMU_THREADS];
+    while (w->num_fibers < n) {
+        emu_fiber_new(&w->fibers[w->num_fibers], w->num_fibers);
+        w->num_fibers++;
+    }
+    for (int i = 0; i < n; i++) {
+        unsigned u = (unsigned)i;
+        w->fibers[i].thread = uint3{u % blockDim.x, u / blockDim.x % blockDim.y, u / (blockDim.x * blockDim.y)};
+        all[i] = &w->fibers[i];
+    }
+    w->block.live = n, w->block.arrived = 0;
+    for (int i = 0; i * warpSize < n; i++) {
+        EmuWarp *warp = &w->warps[i];
+        warp->barrier.live = n - i * warpSize < warpSize ? n - i * warpSize : (int)warpSize;
+        warp->barrier.arrived = 0;
+    }
+    emu_make_ready(all, n);
+    emu_switch(&w->main, w->ready[--w->num_ready]);
+}
+
+// ----------------------------------------------------------------------------
+// barriers and shuffles
+
+inline void *emu_shared(void) { return emu_worker->shared; }
+
+inline void __syncthreads(void) { emu_wait(&emu_worker->block); }
+
+inline EmuWarp *emu_whole_warp(unsigned mask) {
+    if (mask != ~0u) emu_fatal("only masks of all lanes can be emulated");
+    return &emu_worker->warps[emu_worker->current->warp];
+}
+inline void __syncwarp(unsigned mask = ~0u) { emu_wait(&emu_whole_warp(mask)->barrier); }
+
+// Lane `from`'s x; bytes 0xff if it has returned.
+template <typename T> inline T emu_shuffle(unsigned mask, T x, int from) {
+    static_assert(std::is_arithmetic<T>::value && sizeof(T) <= 8, "only numbers can be shuffled");
+    EmuWarp *warp = emu_whole_warp(mask);
+    unsigned turn = warp->barrier.turn;
+    auto *slots = warp->slots[turn % 2];
+    int lane = emu_worker->current->lane;
+    slots[lane].turn = turn + 1;
+    memcpy(&slots[lane].bits, &x, sizeof x);
+    emu_wait(&warp->barrier);
+    memset(&x, 0xff, sizeof x);
+    if (slots[from].turn == turn + 1) memcpy(&x, &slots[from].bits, sizeof x);
+    return x;
+}
+inline int emu_lane(void) { return emu_worker->current->lane; }
+template <typename T> inline T __shfl_sync(unsigned mask, T x, int lane) { return emu_shuffle(mask, x, lane & 31); }
+template <typename T> inline T __shfl_xor_sync(unsigned mask, T x, int bits) {
+    return emu_shuffle(mask, x, (emu_lane() ^ bits) & 31);
+}
+template <typename T> inline T __shfl_up_sync(unsigned mask, T x, unsigned step) {
+    int from = emu_lane() - (int)step;
+    return emu_shuffle(mask, x, from >= 0 ? from : emu_lane());
+}
+template <typename T> inline T __shfl_down_sync(unsigned mask, T x, unsigned step) {
+    int from = emu_lane() + (int)step;
+    return emu_shuffle(mask, x, from < warpSize ? from : emu_lane());
+}
+
+// ----------------------------------------------------------------------------
+// errors and memory
+
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorInvalidConfiguration = 9
+};
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
+};
+typedef struct CUstream_st *cudaStream_t;
+
+inline cudaError_t emu_error;
+inline cudaError_t cudaGetLastError(void) {
+    cudaError_t error = emu_error;
+    emu_error = cudaSuccess;
+    return error;
+}
+inline const char *cudaGetErrorString(cudaError_t error) {
+    return error == cudaSuccess                     ? "no error"
+           : error == cudaErrorMemoryAllocation     ? "out of memory"
+           : error == cudaErrorInvalidConfiguration ? "invalid configuration argument"
+                                                    : "invalid argument";
+}
+// As CUDA does, says it at once and keeps it for cudaGetLastError; the message is ours.
+inline cudaError_t emu_fail(cudaError_t error, const char *what) {
+    fprintf(stderr, "CUDA on the CPU: %s\n", what);
+    return emu_error = error;
+}
+
+// What is allocated: begin -> bytes.
+const size_t EMU_MEMORY = (size_t)4 << 30;
+inline std::map<const char *, size_t> emu_memory;
+inline size_t emu_used;
+
+// Whether all `bytes` bytes, or if 0 the first, are device memory.
+inline bool emu_on_device(const void *pointer, size_t bytes) {
+    const char *p = (const char *)pointer;
+    auto block = emu_memory.upper_bound(p);
+    if (block == emu_memory.begin()) return false;
+    --block;
+    size_t at = (size_t)(p - block->first);
+    return at <= block->second && bytes <= block->second - at;
+}
+
+template <typename T> inline cudaError_t cudaMalloc(T **pointer, size_t bytes) {
+    void *memory = NULL;
+    if (bytes > EMU_MEMORY - emu_used || posix_memalign(&memory, 256, bytes) != 0)
+        return emu_error = cudaErrorMemoryAllocation;
+    memset(memory, 0xff, bytes);
+    emu_memory[(char *)memory] = bytes;
+    emu_used += bytes;
+    *pointer = (T *)memory;
+    return cudaSuccess;
+}
+inline cudaError_t cudaFree(void *pointer) {
+    if (pointer == NULL) return cudaSuccess;
+    auto block = emu_memory.find((char *)pointer);
+    if (block == emu_memory.end()) return emu_fail(cudaErrorInvalidValue, "cudaFree: not from cudaMalloc");
+    emu_used -= block->second;
+    emu_memory.erase(block);
+    free(pointer);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemGetInfo(size_t *unused, size_t *total) {
+    *unused = EMU_MEMORY - emu_used, *total = EMU_MEMORY;
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind) {
+    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    if (bytes == 0) return cudaSuccess;
+    if (kind != cudaMemcpyDefault &&
+        (emu_on_device(dst, bytes) != to_device || emu_on_device(src, bytes) != from_device))
+        return emu_fail(cudaErrorInvalidValue, "cudaMemcpy: not the memory that `kind` says");
+    memmove(dst, src, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemset(void *dst, int byte, size_t bytes) {
+    if (bytes > 0 && !emu_on_device(dst, bytes))
+        return emu_fail(cudaErrorInvalidValue, "cudaMemset: not device memory");
+    memset(dst, byte, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind, cudaStream_t = 0) {
+    return cudaMemcpy(dst, src, bytes, kind);
+}
+inline cudaError_t cudaMemsetAsync(void *dst, int byte, size_t bytes, cudaStream_t = 0) {
+    return cudaMemset(dst, byte, bytes);
+}
+
+// ----------------------------------------------------------------------------
+// the device
+
+struct cudaDeviceProp {
+    char name[256];
+    int major, minor, multiProcessorCount;
+    size_t totalGlobalMem, sharedMemPerBlockOptin;
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+const size_t EMU_SHARED = 48 << 10, EMU_SHARED_OPTIN = 227 << 10;
+
+inline cudaError_t cudaGetDeviceCount(int *count) {
+    *count = 1;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int) {
+    *properties = cudaDeviceProp{"CPU", 9, 0, 4, EMU_MEMORY, EMU_SHARED_OPTIN};
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize(void) { return cudaSuccess; }
+
+inline std::map<const void *, size_t> emu_allowed; // kernel -> bytes of dynamic shared memory
+template <typename Kernel> inline cudaError_t cudaFuncSetAttribute(Kernel *kernel, cudaFuncAttribute, int bytes) {
+    if (bytes < 0 || (size_t)bytes > EMU_SHARED_OPTIN)
+        return emu_fail(cudaErrorInvalidValue, "cudaFuncSetAttribute: more than 227 KB of shared memory");
+    emu_allowed[(const void *)kernel] = (size_t)bytes;
+    return cudaSuccess;
+}
+
+typedef struct EmuEvent {
+    double seconds;
+} * cudaEvent_t;
+inline cudaError_t cudaEventCreate(cudaEvent_t *event) {
+    *event = new EmuEvent{0};
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    delete event;
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = 0) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    event->seconds = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
+    *ms = (float)(1e3 * (to->seconds - from->seconds));
+    return cudaSuccess;
+}
+
+// ----------------------------------------------------------------------------
+// launches: emu_launch("kernel", __LINE__, kernel, grid, block, shared)(arguments)
+
+template <typename T> inline bool emu_readable(T) { return true; }
+template <typename T> inline bool emu_readable(T *pointer) { return pointer == NULL || emu_on_device(pointer, 0); }
+
+template <typename... Parameters> struct EmuLaunch {
+    typedef void (*Kernel)(Parameters...);
+    typedef std::tuple<Kernel, Parameters...> Call;
+    const char *name;
+    int line;
+    Kernel kernel;
+    dim3 grid, block;
+    size_t shared;
+
+    static void run(const void *arguments) { // a thread
+        std::apply([](Kernel k, Parameters... parameters) { k(parameters...); }, *(const Call *)arguments);
+    }
+
+    bool possible(void) const {
+        auto allowed = emu_allowed.find((const void *)kernel);
+        const char *what = NULL;
+        if ((uint64_t)block.x * block.y * block.z == 0 || (uint64_t)block.x * block.y * block.z > EMU_THREADS) {
+            what = "a block must have 1 to 1024 threads";
+        } else if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > INT32_MAX || grid.y > 65535 ||
+                   grid.z > 65535) {
+            what = "no such grid";
+        } else if (shared > (allowed == emu_allowed.end() ? EMU_SHARED : allowed->second)) {
+            what = "more dynamic shared memory than allowed";
+        }
+        if (what == NULL) return true;
+        fprintf(stderr, "CUDA on the CPU: %s, launched in line %d: %s: grid (%u,%u,%u), block (%u,%u,%u), %zu bytes\n",
+                name, line, what, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
+        emu_error = cudaErrorInvalidConfiguration;
+        return false;
+    }
+
+    void operator()(Parameters... parameters) const {
+        const Call call(kernel, parameters...);
+        if (!possible()) return;
+        const bool readable[] = {true, emu_readable(parameters)...};
+        for (size_t i = 1; i < sizeof readable; i++) {
+            if (readable[i]) continue;
+            fprintf(stderr, "error: CUDA on the CPU: %s, launched in line %d: argument %zu is not device memory\n",
+                    name, line, i);
+            abort();
+        }
+        int64_t blocks = (int64_t)grid.x * grid.y * grid.z;
+#ifdef _OPENMP
+#pragma omp parallel if (blocks > 1)
+#endif
+        {
+            EmuWorker *w = emu_worker_here();
+            void *memory = NULL;
+            w->run = run, w->arguments = &call, w->kernel = name, w->line = line;
+            gridDim = grid, blockDim = block;
+            if (posix_memalign(&memory, 256, shared) != 0) emu_fatal("out of memory");
+            w->shared = (char *)memory;
+#ifdef _OPENMP
+#pragma omp for schedule(dynamic)
+#endif
+            for (int64_t i = 0; i < blocks; i++) {
+                blockIdx =
+                    uint3{(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y), (unsigned)(i / grid.x / grid.y)};
+                memset(memory, 0xff, shared);
+                emu_run_block(w);
+            }
+            free(memory);
+            w->kernel = NULL;
+        }
+    }
+};
+
+template <typename... Parameters>
+inline EmuLaunch<Parameters...> emu_launch(const char *name, int line, void (*kernel)(Parameters...), dim3 grid,
+                                           dim3 block, size_t shared = 0, cudaStream_t = 0) {
+    return EmuLaunch<Parameters...>{name, line, kernel, grid, block, shared};
+}
+
+#endif
