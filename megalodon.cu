@@ -49,6 +49,7 @@ enum {
     WARP = 32,
     VEC = 16 / sizeof(act), // numbers in a load of 16 bytes
     THREADS = 256,          // of a block, where nothing else is said
+    ROW_WARPS = 8,          // of a block whose warps have rows
     NORM_BLOCK = 32,        // tokens of TimestepNorm that a warp scans
     ACROSS = 128,           // threads side by side in a row, where threads own columns
     CEMA_BLOCK = 64,        // tokens between two stored states of CEMA
@@ -161,18 +162,6 @@ static __device__ float warp_sum(float x) {
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
-}
-
-// Sums over the block's threads, for all of them.
-static __device__ float2 block_sum(float2 x) {
-    __shared__ float2 shared[WARP];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    x.x = warp_sum(x.x), x.y = warp_sum(x.y);
-    __syncthreads(); // the last call's numbers have been read
-    if (lane == 0) shared[warp] = x;
-    __syncthreads();
-    x = lane < warps ? shared[lane] : make_float2(0, 0);
-    return make_float2(warp_sum(x.x), warp_sum(x.y));
 }
 
 // Blocks of `threads` threads for n things.
@@ -297,24 +286,40 @@ static Form form_of(int ta, int tb, int M, int N, int K, int lda, int ldb, int l
 }
 
 // ----------------------------------------------------------------------------
-// sums over rows are made of parts (P, stride), of which `width` columns count: out (width) = sum of the parts, added to
-// what is there if `add`. A block owns 32 columns, its 32 rows of threads share the parts. Reads P*width floats.
+// sums over rows are made of parts (P, stride), whose first `width` columns are summed into out (width), and `width2`
+// more, if there are, into out2 (width2); added to what is there if `add`. A block owns 32 columns, its 32 rows of
+// threads share the parts. Reads P*(width + width2) floats.
 
-static __global__ void sum_parts_kernel(float *out, int add, const float *parts, int P, size_t stride, size_t width) {
+static __global__ void sum_parts_kernel(float *out, float *out2, int add, const float *parts, int P, size_t stride,
+                                        size_t width, size_t width2) {
+    enum { AT_ONCE = 8 };
     __shared__ float sums[WARP][WARP + 1];
     size_t c = (size_t)blockIdx.x * WARP + threadIdx.x;
     float sum = 0;
-    for (int p = threadIdx.y; p < P && c < width; p += WARP) sum += parts[(size_t)p * stride + c];
+    for (int p0 = threadIdx.y; p0 < P && c < width + width2; p0 += AT_ONCE * WARP) {
+        float some[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            int p = p0 + i * WARP;
+            some[i] = p < P ? parts[(size_t)p * stride + c] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) sum += some[i];
+    }
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     sum = warp_sum(sums[threadIdx.x][threadIdx.y]); // the other way round: a warp has a column
     if (threadIdx.x == 0) sums[0][threadIdx.y] = sum;
     __syncthreads();
-    if (threadIdx.y == 0 && c < width) out[c] = sums[0][threadIdx.x] + (add ? out[c] : 0);
+    if (threadIdx.y > 0 || c >= width + width2) return;
+    float *to = c < width ? out + c : out2 + (c - width);
+    *to = sums[0][threadIdx.x] + (add ? *to : 0);
 }
 
-static void sum_parts(float *out, int add, const float *parts, int P, size_t stride, size_t width) {
-    sum_parts_kernel<<<blocks_for(width, WARP), dim3(WARP, WARP)>>>(out, add, parts, P, stride, width);
+static void sum_parts(float *out, float *out2, int add, const float *parts, int P, size_t stride, size_t width,
+                      size_t width2) {
+    sum_parts_kernel<<<blocks_for(width + width2, WARP), dim3(WARP, WARP)>>>(out, out2, add, parts, P, stride, width,
+                                                                             width2);
     LAUNCHED();
 }
 
@@ -477,6 +482,10 @@ static __host__ __device__ Moments merge(double n0, Moments a, double n1, Moment
     return Moments{a.mean + d * (n1 / n), a.m2 + b.m2 + d * d * (n0 * (n1 / n))};
 }
 
+// Numbers that a thread loads at once: they must be of one group.
+static int norm_width(int D, int G) { return D / G % VEC == 0 ? VEC : D / G % 4 == 0 ? 4 : 1; }
+#define NORM_KERNEL(kernel, W) ((W) == VEC ? kernel<VEC> : (W) == 4 ? kernel<4> : kernel<1>)
+
 template <int W>
 static __global__ void timestep_norm_moments_kernel(Prefix *prefix, Moments *blocks, const act *inp, int L, int D,
                                                     int G) {
@@ -575,7 +584,7 @@ template <int W> static __device__ Groups groups_here(int D, int G) {
     int to = min_int(from + across * W, D);
     return Groups{from / g, (to - 1) / g - from / g + 1};
 }
-template <int W> static dim3 grid_of(int blocks, int D) { return dim3(blocks, ceil_div(ceil_div(D, W), ACROSS)); }
+static dim3 grid_of(int W, int blocks, int D) { return dim3(blocks, ceil_div(ceil_div(D, W), ACROSS)); }
 static int most_groups(int W, int D, int G) { return min_int(ACROSS * W / (D / G) + 2, G); }
 
 template <int W>
@@ -620,19 +629,19 @@ static void timestep_norm_forward(act *out, float *mean, float *rstd, double *me
                                   const float *weight, const float *bias, const double *mean_in, const double *m2_in,
                                   const int64_t *count, Prefix *prefix, Moments *blocks, int B, int L, int D, int G,
                                   double eps) {
-    int num_blocks = B * ceil_div(L, NORM_BLOCK), wide = D / G % VEC == 0;
+    int num_blocks = B * ceil_div(L, NORM_BLOCK), W = norm_width(D, G);
     const int warps = 8;
-    auto moments = wide ? timestep_norm_moments_kernel<VEC> : timestep_norm_moments_kernel<1>;
+    auto moments = NORM_KERNEL(timestep_norm_moments_kernel, W);
     moments<<<dim3(num_blocks, ceil_div(G, warps)), dim3(WARP, warps)>>>(prefix, blocks, inp, L, D, G);
     LAUNCHED();
     timestep_norm_scan_kernel<<<ceil_div(B * G, warps), dim3(WARP, warps)>>>(blocks, mean_out, m2_out, mean_in, m2_in,
                                                                              count, B, L, D, G);
     LAUNCHED();
-    size_t shared = (size_t)NORM_BLOCK * most_groups(wide ? VEC : 1, D, G) * sizeof(float2);
-    auto apply = wide ? timestep_norm_apply_kernel<VEC> : timestep_norm_apply_kernel<1>;
-    dim3 grid = wide ? grid_of<VEC>(num_blocks, D) : grid_of<1>(num_blocks, D);
+    size_t shared = (size_t)NORM_BLOCK * most_groups(W, D, G) * sizeof(float2);
+    auto apply = NORM_KERNEL(timestep_norm_apply_kernel, W);
     allow_shared(apply, shared);
-    apply<<<grid, THREADS, shared>>>(out, mean, rstd, prefix, blocks, inp, weight, bias, count, L, D, G, eps);
+    apply<<<grid_of(W, num_blocks, D), THREADS, shared>>>(out, mean, rstd, prefix, blocks, inp, weight, bias, count, L,
+                                                          D, G, eps);
     LAUNCHED();
 }
 
@@ -655,6 +664,13 @@ static __global__ void timestep_norm_sums_kernel(Sums *suffix, Sums *blocks, con
     int T = min_int(NORM_BLOCK, L - t0);
     size_t row = (size_t)b * L + t0 + lane;
     Sums sum = {0, 0, 0};
+    extern __shared__ float4 norm_scales[]; // (groups of this block, g): weight + 1, which all lanes need
+    float *scales = (float *)norm_scales;
+    for (int i = threadIdx.y * WARP + lane; i < (int)blockDim.y * g; i += WARP * blockDim.y) {
+        int c = blockIdx.y * blockDim.y * g + i;
+        scales[i] = c < D ? weight[c] + 1 : 0;
+    }
+    __syncthreads();
     if (j >= G) return;
     if (lane < T) {
         const act *x = inp + row * D + (size_t)j * g, *dy = dout + row * D + (size_t)j * g;
@@ -664,7 +680,7 @@ static __global__ void timestep_norm_sums_kernel(Sums *suffix, Sums *blocks, con
             load<W>(v, x + c), load<W>(dv, dy + c);
 #pragma unroll
             for (int i = 0; i < W; i++) {
-                float wdy = (weight[(size_t)j * g + c + i] + 1) * dv[i];
+                float wdy = scales[threadIdx.y * g + c + i] * dv[i];
                 s += wdy;
                 d += wdy * (v[i] - m);
             }
@@ -763,24 +779,24 @@ static void timestep_norm_backward(act *dinp, float *dweight, float *dbias, cons
                                    const act *residual2, const act *inp, const float *weight, const float *mean,
                                    const float *rstd, const int64_t *count, Sums *suffix, Sums *blocks, float *parts,
                                    int B, int L, int D, int G) {
-    int num_blocks = B * ceil_div(L, NORM_BLOCK), wide = D / G % VEC == 0, W = wide ? VEC : 1;
+    int num_blocks = B * ceil_div(L, NORM_BLOCK), W = norm_width(D, G);
     int down = THREADS / min_int(ACROSS, ceil_div(D, W)), P = min_int(num_blocks, max_int(MOST_PARTS / down, 1));
     const int warps = 8;
-    auto sums = wide ? timestep_norm_sums_kernel<VEC> : timestep_norm_sums_kernel<1>;
-    sums<<<dim3(num_blocks, ceil_div(G, warps)), dim3(WARP, warps)>>>(suffix, blocks, dout, inp, weight, mean, rstd,
-                                                                      count, L, D, G);
+    size_t scales = (size_t)warps * (D / G) * sizeof(float);
+    auto sums = NORM_KERNEL(timestep_norm_sums_kernel, W);
+    allow_shared(sums, scales);
+    sums<<<dim3(num_blocks, ceil_div(G, warps)), dim3(WARP, warps), scales>>>(suffix, blocks, dout, inp, weight, mean,
+                                                                              rstd, count, L, D, G);
     LAUNCHED();
     timestep_norm_sums_scan_kernel<<<ceil_div(B * G, warps), dim3(WARP, warps)>>>(blocks, B, L, G);
     LAUNCHED();
     size_t shared = (size_t)NORM_BLOCK * most_groups(W, D, G) * sizeof(float4);
-    auto kernel = wide ? timestep_norm_backward_kernel<VEC> : timestep_norm_backward_kernel<1>;
-    dim3 grid = wide ? grid_of<VEC>(P, D) : grid_of<1>(P, D);
+    auto kernel = NORM_KERNEL(timestep_norm_backward_kernel, W);
     allow_shared(kernel, shared);
-    kernel<<<grid, THREADS, shared>>>(dinp, parts, dout, residual, residual2, inp, weight, mean, rstd, suffix, blocks,
-                                      B, L, D, G);
+    kernel<<<grid_of(W, P, D), THREADS, shared>>>(dinp, parts, dout, residual, residual2, inp, weight, mean, rstd,
+                                                  suffix, blocks, B, L, D, G);
     LAUNCHED();
-    sum_parts(dweight, 1, parts, P * down, 2 * (size_t)D, D);
-    sum_parts(dbias, 1, parts + D, P * down, 2 * (size_t)D, D);
+    sum_parts(dweight, dbias, 1, parts, P * down, 2 * (size_t)D, D, D);
 }
 
 // ----------------------------------------------------------------------------
@@ -1146,88 +1162,178 @@ static void cema_backward(act *dinp, Coefs *dcoefs, float *domega, const act *do
     cema_backward_kernel<<<dim3(strips, P), threads, shared>>>(dinp, parts, dout, inp, h_blocks, futures, *coefs, omega,
                                                                B, L, D, N);
     LAUNCHED();
-    sum_parts(dcoefs->p, 0, parts, P, width, (size_t)5 * N * D);
-    sum_parts(domega, 1, parts + (size_t)5 * N * D, P, width, D);
+    sum_parts(dcoefs->p, NULL, 0, parts, P, width, (size_t)5 * N * D, 0);
+    sum_parts(domega, NULL, 1, parts + (size_t)5 * N * D, P, width, D, 0);
 }
 
 // ----------------------------------------------------------------------------
 // RMSNorm: y = x rstd (weight + 1), rstd = 1/sqrt(mean(x^2) + eps); weight NULL: no scale. rstd (R).
-// forward: a warp has a row. Reads and writes R*D.
-// backward, with a = (weight + 1) dy: dx = rstd (a - x rstd^2 mean(a x)). A block goes through rows, its threads own
-// columns, whose dweight they add up. Reads 2 R*D, writes R*D.
+// backward, with a = (weight + 1) dy: dx = rstd (a - x rstd^2 mean(a x)).
+// A block goes through rows, ROWS at a time, so that a barrier serves them all. Its threads own columns, V times W of
+// them, which stay in registers between the sums and their use; so do, backward, the columns' sums for dweight.
+// Reads and writes R*D; backward reads 2 R*D, writes R*D.
 
-enum { ROW_WARPS = 8, COLUMN_THREADS = 128 }; // of a block whose warps have rows; whose threads own columns
+enum { ROWS = 2, ROW_THREADS = 512, MOST_VECTORS = 16, MOST_COLUMNS = ROW_THREADS * MOST_VECTORS };
 
-template <int W>
-static __global__ void rmsnorm_forward_kernel(act *out, float *rstd, const act *inp, const float *weight, int R, int D,
-                                              double eps) {
-    size_t r = (size_t)blockIdx.x * ROW_WARPS + threadIdx.y;
-    float v[W], squares = 0;
-    if (r >= (size_t)R) return;
-    for (int c = threadIdx.x * W; c < D; c += WARP * W) {
-        load<W>(v, inp + r * D + c);
+// Sums over the block's threads, of ROWS numbers, for all of them.
+typedef struct {
+    float x[ROWS];
+} RowSums;
+static __device__ RowSums block_sum(RowSums sums) {
+    __shared__ float shared[ROWS][WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
 #pragma unroll
-        for (int i = 0; i < W; i++) squares += v[i] * v[i];
-    }
-    float s = (float)(1 / sqrt((double)warp_sum(squares) / D + eps));
-    for (int c = threadIdx.x * W; c < D; c += WARP * W) {
-        load<W>(v, inp + r * D + c);
+    for (int k = 0; k < ROWS; k++) sums.x[k] = warp_sum(sums.x[k]);
+    __syncthreads(); // the last call's numbers have been read
+    if (lane == 0) {
 #pragma unroll
-        for (int i = 0; i < W; i++) v[i] *= s * (weight ? weight[c + i] + 1 : 1);
-        store<W>(out + r * D + c, v);
+        for (int k = 0; k < ROWS; k++) shared[k][warp] = sums.x[k];
     }
-    if (threadIdx.x == 0) rstd[r] = s;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < ROWS; k++) sums.x[k] = warp_sum(lane < warps ? shared[k][lane] : 0);
+    return sums;
+}
+
+// Numbers in a thread's vectors, threads, and vectors of a thread, for rows of D.
+static int row_width(int D) { return D % VEC == 0 && D <= 2 * ROW_THREADS * VEC ? VEC : 1; }
+static int row_threads(int D) {
+    int vectors = ceil_div(D, row_width(D));
+    return min_int(ceil_div(vectors, WARP) * WARP, vectors <= 256 ? 128 : ROW_THREADS);
+}
+static int row_vectors(int D) { return ceil_div(ceil_div(D, row_width(D)), row_threads(D)); }
+#define ROW_KERNEL(kernel, D)                                                                                          \
+    (row_width(D) == 1 ? kernel<1, MOST_VECTORS> : row_vectors(D) == 1 ? kernel<VEC, 1> : kernel<VEC, 2>)
+
+// How many blocks share R rows when each leaves a part of a sum over them.
+static int row_parts(int R) { return min_int(ceil_div(R, ROWS), MOST_PARTS); }
+
+// What a thread owns of ROWS rows from r on; zeros where there is nothing.
+template <int W, int V> static __device__ void load_rows(float x[ROWS][V][W], const act *src, size_t r, int R, int D) {
+#pragma unroll
+    for (int k = 0; k < ROWS; k++) {
+#pragma unroll
+        for (int u = 0; u < V; u++) {
+            int c = (u * blockDim.x + threadIdx.x) * W;
+#pragma unroll
+            for (int i = 0; i < W; i++) x[k][u][i] = 0;
+            if (c < D && r + k < (size_t)R) load<W>(x[k][u], src + (r + k) * D + c);
+        }
+    }
+}
+template <int W, int V> static __device__ void store_rows(act *dst, const float x[ROWS][V][W], size_t r, int R, int D) {
+#pragma unroll
+    for (int k = 0; k < ROWS; k++) {
+#pragma unroll
+        for (int u = 0; u < V; u++) {
+            int c = (u * blockDim.x + threadIdx.x) * W;
+            if (c < D && r + k < (size_t)R) store<W>(dst + (r + k) * D + c, x[k][u]);
+        }
+    }
+}
+// Its columns of a vector of D floats, `other` where there is none.
+template <int W, int V>
+static __device__ void load_columns(float x[V][W], const float *src, float plus, float other, int D) {
+#pragma unroll
+    for (int u = 0; u < V; u++) {
+#pragma unroll
+        for (int i = 0; i < W; i++) {
+            int c = (u * blockDim.x + threadIdx.x) * W + i;
+            x[u][i] = src && c < D ? src[c] + plus : other;
+        }
+    }
+}
+template <int W, int V> static __device__ void store_columns(float *dst, const float x[V][W], int D) {
+#pragma unroll
+    for (int u = 0; u < V; u++) {
+#pragma unroll
+        for (int i = 0; i < W; i++) {
+            int c = (u * blockDim.x + threadIdx.x) * W + i;
+            if (c < D) dst[c] = x[u][i];
+        }
+    }
+}
+
+template <int W, int V>
+static __global__ void __launch_bounds__(ROW_THREADS)
+    rmsnorm_forward_kernel(act *out, float *rstd, const act *inp, const float *weight, int R, int D, float eps) {
+    float x[ROWS][V][W], w[V][W];
+    load_columns<W, V>(w, weight, 1, 1, D);
+    for (size_t r = (size_t)blockIdx.x * ROWS; r < (size_t)R; r += (size_t)gridDim.x * ROWS) {
+        RowSums squares = {};
+        load_rows<W, V>(x, inp, r, R, D);
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) {
+#pragma unroll
+            for (int u = 0; u < V; u++) {
+#pragma unroll
+                for (int i = 0; i < W; i++) squares.x[k] += x[k][u][i] * x[k][u][i];
+            }
+        }
+        squares = block_sum(squares);
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) {
+            float s = 1 / sqrtf(squares.x[k] / D + eps);
+#pragma unroll
+            for (int u = 0; u < V; u++) {
+#pragma unroll
+                for (int i = 0; i < W; i++) x[k][u][i] *= s * w[u][i];
+            }
+            if (threadIdx.x == 0 && r + k < (size_t)R) rstd[r + k] = s;
+        }
+        store_rows<W, V>(out, x, r, R, D);
+    }
 }
 
 static void rmsnorm_forward(act *out, float *rstd, const act *inp, const float *weight, int R, int D, double eps) {
-    auto kernel = D % VEC == 0 ? rmsnorm_forward_kernel<VEC> : rmsnorm_forward_kernel<1>;
-    kernel<<<ceil_div(R, ROW_WARPS), dim3(WARP, ROW_WARPS)>>>(out, rstd, inp, weight, R, D, eps);
+    auto kernel = ROW_KERNEL(rmsnorm_forward_kernel, D);
+    kernel<<<ceil_div(R, ROWS), row_threads(D)>>>(out, rstd, inp, weight, R, D, (float)eps);
     LAUNCHED();
 }
 
-// How many blocks share R rows when each leaves a part of a sum over them.
-static int row_parts(int R) { return min_int(R, MOST_PARTS); }
-
-template <int W>
-static __global__ void rmsnorm_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp,
-                                               const float *weight, const float *rstd, int R, int D) {
-    extern __shared__ float row_sums[]; // (W, D/W): a thread reads and writes its own
-    float x[W], dy[W];
-    for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
-        for (int i = 0; i < W; i++) row_sums[i * (D / W) + v] = 0;
-    }
-    for (size_t r = blockIdx.x; r < (size_t)R; r += gridDim.x) {
-        float s = rstd[r], dot = 0;
-        for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
-            load<W>(x, inp + r * D + v * W), load<W>(dy, dout + r * D + v * W);
+template <int W, int V>
+static __global__ void __launch_bounds__(ROW_THREADS)
+    rmsnorm_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp, const float *weight,
+                            const float *rstd, int R, int D) {
+    float x[ROWS][V][W], dy[ROWS][V][W], w[V][W], dw[V][W] = {};
+    load_columns<W, V>(w, weight, 1, 1, D);
+    for (size_t r = (size_t)blockIdx.x * ROWS; r < (size_t)R; r += (size_t)gridDim.x * ROWS) {
+        RowSums dot = {};
+        load_rows<W, V>(x, inp, r, R, D), load_rows<W, V>(dy, dout, r, R, D);
 #pragma unroll
-            for (int i = 0; i < W; i++) {
-                dot += dy[i] * (weight ? weight[v * W + i] + 1 : 1) * x[i];
-                row_sums[i * (D / W) + v] += dy[i] * x[i] * s;
+        for (int k = 0; k < ROWS; k++) {
+            float s = r + k < (size_t)R ? rstd[r + k] : 0;
+#pragma unroll
+            for (int u = 0; u < V; u++) {
+#pragma unroll
+                for (int i = 0; i < W; i++) {
+                    dw[u][i] += dy[k][u][i] * x[k][u][i] * s;
+                    dy[k][u][i] *= w[u][i];
+                    dot.x[k] += dy[k][u][i] * x[k][u][i];
+                }
             }
         }
-        float back = block_sum(make_float2(dot, 0)).x / D * s * s;
-        for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
-            load<W>(x, inp + r * D + v * W), load<W>(dy, dout + r * D + v * W);
+        dot = block_sum(dot);
 #pragma unroll
-            for (int i = 0; i < W; i++) x[i] = s * (dy[i] * (weight ? weight[v * W + i] + 1 : 1) - x[i] * back);
-            store<W>(dinp + r * D + v * W, x);
+        for (int k = 0; k < ROWS; k++) {
+            float s = r + k < (size_t)R ? rstd[r + k] : 0, back = dot.x[k] / D * s * s;
+#pragma unroll
+            for (int u = 0; u < V; u++) {
+#pragma unroll
+                for (int i = 0; i < W; i++) x[k][u][i] = s * (dy[k][u][i] - x[k][u][i] * back);
+            }
         }
+        store_rows<W, V>(dinp, x, r, R, D);
     }
-    for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
-        for (int i = 0; i < W; i++) parts[(size_t)blockIdx.x * D + v * W + i] = row_sums[i * (D / W) + v];
-    }
+    store_columns<W, V>(parts + (size_t)blockIdx.x * D, dw, D);
 }
 
 static void rmsnorm_backward(act *dinp, float *dweight, const act *dout, const act *inp, const float *weight,
                              const float *rstd, float *parts, int R, int D) {
-    int P = row_parts(R);
-    size_t shared = (size_t)D * sizeof(float);
-    auto kernel = D % VEC == 0 ? rmsnorm_backward_kernel<VEC> : rmsnorm_backward_kernel<1>;
-    allow_shared(kernel, shared);
-    kernel<<<P, COLUMN_THREADS, shared>>>(dinp, parts, dout, inp, weight, rstd, R, D);
+    auto kernel = ROW_KERNEL(rmsnorm_backward_kernel, D);
+    kernel<<<row_parts(R), row_threads(D)>>>(dinp, parts, dout, inp, weight, rstd, R, D);
     LAUNCHED();
-    if (dweight) sum_parts(dweight, 1, parts, P, D, D);
+    if (dweight) sum_parts(dweight, NULL, 1, parts, row_parts(R), D, D, 0);
 }
 
 // ----------------------------------------------------------------------------
@@ -1252,7 +1358,7 @@ static void linear_backward_weight(float *dweight, float *dbias, const act *dout
     f.type = CUDA_R_32F;
     if (dbias) f.epilogue = CUBLASLT_EPILOGUE_BGRADB;
     product(f, dout, inp, dweight, dbias ? parts : NULL, dweight);
-    if (dbias) sum_parts(dbias, 1, parts, 1, M, M);
+    if (dbias) sum_parts(dbias, NULL, 1, parts, 1, M, M, 0);
 }
 
 static void linear_backward(act *dinp, int add, float *dweight, float *dbias, const act *dout, const act *inp,
@@ -1292,42 +1398,40 @@ static __device__ void store_pair(act *dst, float2 pair) {
     const float x[2] = {pair.x, pair.y};
     store<2>(dst, x);
 }
-static __device__ int position(const int64_t *count, size_t row, int L, int C) {
-    return (int)(((count ? count[row / L] : 0) + (int64_t)(row % L)) % C);
+static __device__ int position(const int64_t *count, int row, int L, int C) {
+    int past = count ? (int)(count[row / L] % C) : 0;
+    return (past + row % L) % C;
 }
 
 static __global__ void qk_forward_kernel(act *q, act *k, const act *z, const float *gamma, const float *beta,
                                          const float2 *table, const int64_t *count, int R, int L, int Z, int dz, int C,
-                                         double eps) {
-    int H = Z / dz, pairs = dz / 2;
-    size_t task = (size_t)blockIdx.x * ROW_WARPS + threadIdx.y, row = task / H;
-    int h = (int)(task % H);
-    float squares = 0, scale = (float)(1 / sqrt((double)dz));
-    if (row >= (size_t)R) return;
-    const act *zr = z + row * Z + h * dz;
+                                         float eps) {
+    int H = Z / dz, pairs = dz / 2, task = blockIdx.x * ROW_WARPS + threadIdx.y, row = task / H, h = task % H;
+    float squares = 0, scale = 1 / sqrtf((float)dz);
+    if (row >= R) return;
+    size_t at = (size_t)row * Z + h * dz;
+    const float2 *turns = table ? table + (size_t)position(count, row, L, C) * pairs : NULL;
     for (int j = threadIdx.x; j < pairs; j += WARP) {
-        float2 x = load_pair(zr + 2 * j);
+        float2 x = load_pair(z + at + 2 * j);
         squares += x.x * x.x + x.y * x.y;
     }
-    float s = (float)(1 / sqrt((double)warp_sum(squares) / dz + eps));
+    float s = 1 / sqrtf(warp_sum(squares) / dz + eps);
     for (int j = threadIdx.x; j < pairs; j += WARP) {
         int c = h * dz + 2 * j;
-        float2 n = load_pair(zr + 2 * j);
-        n.x *= s, n.y *= s;
-        float2 by = table ? table[(size_t)position(count, row, L, C) * pairs + j] : make_float2(1, 0);
-        float2 qj = make_float2(n.x * (gamma[c] + 1) * scale + beta[c], n.y * (gamma[c + 1] + 1) * scale + beta[c + 1]);
+        float2 n = load_pair(z + at + 2 * j), by = turns ? turns[j] : make_float2(1, 0);
+        n.x *= s * scale, n.y *= s * scale;
+        float2 qj = make_float2(n.x * (gamma[c] + 1) + beta[c], n.y * (gamma[c + 1] + 1) + beta[c + 1]);
         const float *gamma1 = gamma + Z, *beta1 = beta + Z;
-        float2 kj =
-            make_float2(n.x * (gamma1[c] + 1) * scale + beta1[c], n.y * (gamma1[c + 1] + 1) * scale + beta1[c + 1]);
-        store_pair(q + row * Z + c, turn(qj, by, 1));
-        store_pair(k + row * Z + c, turn(kj, by, 1));
+        float2 kj = make_float2(n.x * (gamma1[c] + 1) + beta1[c], n.y * (gamma1[c + 1] + 1) + beta1[c + 1]);
+        store_pair(q + at + 2 * j, turn(qj, by, 1));
+        store_pair(k + at + 2 * j, turn(kj, by, 1));
     }
 }
 
 static void qk_forward(act *q, act *k, const act *z, const float *gamma, const float *beta, const float2 *table,
                        const int64_t *count, int R, int L, int Z, int dz, int C, double eps) {
     qk_forward_kernel<<<blocks_for((size_t)R * (Z / dz), ROW_WARPS), dim3(WARP, ROW_WARPS)>>>(
-        q, k, z, gamma, beta, table, count, R, L, Z, dz, C, eps);
+        q, k, z, gamma, beta, table, count, R, L, Z, dz, C, (float)eps);
     LAUNCHED();
 }
 
@@ -1337,16 +1441,16 @@ static void qk_forward(act *q, act *k, const act *z, const float *gamma, const f
 
 static __global__ void qk_backward_kernel(act *dz_out, float *parts, const act *dq, const act *dk, const act *z,
                                           const float *gamma, const float2 *table, int R, int L, int Z, int dz, int C,
-                                          double eps) {
-    extern __shared__ float qk_sums[]; // (warps, 8, dz/2)
+                                          float eps) {
+    extern __shared__ float qk_sums[]; // (warps, 8, dz/2): a thread reads and writes its own
     int pairs = dz / 2, h = blockIdx.y;
-    float *sums = qk_sums + (size_t)threadIdx.y * 4 * dz, scale = (float)(1 / sqrt((double)dz));
-    for (int j = threadIdx.x; j < 4 * dz; j += WARP) sums[j] = 0;
-    __syncwarp();
-    for (size_t row = (size_t)blockIdx.x * blockDim.y + threadIdx.y; row < (size_t)R;
-         row += (size_t)gridDim.x * blockDim.y) {
+    float *sums = qk_sums + (size_t)threadIdx.y * 4 * dz, scale = 1 / sqrtf((float)dz);
+    for (int j = threadIdx.x; j < pairs; j += WARP) {
+        for (int i = 0; i < 8; i++) sums[i * pairs + j] = 0;
+    }
+    for (int row = blockIdx.x * blockDim.y + threadIdx.y; row < R; row += gridDim.x * blockDim.y) {
         const float2 *turns = table + (size_t)position(NULL, row, L, C) * pairs;
-        size_t at = row * Z + h * dz;
+        size_t at = (size_t)row * Z + h * dz;
         float squares = 0, dot = 0;
         for (int j = threadIdx.x; j < pairs; j += WARP) {
             int c = h * dz + 2 * j;
@@ -1357,18 +1461,16 @@ static __global__ void qk_backward_kernel(act *dz_out, float *parts, const act *
             dot += (q.x * (gamma[c] + 1) + k.x * (gamma[Z + c] + 1)) * zj.x +
                    (q.y * (gamma[c + 1] + 1) + k.y * (gamma[Z + c + 1] + 1)) * zj.y;
         }
-        float s = (float)(1 / sqrt((double)warp_sum(squares) / dz + eps));
-        float back = warp_sum(dot) * scale / dz * s * s;
+        float s = 1 / sqrtf(warp_sum(squares) / dz + eps), back = warp_sum(dot) * scale / dz * s * s;
         for (int j = threadIdx.x; j < pairs; j += WARP) {
             int c = h * dz + 2 * j;
-            float2 zj = load_pair(z + at + 2 * j), n = make_float2(zj.x * s, zj.y * s);
+            float2 zj = load_pair(z + at + 2 * j), n = make_float2(zj.x * s * scale, zj.y * s * scale);
             float2 q = turn(load_pair(dq + at + 2 * j), turns[j], -1),
                    k = turn(load_pair(dk + at + 2 * j), turns[j], -1);
             float2 a = make_float2((q.x * (gamma[c] + 1) + k.x * (gamma[Z + c] + 1)) * scale,
                                    (q.y * (gamma[c + 1] + 1) + k.y * (gamma[Z + c + 1] + 1)) * scale);
             store_pair(dz_out + at + 2 * j, make_float2(s * (a.x - zj.x * back), s * (a.y - zj.y * back)));
-            const float terms[8] = {
-                q.x * n.x * scale, q.y * n.y * scale, k.x * n.x * scale, k.y * n.y * scale, q.x, q.y, k.x, k.y};
+            const float terms[8] = {q.x * n.x, q.y * n.y, k.x * n.x, k.y * n.y, q.x, q.y, k.x, k.y};
 #pragma unroll
             for (int i = 0; i < 8; i++) sums[i * pairs + j] += terms[i];
         }
@@ -1383,14 +1485,13 @@ static void qk_backward(act *dz_out, float *dgamma, float *dbeta, const act *dq,
                         const float *gamma, const float2 *table, float *parts, int R, int L, int Z, int dz, int C,
                         double eps) {
     size_t shared = 4 * (size_t)dz * sizeof(float);
-    int warps = max_int(min_int((int)((48 << 10) / shared), 4), 1);
+    int warps = max_int(min_int((int)((48 << 10) / shared), ROW_WARPS / 2), 1);
     int blocks = max_int(min_int(ceil_div(R, warps), MOST_PARTS / warps), 1);
     allow_shared(qk_backward_kernel, warps * shared);
     qk_backward_kernel<<<dim3(blocks, Z / dz), dim3(WARP, warps), warps * shared>>>(dz_out, parts, dq, dk, z, gamma,
-                                                                                    table, R, L, Z, dz, C, eps);
+                                                                                    table, R, L, Z, dz, C, (float)eps);
     LAUNCHED();
-    sum_parts(dgamma, 1, parts, blocks * warps, 4 * (size_t)Z, 2 * (size_t)Z);
-    sum_parts(dbeta, 1, parts + 2 * (size_t)Z, blocks * warps, 4 * (size_t)Z, 2 * (size_t)Z);
+    sum_parts(dgamma, dbeta, 1, parts, blocks * warps, 4 * (size_t)Z, 2 * (size_t)Z, 2 * (size_t)Z);
 }
 
 // ----------------------------------------------------------------------------
@@ -1720,96 +1821,109 @@ static void attention_backward(act *dq, act *dk, act *dv_out, act *scores, act *
 
 // ----------------------------------------------------------------------------
 // LayerNorm: y = (x - mean) rstd (weight + 1) + bias; weight, bias NULL: neither. mean, rstd (R).
-// forward: a warp has a row. Reads and writes R*D.
-// backward, with a = (weight + 1) dy and n = (x - mean) rstd: dx = rstd (a - mean(a) - n mean(a n)). A block goes
-// through rows, its threads own columns, whose dweight and dbias they add up. Reads 2 R*D, writes R*D.
+// backward, with a = (weight + 1) dy and n = (x - mean) rstd: dx = rstd (a - mean(a) - n mean(a n)).
+// Blocks and threads as in RMSNorm. Reads and writes R*D; backward reads 2 R*D, writes R*D.
 
-template <int W>
-static __global__ void layernorm_forward_kernel(act *out, float *mean, float *rstd, const act *inp, const float *weight,
-                                                const float *bias, int R, int D, double eps) {
-    size_t r = (size_t)blockIdx.x * ROW_WARPS + threadIdx.y;
-    float v[W], sum = 0, squares = 0;
-    if (r >= (size_t)R) return;
-    for (int c = threadIdx.x * W; c < D; c += WARP * W) {
-        load<W>(v, inp + r * D + c);
+template <int W, int V>
+static __global__ void __launch_bounds__(ROW_THREADS)
+    layernorm_forward_kernel(act *out, float *mean, float *rstd, const act *inp, const float *weight, const float *bias,
+                             int R, int D, float eps) {
+    float x[ROWS][V][W], w[V][W], b[V][W];
+    load_columns<W, V>(w, weight, 1, 1, D), load_columns<W, V>(b, bias, 0, 0, D);
+    for (size_t r = (size_t)blockIdx.x * ROWS; r < (size_t)R; r += (size_t)gridDim.x * ROWS) {
+        RowSums sum = {}, squares = {};
+        load_rows<W, V>(x, inp, r, R, D);
 #pragma unroll
-        for (int i = 0; i < W; i++) sum += v[i];
-    }
-    float m = warp_sum(sum) / D;
-    for (int c = threadIdx.x * W; c < D; c += WARP * W) {
-        load<W>(v, inp + r * D + c);
+        for (int k = 0; k < ROWS; k++) {
 #pragma unroll
-        for (int i = 0; i < W; i++) squares += (v[i] - m) * (v[i] - m);
-    }
-    float s = (float)(1 / sqrt((double)warp_sum(squares) / D + eps));
-    for (int c = threadIdx.x * W; c < D; c += WARP * W) {
-        load<W>(v, inp + r * D + c);
+            for (int u = 0; u < V; u++) {
 #pragma unroll
-        for (int i = 0; i < W; i++) {
-            v[i] = (v[i] - m) * s * (weight ? weight[c + i] + 1 : 1) + (bias ? bias[c + i] : 0);
+                for (int i = 0; i < W; i++) sum.x[k] += x[k][u][i];
+            }
         }
-        store<W>(out + r * D + c, v);
+        sum = block_sum(sum);
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) {
+#pragma unroll
+            for (int u = 0; u < V; u++) {
+#pragma unroll
+                for (int i = 0; i < W; i++) {
+                    x[k][u][i] -= sum.x[k] / D;
+                    bool inside = (int)((u * blockDim.x + threadIdx.x) * W) < D;
+                    squares.x[k] += inside ? x[k][u][i] * x[k][u][i] : 0;
+                }
+            }
+        }
+        squares = block_sum(squares);
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) {
+            float s = 1 / sqrtf(squares.x[k] / D + eps);
+#pragma unroll
+            for (int u = 0; u < V; u++) {
+#pragma unroll
+                for (int i = 0; i < W; i++) x[k][u][i] = x[k][u][i] * s * w[u][i] + b[u][i];
+            }
+            if (threadIdx.x == 0 && r + k < (size_t)R) mean[r + k] = sum.x[k] / D, rstd[r + k] = s;
+        }
+        store_rows<W, V>(out, x, r, R, D);
     }
-    if (threadIdx.x == 0) mean[r] = m, rstd[r] = s;
 }
 
 static void layernorm_forward(act *out, float *mean, float *rstd, const act *inp, const float *weight,
                               const float *bias, int R, int D, double eps) {
-    auto kernel = D % VEC == 0 ? layernorm_forward_kernel<VEC> : layernorm_forward_kernel<1>;
-    kernel<<<ceil_div(R, ROW_WARPS), dim3(WARP, ROW_WARPS)>>>(out, mean, rstd, inp, weight, bias, R, D, eps);
+    auto kernel = ROW_KERNEL(layernorm_forward_kernel, D);
+    kernel<<<ceil_div(R, ROWS), row_threads(D)>>>(out, mean, rstd, inp, weight, bias, R, D, (float)eps);
     LAUNCHED();
 }
 
 // parts (gridDim.x, 2, D): dweight, dbias
-template <int W>
-static __global__ void layernorm_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp,
-                                                 const float *weight, const float *mean, const float *rstd, int R,
-                                                 int D) {
-    extern __shared__ float column_sums[]; // (2, W, D/W): a thread reads and writes its own
-    float x[W], dy[W], *dw = column_sums, *db = column_sums + D;
-    for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
-        for (int i = 0; i < W; i++) dw[i * (D / W) + v] = db[i * (D / W) + v] = 0;
-    }
-    for (size_t r = blockIdx.x; r < (size_t)R; r += gridDim.x) {
-        float m = mean[r], s = rstd[r];
-        float2 sums = make_float2(0, 0);
-        for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
-            load<W>(x, inp + r * D + v * W), load<W>(dy, dout + r * D + v * W);
+template <int W, int V>
+static __global__ void __launch_bounds__(ROW_THREADS)
+    layernorm_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp, const float *weight,
+                              const float *mean, const float *rstd, int R, int D) {
+    float n[ROWS][V][W], dy[ROWS][V][W], w[V][W], dw[V][W] = {}, db[V][W] = {};
+    load_columns<W, V>(w, weight, 1, 1, D);
+    for (size_t r = (size_t)blockIdx.x * ROWS; r < (size_t)R; r += (size_t)gridDim.x * ROWS) {
+        RowSums sum = {}, dot = {};
+        load_rows<W, V>(n, inp, r, R, D), load_rows<W, V>(dy, dout, r, R, D);
 #pragma unroll
-            for (int i = 0; i < W; i++) {
-                float a = dy[i] * (weight ? weight[v * W + i] + 1 : 1), n = (x[i] - m) * s;
-                sums.x += a, sums.y += a * n;
-                dw[i * (D / W) + v] += dy[i] * n, db[i * (D / W) + v] += dy[i];
+        for (int k = 0; k < ROWS; k++) {
+            float m = r + k < (size_t)R ? mean[r + k] : 0, s = r + k < (size_t)R ? rstd[r + k] : 0;
+#pragma unroll
+            for (int u = 0; u < V; u++) {
+#pragma unroll
+                for (int i = 0; i < W; i++) {
+                    n[k][u][i] = (n[k][u][i] - m) * s;
+                    dw[u][i] += dy[k][u][i] * n[k][u][i], db[u][i] += dy[k][u][i];
+                    dy[k][u][i] *= w[u][i];
+                    sum.x[k] += dy[k][u][i], dot.x[k] += dy[k][u][i] * n[k][u][i];
+                }
             }
         }
-        sums = block_sum(sums);
-        for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
-            load<W>(x, inp + r * D + v * W), load<W>(dy, dout + r * D + v * W);
+        sum = block_sum(sum), dot = block_sum(dot);
 #pragma unroll
-            for (int i = 0; i < W; i++) {
-                float a = dy[i] * (weight ? weight[v * W + i] + 1 : 1);
-                x[i] = s * (a - sums.x / D - (x[i] - m) * s * (sums.y / D));
+        for (int k = 0; k < ROWS; k++) {
+            float s = r + k < (size_t)R ? rstd[r + k] : 0;
+#pragma unroll
+            for (int u = 0; u < V; u++) {
+#pragma unroll
+                for (int i = 0; i < W; i++) {
+                    n[k][u][i] = s * (dy[k][u][i] - sum.x[k] / D - n[k][u][i] * (dot.x[k] / D));
+                }
             }
-            store<W>(dinp + r * D + v * W, x);
         }
+        store_rows<W, V>(dinp, n, r, R, D);
     }
-    for (int v = threadIdx.x; v < D / W; v += blockDim.x) {
-        float *part = parts + (size_t)blockIdx.x * 2 * D + v * W;
-        for (int i = 0; i < W; i++) part[i] = dw[i * (D / W) + v], part[D + i] = db[i * (D / W) + v];
-    }
+    store_columns<W, V>(parts + (size_t)blockIdx.x * 2 * D, dw, D);
+    store_columns<W, V>(parts + ((size_t)blockIdx.x * 2 + 1) * D, db, D);
 }
 
 static void layernorm_backward(act *dinp, float *dweight, float *dbias, const act *dout, const act *inp,
                                const float *weight, const float *mean, const float *rstd, float *parts, int R, int D) {
-    int P = row_parts(R);
-    size_t shared = 2 * (size_t)D * sizeof(float);
-    auto kernel = D % VEC == 0 ? layernorm_backward_kernel<VEC> : layernorm_backward_kernel<1>;
-    allow_shared(kernel, shared);
-    kernel<<<P, COLUMN_THREADS, shared>>>(dinp, parts, dout, inp, weight, mean, rstd, R, D);
+    auto kernel = ROW_KERNEL(layernorm_backward_kernel, D);
+    kernel<<<row_parts(R), row_threads(D)>>>(dinp, parts, dout, inp, weight, mean, rstd, R, D);
     LAUNCHED();
-    if (dweight == NULL) return;
-    sum_parts(dweight, 1, parts, P, 2 * (size_t)D, D);
-    sum_parts(dbias, 1, parts + D, P, 2 * (size_t)D, D);
+    if (dweight) sum_parts(dweight, dbias, 1, parts, row_parts(R), 2 * (size_t)D, D, D);
 }
 
 // ----------------------------------------------------------------------------
@@ -1842,9 +1956,9 @@ static __global__ void rescale_backward_kernel(act *dinp, float *parts, const ac
 
 static void rescale_backward(act *dinp, float *dalpha, const act *dout, const act *inp, const float *alpha,
                              float *parts, int R, int D) {
-    rescale_backward_kernel<<<row_parts(R), COLUMN_THREADS>>>(dinp, parts, dout, inp, alpha, R, D);
+    rescale_backward_kernel<<<row_parts(R), THREADS>>>(dinp, parts, dout, inp, alpha, R, D);
     LAUNCHED();
-    sum_parts(dalpha, 1, parts, row_parts(R), D, D);
+    sum_parts(dalpha, NULL, 1, parts, row_parts(R), D, D, 0);
 }
 
 // a residual: out += inp, where no kernel before it adds it. A thread has VEC numbers; reads 2 n, writes n.
@@ -2603,6 +2717,10 @@ static void *zeros(size_t bytes) {
 
 Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
     gpu_open();
+    if (config->model_dim > MOST_COLUMNS) {
+        fprintf(stderr, "error: model_dim %d: on a GPU it is at most %d\n", config->model_dim, MOST_COLUMNS);
+        exit(1);
+    }
     Model *m = model_outline(config, mode, B, L);
     if (!m) return NULL;
     MemoryPlan plan = m->plan = megalodon_memory(config, mode, B, L);

@@ -9,7 +9,7 @@ the source into C++ that includes this folder's headers in place of CUDA's; see 
   AddressSanitizer sees overruns, since both are exactly as large as asked for.
 - A CPU reads whatever it can reach. What a GPU cannot read is found for pointers that are arguments of a kernel.
 
-Left out: streams (all calls wait), atomics, warps' masks other than all lanes, races within a barrier's time. With
+Left out: streams (all calls wait), atomics, masks of some lanes, a look-out for races between two barriers. With
 CUDA_ON_CPU_REVERSE=1 in the environment threads take turns the other way round, which makes some races visible.
 */
 #ifndef CUDA_ON_CPU_RUNTIME_H
