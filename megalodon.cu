@@ -53,6 +53,7 @@ enum {
     NORM_BLOCK = 32,        // tokens of TimestepNorm that a warp scans
     ACROSS = 128,           // threads side by side in a row, where threads own columns
     CEMA_BLOCK = 64,        // tokens between two stored states of CEMA
+    CEMA_MODES = 1,         // modes at a time, so that a number read from shared memory serves two
     CEMA_SUB = 16,          // of these, whose states the backward pass has in registers
     CEMA_WARPS = 8,         // blocks of tokens that a thread block works on
     QUERY_ROWS = 512,       // queries of a chunk whose scores exist at a time
@@ -177,7 +178,7 @@ template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes)
 // ldc long. By cuBLASLt, whose matrices are stored by columns: it computes C' = op(B)' op(A)'.
 
 typedef struct { // all that cuBLASLt's choice of an algorithm depends on
-    int ta, tb, M, N, K, lda, ldb, ldc, batch, add, epilogue, align_a, align_b, align_add, align_c;
+    int ta, tb, M, N, K, lda, ldb, ldc, batch, add, epilogue, align_a, align_b, align_add, align_c, align_extra;
     cudaDataType_t type; // of C
     int64_t stride_a, stride_b, stride_c;
 } Form;
@@ -204,7 +205,7 @@ static void set_alignment(cublasLtMatmulPreference_t preference, cublasLtMatmulP
     BLAS(cublasLtMatmulPreferenceSetAttribute(preference, which, &align, sizeof align));
 }
 
-static Plan plan_new(const Form *f) {
+static Plan plan_new(const Form *f, const void *extra) {
     Plan p;
     cublasLtMatmulPreference_t preference;
     cublasLtMatmulHeuristicResult_t best;
@@ -217,6 +218,8 @@ static Plan plan_new(const Form *f) {
     BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
     BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second));
     BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+    if (extra) // whose alignment matters, too
+        BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &extra, sizeof extra));
     p.a = matrix_layout(ACT_TYPE, f->ta ? f->K : f->M, f->ta ? f->M : f->K, f->lda, f->batch, f->stride_a);
     p.b = matrix_layout(ACT_TYPE, f->tb ? f->N : f->K, f->tb ? f->K : f->N, f->ldb, f->batch, f->stride_b);
     p.c = matrix_layout(f->type, f->M, f->N, f->ldc, f->batch, f->stride_c);
@@ -240,7 +243,7 @@ static Plan plan_new(const Form *f) {
 }
 
 // Plans are made once for every form, since choosing takes longer than a small product.
-static const Plan *plan_for(const Form *form) {
+static const Plan *plan_for(const Form *form, const void *extra) {
     static Plan *plans;
     static int count, room, last;
     for (int i = 0; i < count; i++) { // products come in the same order step after step
@@ -254,7 +257,7 @@ static const Plan *plan_for(const Form *form) {
             exit(1);
         }
     }
-    plans[last = count++] = plan_new(form);
+    plans[last = count++] = plan_new(form, extra);
     return &plans[last];
 }
 
@@ -270,7 +273,8 @@ static void product(Form form, const act *A, const act *B, const void *add, cons
     form.add = add != NULL;
     form.align_a = alignment(A), form.align_b = alignment(B), form.align_c = alignment(C);
     form.align_add = add ? alignment(add) : form.align_c;
-    const Plan *p = plan_for(&form);
+    form.align_extra = alignment(extra);
+    const Plan *p = plan_for(&form, extra);
     if (extra)
         BLAS(cublasLtMatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &extra, sizeof extra));
     BLAS(cublasLtMatmul(gpu.lt, p->product, &one, B, p->b, A, p->a, &beta, add ? add : C, p->c, C, p->c, &p->algorithm,
@@ -781,7 +785,7 @@ static void timestep_norm_backward(act *dinp, float *dweight, float *dbias, cons
                                    int B, int L, int D, int G) {
     int num_blocks = B * ceil_div(L, NORM_BLOCK), W = norm_width(D, G);
     int down = THREADS / min_int(ACROSS, ceil_div(D, W)), P = min_int(num_blocks, max_int(MOST_PARTS / down, 1));
-    const int warps = 8;
+    const int warps = min_int(8, G); // that share the scales of so many groups
     size_t scales = (size_t)warps * (D / G) * sizeof(float);
     auto sums = NORM_KERNEL(timestep_norm_sums_kernel, W);
     allow_shared(sums, scales);
@@ -872,8 +876,19 @@ static void cema_coefs_backward(float *dalpha, float *ddelta, float *dtheta, flo
 // 3. forward: every block once more, from the state before it. Two modes at a time, y in registers. Reads and writes R*D,
 //    reads 2*N*R*D/T floats.
 
-// Keeps the compiler from reading shared memory once for all modes, for which there are too few registers.
-static __device__ void read_again(void) { asm volatile("" ::: "memory"); }
+// A number of a tile in shared memory, read anew every time: the compiler would keep a whole block of tokens in
+// registers, of which there are too few.
+static __device__ float read_tile(const act *x) {
+#ifdef MEGALODON_FP32
+    return *(const volatile float *)x;
+#else
+    union {
+        uint32_t bits;
+        float number;
+    } wide = {(uint32_t) * (const volatile uint16_t *)x << 16};
+    return wide.number;
+#endif
+}
 
 typedef struct {
     int d, at, t0, T; // channel; block of tokens in the batch, where it begins in its sequence, tokens that it has
@@ -952,11 +967,11 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
         set(&x[t * WARP], xt);
         y[t] = om * xt;
     }
-    for (int n = 0; n < N; n += 2) {
-        read_again();
-        float q_re[2], q_im[2], pn[2], g_re[2], g_im[2], re[2], im[2];
+    for (int n = 0; n < N; n += CEMA_MODES) {
+        float q_re[CEMA_MODES], q_im[CEMA_MODES], pn[CEMA_MODES], g_re[CEMA_MODES], g_im[CEMA_MODES], re[CEMA_MODES],
+            im[CEMA_MODES];
 #pragma unroll
-        for (int u = 0; u < 2; u++) {
+        for (int u = 0; u < CEMA_MODES; u++) {
             size_t at = (size_t)(n + u) * D + p.d, state = (size_t)p.at * 2 * N * D + at;
             q_re[u] = q_im[u] = pn[u] = g_re[u] = g_im[u] = re[u] = im[u] = 0;
             if (n + u >= N) continue;
@@ -966,9 +981,9 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
         }
 #pragma unroll
         for (int t = 0; t < CEMA_BLOCK; t++) {
-            float xt = to_float(x[t * WARP]);
+            float xt = read_tile(&x[t * WARP]);
 #pragma unroll
-            for (int u = 0; u < 2; u++) {
+            for (int u = 0; u < CEMA_MODES; u++) {
                 float old = re[u];
                 re[u] = q_re[u] * old - q_im[u] * im[u] + pn[u] * xt;
                 im[u] = q_re[u] * im[u] + q_im[u] * old;
@@ -1051,11 +1066,11 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
     cema_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp, const float *h_blocks,
                          const float *futures, Coefs coefs, const float *omega, int B, int L, int D, int N) {
     extern __shared__ float cema_shared[];
-    float *sums = cema_shared; // (2, 5, CEMA_WARPS, WARP), in turn
+    float *shared_sums = cema_shared; // (2, 5, CEMA_WARPS, WARP), in turn
     act *tiles = (act *)(cema_shared + 2 * 5 * CEMA_WARPS * WARP);
     act *x = tiles + threadIdx.y * CEMA_BLOCK * WARP + threadIdx.x; // (CEMA_BLOCK), WARP apart: only this thread's
     act *dy = x + CEMA_WARPS * CEMA_BLOCK * WARP;
-    int tasks = B * ceil_div(L, CEMA_BLOCK), thread = threadIdx.y * WARP + threadIdx.x, turn = 0;
+    int tasks = B * ceil_div(L, CEMA_BLOCK), turn = 0;
     float *part = parts + (size_t)blockIdx.y * (5 * N + 1) * D;
     for (int task = blockIdx.y * CEMA_WARPS; task < tasks; task += gridDim.y * CEMA_WARPS) {
         CemaPlace place = cema_place(task + threadIdx.y, B, L, D);
@@ -1068,65 +1083,83 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
             set(&x[t * WARP], xt), set(&dy[t * WARP], dyt);
             dx[t] = om * dyt;
             dom += xt * dyt;
-            if (t % CEMA_SUB == 0) read_again(); // not all at once
         }
-        for (int n = 0; n <= N; n++, turn ^= 1) { // the last time for domega
-            float s_p = 0, s_q_re = 0, s_q_im = 0, s_g_re = 0, s_g_im = 0;
-            read_again();
+        for (int n = 0; n < N + CEMA_MODES; n += CEMA_MODES) { // the last time for domega
+            float sums[CEMA_MODES][5] = {};
             if (n < N && place.inside) {
-                size_t at = (size_t)n * D + place.d, state = (size_t)place.at * 2 * N * D + at;
-                const float p = coefs.p[at], q_re = coefs.q_re[at], q_im = coefs.q_im[at];
-                const float g_re = coefs.g_re[at], g_im = coefs.g_im[at];
-                float f_re = futures[state], f_im = futures[state + (size_t)N * D];
-                float kept_re[CEMA_BLOCK / CEMA_SUB], kept_im[CEMA_BLOCK / CEMA_SUB];
-                float re = h_blocks[state], im = h_blocks[state + (size_t)N * D];
+                float p[CEMA_MODES], q_re[CEMA_MODES], q_im[CEMA_MODES], g_re[CEMA_MODES], g_im[CEMA_MODES];
+                float f_re[CEMA_MODES], f_im[CEMA_MODES], re[CEMA_MODES], im[CEMA_MODES];
+                float kept_re[CEMA_BLOCK / CEMA_SUB][CEMA_MODES], kept_im[CEMA_BLOCK / CEMA_SUB][CEMA_MODES];
+#pragma unroll
+                for (int u = 0; u < CEMA_MODES; u++) {
+                    size_t at = (size_t)(n + u) * D + place.d, state = (size_t)place.at * 2 * N * D + at;
+                    p[u] = q_re[u] = q_im[u] = g_re[u] = g_im[u] = f_re[u] = f_im[u] = re[u] = im[u] = 0;
+                    if (n + u >= N) continue;
+                    p[u] = coefs.p[at], q_re[u] = coefs.q_re[at], q_im[u] = coefs.q_im[at];
+                    g_re[u] = coefs.g_re[at], g_im[u] = coefs.g_im[at];
+                    f_re[u] = futures[state], f_im[u] = futures[state + (size_t)N * D];
+                    re[u] = h_blocks[state], im[u] = h_blocks[state + (size_t)N * D];
+                }
 #pragma unroll
                 for (int t = 0; t < CEMA_BLOCK - CEMA_SUB + 1; t++) {
-                    if (t % CEMA_SUB == 0) kept_re[t / CEMA_SUB] = re, kept_im[t / CEMA_SUB] = im;
-                    float old = re;
-                    re = q_re * old - q_im * im + p * to_float(x[t * WARP]);
-                    im = q_re * im + q_im * old;
+                    float xt = read_tile(&x[t * WARP]);
+#pragma unroll
+                    for (int u = 0; u < CEMA_MODES; u++) {
+                        if (t % CEMA_SUB == 0) kept_re[t / CEMA_SUB][u] = re[u], kept_im[t / CEMA_SUB][u] = im[u];
+                        float old = re[u];
+                        re[u] = q_re[u] * old - q_im[u] * im[u] + p[u] * xt;
+                        im[u] = q_re[u] * im[u] + q_im[u] * old;
+                    }
                 }
 #pragma unroll
                 for (int sub = CEMA_BLOCK / CEMA_SUB - 1; sub >= 0; sub--) {
-                    float h_re[CEMA_SUB + 1], h_im[CEMA_SUB + 1]; // [t] is before token t
-                    read_again();
-                    h_re[0] = kept_re[sub], h_im[0] = kept_im[sub];
+                    float h_re[CEMA_SUB + 1][CEMA_MODES], h_im[CEMA_SUB + 1][CEMA_MODES]; // [t] is before token t
+#pragma unroll
+                    for (int u = 0; u < CEMA_MODES; u++) h_re[0][u] = kept_re[sub][u], h_im[0][u] = kept_im[sub][u];
 #pragma unroll
                     for (int t = 0; t < CEMA_SUB; t++) {
-                        float xt = to_float(x[(sub * CEMA_SUB + t) * WARP]);
-                        h_re[t + 1] = q_re * h_re[t] - q_im * h_im[t] + p * xt;
-                        h_im[t + 1] = q_re * h_im[t] + q_im * h_re[t];
+                        float xt = read_tile(&x[(sub * CEMA_SUB + t) * WARP]);
+#pragma unroll
+                        for (int u = 0; u < CEMA_MODES; u++) {
+                            h_re[t + 1][u] = q_re[u] * h_re[t][u] - q_im[u] * h_im[t][u] + p[u] * xt;
+                            h_im[t + 1][u] = q_re[u] * h_im[t][u] + q_im[u] * h_re[t][u];
+                        }
                     }
-                    read_again();
 #pragma unroll
                     for (int t = CEMA_SUB - 1; t >= 0; t--) {
-                        float xt = to_float(x[(sub * CEMA_SUB + t) * WARP]);
-                        float dyt = to_float(dy[(sub * CEMA_SUB + t) * WARP]);
-                        float G_re = g_re * dyt + f_re, G_im = f_im - g_im * dyt;
-                        dx[sub * CEMA_SUB + t] += p * G_re;
-                        s_p += xt * G_re;
-                        s_q_re += G_re * h_re[t] + G_im * h_im[t];
-                        s_q_im += G_im * h_re[t] - G_re * h_im[t];
-                        s_g_re += dyt * h_re[t + 1];
-                        s_g_im -= dyt * h_im[t + 1];
-                        f_re = q_re * G_re + q_im * G_im;
-                        f_im = q_re * G_im - q_im * G_re;
+                        float xt = read_tile(&x[(sub * CEMA_SUB + t) * WARP]);
+                        float dyt = read_tile(&dy[(sub * CEMA_SUB + t) * WARP]);
+#pragma unroll
+                        for (int u = 0; u < CEMA_MODES; u++) {
+                            float G_re = g_re[u] * dyt + f_re[u], G_im = f_im[u] - g_im[u] * dyt;
+                            dx[sub * CEMA_SUB + t] += p[u] * G_re;
+                            sums[u][0] += xt * G_re;
+                            sums[u][1] += G_re * h_re[t][u] + G_im * h_im[t][u];
+                            sums[u][2] += G_im * h_re[t][u] - G_re * h_im[t][u];
+                            sums[u][3] += dyt * h_re[t + 1][u];
+                            sums[u][4] -= dyt * h_im[t + 1][u];
+                            f_re[u] = q_re[u] * G_re + q_im[u] * G_im;
+                            f_im[u] = q_re[u] * G_im - q_im[u] * G_re;
+                        }
                     }
                 }
             }
-            float *mine = sums + (turn * 5 * CEMA_WARPS + threadIdx.y) * WARP + threadIdx.x;
-            mine[0] = n < N ? s_p : dom;
-            mine[1 * CEMA_WARPS * WARP] = s_q_re, mine[2 * CEMA_WARPS * WARP] = s_q_im;
-            mine[3 * CEMA_WARPS * WARP] = s_g_re, mine[4 * CEMA_WARPS * WARP] = s_g_im;
-            __syncthreads(); // sums of the turn before are read before this one's next turn begins
-            int kind = thread / WARP, d = blockIdx.x * WARP + threadIdx.x;
-            if (kind < (n < N ? 5 : 1) && d < D) {
-                const float *all = sums + (turn * 5 + kind) * CEMA_WARPS * WARP + threadIdx.x;
-                float sum = 0;
-                for (int w = 0; w < CEMA_WARPS; w++) sum += all[w * WARP];
-                float *to = n < N ? part + ((size_t)kind * N + n) * D + d : part + (size_t)5 * N * D + d;
-                *to = first ? sum : *to + sum;
+            if (n >= N) sums[0][0] = dom;
+#pragma unroll
+            for (int u = 0; u < CEMA_MODES; u++, turn ^= 1) { // the block's sums, of one mode after the other
+                if (n < N ? n + u >= N : u > 0) break;
+                float *mine = shared_sums + (turn * 5 * CEMA_WARPS + threadIdx.y) * WARP + threadIdx.x;
+#pragma unroll
+                for (int i = 0; i < 5; i++) mine[i * CEMA_WARPS * WARP] = sums[u][i];
+                __syncthreads(); // sums of the turn before are read before this one's next turn begins
+                for (int kind = threadIdx.y; kind < (n < N ? 5 : 1); kind += CEMA_WARPS) {
+                    const float *all = shared_sums + (turn * 5 + kind) * CEMA_WARPS * WARP + threadIdx.x;
+                    int d = blockIdx.x * WARP + threadIdx.x;
+                    float sum = 0;
+                    for (int w = 0; w < CEMA_WARPS; w++) sum += all[w * WARP];
+                    float *to = part + (n < N ? (size_t)kind * N + n + u : (size_t)5 * N) * D + d;
+                    if (d < D) *to = first ? sum : *to + sum;
+                }
             }
         }
         int rows = D; // apart

@@ -1,0 +1,473 @@
+// Where the time of a training step on a GPU goes, beside what this GPU can do: a large copy, a large matrix product.
+//     build/gpu/bench --preset mega200M --batch-size 8 --seq-len 2048
+// megalodon.cu is included, since layers are static. Parts are timed on the buffers of a real step, all layers one
+// after another; what the parts do not add up to is said in the last line. Everything takes turns, once a round, so
+// that a GPU that slows down does so for all of it.
+#include "../megalodon.cu"
+
+#include <algorithm>
+#include <functional>
+#include <string>
+#include <vector>
+
+static const char *preset = "enwik8";
+static int batch_size = 64, seq_len = 512, repeats = 20, brief;
+
+static void stop(int status, const char *what, const char *which) {
+    fprintf(stderr, "error: %s%s\n", what, which);
+    exit(status);
+}
+
+static void read_options(int argc, char **argv) { // plumbing.h is C
+    for (int i = 1; i < argc; i++) {
+        const std::string flag = argv[i];
+        int *number = flag == "--batch-size" ? &batch_size : flag == "--seq-len" ? &seq_len : &repeats;
+        if (flag == "--brief") {
+            brief = 1;
+        } else if (i + 1 == argc || (number == &repeats && flag != "--repeats" && flag != "--preset")) {
+            stop(2, "flags: --preset NAME --batch-size N --seq-len N --repeats N --brief, not ", argv[i]);
+        } else if (flag == "--preset") {
+            preset = argv[++i];
+        } else if ((*number = atoi(argv[++i])) < 1 || *number > 1 << 20) {
+            stop(2, "too small, too large or no number: ", argv[i]);
+        }
+    }
+    if ((int64_t)batch_size * seq_len > 1 << 28) stop(2, "--batch-size times --seq-len is at most 2^28", "");
+}
+
+// ----------------------------------------------------------------------------
+// lines of the table
+
+typedef std::function<void()> Call;
+typedef struct {
+    std::string name;         // begins with a space: a piece of a line above, which is not added up
+    std::vector<Call> calls;  // all that a step makes
+    double operations, bytes; // of products; or moved, when every input is read once and every output written once
+    std::vector<float> ms;    // every round's, then sorted
+} Line;
+static std::vector<Line> lines;
+
+// Adds a call to the line of that name, the first time a line.
+static void part(const std::string &name, double operations, double bytes, const Call &call) {
+    auto at = std::find_if(lines.begin(), lines.end(), [&](const Line &l) { return l.name == name; });
+    if (at == lines.end()) at = lines.insert(at, Line{name, {}, 0, 0, {}});
+    at->calls.push_back(call);
+    at->operations += operations, at->bytes += bytes;
+}
+
+static double median(const Line &l) { return l.ms[l.ms.size() / 2] / 1e3; } // seconds
+
+// ----------------------------------------------------------------------------
+// what the GPU can do
+
+enum { SIDE = 8192 };                         // of the matrices
+static const size_t COPIED = (size_t)1 << 30; // bytes, well beyond the caches
+static act *large[2];                         // of so many bytes each
+
+static __global__ void random_kernel(act *dst, size_t n) { // -1..1
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    uint32_t words[4];
+    if (4 * i >= n) return;
+    megalodon_philox(words, 1, 0, 0, 0, (uint32_t)i);
+    for (int k = 0; k < 4; k++) set(&dst[4 * i + k], (float)words[k] * (2.0f / 4294967296.0f) - 1);
+}
+
+static void run_copy(void) { CUDA(cudaMemcpyAsync(large[1], large[0], COPIED, cudaMemcpyDeviceToDevice)); }
+static void run_product(void) {
+    const act *A = large[0], *B = A + (size_t)SIDE * SIDE;
+    product(form_of(0, 1, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE), A, B, NULL, NULL, large[1]);
+}
+
+static void list_machine(void) {
+    const size_t n = COPIED / sizeof(act);
+    for (act *&memory : large) {
+        memory = (act *)device_new(COPIED);
+        if (memory == NULL) stop(1, "no room on the GPU for the arrays to copy: ", "a smaller --batch-size may help");
+        random_kernel<<<blocks_for(n / 4, THREADS), THREADS>>>(memory, n);
+        LAUNCHED();
+    }
+    part("copy", 0, 2.0 * COPIED, run_copy);
+    part("product", 2.0 * SIDE * SIDE * SIDE, 0, run_product);
+}
+
+// ----------------------------------------------------------------------------
+// the whole step
+
+static Model *m;
+static Scratch *s;
+static int layers, B, L, R, D, N, H, Z, E, C, F, G, V;
+static double eps, sink;
+static std::vector<int32_t> tokens, targets;
+
+static void run_loss(void) {
+    int64_t counted;
+    sink += megalodon_loss(m, targets.data(), 1.0 / R, &counted, NULL);
+}
+static void run_update(void) {
+    const AdamW adamw = {0.9, 0.95, 1e-8, 0.1};
+    megalodon_update(m, &adamw, 1e-6, 1, 0);
+}
+static void run_step(void) {
+    megalodon_zero_grad(m);
+    megalodon_forward(m, NULL, tokens.data(), B, L);
+    run_loss();
+    megalodon_backward(m);
+    sink += megalodon_grad_norm(m);
+    run_update();
+}
+
+// Operations of products: of a linear map; of attention, for `width` numbers of a key and a value, in the causal half.
+static double linear(double K, double M) { return 2.0 * R * K * M; }
+static double attention(double width) {
+    const double whole = L / C, rest = L % C;
+    return 2.0 * B * (whole * C * (C + 1.0) / 2 + rest * (rest + 1) / 2) * width;
+}
+static double step_operations(void) {
+    const double layer = linear(D, 3.0 * E + Z + D + (2.0 + m->config.swiglu) * F) + attention(Z + E);
+    return 3 * (layers * layer + linear(D, V));
+}
+
+// ----------------------------------------------------------------------------
+// parts of it. Calls are those of mega_*, nffn_* and megalodon_*, but what these do in place goes elsewhere where there
+// is room: numbers that vanish or grow would be another load.
+
+static double acts(double width) { return (double)sizeof(act) * R * width; } // bytes of an array (R, width)
+static const act *weight(const float *param) { return param ? rounded(m, param) : NULL; }
+
+static void forward(const char *name, act *out, const act *add, const act *inp, const float *w, const float *bias,
+                    int K, int M) {
+    part(name, linear(K, M), 0, [=] { linear_forward(out, add, inp, weight(w), weight(bias), R, K, M); });
+}
+static void backward_inp(const char *name, act *dinp, int add, const act *dout, const float *w, int K, int M) {
+    part(std::string(name) + " dinp", linear(K, M), 0,
+         [=] { linear_backward_inp(dinp, add, dout, weight(w), R, K, M); });
+}
+static void backward_weight(const char *name, float *dw, float *dbias, const act *dout, const act *inp, int K, int M) {
+    part(std::string(name) + " dweight", linear(K, M), 0,
+         [=] { linear_backward_weight(dw, dbias, dout, inp, s->parts, R, K, M); });
+}
+
+// attend_forward's calls, or attend_backward's, for all blocks of queries as attention_backward goes through them.
+static void list_block(const LayerActs *a, bool backward, const Queries &q, int add, size_t zk, size_t ek, size_t zq,
+                       size_t eq) {
+    const int dz = Z / H, dv = E / H, ld = q.ld;
+    const double bytes = (double)sizeof(act) * q.batch * q.nq * q.nk;
+    const dim3 grid(blocks_for((size_t)q.batch * q.nq, ROW_WARPS)), warps(WARP, ROW_WARPS);
+    auto times = [=](const char *name, int width, int ta, int tb, const act *x, int ldx, const act *y, int ldy, int add,
+                     act *out, int ldo) {
+        const double causal = (double)q.batch * q.nq * (q.nk - (q.nq - 1) / 2.0);
+        const int M = ta ? q.nk : q.nq, N = tb ? q.nk : width, K = tb ? width : ta ? q.nq : q.nk;
+        auto apart = [=](const act *p, int ld) {
+            return (int64_t)ld * (p == s->scores || p == s->dscores ? q.nq : q.step);
+        };
+        const int64_t x_apart = apart(x, ldx), y_apart = apart(y, ldy), out_apart = apart(out, ldo);
+        part(name, 2 * causal * width, 0,
+             [=] { chunk_product(&q, ta, tb, M, N, K, x, ldx, x_apart, y, ldy, y_apart, add, out, ldo, out_apart); });
+    };
+    times(backward ? "  scores again" : "  scores", dz, 0, 1, s->q_turned + zq, Z, s->k_turned + zk, Z, 0, s->scores,
+          ld);
+    if (backward) times("  dscores", dv, 0, 1, s->do_ + eq, E, s->v + ek, E, 0, s->dscores, ld);
+    part(backward ? "  softmax backward" : "  softmax", 0, backward ? 4 * bytes : 2 * bytes, [=] {
+        if (backward) attend_backward_kernel<<<grid, warps>>>(s->scores, s->dscores, a->lse, q, Mask{});
+        if (!backward) attend_forward_kernel<<<grid, warps>>>(s->scores, a->lse, q, Mask{});
+        LAUNCHED();
+    });
+    if (!backward) return times("  values", dv, 0, 0, s->scores, ld, s->v + ek, E, 0, a->o + eq, E);
+    times("  dq", dz, 0, 0, s->dscores, ld, s->k_turned + zk, Z, 0, s->dq + zq, Z);
+    times("  dk", dz, 1, 0, s->dscores, ld, s->q_turned + zq, Z, add, s->dk + zk, Z);
+    times("  dv", dv, 1, 0, s->scores, ld, s->do_ + eq, E, add, s->dv + ek, E);
+}
+
+static void list_attention(const LayerActs *a, bool backward) {
+    for (int r = 0; r < count_runs(L, C); r++) {
+        const Run run = run_number(r, B, L, C);
+        for (int first = 0; first < run.chunks; first += chunks_at_once(C)) {
+            const Run p = run_part(run, first, chunks_at_once(C));
+            const int last = (p.n - 1) / QUERY_ROWS * QUERY_ROWS;
+            for (int h = 0; h < H; h++) {
+                const size_t z = p.row * Z + h * (Z / H), e = p.row * E + h * (E / H);
+                for (int i = last; i >= 0; i -= QUERY_ROWS) {
+                    const int nq = min_int(QUERY_ROWS, p.n - i);
+                    const Queries q = {p.row + i, p.step, p.chunks, nq, i + nq, score_columns(C), h, L, H, C};
+                    list_block(a, backward, q, i < last, z, e, z + (size_t)i * Z, e + (size_t)i * E);
+                }
+            }
+        }
+    }
+}
+
+// CEMA's kernels, as cema_forward or cema_backward launches them.
+static void list_cema(const LayerActs *a, const LayerParams *w, const Coefs coefs, double states, bool backward) {
+    const int blocks = ceil_div(L, CEMA_BLOCK), strips = ceil_div(D, WARP),
+              modes = blocks_for((size_t)B * N * D, THREADS);
+    const dim3 grid(strips, ceil_div(B * blocks, CEMA_WARPS)), threads(WARP, CEMA_WARPS);
+    const size_t tile = CEMA_WARPS * CEMA_BLOCK * WARP * sizeof(act), sums = 2 * CEMA_WARPS * WARP * 5 * sizeof(float);
+    part(backward ? "  futures" : "  ends", 0, acts(D) + states, [=] {
+        if (backward) cema_futures_kernel<<<grid, threads>>>(s->futures, s->dema, coefs, B, L, D, N);
+        if (!backward) cema_ends_kernel<<<grid, threads>>>(a->h, a->xt, coefs, B, L, D, N);
+        LAUNCHED();
+    });
+    part(backward ? "  scan back" : "  scan", 0, 2 * states, [=] {
+        cema_scan_kernel<<<modes, THREADS>>>(backward ? s->futures : a->h, NULL, coefs, backward, B, blocks, D, N);
+        LAUNCHED();
+    });
+    part(backward ? "  tokens back" : "  tokens", 0, backward ? acts(3 * D) + 2 * states : acts(2 * D) + states, [=] {
+        if (backward)
+            cema_backward_kernel<<<dim3(strips, cema_parts(B, L, D)), threads, sums + 2 * tile>>>(
+                s->dxt, s->parts, s->dema, a->xt, a->h, s->futures, coefs, w->cema_omega, B, L, D, N);
+        if (!backward)
+            cema_forward_kernel<<<grid, threads, tile>>>(a->ema, a->h, a->xt, coefs, w->cema_omega, B, L, D, N);
+        LAUNCHED();
+    });
+}
+
+static void list_qkv(const LayerActs *a, const LayerParams *w, const char *again) {
+    part(std::string("q, k") + again, 0, acts(3 * Z),
+         [=] { qk_forward(s->q_turned, s->k_turned, a->z, w->gamma, w->beta, m->rope, NULL, R, L, Z, Z / H, C, eps); });
+    part(std::string("silu of v") + again, 0, acts(2 * E), [=] { silu_forward(s->v, a->v_in, (size_t)R * E); });
+}
+
+static void list_forward(int l, double states) {
+    const LayerParams *w = &m->params.layers[l];
+    LayerActs *a = &m->acts[l];
+    const act *x = m->x[l];
+    part("TimestepNorm", 0, acts(2 * D) + 8.0 * R * G, [=] {
+        timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, NULL, NULL, x, w->timenorm_weight, w->timenorm_bias,
+                              NULL, NULL, NULL, s->prefix, s->moments, B, L, D, G, eps);
+    });
+    part("CEMA", 0, acts(2 * D) + states,
+         [=] { cema_forward(a->ema, a->h, NULL, a->xt, &m->coefs[l], w->cema_omega, NULL, B, L, D, N); });
+    list_cema(a, w, m->coefs[l], states, false);
+    part("RMSNorm", 0, acts(2 * D), [=] { rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, eps); });
+    forward("wz", a->z, NULL, a->mx, w->wz, w->wz_bias, D, Z);
+    forward("wv", a->v_in, NULL, a->xt, w->wv, w->wv_bias, D, E);
+    list_qkv(a, w, "");
+    part("attention", attention(Z + E), 0, [=] {
+        attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->chunk_k, s->chunk_v, s->q_turned, s->k_turned, s->v,
+                          NULL, Mask{}, B, L, C, H, Z, E);
+    });
+    list_attention(a, false);
+    forward("wr", a->r_in, NULL, a->mx, w->wr, w->wr_bias, D, E);
+    part("gate", 0, acts(3 * E), [=] { gate_forward(s->gated, a->o, a->r_in, (size_t)R * E); });
+    forward("wh1", a->y, x, a->mx, w->wh1, w->wh1_bias, D, D);
+    forward("wh2", a->y, a->y, s->gated, w->wh2, NULL, E, D);
+    part("LayerNorm", 0, acts(2 * D),
+         [=] { layernorm_forward(a->u, a->ffn_mean, a->ffn_rstd, a->y, w->norm_weight, w->norm_bias, R, D, eps); });
+    forward("fc1", a->f1, NULL, a->u, w->fc1, NULL, D, F);
+    if (w->fc3) forward("fc3", a->f3, NULL, a->u, w->fc3, NULL, D, F);
+    part(w->fc3 ? "gate of fc3" : "silu of fc1", 0, acts(w->fc3 ? 3 * F : 2 * F), [=] {
+        if (w->fc3) gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
+        if (!w->fc3) silu_forward(s->hidden, a->f1, (size_t)R * F);
+    });
+    forward("fc2", m->x[l + 1], x, s->hidden, w->fc2, NULL, F, D);
+}
+
+static void list_backward(int l, double states) {
+    const LayerParams *w = &m->params.layers[l], *dw = &m->grads.layers[l];
+    const LayerActs *a = &m->acts[l];
+    backward_inp("fc2", s->dhidden, 0, s->dx, w->fc2, F, D);
+    part(w->fc3 ? "gate of fc3 backward" : "silu of fc1 backward", 0, acts(w->fc3 ? 6 * F : 4 * F), [=] {
+        if (w->fc3) gate_backward(s->hidden, s->dhidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F);
+        if (!w->fc3) silu_backward(s->hidden, s->df1, s->dhidden, a->f1, (size_t)R * F);
+    });
+    if (w->fc3) backward_inp("fc3", s->dxt, 0, s->dhidden, w->fc3, D, F);
+    if (w->fc3) backward_weight("fc3", dw->fc3, NULL, s->dhidden, a->u, D, F);
+    backward_weight("fc2", dw->fc2, NULL, s->dx, s->hidden, F, D);
+    backward_inp("fc1", s->dxt, w->fc3 != NULL, s->df1, w->fc1, D, F);
+    backward_weight("fc1", dw->fc1, NULL, s->df1, a->u, D, F);
+    part("LayerNorm backward", 0, acts(3 * D), [=] {
+        layernorm_backward(s->dy, dw->norm_weight, dw->norm_bias, s->dxt, a->y, w->norm_weight, a->ffn_mean,
+                           a->ffn_rstd, s->parts, R, D);
+    });
+    backward_inp("wh2", s->do_, 0, s->dy, w->wh2, E, D);
+    part("gate backward", 0, acts(6 * E),
+         [=] { gate_backward(s->gated, s->dv, s->dr_in, s->do_, a->o, a->r_in, (size_t)R * E); });
+    backward_weight("wh2", dw->wh2, NULL, s->dy, s->gated, E, D);
+    backward_inp("wh1", s->dmx, 0, s->dy, w->wh1, D, D);
+    backward_weight("wh1", dw->wh1, dw->wh1_bias, s->dy, a->mx, D, D);
+    backward_inp("wr", s->dmx, 1, s->dr_in, w->wr, D, E);
+    backward_weight("wr", dw->wr, dw->wr_bias, s->dr_in, a->mx, D, E);
+    list_qkv(a, w, " again");
+    part("attention backward", 2 * attention(Z + E), 0, [=] {
+        attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->lse, s->q_turned, s->k_turned, s->v,
+                           Mask{}, B, L, C, H, Z, E);
+    });
+    list_attention(a, true);
+    part("q, k backward", 0, acts(4 * Z), [=] {
+        qk_backward(s->dz, dw->gamma, dw->beta, s->dq, s->dk, a->z, w->gamma, m->rope, s->parts, R, L, Z, Z / H, C,
+                    eps);
+    });
+    backward_inp("wz", s->dmx, 1, s->dz, w->wz, D, Z);
+    backward_weight("wz", dw->wz, dw->wz_bias, s->dz, a->mx, D, Z);
+    part("RMSNorm backward", 0, acts(3 * D), [=] {
+        rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, s->parts, R, D);
+    });
+    part("CEMA backward", 0, acts(3 * D) + states, [=] {
+        cema_backward(s->dxt, &s->dcoefs, dw->cema_omega, s->dema, a->xt, a->h, &m->coefs[l], w->cema_omega, s->futures,
+                      s->parts, B, L, D, N);
+        cema_coefs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoefs, w->cema_alpha,
+                            w->cema_delta, w->cema_theta, D, N);
+    });
+    list_cema(a, w, m->coefs[l], states, true);
+    part("silu of v backward", 0, acts(3 * E), [=] { silu_backward(NULL, s->do_, s->dv, a->v_in, (size_t)R * E); });
+    backward_inp("wv", s->dxt, 1, s->dv, w->wv, D, E);
+    backward_weight("wv", dw->wv, dw->wv_bias, s->dv, a->xt, D, E);
+    part("TimestepNorm backward", 0, acts(5 * D) + 8.0 * R * G, [=] {
+        timestep_norm_backward(s->dmx, dw->timenorm_weight, dw->timenorm_bias, s->dxt, s->dy, s->dx, m->x[l],
+                               w->timenorm_weight, a->norm_mean, a->norm_rstd, NULL, s->suffix, s->sums, s->parts, B, L,
+                               D, G);
+    });
+}
+
+static void list_output(void) {
+    const Params *w = &m->params, *dw = &m->grads;
+    part("final TimestepNorm", 0, acts(2 * D) + 8.0 * R * G, [=] {
+        timestep_norm_forward(m->final, m->final_mean, m->final_rstd, NULL, NULL, m->x[layers], w->final_norm_weight,
+                              w->final_norm_bias, NULL, NULL, NULL, s->prefix, s->moments, B, L, D, G, eps);
+    });
+    part("output, loss, backward", 3 * linear(D, V), 0, run_loss);
+    for (int r = 0; r < R; r += logit_rows(V)) {
+        const int rows = min_int(logit_rows(V), R - r), threads = V > 4096 ? 512 : 64;
+        const double operations = 2.0 * rows * D * V;
+        const act *x = m->final + (size_t)r * D;
+        part("  logits", operations, 0,
+             [=] { linear_forward(s->logits, NULL, x, weight(w->output), NULL, rows, D, V); });
+        part("  loss", 0, 2.0 * sizeof(act) * rows * V, [=] {
+            auto kernel = V % VEC == 0 ? loss_kernel<VEC> : loss_kernel<1>;
+            kernel<<<rows, threads>>>(m->losses + r, s->logits, m->targets + r, 1.0f / R, 1, V);
+            LAUNCHED();
+        });
+        part("  output dinp", operations, 0,
+             [=] { linear_backward_inp(s->dxt + (size_t)r * D, 0, s->logits, weight(w->output), rows, D, V); });
+        part("  output dweight", operations, 0,
+             [=] { linear_backward_weight(dw->output, NULL, s->logits, x, s->parts, rows, D, V); });
+    }
+    part("final TimestepNorm backward", 0, acts(3 * D) + 8.0 * R * G, [=] {
+        timestep_norm_backward(s->dx, dw->final_norm_weight, dw->final_norm_bias, s->dxt, NULL, NULL, m->x[layers],
+                               w->final_norm_weight, m->final_mean, m->final_rstd, NULL, s->suffix, s->sums, s->parts,
+                               B, L, D, G);
+    });
+}
+
+// After a step, whose tokens are sorted.
+static void list_step(void) {
+    const double P = (double)m->num_params, states = 8.0 * N * D * B * ceil_div(L, CEMA_BLOCK);
+    const Sorted n = m->sorted;
+    part("zero_grad", 0, 4 * P, [] { megalodon_zero_grad(m); });
+    part("tokens: sort, copy", 0, 0, [=] {
+        upload(m->tokens, tokens.data(), R * sizeof *m->tokens);
+        sort_tokens(m->host_order, m->host_segments, m->host_first, tokens.data(), R, V);
+        upload(m->order, m->host_order, R * sizeof *m->order);
+        upload(m->segments, m->host_segments, (size_t)(n.segments + n.tokens) * sizeof *m->segments);
+    });
+    for (int l = 0; l < layers; l++) {
+        const LayerParams *w = &m->params.layers[l];
+        part("CEMA's coefficients", 0, 4.0 * (11.0 * N * D + D), [=] {
+            cema_coefs_forward(&m->coefs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, N);
+        });
+    }
+    part("embedding", 0, acts(2 * D),
+         [] { embedding_forward(m->x[0], m->tokens, weight(m->params.embed), embedding_scale(&m->config), R, D); });
+    for (int l = 0; l < layers; l++) list_forward(l, states);
+    list_output();
+    for (int l = layers - 1; l >= 0; l--) list_backward(l, states);
+    part("embedding backward", 0, acts(D) + 8.0 * D * (n.segments - n.parts + n.tokens), [=] {
+        embedding_backward(m->grads.embed, s->parts, s->dx, m->order, m->segments, n, embedding_scale(&m->config), D);
+    });
+    part("grad_norm", 0, 4 * P, [] { sink += megalodon_grad_norm(m); });
+    part("AdamW", 0, P * (28 + (sizeof(act) < 4 ? sizeof(act) : 0)), run_update);
+}
+
+// ----------------------------------------------------------------------------
+// times
+
+// A copy goes before a part: meanwhile the host makes the calls, whose kernels then follow each other as in a step, and
+// nothing is in the caches. The whole step waits for the host several times and gets none.
+static void time_lines(void) {
+    enum { WARM_UPS = 2 };
+    cudaEvent_t from, to;
+    CUDA(cudaEventCreate(&from));
+    CUDA(cudaEventCreate(&to));
+    for (int round = -WARM_UPS; round < repeats; round++) {
+        for (Line &l : lines) {
+            float ms;
+            if (l.name != "step") run_copy();
+            CUDA(cudaEventRecord(from));
+            for (const Call &call : l.calls) call();
+            CUDA(cudaEventRecord(to));
+            CUDA(cudaEventSynchronize(to));
+            CUDA(cudaEventElapsedTime(&ms, from, to));
+            if (round >= 0) l.ms.push_back(ms);
+        }
+    }
+    for (Line &l : lines) std::sort(l.ms.begin(), l.ms.end());
+    CUDA(cudaEventDestroy(from));
+    CUDA(cudaEventDestroy(to));
+}
+
+static void print_lines(double step, double product_rate, double copy_rate) {
+    double sum = 0;
+    printf("\n%-28s %9s %7s %15s %16s %13s\n", "part, all layers", "us", "share", "it must do", "so it does",
+           "of measured");
+    for (size_t i = 3; i < lines.size(); i++) {
+        const Line &l = lines[i];
+        const double time = median(l), work = l.operations + l.bytes;
+        const bool product = l.operations > 0;
+        if (l.name[0] != ' ') sum += time;
+        printf("%-28s %9.1f %6.1f%%", l.name.c_str(), time * 1e6, 100 * time / step);
+        if (work > 0)
+            printf(" %9.1f %-5s %8.1f %-7s %12.0f%%", work / (product ? 1e9 : 1e6), product ? "GFLOP" : "MB",
+                   work / time / (product ? 1e12 : 1e9), product ? "TFLOP/s" : "GB/s",
+                   100 * work / time / (product ? product_rate : copy_rate));
+        printf("\n");
+    }
+    printf("%-28s %9.1f %6.1f%%  of the step's %.1f us; indented lines are pieces, not added up\n", "all parts",
+           sum * 1e6, 100 * sum / step, step * 1e6);
+}
+
+int main(int argc, char **argv) {
+    const Config *c = NULL;
+    const double GiB = 1 << 30;
+    read_options(argc, argv);
+    for (const Preset &p : megalodon_presets) c = strcmp(p.name, preset) == 0 ? &p.config : c;
+    if (c == NULL) stop(2, "no preset has the name ", preset);
+    layers = c->num_layers, B = batch_size, L = seq_len, R = B * L, D = c->model_dim, N = c->cema_ndim,
+    H = c->num_heads;
+    Z = c->z_dim, E = c->value_dim, C = c->chunk_size, F = c->ffn_hidden_dim, G = c->norm_num_groups, V = c->vocab_size;
+    eps = c->norm_eps;
+    const double room = (double)megalodon_room();
+    const MemoryPlan p = megalodon_memory(c, MEGALODON_TRAIN, B, L);
+    m = megalodon_new(c, MEGALODON_TRAIN, B, L);
+    if (m == NULL) stop(1, "no room on the GPU for the model: ", "a smaller --batch-size may help");
+    s = &m->scratch;
+    for (int i = 0; i < m->num_tensors; i++) {
+        std::vector<float> values(m->tensors[i].size);
+        megalodon_init(values.data(), &m->tensors[i], c, 1);
+        megalodon_write(m, PARAMS, m->tensors[i].offset, m->tensors[i].size, values.data());
+    }
+    for (int i = 0; i < R; i++) {
+        uint32_t words[4];
+        megalodon_philox(words, 1, STREAM_DATA, 0, 0, (uint32_t)i);
+        tokens.push_back((int32_t)(words[0] % V)), targets.push_back((int32_t)(words[1] % V));
+    }
+    run_step();
+    const double taken = room - (double)megalodon_room();
+    list_machine();
+    part("step", step_operations(), 0, run_step);
+    if (!brief) list_step();
+    time_lines();
+    const double copy_rate = lines[0].bytes / median(lines[0]), product_rate = lines[1].operations / median(lines[1]);
+    const double step = median(lines[2]), floor = step_operations() / product_rate;
+    printf("%s; medians of %d rounds\n", megalodon_backend(), repeats);
+    printf("a copy of %zu MiB: %.0f GB/s, read and write; a product of %d x %d: %.1f TFLOP/s\n\n", COPIED >> 20,
+           copy_rate / 1e9, (int)SIDE, (int)SIDE, product_rate / 1e12);
+    printf("a step of %d x %d tokens, %s: %.3f ms, %.0f tokens/s\n", B, L, preset, step * 1e3, R / step);
+    printf("    floor: %.1f MFLOP of products a token at the rate above, %.3f ms: %.0f %% of the step's\n",
+           step_operations() / R / 1e6, floor * 1e3, 100 * floor / step);
+    printf("    memory: %.3f GiB planned, %.3f GiB taken from the GPU\n",
+           (double)(p.params + p.grads + p.moments + p.activations + p.scratch) / GiB, taken / GiB);
+    if (!brief) print_lines(step, product_rate, copy_rate);
+    megalodon_free(m);
+    for (act *memory : large) device_free(memory, COPIED);
+    return 0;
+}

@@ -1,0 +1,729 @@
+// Every layer of megalodon.cu by itself against that of megalodon.c, on random numbers: its results, what it leaves for
+// the backward pass, states and gradients. Build: with tests/cpu_layers.c, see there, and build/library.a; megalodon.cu
+// is included, since layers are static. An argument selects the tests whose names contain it.
+//
+// Inputs that are acts on the device are rounded on the host first, so that both sides get the same numbers; gradients of
+// parameters begin with random ones, to which both add. Whatever the device has to write is NaN before.
+#include "../megalodon.cu"
+#include "cpu_layers.h"
+
+#include <stdarg.h>
+
+// Relative L2 differences. Results that are floats computed from exact inputs are held to float32 in both builds.
+static const double FLOAT_FORWARD = 2e-6, FLOAT_BACKWARD = 5e-6;
+static const double FORWARD = sizeof(act) == 4 ? FLOAT_FORWARD : 5e-3;
+static const double BACKWARD = sizeof(act) == 4 ? FLOAT_BACKWARD : 5e-3;
+static const double EPS = 1e-5;
+
+// ----------------------------------------------------------------------------
+// arrays on both sides. All of a case's are freed at its end, when the bytes behind those on the device must still be
+// what they were.
+
+#ifdef __SANITIZE_ADDRESS__ // which sees what is touched there, reads too
+enum { GUARD = 0 };
+#else
+enum { GUARD = 256 };
+#endif
+enum { MOST = 100 };
+static struct {
+    char title[80];
+    int devices, hosts;
+    void *device[MOST], *host[MOST];
+    size_t bytes[MOST]; // of those on the device
+} now;
+
+static void begin(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(now.title, sizeof now.title, format, arguments);
+    va_end(arguments);
+}
+
+static void finish(void) {
+    char name[120];
+    int touched = 0;
+    for (int i = 0; i < now.devices; i++) {
+        unsigned char guard[GUARD + 1];
+        CUDA(cudaMemcpy(guard, (char *)now.device[i] + now.bytes[i], GUARD, cudaMemcpyDeviceToHost));
+        for (int k = 0; k < GUARD; k++) touched += guard[k] != 0xff;
+        CUDA(cudaFree(now.device[i]));
+    }
+    for (int i = 0; i < now.hosts; i++) free(now.host[i]);
+    now.devices = now.hosts = 0;
+    snprintf(name, sizeof name, "%s: nothing else is written", now.title);
+    if (GUARD > 0) cpu_check_true(name, touched == 0);
+}
+
+template <typename T> static T *on_host(size_t n) {
+    T *memory = (T *)malloc(n * sizeof(T) + 1);
+    if (memory == NULL || now.hosts == MOST) {
+        fprintf(stderr, "error: out of memory\n");
+        exit(1);
+    }
+    memset((void *)memory, 0xff, n * sizeof(T));
+    now.host[now.hosts++] = memory;
+    return memory;
+}
+
+// Room for whole vectors, as every array of the model has.
+template <typename T> static T *on_device(size_t n) {
+    size_t bytes = (n * sizeof(T) + 15) / 16 * 16;
+    void *memory = NULL;
+    CUDA(cudaMalloc(&memory, bytes + GUARD));
+    CUDA(cudaMemset(memory, 0xff, bytes + GUARD));
+    if (now.devices == MOST) {
+        fprintf(stderr, "error: too many arrays\n");
+        exit(1);
+    }
+    now.bytes[now.devices] = bytes;
+    now.device[now.devices++] = memory;
+    return (T *)memory;
+}
+
+template <typename T> static T *copied(const T *host, size_t n) {
+    T *device = on_device<T>(n);
+    upload(device, host, n * sizeof(T));
+    return device;
+}
+
+// The same numbers twice: what the CPU's function gets, and the device's. {}: NULL for both.
+template <typename T, typename Host> struct Twice {
+    Host *host;
+    T *device;
+    size_t n;
+};
+typedef Twice<act, float> Acts;
+typedef Twice<float, float> Floats;
+typedef Twice<double, double> Doubles;
+
+static float *random_numbers(size_t n, double scale, double shift) {
+    static uint64_t seed = 1;
+    float *x = on_host<float>(n);
+    cpu_random(x, n, seed++, scale, shift);
+    return x;
+}
+#ifdef MEGALODON_FP32
+static act act_of(float x) { return x; }
+#else
+static act act_of(float x) { return __float2bfloat16(x); }
+static double number(act x) { return to_float(x); }
+#endif
+static double number(float x) { return x; }
+static double number(double x) { return x; }
+
+static Acts acts_from(float *host, size_t n) { // which are rounded
+    act *narrow = on_host<act>(n);
+    for (size_t i = 0; i < n; i++) narrow[i] = act_of(host[i]), host[i] = to_float(narrow[i]);
+    return Acts{host, copied(narrow, n), n};
+}
+static Acts acts(size_t n, double scale, double shift) { return acts_from(random_numbers(n, scale, shift), n); }
+static Floats floats_from(float *host, size_t n) { return Floats{host, copied(host, n), n}; }
+static Floats floats(size_t n, double scale, double shift) { return floats_from(random_numbers(n, scale, shift), n); }
+static Floats rounded_floats(size_t n, double scale, double shift) {
+    return floats_from(acts(n, scale, shift).host, n);
+}
+static Acts acts_out(size_t n) { return Acts{on_host<float>(n), on_device<act>(n), n}; }
+static Floats floats_out(size_t n) { return Floats{on_host<float>(n), on_device<float>(n), n}; }
+static Doubles doubles_out(size_t n) { return Doubles{on_host<double>(n), on_device<double>(n), n}; }
+static Acts copy_of(Acts a) { // in memory of its own
+    float *host = on_host<float>(a.n);
+    memcpy(host, a.host, a.n * sizeof *host);
+    return acts_from(host, a.n);
+}
+
+// The device's numbers against the host's, elements from.. of both.
+template <typename T, typename Host>
+static void compare_part(const char *what, Twice<T, Host> a, size_t from, size_t n, double tol) {
+    char name[120];
+    T *got = on_host<T>(n);
+    double *wide = on_host<double>(2 * n);
+    CUDA(cudaMemcpy(got, a.device + from, n * sizeof(T), cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < n; i++) wide[i] = number(got[i]), wide[n + i] = number(a.host[from + i]);
+    snprintf(name, sizeof name, "%s: %s", now.title, what);
+    cpu_check(name, wide, wide + n, n, tol);
+}
+template <typename T, typename Host> static void compare(const char *what, Twice<T, Host> a, double tol) {
+    if (a.n > 0) compare_part(what, a, 0, a.n, tol);
+}
+
+// ----------------------------------------------------------------------------
+// sums of parts
+
+static void sum_parts_case(int P, int width, int width2, int stride, int added) {
+    begin("sum_parts, %d of %d + %d%s", P, width, width2, added ? ", added" : "");
+    Floats parts = floats((size_t)P * stride, 1, 1), out = added ? floats(width, 1, 0) : floats_out(width), out2 = {};
+    if (width2) out2 = added ? floats(width2, 1, 0) : floats_out(width2);
+    for (int c = 0; c < width + width2; c++) {
+        float *to = c < width ? out.host + c : out2.host + (c - width);
+        double sum = added ? *to : 0;
+        for (int p = 0; p < P; p++) sum += parts.host[(size_t)p * stride + c];
+        *to = (float)sum;
+    }
+    sum_parts(out.device, out2.device, added, parts.device, P, stride, width, width2);
+    compare("out", out, FLOAT_FORWARD), compare("out2", out2, FLOAT_FORWARD);
+    finish();
+}
+static void test_sum_parts(void) {
+    for (int added = 0; added < 2; added++) {
+        sum_parts_case(1, 1, 0, 1, added), sum_parts_case(5, 7, 7, 14, added), sum_parts_case(33, 100, 3, 131, added);
+        sum_parts_case(1024, 33, 0, 64, added), sum_parts_case(257, 64, 64, 128, added);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// layers, in the order of megalodon.cu
+
+static void embedding_case(int R, int D, int V, float scale) {
+    begin("embedding, R %d D %d V %d", R, D, V);
+    int32_t *tokens = on_host<int32_t>(R);
+    for (int r = 0; r < R; r++)
+        tokens[r] = (r * r + r / 3) % (r % 2 ? V : 2) % (V - 1); // V - 1 does not occur, 0 often
+    Acts embed = acts((size_t)V * D, 1, 0), out = acts_out((size_t)R * D), dout = acts((size_t)R * D, 1, 0.2);
+    Floats dembed = floats((size_t)V * D, 1, 0);
+    cpu_embedding_forward(out.host, tokens, embed.host, scale, R, D);
+    embedding_forward(out.device, copied(tokens, R), embed.device, scale, R, D);
+    compare("out", out, FORWARD);
+
+    int *order = on_host<int>(R), *first = on_host<int>(V + 1);
+    Segment *segments = on_host<Segment>(2 * (size_t)R);
+    Sorted sorted = sort_tokens(order, segments, first, tokens, R, V);
+    cpu_embedding_backward(dembed.host, dout.host, tokens, scale, R, D);
+    embedding_backward(dembed.device, on_device<float>((size_t)sorted.parts * D), dout.device, copied(order, R),
+                       copied(segments, sorted.segments + sorted.tokens), sorted, scale, D);
+    compare("dembed", dembed, FLOAT_BACKWARD);
+    finish();
+}
+static void test_embedding(void) {
+    embedding_case(1, 5, 3, 1), embedding_case(9, 67, 7, 3), embedding_case(130, 24, 3, 1);
+    embedding_case(300, 13, 5, 2), embedding_case(700, 16, 300, 1), embedding_case(7, 1024, 32, 32);
+}
+
+static Mask mask_from(double p, uint64_t first) {
+    Mask mask;
+    mask.p = p, mask.seed = 0x123456789abcdef, mask.stream = STREAM_DROPOUT + 2, mask.step = 6, mask.layer = 4;
+    mask.first = first;
+    return mask;
+}
+static void test_dropout(void) {
+    static const uint64_t first[] = {0, 3, ((uint64_t)5 << 34) - 14}; // on the way there the counter overflows
+    static const size_t sizes[] = {1, 2, 5, 1000, 4096};
+    for (int i = 0; i < 15; i++) {
+        size_t n = sizes[i / 3];
+        Mask m = mask_from(n < 3 ? 0.001 : 0.3, first[i % 3]);
+        begin("dropout, %d from %llu", (int)n, (unsigned long long)m.first);
+        Acts inp = acts(n, 1, 3), out = acts_out(n), same = copy_of(inp);
+        cpu_dropout(out.host, inp.host, m.p, m.seed, m.stream, m.step, m.layer, m.first, n);
+        dropout(out.device, inp.device, m, n);
+        compare("out", out, FORWARD);
+        memcpy(same.host, out.host, n * sizeof *out.host);
+        dropout(same.device, same.device, m, n);
+        compare("in place", same, FORWARD);
+        m.p = 0;
+        dropout(inp.device, out.device, m, n);
+        compare("probability 0 does nothing", inp, 1e-30);
+        finish();
+    }
+}
+
+// count, mean and M2 of what came before, of rows in turn; deviation 0.6
+typedef struct {
+    int64_t *count, *device_count;
+    Doubles mean, m2;
+} Past;
+static Past past_of(int B, int D, int G, double mean) {
+    static const int64_t counts[3] = {3, 0, 1000};
+    Past p = {on_host<int64_t>(B), NULL, doubles_out((size_t)B * G), doubles_out((size_t)B * G)};
+    float *shift = random_numbers((size_t)B * G, 0.3, 0);
+    for (int i = 0; i < B * G; i++) {
+        double n = (double)counts[i / G % 3] * (D / G);
+        p.count[i / G] = counts[i / G % 3];
+        p.mean.host[i] = n > 0 ? mean + shift[i] : 0;
+        p.m2.host[i] = n * (0.36 + 0.3 * shift[i]);
+    }
+    p.device_count = copied(p.count, B);
+    upload(p.mean.device, p.mean.host, p.mean.n * sizeof(double));
+    upload(p.m2.device, p.m2.host, p.m2.n * sizeof(double));
+    return p;
+}
+
+enum { NO_STATE, STATE, STATE_IN_PLACE };
+static void timestep_norm_case(int B, int L, int D, int G, int state, double shift) {
+    begin("timestep_norm, B %d L %d D %d G %d%s%s", B, L, D, G, state ? ", state" : "", shift > 5 ? ", mean 30" : "");
+    size_t R = (size_t)B * L, blocks = (size_t)B * ceil_div(L, NORM_BLOCK);
+    Acts inp = acts(R * D, 1.7, shift), out = acts_out(R * D);
+    Floats weight = floats(D, 1, 0), bias = floats(D, 1, 0), mean = floats_out(R * G), rstd = floats_out(R * G);
+    Past in = state ? past_of(B, D, G, shift) : Past{};
+    Doubles mean_out = {}, m2_out = {};
+    if (state) mean_out = doubles_out((size_t)B * G), m2_out = doubles_out((size_t)B * G);
+    if (state == STATE_IN_PLACE) mean_out.device = in.mean.device, m2_out.device = in.m2.device;
+    cpu_timestep_norm_forward(out.host, mean.host, rstd.host, mean_out.host, m2_out.host, inp.host, weight.host,
+                              bias.host, in.mean.host, in.m2.host, in.count, B, L, D, G, EPS);
+    timestep_norm_forward(out.device, mean.device, rstd.device, mean_out.device, m2_out.device, inp.device,
+                          weight.device, bias.device, in.mean.device, in.m2.device, in.device_count,
+                          on_device<Prefix>(R * G), on_device<Moments>(blocks * G), B, L, D, G, EPS);
+    compare("out", out, FORWARD);
+    compare("mean", mean, FLOAT_FORWARD), compare("rstd", rstd, FLOAT_FORWARD);
+    compare("mean_out", mean_out, FLOAT_FORWARD), compare("m2_out", m2_out, FLOAT_FORWARD);
+
+    upload(mean.device, mean.host, R * G * sizeof(float)); // so that the backward passes get the same
+    upload(rstd.device, rstd.host, R * G * sizeof(float));
+    Acts dout = acts(R * D, 1, 0.1), residual = acts(R * D, 1, 0), residual2 = acts(R * D, 1, 0);
+    Acts dinp = acts_out(R * D), both = acts_out(R * D), one = acts_out(R * D);
+    Floats dweight = floats(D, 1, 0), dbias = floats(D, 1, 0);
+    Sums *suffix = on_device<Sums>(R * G), *sums = on_device<Sums>(blocks * G);
+    float *parts = on_device<float>(MOST_PARTS * 2 * (size_t)D);
+    cpu_timestep_norm_backward(dinp.host, dweight.host, dbias.host, dout.host, inp.host, weight.host, mean.host,
+                               rstd.host, in.count, B, L, D, G);
+    timestep_norm_backward(dinp.device, dweight.device, dbias.device, dout.device, NULL, NULL, inp.device,
+                           weight.device, mean.device, rstd.device, in.device_count, suffix, sums, parts, B, L, D, G);
+    compare("dinp", dinp, BACKWARD);
+    compare("dweight", dweight, FLOAT_BACKWARD), compare("dbias", dbias, FLOAT_BACKWARD);
+
+    for (size_t i = 0; i < R * D; i++) { // residuals' gradients join; the second one's place is taken
+        one.host[i] = dinp.host[i] + residual.host[i];
+        both.host[i] = one.host[i] + residual2.host[i];
+    }
+    both.device = residual2.device;
+    timestep_norm_backward(one.device, dweight.device, dbias.device, dout.device, residual.device, NULL, inp.device,
+                           weight.device, mean.device, rstd.device, in.device_count, suffix, sums, parts, B, L, D, G);
+    timestep_norm_backward(both.device, dweight.device, dbias.device, dout.device, residual.device, residual2.device,
+                           inp.device, weight.device, mean.device, rstd.device, in.device_count, suffix, sums, parts, B,
+                           L, D, G);
+    compare("dinp and a residual", one, BACKWARD), compare("dinp and two, in place", both, BACKWARD);
+    finish();
+}
+static void test_timestep_norm(void) {
+    static const int lengths[] = {1, 31, 32, 33, 64, 65, 130, 300};
+    static const int sizes[][2] = {{6, 3}, {30, 2}, {36, 3}, {64, 8}}; // D, G
+    for (int i = 0; i < 8; i++) {
+        for (int s = 0; s < 4; s++)
+            timestep_norm_case(1 + (i + s) % 3, lengths[i], sizes[s][0], sizes[s][1], (i + 2 * s + 1) % 3, 0.5);
+    }
+    timestep_norm_case(3, 300, 6, 3, STATE, 0.5);           // more blocks than parts
+    timestep_norm_case(2, 35, 390, 3, STATE_IN_PLACE, 0.5); // groups that lie in two blocks of threads
+    timestep_norm_case(2, 33, 540, 45, STATE, 0.5);         // the same, of four numbers a thread
+    timestep_norm_case(1, 33, 300, 1, NO_STATE, 0.5);       // a group that all blocks share
+    timestep_norm_case(1, 33, 132, 132, NO_STATE, 0.5);     // groups of one number
+    timestep_norm_case(1, 1100, 8, 1, STATE, 0.5);          // more blocks than lanes
+    timestep_norm_case(2, 40, 1024, 32, STATE, 0.5);        // mega200M's
+    timestep_norm_case(2, 130, 30, 2, NO_STATE, 30), timestep_norm_case(3, 300, 64, 8, STATE, 30);
+}
+
+// CEMA's coefficients, seven arrays one behind the other on the device, five on the host.
+static Coefs coefs_at(float *all, size_t n, int seven) {
+    Coefs c = {all, all + n, all + 2 * n, all + 3 * n, all + 4 * n, NULL, NULL};
+    if (seven) c.t_re = all + 5 * n, c.t_im = all + 6 * n;
+    return c;
+}
+
+static void cema_coefs_case(int D, int N) {
+    begin("cema_coefs, D %d N %d", D, N);
+    size_t n = (size_t)D * N;
+    Floats alpha = floats(n, 2, 0), delta = floats(n, 2, 0), theta = floats(D, 2, -1), gamma = floats(2 * n, 1, 0);
+    Floats all = floats_out(7 * n), dall = floats(5 * n, 1, 0);
+    Coefs c = coefs_at(all.device, n, 1), dc = coefs_at(dall.device, n, 0);
+    cpu_cema_coefs_forward(all.host, alpha.host, delta.host, theta.host, gamma.host, D, N);
+    for (size_t i = 0; i < n; i++) {
+        size_t in = i % D * N + i / D;
+        double a = 1 / (1 + exp(-(double)alpha.host[in])), b = 1 / (1 + exp(-(double)delta.host[in]));
+        double re = 1, im = 0, phi = 2 * PI * (double)(i / D + 1) / N / (1 + exp(-(double)theta.host[i % D]));
+        for (int t = 0; t < CEMA_BLOCK; t++) { // over a block of tokens, token by token
+            double old = re;
+            re = (1 - a * b) * (old * cos(phi) - im * sin(phi));
+            im = (1 - a * b) * (old * sin(phi) + im * cos(phi));
+        }
+        all.host[5 * n + i] = (float)re, all.host[6 * n + i] = (float)im;
+    }
+    cema_coefs_forward(&c, alpha.device, delta.device, theta.device, gamma.device, D, N);
+    static const char *const names[7] = {"p", "q_re", "q_im", "g_re", "g_im", "t_re", "t_im"};
+    for (int i = 0; i < 7; i++) compare_part(names[i], all, i * n, n, 2e-7);
+
+    Floats dalpha = floats(n, 1, 0), ddelta = floats(n, 1, 0), dtheta = floats(D, 1, 0), dgamma = floats(2 * n, 1, 0);
+    cpu_cema_coefs_backward(dalpha.host, ddelta.host, dtheta.host, dgamma.host, dall.host, alpha.host, delta.host,
+                            theta.host, D, N);
+    cema_coefs_backward(dalpha.device, ddelta.device, dtheta.device, dgamma.device, &dc, alpha.device, delta.device,
+                        theta.device, D, N);
+    compare("dalpha", dalpha, 2e-7), compare("ddelta", ddelta, 2e-7);
+    compare("dtheta", dtheta, 2e-7), compare("dgamma", dgamma, 2e-7);
+    finish();
+}
+
+// slow: what is remembered decays in hundreds of tokens. Over blocks the device uses the rounded power of q where the
+// CPU takes powers of the rounded q, and over 1000 tokens q's last digit becomes three digits.
+static void cema_case(int B, int L, int D, int N, int state, int slow) {
+    begin("cema, B %d L %d D %d N %d%s%s", B, L, D, N, state ? ", state" : "", slow ? ", slow" : "");
+    double looser = slow ? 15 : 1;
+    size_t R = (size_t)B * L, n = (size_t)D * N, states = (size_t)B * 2 * n, blocks = ceil_div(L, CEMA_BLOCK);
+    Floats alpha = floats(n, 1, slow ? -3 : 0), delta = floats(n, 1, slow ? -3 : 0), theta = floats(D, 1, -1);
+    Floats gamma = floats(2 * n, 1, 0), omega = floats(D, 1, 0), all = floats_out(7 * n), dall = floats_out(5 * n);
+    Coefs c = coefs_at(all.device, n, 1), dc = coefs_at(dall.device, n, 0);
+    cpu_cema_coefs_forward(all.host, alpha.host, delta.host, theta.host, gamma.host, D, N);
+    cema_coefs_forward(&c, alpha.device, delta.device, theta.device, gamma.device, D, N);
+
+    Acts inp = acts(R * D, 1, 0.2), out = acts_out(R * D), dout = acts(R * D, 1, 0.2), dinp = acts_out(R * D);
+    Floats h_in = {}, h_out = {}, domega = floats(D, 1, 0);
+    if (state) h_in = floats(states, 1, 0), h_out = floats_out(states);
+    if (state == STATE_IN_PLACE) h_out.device = h_in.device;
+    float *h_blocks = on_device<float>(blocks * states), *futures = on_device<float>(blocks * states);
+    cpu_cema_forward(out.host, h_out.host, inp.host, all.host, omega.host, h_in.host, B, L, D, N);
+    cema_forward(out.device, h_blocks, h_out.device, inp.device, &c, omega.device, h_in.device, B, L, D, N);
+    compare("out", out, sizeof(act) == 4 ? looser * FORWARD : FORWARD), compare("h_out", h_out, looser * FLOAT_FORWARD);
+
+    float *parts = on_device<float>((size_t)cema_parts(B, L, D) * (5 * N + 1) * D);
+    cpu_cema_backward(dinp.host, dall.host, domega.host, dout.host, inp.host, all.host, omega.host, h_in.host, B, L, D,
+                      N);
+    cema_backward(dinp.device, &dc, domega.device, dout.device, inp.device, h_blocks, &c, omega.device, futures, parts,
+                  B, L, D, N);
+    compare("dinp", dinp, sizeof(act) == 4 ? looser * BACKWARD : BACKWARD), compare("domega", domega, FLOAT_BACKWARD);
+    static const char *const names[5] = {"dp", "dq_re", "dq_im", "dg_re", "dg_im"};
+    for (int i = 0; i < 5; i++) compare_part(names[i], dall, i * n, n, looser * FLOAT_BACKWARD);
+    finish();
+}
+static void test_cema(void) {
+    static const int lengths[] = {1, 31, 32, 33, 64, 65, 130, 300};
+    cema_coefs_case(5, 3), cema_coefs_case(33, 1), cema_coefs_case(1024, 16);
+    for (int i = 0; i < 8; i++) {
+        cema_case(1 + i % 3, lengths[i], 5, 3, (i + 1) % 3, 0);
+        cema_case(1 + (i + 1) % 3, lengths[i], 33, 2, i > 0 ? (i + 2) % 3 : STATE_IN_PLACE, 0);
+        cema_case(1 + (i + 2) % 3, lengths[i], 64, 1, i > 0 ? i % 3 : STATE, 0);
+    }
+    cema_case(2, 600, 7, 4, STATE, 1),
+        cema_case(1, 1100, 5, 2, STATE_IN_PLACE, 1); // scans of more blocks than go ahead
+    cema_case(264, 1, 1000, 1, STATE, 0);            // more blocks than parts
+    cema_case(1, 70, 1024, 16, STATE, 0);            // mega200M's
+}
+
+static void rmsnorm_case(int R, int D, int affine) {
+    begin("rmsnorm, R %d D %d%s", R, D, affine ? "" : ", no weight");
+    Acts inp = acts((size_t)R * D, 1, 0.3), out = acts_out(inp.n), dout = acts(inp.n, 1, 0), dinp = acts_out(inp.n);
+    Floats weight = {}, dweight = {}, rstd = floats_out(R);
+    if (affine) weight = floats(D, 1, 0), dweight = floats(D, 1, 0);
+    cpu_rmsnorm_forward(out.host, rstd.host, inp.host, weight.host, R, D, EPS);
+    rmsnorm_forward(out.device, rstd.device, inp.device, weight.device, R, D, EPS);
+    compare("out", out, FORWARD), compare("rstd", rstd, FLOAT_FORWARD);
+    upload(rstd.device, rstd.host, R * sizeof(float));
+    cpu_rmsnorm_backward(dinp.host, dweight.host, dout.host, inp.host, weight.host, rstd.host, R, D);
+    rmsnorm_backward(dinp.device, dweight.device, dout.device, inp.device, weight.device, rstd.device,
+                     on_device<float>((size_t)row_parts(R) * D), R, D);
+    compare("dinp", dinp, BACKWARD), compare("dweight", dweight, FLOAT_BACKWARD);
+    finish();
+}
+static void test_rmsnorm(void) {
+    for (int affine = 0; affine < 2; affine++) {
+        rmsnorm_case(1, 2, affine), rmsnorm_case(5, 19, affine), rmsnorm_case(9, 64, affine);
+        rmsnorm_case(2051, 3, affine), rmsnorm_case(11, 1024, affine); // more rows than parts; mega200M's
+    }
+    rmsnorm_case(3, 2560, 1), rmsnorm_case(3, 5000, 1), rmsnorm_case(3, 8191, 1), rmsnorm_case(3, 8192, 1);
+}
+
+// On a GPU products of bfloat16 add up in another order and keep fewer guard bits.
+static const double PRODUCT_BACKWARD = sizeof(act) == 4 ? FLOAT_BACKWARD : 2e-5;
+
+static void linear_case(int R, int K, int M) {
+    for (int form = 0; form < 6; form++) {
+        int with_bias = form & 1, added = form / 2; // 1: what is added lies elsewhere, 2: in out
+        begin("linear, R %d K %d M %d%s%s", R, K, M, with_bias ? ", bias" : "",
+              added == 2 ? ", added in place"
+              : added    ? ", added"
+                         : "");
+        Acts inp = acts((size_t)R * K, 1, 0), weight = acts((size_t)M * K, 1, 0), bias = {}, summand = {};
+        Acts out = acts_out((size_t)R * M), dout = acts(out.n, 1, 0.1);
+        Acts dinp = added ? acts(inp.n, 1, 0) : acts_out(inp.n);
+        Floats dweight = floats(weight.n, 1, 0), dbias = {};
+        if (with_bias) bias = acts(M, 1, 0), dbias = floats(M, 1, 0);
+        if (added) {
+            summand = acts(out.n, 1, 0);
+            memcpy(out.host, summand.host, out.n * sizeof *out.host);
+        }
+        if (added == 2) out.device = summand.device;
+        cpu_linear_forward(out.host, added > 0, inp.host, weight.host, bias.host, R, K, M);
+        linear_forward(out.device, summand.device, inp.device, weight.device, bias.device, R, K, M);
+        compare("out", out, FORWARD);
+        float *parts = on_device<float>(M);
+        cpu_linear_backward(dinp.host, added > 0, dweight.host, dbias.host, dout.host, inp.host, weight.host, R, K, M);
+        linear_backward(dinp.device, added > 0, dweight.device, dbias.device, dout.device, inp.device, weight.device,
+                        parts, R, K, M);
+        compare("dinp", dinp, BACKWARD), compare("dweight", dweight, PRODUCT_BACKWARD);
+        compare("dbias", dbias, PRODUCT_BACKWARD);
+        finish();
+    }
+}
+static void test_linear(void) {
+    linear_case(1, 1, 1), linear_case(7, 13, 11), linear_case(300, 9, 5), linear_case(64, 16, 24);
+    linear_case(3, 1024, 256), linear_case(2, 1024, 2560), linear_case(3, 2048, 1024); // mega200M's
+}
+
+static void qk_case(int B, int L, int Z, int dz, int C, int state) {
+    begin("qk, B %d L %d Z %d dz %d C %d%s", B, L, Z, dz, C, state ? ", state" : "");
+    const double base = 1e4;
+    int R = B * L;
+    int64_t *count = NULL, *device_count = NULL;
+    Acts z = acts((size_t)R * Z, 1, 0.2), q = acts_out(z.n), k = acts_out(z.n);
+    Floats gamma = floats(2 * Z, 1, 0), beta = floats(2 * Z, 1, 0);
+    float2 *table = on_device<float2>((size_t)C * (dz / 2));
+    if (state) {
+        count = on_host<int64_t>(B);
+        for (int b = 0; b < B; b++) count[b] = b ? 1000000000007 : 3;
+        device_count = copied(count, B);
+    }
+    rope_table(table, C, dz, base);
+    cpu_qk_forward(q.host, k.host, z.host, gamma.host, beta.host, count, B, L, Z, dz, C, base, EPS);
+    qk_forward(q.device, k.device, z.device, gamma.device, beta.device, table, device_count, R, L, Z, dz, C, EPS);
+    compare("q", q, FORWARD), compare("k", k, FORWARD);
+    cpu_qk_forward(q.host, k.host, z.host, gamma.host, beta.host, NULL, B, L, Z, dz, C, 0, EPS);
+    qk_forward(q.device, k.device, z.device, gamma.device, beta.device, NULL, NULL, R, L, Z, dz, C, EPS);
+    compare("q, not turned", q, FORWARD), compare("k, not turned", k, FORWARD);
+
+    Acts dq = acts(z.n, 1, 0.1), dk = acts(z.n, 1, 0), dz_out = acts_out(z.n);
+    Floats dgamma = floats(2 * Z, 1, 0), dbeta = floats(2 * Z, 1, 0);
+    cpu_qk_backward(dz_out.host, dgamma.host, dbeta.host, dq.host, dk.host, z.host, gamma.host, B, L, Z, dz, C, base,
+                    EPS);
+    qk_backward(dz_out.device, dgamma.device, dbeta.device, dq.device, dk.device, z.device, gamma.device, table,
+                on_device<float>(MOST_PARTS * 4 * (size_t)Z), R, L, Z, dz, C, EPS);
+    compare("dz", dz_out, BACKWARD), compare("dgamma", dgamma, FLOAT_BACKWARD);
+    compare("dbeta", dbeta, FLOAT_BACKWARD);
+    finish();
+}
+static void test_qk(void) {
+    for (int state = 0; state < 2; state++) {
+        qk_case(1, 1, 2, 2, 1, state), qk_case(2, 11, 18, 6, 5, state), qk_case(3, 9, 64, 32, 4, state);
+        qk_case(1, 1100, 4, 2, 64, state), qk_case(2, 5, 256, 256, 2048, state); // more rows than parts; mega200M's
+    }
+    qk_case(1, 3, 3200, 3200, 2, 0); // one warp's sums alone need shared memory that must be asked for
+}
+
+static void test_gates(void) {
+    static const size_t sizes[] = {1, 37, 4096, 5 * 2048 + 3};
+    for (size_t n : sizes) {
+        begin("silu, %d", (int)n);
+        Acts x = acts(n, 6, 0), y = acts_out(n), dout = acts(n, 1, 0), dx = acts_out(n), again = acts_out(n);
+        cpu_silu_forward(y.host, x.host, n), cpu_silu_backward(dx.host, dout.host, x.host, n);
+        memcpy(again.host, y.host, n * sizeof *y.host);
+        silu_forward(y.device, x.device, n);
+        compare("out", y, FORWARD);
+        silu_backward(again.device, dx.device, dout.device, x.device, n);
+        compare("dinp", dx, BACKWARD), compare("out again", again, FORWARD);
+        dx.device = dout.device;
+        silu_backward(NULL, dx.device, dout.device, x.device, n);
+        compare("dinp in place", dx, BACKWARD);
+        finish();
+
+        begin("gate, %d", (int)n);
+        Acts a = acts(n, 1, 0), b = acts(n, 6, 0), out = acts_out(n), dgate = acts(n, 1, 0), same = copy_of(dgate);
+        Acts da = acts_out(n), db = acts_out(n), recomputed = acts_out(n);
+        cpu_gate_forward(out.host, a.host, b.host, n);
+        cpu_gate_backward(da.host, db.host, dgate.host, a.host, b.host, n);
+        memcpy(recomputed.host, out.host, n * sizeof *out.host);
+        gate_forward(out.device, a.device, b.device, n);
+        compare("out", out, FORWARD);
+        gate_backward(recomputed.device, da.device, db.device, dgate.device, a.device, b.device, n);
+        compare("da", da, BACKWARD), compare("db", db, BACKWARD), compare("out again", recomputed, FORWARD);
+        da.device = same.device;
+        gate_backward(recomputed.device, da.device, db.device, same.device, a.device, b.device, n);
+        compare("da in place", da, BACKWARD), compare("db then", db, BACKWARD);
+        finish();
+    }
+}
+
+// Scores have a deviation of about one.
+static void attention_case(int B, int L, int C, int H, int dz, int dv, double p, int state) {
+    begin("attention, B %d L %d C %d H %d dz %d dv %d%s%s", B, L, C, H, dz, dv, p > 0 ? ", dropout" : "",
+          state ? ", state" : "");
+    static const int64_t before[4] = {3, 0, 1, 1000003};
+    size_t R = (size_t)B * L, Z = (size_t)H * dz, E = (size_t)H * dv;
+    size_t scores_size = (size_t)min_int(chunks_at_once(C), B * ceil_div(L, C)) * score_rows(C) * score_columns(C);
+    double size = sqrt(3 / sqrt((double)dz));
+    // S, P, dP and dS are acts, each rounded, which few keys do not average out.
+    double forward = sizeof(act) < 4 && min_int(L, C) < 10 ? 1e-2 : FORWARD;
+    double backward = sizeof(act) < 4 && min_int(L, C) < 10 ? 1e-2 : BACKWARD;
+    Mask m = mask_from(p, ((uint64_t)1 << 33) + 5);
+    Acts q = acts(R * Z, size, 0), k = acts(R * Z, size, 0), v = acts(R * E, 1, 0.1), o = acts_out(R * E);
+    Floats lse = floats_out(R * H), cache_k = {}, cache_v = {};
+    act *scores = on_device<act>(scores_size), *dscores = on_device<act>(scores_size);
+    act *chunk_k = on_device<act>(C * Z), *chunk_v = on_device<act>(C * E);
+    int64_t *count = on_host<int64_t>(B);
+    int *past = on_host<int>(B);
+    for (int b = 0; b < B; b++) {
+        count[b] = before[(b + state + 3) % 4]; // state 1 begins with the first
+        past[b] = (int)(count[b] % C);
+    }
+    if (state) cache_k = rounded_floats(B * C * Z, size, 0), cache_v = rounded_floats(B * C * E, 1, 0);
+    cpu_attention_forward(o.host, lse.host, cache_k.host, cache_v.host, q.host, k.host, v.host, state ? count : NULL,
+                          m.p, m.seed, m.stream, m.step, m.layer, m.first, B, L, C, H, (int)Z, (int)E);
+    attention_forward(o.device, lse.device, cache_k.device, cache_v.device, scores, chunk_k, chunk_v, q.device,
+                      k.device, v.device, state ? past : NULL, m, B, L, C, H, (int)Z, (int)E);
+    compare("o", o, forward), compare("lse", lse, forward);
+    compare("cached k", cache_k, 1e-30), compare("cached v", cache_v, 1e-30);
+    if (!state) {
+        Acts dout = acts(R * E, 1, 0), dq = acts_out(R * Z), dk = acts_out(R * Z), dv_out = acts_out(R * E);
+        cpu_attention_backward(dq.host, dk.host, dv_out.host, dout.host, o.host, lse.host, q.host, k.host, v.host, m.p,
+                               m.seed, m.stream, m.step, m.layer, m.first, B, L, C, H, (int)Z, (int)E);
+        attention_backward(dq.device, dk.device, dv_out.device, scores, dscores, dout.device, lse.device, q.device,
+                           k.device, v.device, m, B, L, C, H, (int)Z, (int)E);
+        compare("dq", dq, backward), compare("dk", dk, backward), compare("dv", dv_out, backward);
+    }
+    finish();
+}
+static void test_attention(void) {
+    for (int dropping = 0; dropping < 2; dropping++) {
+        double p = dropping ? 0.3 : 0;
+        attention_case(1, 7, 7, 1, 3, 5, p, 0), attention_case(2, 5, 8, 3, 2, 3, p, 0);
+        attention_case(2, 16, 8, 1, 4, 8, p, 0), attention_case(3, 19, 8, 3, 2, 3, p, 0);
+        attention_case(3, 40, 16, 2, 8, 16, p, 0), attention_case(2, 33, 11, 2, 3, 5, p, 0);
+        attention_case(1, 700, 1030, 1, 4, 3, p, 0); // more queries than exist at a time, not all of a chunk
+        attention_case(2, 560, 530, 2, 2, 4, p, 0);
+        attention_case(1, 24, 2048, 1, 256, 2048, p, 0); // mega200M's
+        for (int state = 1; state < 5; state++) {
+            attention_case(1, 1, 8, 1, 4, 8, p, state), attention_case(4, 1, 5, 2, 3, 3, p, state);
+            attention_case(4, 4, 5, 2, 3, 3, p, state), attention_case(3, 23, 8, 1, 8, 8, p, state);
+            attention_case(2, 5, 8, 3, 2, 5, p, state), attention_case(1, 2, 5, 1, 3, 2, p, state);
+        }
+        attention_case(2, 16, 8, 2, 4, 8, p, 2), attention_case(2, 1100, 1030, 1, 2, 3, p, 1);
+    }
+    attention_case(1, 65 * 512, 512, 1, 2, 1, 0, 0); // more chunks than there is room for scores of
+}
+
+static void layernorm_case(int R, int D, int affine) {
+    begin("layernorm, R %d D %d%s", R, D, affine ? "" : ", no affine");
+    Acts inp = acts((size_t)R * D, 1, 0.3), out = acts_out(inp.n), dout = acts(inp.n, 1, 0), dinp = acts_out(inp.n);
+    Floats weight = {}, bias = {}, dweight = {}, dbias = {}, mean = floats_out(R), rstd = floats_out(R);
+    if (affine) weight = floats(D, 1, 0), bias = floats(D, 1, 0), dweight = floats(D, 1, 0), dbias = floats(D, 1, 0);
+    cpu_layernorm_forward(out.host, mean.host, rstd.host, inp.host, weight.host, bias.host, R, D, EPS);
+    layernorm_forward(out.device, mean.device, rstd.device, inp.device, weight.device, bias.device, R, D, EPS);
+    compare("out", out, FORWARD), compare("mean", mean, FLOAT_FORWARD), compare("rstd", rstd, FLOAT_FORWARD);
+    upload(mean.device, mean.host, R * sizeof(float)), upload(rstd.device, rstd.host, R * sizeof(float));
+    cpu_layernorm_backward(dinp.host, dweight.host, dbias.host, dout.host, inp.host, weight.host, mean.host, rstd.host,
+                           R, D);
+    layernorm_backward(dinp.device, dweight.device, dbias.device, dout.device, inp.device, weight.device, mean.device,
+                       rstd.device, on_device<float>((size_t)row_parts(R) * 2 * D), R, D);
+    compare("dinp", dinp, BACKWARD);
+    compare("dweight", dweight, FLOAT_BACKWARD), compare("dbias", dbias, FLOAT_BACKWARD);
+    finish();
+}
+static void test_layernorm(void) {
+    for (int affine = 0; affine < 2; affine++) {
+        layernorm_case(1, 5, affine), layernorm_case(5, 19, affine), layernorm_case(9, 64, affine);
+        layernorm_case(2051, 7, affine), layernorm_case(11, 1024, affine); // more rows than parts; mega200M's
+    }
+    layernorm_case(3, 2560, 1), layernorm_case(3, 5000, 1), layernorm_case(3, 8191, 1), layernorm_case(3, 8192, 1);
+}
+
+static void rescale_case(int R, int D) {
+    begin("rescale, R %d D %d", R, D);
+    Acts inp = acts((size_t)R * D, 1, 0), out = acts_out(inp.n), dout = acts(inp.n, 1, 0), dinp = acts_out(inp.n);
+    Floats alpha = floats(D, 1, 0), dalpha = floats(D, 1, 0);
+    cpu_rescale_forward(out.host, inp.host, alpha.host, R, D);
+    rescale_forward(out.device, inp.device, alpha.device, R, D);
+    compare("out", out, FORWARD);
+    cpu_rescale_backward(dinp.host, dalpha.host, dout.host, inp.host, alpha.host, R, D);
+    rescale_backward(dinp.device, dalpha.device, dout.device, inp.device, alpha.device,
+                     on_device<float>((size_t)row_parts(R) * D), R, D);
+    compare("dinp", dinp, BACKWARD), compare("dalpha", dalpha, FLOAT_BACKWARD);
+    finish();
+}
+static void test_rescale(void) {
+    rescale_case(1, 1), rescale_case(5, 13), rescale_case(2051, 3), rescale_case(7, 1024);
+}
+
+static void test_add(void) {
+    static const size_t sizes[] = {1, 37, 4096, 5 * 2048 + 3};
+    for (size_t n : sizes) {
+        begin("add, %d", (int)n);
+        Acts out = acts(n, 1, 0), inp = acts(n, 1, 0);
+        cpu_add(out.host, inp.host, n), add(out.device, inp.device, n);
+        compare("out", out, FORWARD);
+        finish();
+    }
+}
+
+static void output_loss_case(int R, int D, int V) {
+    begin("output_loss, R %d D %d V %d", R, D, V);
+    const double grad_scale = 0.37;
+    Acts x = acts((size_t)R * D, 1.7, 0), output = acts((size_t)V * D, 3 / sqrt((double)D), 0), dx = acts_out(x.n);
+    Floats doutput = floats(output.n, 0.001, 0), losses = floats_out(R);
+    Doubles total = doubles_out(1);
+    double *host_losses = on_host<double>(R);
+    int32_t *targets = on_host<int32_t>(R);
+    for (int r = 0; r < R; r++) targets[r] = r % 3 == 1 ? -1 : (7 * r + V - 1) % V;
+    cpu_output_loss(host_losses, dx.host, doutput.host, x.host, output.host, targets, grad_scale, R, D, V);
+    total.host[0] = 0;
+    for (int r = 0; r < R; r++) losses.host[r] = (float)host_losses[r], total.host[0] += host_losses[r];
+    act *logits = on_device<act>((size_t)min_int(logit_rows(V), R) * V);
+    int32_t *device_targets = copied(targets, R);
+    output_loss(total.device, losses.device, NULL, NULL, logits, x.device, output.device, device_targets, 0, R, D, V);
+    compare("losses alone", losses, FORWARD), compare("their sum", total, FORWARD);
+    CUDA(cudaMemset(losses.device, 0xff, R * sizeof(float)));
+    output_loss(total.device, losses.device, dx.device, doutput.device, logits, x.device, output.device, device_targets,
+                grad_scale, R, D, V);
+    compare("losses", losses, FORWARD), compare("sum", total, FORWARD);
+    compare("dx", dx, BACKWARD), compare("doutput", doutput, BACKWARD); // through logits' gradients, which are acts
+    finish();
+}
+static void test_output_loss(void) {
+    output_loss_case(2, 3, 5), output_loss_case(7, 5, 11), output_loss_case(300, 8, 16), output_loss_case(9, 24, 64);
+    output_loss_case(5, 3, 4099), output_loss_case(4, 16, 32000);
+}
+
+// ----------------------------------------------------------------------------
+// the optimizer, on a model that has nothing else
+
+static void optimizer_case(size_t n) {
+    begin("optimizer, %d", (int)n);
+    const AdamW adamw = {0.9, 0.95, 1e-8, 0.1};
+    Floats params = floats(n, 1, 0), grads = floats(n, 1, 0.1), moment1 = floats(n, 0.1, 0),
+           moment2 = floats(n, 0.1, 0.1);
+    Acts narrow = acts_out(n);
+    Doubles norm = doubles_out(1);
+    Model m;
+    memset((void *)&m, 0, sizeof m);
+    m.num_params = n, m.coefs_valid = 1, m.totals = on_device<double>(NORM_PARTS);
+    m.memory[PARAMS] = params.device, m.memory[GRADS] = grads.device;
+    m.memory[MOMENT1] = moment1.device, m.memory[MOMENT2] = moment2.device;
+    m.rounded = sizeof(act) < 4 ? narrow.device : (act *)(void *)params.device;
+    norm.host[0] = cpu_grad_norm(grads.host, n);
+    double got = megalodon_grad_norm(&m);
+    upload(norm.device, &got, sizeof got);
+    compare("norm of gradients", norm, 1e-12);
+    for (int64_t update = 0; update < 3; update++) {
+        cpu_update(params.host, moment1.host, moment2.host, grads.host, n, adamw.beta1, adamw.beta2, adamw.eps,
+                   adamw.weight_decay, 0.01, 0.7, 4 * update);
+        megalodon_update(&m, &adamw, 0.01, 0.7, 4 * update);
+    }
+    compare("parameters", params, FLOAT_FORWARD), compare("moment 1", moment1, FLOAT_FORWARD);
+    compare("moment 2", moment2, FLOAT_FORWARD), compare("gradients stay", grads, 1e-30);
+    cpu_check_true("optimizer: coefficients are no longer valid", m.coefs_valid == 0);
+    if (sizeof(act) < 4) {
+        memcpy(narrow.host, params.host, n * sizeof *params.host);
+        compare("rounded parameters", narrow, FORWARD);
+    }
+    megalodon_zero_grad(&m);
+    cpu_check_true("optimizer: gradients are zero", megalodon_grad_norm(&m) == 0);
+    finish();
+}
+static void test_optimizer(void) { optimizer_case(1), optimizer_case(1003), optimizer_case(300001); }
+
+int main(int argc, char **argv) {
+    static const struct {
+        const char *name;
+        void (*run)(void);
+    } tests[] = {{"sum_parts", test_sum_parts},
+                 {"embedding", test_embedding},
+                 {"dropout", test_dropout},
+                 {"timestep_norm", test_timestep_norm},
+                 {"cema", test_cema},
+                 {"rmsnorm", test_rmsnorm},
+                 {"linear", test_linear},
+                 {"qk", test_qk},
+                 {"gates", test_gates},
+                 {"attention", test_attention},
+                 {"layernorm", test_layernorm},
+                 {"rescale", test_rescale},
+                 {"add", test_add},
+                 {"output_loss", test_output_loss},
+                 {"optimizer", test_optimizer}};
+    printf("%s\n%-48s %9s  %6s\n", megalodon_backend(), "", "rel. L2", "tol");
+    for (const auto &test : tests) {
+        if (argc < 2 || strstr(test.name, argv[1])) test.run();
+    }
+    return cpu_check_done();
+}
