@@ -19,6 +19,7 @@ Easy to get wrong
 - TimestepNorm's n counts scalars, g = D/G for every token; its running mean and squares are double.
 */
 #include <assert.h>
+#include <complex.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -295,6 +296,8 @@ typedef struct {
     uint64_t seed;
     uint32_t stream, step, layer;
     uint64_t first; // i of inp[0]
+    uint64_t row;   // numbers of a whole sequence (of attention's, of each head), of which
+    size_t run;     // there are so many here; 0: what is here lies without a gap in the step's batch
 } Mask;
 
 // The mask of what begins `rows` rows of `width` elements later.
@@ -307,18 +310,21 @@ static void dropout(real *out, const real *inp, Mask mask, size_t n) {
     enum { PART = 256 };
     uint32_t limit = (uint32_t)(mask.p * 4294967296.0);
     real scale = (real)(1 / (1 - mask.p));
+    size_t run = mask.run > 0 ? mask.run : n;
     if (mask.p == 0) return;
-#pragma omp parallel for schedule(static) if (n > FEW)
-    for (size_t from = 0; from < n; from += PART) {
-        uint32_t words[PART + 8]; // of whole fours
-        uint64_t four = (mask.first + from) / 4, skip = (mask.first + from) % 4;
-        size_t count = n - from < PART ? n - from : PART;
-        for (uint64_t f = 0; 4 * f < skip + count; f++) {
-            // indices beyond 32 bits go above the layer's 16
-            megalodon_philox(words + 4 * f, mask.seed, mask.stream, mask.step,
-                             mask.layer + (uint32_t)((four + f) >> 32 << 16), (uint32_t)(four + f));
+#pragma omp parallel for collapse(2) schedule(static) if (n > FEW)
+    for (size_t start = 0; start < n; start += run) {
+        for (size_t from = 0; from < run; from += PART) {
+            uint32_t words[PART + 8]; // of whole fours
+            uint64_t first = mask.first + start / run * mask.row + from, four = first / 4, skip = first % 4;
+            size_t at = start + from, count = run - from < PART ? run - from : PART;
+            for (uint64_t f = 0; 4 * f < skip + count; f++) {
+                // indices beyond 32 bits go above the layer's 16
+                megalodon_philox(words + 4 * f, mask.seed, mask.stream, mask.step,
+                                 mask.layer + (uint32_t)((four + f) >> 32 << 16), (uint32_t)(four + f));
+            }
+            for (size_t i = 0; i < count; i++) { out[at + i] = words[skip + i] >= limit ? inp[at + i] * scale : 0; }
         }
-        for (size_t i = 0; i < count; i++) { out[from + i] = words[skip + i] >= limit ? inp[from + i] * scale : 0; }
     }
 }
 
@@ -378,23 +384,17 @@ static void timestep_norm_forward(real *out, real *mean, real *rstd, double *mea
 //     U_s = sum_{t>=s} dmean_t/n_t,   V_s = sum_{t>=s} dvar_t/n_t,   W_s = sum_{t>=s} dvar_t mean_t/n_t
 //     dx_s = rstd_s w dy_s + U_s + 2 (x_s V_s - W_s)
 //
-// dmean, dm2 (B,G), or NULL: gradients by the outgoing state, replaced by those by the incoming one.
+// sums (B,G,3), or NULL: U, V, W at the first token, of these tokens alone.
 
-static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, double *dmean, double *dm2, const real *dout,
+static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, double *sums, const real *dout,
                                    const real *inp, const real *weight, const real *mean, const real *rstd,
-                                   const double *mean_in, const int64_t *count, int B, int L, int D, int G) {
+                                   const int64_t *count, int B, int L, int D, int G) {
     int g = D / G;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < B; b++) {
         for (int j = 0; j < G; j++) {
             const real *w = weight + (size_t)j * g;
-            double before = count ? (double)g * (double)count[b] : 0, n = before + (double)g * L;
-            double U = 0, V = 0, W = 0;
-            if (dmean) {
-                V = dm2[b * G + j];
-                W = V * mean[((size_t)b * L + L - 1) * G + j];
-                U = dmean[b * G + j] / n;
-            }
+            double n = (count ? (double)g * (double)count[b] : 0) + (double)g * L, U = 0, V = 0, W = 0;
             for (int t = L - 1; t >= 0; t--, n -= g) {
                 size_t row = (size_t)b * L + t;
                 const real *x = inp + row * D + (size_t)j * g, *dy = dout + row * D + (size_t)j * g;
@@ -412,15 +412,55 @@ static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, doubl
                 W += dvar / n * m;
                 for (int i = 0; i < g; i++) { dx[i] = (real)(r * (w[i] + 1) * dy[i] + U + 2 * (x[i] * V - W)); }
             }
-            if (dmean) {
-                double m = mean_in ? mean_in[b * G + j] : 0;
-                dmean[b * G + j] = before * (U + 2 * (m * V - W));
-                dm2[b * G + j] = V;
-            }
+            double uvw[3] = {U, V, W};
+            if (sums) memcpy(sums + 3 * ((size_t)b * G + j), uvw, sizeof uvw);
         }
     }
     sum_rows(dweight, dout, inp, mean, rstd, B * L, D, G);
     sum_rows(dbias, dout, NULL, NULL, NULL, B * L, D, 1);
+}
+
+// Pieces of one sequence. The moments (mean, M2) of n and n' scalars, d = mean' - mean apart, are together
+//
+//     mean + d n'/(n + n'),    M2 + M2' + d^2 n n'/(n + n')
+//
+// all (pieces,2,B,G): the moments of each piece alone. mean, m2 (B,G): those before the whole sequence, where count
+// (B) tokens were, replaced by those before this piece. mean_end, m2_end (B,G), or NULL, get those after the last.
+
+static void timestep_norm_join(double *mean, double *m2, double *mean_end, double *m2_end, const double *all,
+                               const int64_t *count, const Pieces *p, int B, int D, int G) {
+    size_t rows = (size_t)B * G;
+    for (size_t i = 0; i < rows; i++, all++) {
+        double n = count ? (double)(D / G) * (double)count[i / G] : 0, m = mean[i], s = m2[i];
+        for (int k = 0; k < p->pieces; k++) {
+            double there = (double)(D / G) * (double)p->lengths[k], d = all[2 * k * rows] - m;
+            if (k == p->piece) mean[i] = m, m2[i] = s;
+            m += d * there / (n + there);
+            s += all[(2 * k + 1) * rows] + d * d * n * there / (n + there);
+            n += there;
+        }
+        if (mean_end) mean_end[i] = m, m2_end[i] = s;
+    }
+}
+
+// all (pieces,B,G,3): U, V, W of each piece alone. Those of the later ones are added to every token's here:
+// dx_s += U + 2 (x_s V - W).
+static void timestep_norm_join_backward(real *dinp, const real *inp, const double *all, const Pieces *p, int B, int L,
+                                        int D, int G) {
+    int g = D / G;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int b = 0; b < B; b++) {
+        for (int j = 0; j < G; j++) {
+            double U = 0, V = 0, W = 0;
+            for (int k = p->piece + 1; k < p->pieces; k++) {
+                const double *uvw = all + 3 * (((size_t)k * B + b) * G + j);
+                U += uvw[0], V += uvw[1], W += uvw[2];
+            }
+            for (size_t at = (size_t)b * L * D + (size_t)j * g; at < (size_t)(b + 1) * L * D; at += (size_t)D) {
+                for (int i = 0; i < g; i++) dinp[at + i] += (real)(U + 2 * (inp[at + i] * V - W));
+            }
+        }
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -639,6 +679,83 @@ static void cema_backward(real *dinp, Coefs *dcoefs, real *domega, real *dh, con
             strip_write(dcoefs->g_im + at, grad[n].g_im, STRIP);
         }
         strip_add(domega + d0, dom, width);
+    }
+}
+
+// Pieces of one sequence. h behind a piece of l tokens is q^l times h before it, plus what the piece gives alone; the
+// gradient by h before it is conj(q)^l times that by h behind it, plus what the piece gives alone. So pieces are to
+// these sums what tokens are to h. First the piece alone, from a zero start: forward, h (B,2,N,D) from inp (B,L,D);
+// backward, sum_t conj(q)^t conj(g) dy_t from dout, last token first.
+
+static void cema_piece(real *h, const real *inp, const Coefs *coefs, int backward, int B, int L, int D, int N) {
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int b = 0; b < B; b++) {
+        for (int d0 = 0; d0 < D; d0 += STRIP) {
+            int width = min(STRIP, D - d0);
+            vec sum[2 * N][2], x[CEMA_BLOCK][2];
+            memset(sum, 0, sizeof sum);
+            for (int t0 = 0; t0 < L; t0 += CEMA_BLOCK) {
+                int T = min(CEMA_BLOCK, L - t0);
+                for (int t = 0; t < T; t++) {
+                    int token = backward ? L - 1 - t0 - t : t0 + t;
+                    strip_read(x[t], inp + ((size_t)b * L + token) * D + d0, width);
+                }
+                for (int n = 0; n < N; n++) {
+                    StripCoefs c = strip_coefs(coefs, n, D, d0);
+                    for (int u = 0; u < 2; u++) {
+                        vec re = sum[n][u], im = sum[N + n][u], q_re = c.q_re[u], q_im = c.q_im[u];
+                        vec in_re = c.p[u], in_im = {0}; // what x is multiplied by: p, backward conj(q g)
+                        if (backward) {
+                            in_re = q_re * c.g_re[u] - q_im * c.g_im[u];
+                            in_im = -(q_re * c.g_im[u] + q_im * c.g_re[u]);
+                            q_im = -q_im;
+                        }
+                        for (int t = 0; t < T; t++) {
+                            vec old = re;
+                            re = q_re * old - q_im * im + in_re * x[t][u];
+                            im = q_re * im + q_im * old + in_im * x[t][u];
+                        }
+                        sum[n][u] = re, sum[N + n][u] = im;
+                    }
+                }
+            }
+            for (int i = 0; i < 2 * N; i++) strip_write(h + ((size_t)b * 2 * N + i) * D + d0, sum[i], width);
+        }
+    }
+}
+
+static double complex power(double complex q, int64_t n) {
+    double complex product = 1;
+    for (; n > 0; n /= 2, q *= q) {
+        if (n % 2 == 1) product *= q;
+    }
+    return product;
+}
+
+// all (pieces,B,2,N,D): each piece alone. h (B,2,N,D): h before the whole sequence, backward the gradient behind it;
+// replaced by that before, or behind, this piece. end (B,2,N,D), or NULL, gets what is at the other end of it all.
+static void cema_join(real *h, real *end, const real *all, const Coefs *coefs, int backward, const Pieces *p, int B,
+                      int D, int N) {
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int n = 0; n < N; n++) {
+        for (int d = 0; d < D; d++) {
+            size_t coef = (size_t)n * strip_channels(D) + d;
+            double complex q = coefs->q_re[coef] + coefs->q_im[coef] * I, decay = 1;
+            int64_t length = 0; // that decay is for
+            if (backward) q = conj(q);
+            for (int b = 0; b < B; b++) {
+                size_t re = ((size_t)b * 2 * N + n) * D + d, im = re + (size_t)N * D;
+                double complex sum = h[re] + h[im] * I;
+                for (int i = 0; i < p->pieces; i++) {
+                    int k = backward ? p->pieces - 1 - i : i;
+                    const real *alone = all + (size_t)k * B * 2 * N * D;
+                    if (k == p->piece) h[re] = (real)creal(sum), h[im] = (real)cimag(sum);
+                    if (p->lengths[k] != length) decay = power(q, length = p->lengths[k]);
+                    sum = decay * sum + alone[re] + alone[im] * I;
+                }
+                if (end) end[re] = (real)creal(sum), end[im] = (real)cimag(sum);
+            }
+        }
     }
 }
 
@@ -884,6 +1001,12 @@ static void cache_chunk(real *cache_k, real *cache_v, const real *k, const real 
     memcpy(cache_v + to * E, v + from * E, (size_t)n * E * sizeof *v);
 }
 
+// The mask of head h of row b, from its query t on.
+static Mask mask_query(Mask mask, int b, int h, int H, int t, int C) {
+    mask.first += ((uint64_t)b * H + h) * mask.row + (uint64_t)t * C;
+    return mask;
+}
+
 static void attention_forward(real *o, real *lse, real *cache_k, real *cache_v, real *scores, const real *q,
                               const real *k, const real *v, const int64_t *count, Mask mask, int B, int L, int C, int H,
                               int Z, int E, int threads) {
@@ -904,12 +1027,11 @@ static void attention_forward(real *o, real *lse, real *cache_k, real *cache_v, 
                     int t = from + block * QUERY_ROWS, nq = min(QUERY_ROWS, end - t);
                     if (nq <= 0) continue;
                     size_t query = (size_t)b * L + t, key = (size_t)b * L + from, cache = (size_t)b * C;
-                    Mask block_mask = mask_row(mask, ((size_t)b * H + h) * L + t, C);
-                    attend_forward(o + query * E + h * dv, lse + query * H + h,
-                                   scores + (size_t)thread_number() * QUERY_ROWS * C, q + query * Z + h * dz,
-                                   (cached ? cache_k + cache * Z : k + key * Z) + h * dz,
-                                   (cached ? cache_v + cache * E : v + key * E) + h * dv, block_mask, nq,
-                                   (cached ? past : 0) + t - from + nq, dz, dv, Z, E, H, C);
+                    attend_forward(
+                        o + query * E + h * dv, lse + query * H + h, scores + (size_t)thread_number() * QUERY_ROWS * C,
+                        q + query * Z + h * dz, (cached ? cache_k + cache * Z : k + key * Z) + h * dz,
+                        (cached ? cache_v + cache * E : v + key * E) + h * dv, mask_query(mask, b, h, H, t, C), nq,
+                        (cached ? past : 0) + t - from + nq, dz, dv, Z, E, H, C);
                 }
             }
         }
@@ -937,8 +1059,7 @@ static void attention_backward(real *dq, real *dk, real *dv_out, real *scores, r
                     size_t zi = z + (size_t)i * Z, ei = e + (size_t)i * E;
                     attend_backward(dq + zi, dk + z, dv_out + e, scores + scratch, dscores + scratch, i < last,
                                     dout + ei, o + ei, lse + ((size_t)b * L + t0 + i) * H + h, q + zi, k + z, v + e,
-                                    mask_row(mask, ((size_t)b * H + h) * L + t0 + i, C), nq, i + nq, dz, dv, Z, E, H,
-                                    C);
+                                    mask_query(mask, b, h, H, t0 + i, C), nq, i + nq, dz, dv, Z, E, H, C);
                 }
             }
         }
@@ -1090,7 +1211,8 @@ struct Model {
     Tensor *tensors;
     int num_tensors;
     size_t num_params;
-    real *memory[4]; // PARAMS, GRADS, MOMENT1, MOMENT2
+    Range own;       // of them, that this process updates
+    real *memory[4]; // PARAMS, GRADS; MOMENT1, MOMENT2 (own.count)
     Params params, grads;
     real *acts_memory, *work_memory;
     LayerActs *acts;                       // (num_layers), all in the same memory unless mode is TRAIN
@@ -1106,10 +1228,21 @@ struct Model {
     int threads;    // that scratch has room for
     Draw draw;      // of dropout, if
     int dropping;   // it is on
-    State before;   // the last forward's incoming state without k and v, for the backward pass
+    Pieces pieces;  // the sequences' others; pieces.pieces 1: none
+    int64_t start;  // place of this piece in them,
+    int64_t whole;  // of so many tokens
+    real *exchange; // memory of theirs: mine, all, and a gradient by CEMA's state, or NULL
+    int joining;    // in a forward of a piece: its incoming state is not yet known
+    State before;   // the last forward's incoming state without k and v, for the backward pass; of a piece, its own
     int B, L;       // of the last forward
     int acts_layer; // the layer whose activations the shared memory holds, -1: none; not in mode TRAIN
 };
+
+static real *zeros(size_t bytes) { // aligned for vectors
+    real *memory = aligned_alloc(64, (bytes / 64 + 1) * 64);
+    if (memory) memset(memory, 0, bytes);
+    return memory;
+}
 
 // Hands out the next n numbers behind *at; with *at NULL it only counts them. Slices begin at multiples of 16.
 typedef struct {
@@ -1178,13 +1311,114 @@ static void scratch_take(Scratch *s, Arena *arena, const Config *c, Mode mode, i
 // `out`, which may be the same; NULL: a fresh start, the end not kept.
 
 // The dropout of one place in one layer (-1: none of them), for an activation of `width` numbers a token.
-static Mask mask_of(const Model *m, int layer, int place, double p, size_t width) {
+static Mask mask_of(const Model *m, int layer, int place, double p, int width) {
+    uint64_t whole = m->pieces.pieces > 1 ? (uint64_t)m->whole : (uint64_t)m->L; // tokens of a row
     return (Mask){.p = m->dropping ? p : 0,
                   .seed = m->draw.seed,
                   .stream = STREAM_DROPOUT + (uint32_t)place,
                   .step = (uint32_t)m->draw.step,
                   .layer = (uint32_t)(layer + 1),
-                  .first = (uint64_t)m->draw.row * (uint64_t)m->L * width};
+                  .first = ((uint64_t)m->draw.row * whole + (uint64_t)m->start) * (uint64_t)width,
+                  .row = whole * (uint64_t)width,
+                  .run = (size_t)m->L * width};
+}
+
+// Of the attention's probabilities: a head's queries lie side by side, C numbers each.
+static Mask mask_of_attention(const Model *m, int layer) {
+    int C = m->config.chunk_size;
+    Mask mask = mask_of(m, layer, DROP_ATTENTION, m->config.attention_dropout, C);
+    mask.first += (uint64_t)m->draw.row * (uint64_t)(m->config.num_heads - 1) * mask.row;
+    mask.run = 0;
+    return mask;
+}
+
+// ----------------------------------------------------------------------------
+// TimestepNorm and CEMA in the model: a piece of a sequence joins the others
+
+int megalodon_pieces(Model *m, const Pieces *pieces) {
+    const Config *c = &m->config;
+    free(m->exchange);
+    m->exchange = NULL, m->pieces = (Pieces){.pieces = 1}, m->start = m->whole = 0;
+    if (!pieces || pieces->pieces == 1) return 1;
+    size_t sums = 2 * (size_t)m->max_B * 3 * c->norm_num_groups; // double
+    size_t h = (size_t)m->max_B * 2 * c->cema_ndim * c->model_dim;
+    m->exchange = zeros(((size_t)pieces->pieces + 1) * (sums > h ? sums : h) * sizeof(real) + h * sizeof(real));
+    if (!m->exchange) return 0;
+    m->pieces = *pieces;
+    for (int i = 0; i < pieces->pieces; i++) {
+        m->start += i < pieces->piece ? pieces->lengths[i] : 0;
+        m->whole += pieces->lengths[i];
+    }
+    return 1;
+}
+
+// What all pieces have found out alone, one behind the other: m->exchange has this one's at its start.
+static void *gather(Model *m, size_t bytes) {
+    char *mine = (char *)m->exchange;
+    m->pieces.gather(m->pieces.context, mine, mine + bytes, bytes);
+    return mine + bytes;
+}
+
+// TimestepNorm number `layer`; that behind all layers is the final one. in, out: see mega_forward.
+static void time_norm_forward(Model *m, int layer, real *y, real *mean, real *rstd, const real *x, const real *weight,
+                              const real *bias, const State *in, State *out) {
+    int B = m->B, L = m->L, D = m->config.model_dim, G = m->config.norm_num_groups;
+    size_t at = (size_t)layer * B * G, rows = (size_t)B * G;
+    double eps = m->config.norm_eps, *mean_out = out ? out->mean + at : NULL, *m2_out = out ? out->m2 + at : NULL;
+    if (m->joining) {
+        double *mine = (double *)(void *)m->exchange;
+        timestep_norm_forward(y, mean, rstd, mine, mine + rows, x, weight, bias, NULL, NULL, NULL, B, L, D, G, eps);
+        double *all = gather(m, 2 * rows * sizeof *mine);
+        timestep_norm_join(in->mean + at, in->m2 + at, mean_out, m2_out, all, out ? out->count : NULL, &m->pieces, B, D,
+                           G);
+        mean_out = m2_out = NULL;
+    }
+    timestep_norm_forward(y, mean, rstd, mean_out, m2_out, x, weight, bias, in ? in->mean + at : NULL,
+                          in ? in->m2 + at : NULL, in ? in->count : NULL, B, L, D, G, eps);
+}
+
+static void time_norm_backward(Model *m, real *dx, real *dweight, real *dbias, const real *dy, const real *x,
+                               const real *weight, const real *mean, const real *rstd) {
+    int B = m->B, L = m->L, D = m->config.model_dim, G = m->config.norm_num_groups;
+    double *mine = (double *)(void *)m->exchange;
+    timestep_norm_backward(dx, dweight, dbias, mine, dy, x, weight, mean, rstd, m->before.count, B, L, D, G);
+    if (m->pieces.pieces == 1) return;
+    double *all = gather(m, (size_t)B * G * 3 * sizeof *mine);
+    timestep_norm_join_backward(dx, x, all, &m->pieces, B, L, D, G);
+}
+
+static void ema_forward(Model *m, int layer, const State *in, State *out) {
+    int B = m->B, L = m->L, D = m->config.model_dim, N = m->config.cema_ndim;
+    size_t modes = (size_t)B * 2 * N * D, at = layer * modes;
+    LayerActs *a = &m->acts[layer];
+    real *h_out = out ? out->h + at : NULL;
+    if (m->joining) {
+        cema_piece(m->exchange, a->xt, &m->coefs[layer], 0, B, L, D, N);
+        real *all = gather(m, modes * sizeof *all);
+        cema_join(in->h + at, h_out, all, &m->coefs[layer], 0, &m->pieces, B, D, N);
+        h_out = NULL;
+    }
+    cema_forward(a->ema, a->h, h_out, a->xt, &m->coefs[layer], m->params.layers[layer].cema_omega,
+                 in ? in->h + at : NULL, B, L, D, N);
+}
+
+static void ema_backward(Model *m, int layer, real *dx, const real *dy) {
+    int B = m->B, L = m->L, D = m->config.model_dim, N = m->config.cema_ndim;
+    size_t modes = (size_t)B * 2 * N * D;
+    const LayerActs *a = &m->acts[layer];
+    const LayerParams *w = &m->params.layers[layer];
+    LayerParams *dw = &m->grads.layers[layer];
+    Coefs *dcoefs = &m->scratch.dcoefs;
+    real *dh = NULL;
+    if (m->pieces.pieces > 1) {
+        cema_piece(m->exchange, dy, &m->coefs[layer], 1, B, L, D, N);
+        real *all = gather(m, modes * sizeof *all);
+        dh = memset(all + m->pieces.pieces * modes, 0, modes * sizeof *dh);
+        cema_join(dh, NULL, all, &m->coefs[layer], 1, &m->pieces, B, D, N);
+    }
+    cema_backward(dx, dcoefs, dw->cema_omega, dh, dy, a->xt, a->h, &m->coefs[layer], w->cema_omega, B, L, D, N);
+    cema_coefs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, dcoefs, w->cema_alpha,
+                        w->cema_delta, w->cema_theta, D, N);
 }
 
 static void mega_forward(Model *m, int layer, const State *in, State *out, const real *x, int B, int L) {
@@ -1192,18 +1426,15 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     const LayerParams *w = &m->params.layers[layer];
     LayerActs *a = &m->acts[layer];
     Scratch *s = &m->scratch;
-    int D = c->model_dim, N = c->cema_ndim, H = c->num_heads, Z = c->z_dim, E = c->value_dim, C = c->chunk_size;
-    int G = c->norm_num_groups, R = B * L, dz = Z / H;
-    size_t moments = (size_t)layer * B * G, modes = (size_t)layer * B * 2 * N * D, chunk = (size_t)layer * B * C;
+    int D = c->model_dim, H = c->num_heads, Z = c->z_dim, E = c->value_dim, C = c->chunk_size;
+    int R = B * L, dz = Z / H;
+    size_t chunk = (size_t)layer * B * C;
     const int64_t *count = in ? in->count : NULL;
     real *cache_k = out && out->k ? out->k + chunk * Z : NULL, *cache_v = out && out->v ? out->v + chunk * E : NULL;
 
     // xt = TimestepNorm(x), mx = RMSNorm(CEMA(xt))
-    timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, out ? out->mean + moments : NULL,
-                          out ? out->m2 + moments : NULL, x, w->timenorm_weight, w->timenorm_bias,
-                          in ? in->mean + moments : NULL, in ? in->m2 + moments : NULL, count, B, L, D, G, c->norm_eps);
-    cema_forward(a->ema, a->h, out ? out->h + modes : NULL, a->xt, &m->coefs[layer], w->cema_omega,
-                 in ? in->h + modes : NULL, B, L, D, N);
+    time_norm_forward(m, layer, a->xt, a->norm_mean, a->norm_rstd, x, w->timenorm_weight, w->timenorm_bias, in, out);
+    ema_forward(m, layer, in, out);
     rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, c->norm_eps);
     dropout(a->mx, a->mx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
     // z = RMSNorm_per_head(mx Wz' + bz), and from it q and k
@@ -1216,8 +1447,7 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     linear_forward(a->v_in, 0, a->xt, w->wv, w->wv_bias, R, D, E);
     silu_forward(s->v, a->v_in, (size_t)R * E);
     attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->q_turned, s->k_turned, s->v, count,
-                      mask_of(m, layer, DROP_ATTENTION, c->attention_dropout, (size_t)H * C), B, L, C, H, Z, E,
-                      m->threads);
+                      mask_of_attention(m, layer), B, L, C, H, Z, E, m->threads);
     // y = (mx Wh1' + bh1) + (o * r) Wh2' + x, r = silu(mx Wr' + br)
     linear_forward(a->r_in, 0, a->mx, w->wr, w->wr_bias, R, D, E);
     gate_forward(s->gated, a->o, a->r_in, (size_t)R * E);
@@ -1235,8 +1465,8 @@ static void mega_backward(Model *m, int layer, real *dx, const real *dy, const r
     LayerParams *dw = &m->grads.layers[layer];
     LayerActs *a = &m->acts[layer];
     Scratch *s = &m->scratch;
-    int D = c->model_dim, N = c->cema_ndim, H = c->num_heads, Z = c->z_dim, E = c->value_dim, C = c->chunk_size;
-    int G = c->norm_num_groups, R = B * L, dz = Z / H;
+    int D = c->model_dim, H = c->num_heads, Z = c->z_dim, E = c->value_dim, C = c->chunk_size;
+    int R = B * L, dz = Z / H;
 
     const Mask mega_mask = mask_of(m, layer, DROP_MEGA, c->dropout, D);
     const Mask gated_mask = mask_of(m, layer, DROP_GATED, c->hidden_dropout, E);
@@ -1254,8 +1484,7 @@ static void mega_backward(Model *m, int layer, real *dx, const real *dy, const r
     rope_forward(s->q_turned, a->q, m->rope, NULL, B, L, Z, dz, C);
     rope_forward(s->k_turned, a->k, m->rope, NULL, B, L, Z, dz, C);
     attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->o, a->lse, s->q_turned, s->k_turned, s->v,
-                       mask_of(m, layer, DROP_ATTENTION, c->attention_dropout, (size_t)H * C), B, L, C, H, Z, E,
-                       m->threads);
+                       mask_of_attention(m, layer), B, L, C, H, Z, E, m->threads);
     rope_backward(s->dq, s->dq, m->rope, NULL, B, L, Z, dz, C);
     rope_backward(s->dk, s->dk, m->rope, NULL, B, L, Z, dz, C);
     rmsnorm_forward(s->zn, a->z_rstd, a->z, NULL, R * H, dz, c->norm_eps);
@@ -1265,14 +1494,11 @@ static void mega_backward(Model *m, int layer, real *dx, const real *dy, const r
 
     dropout(s->dmx, s->dmx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
     rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, R, D);
-    cema_backward(s->dxt, &s->dcoefs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coefs[layer], w->cema_omega, B, L,
-                  D, N);
-    cema_coefs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoefs, w->cema_alpha,
-                        w->cema_delta, w->cema_theta, D, N);
+    ema_backward(m, layer, s->dxt, s->dema);
     silu_backward(s->dv, s->dv, a->v_in, (size_t)R * E);
     linear_backward(s->dxt, 1, dw->wv, dw->wv_bias, s->dv, a->xt, w->wv, R, D, E);
-    timestep_norm_backward(dx, dw->timenorm_weight, dw->timenorm_bias, NULL, NULL, s->dxt, x, w->timenorm_weight,
-                           a->norm_mean, a->norm_rstd, NULL, m->before.count, B, L, D, G);
+    time_norm_backward(m, dx, dw->timenorm_weight, dw->timenorm_bias, s->dxt, x, w->timenorm_weight, a->norm_mean,
+                       a->norm_rstd);
     add(dx, dy, (size_t)R * D); // y = ... + x
 }
 
@@ -1368,25 +1594,29 @@ void megalodon_dropout(Model *m, const Draw *draw) {
     if (draw) m->draw = *draw;
 }
 
-// Keeps what the backward pass, or a block's forward again, needs of the incoming state.
+// Keeps what the backward pass, or a block's forward again, needs of the incoming state. Of a piece, layer after layer
+// makes its own of it.
 static void remember(Model *m, const State *state, int B) {
     const Config *c = &m->config;
-    size_t layers = c->num_layers, moments = layers * B * c->norm_num_groups;
+    size_t layers = c->num_layers, moments = (layers + 1) * B * c->norm_num_groups;
     size_t h = layers * B * 2 * c->cema_ndim * c->model_dim;
     State *s = &m->before;
     memset(s->count, 0, (size_t)B * sizeof *s->count);
     memset(s->mean, 0, moments * sizeof *s->mean), memset(s->m2, 0, moments * sizeof *s->m2);
     memset(s->h, 0, h * sizeof *s->h);
-    if (!state) return;
-    memcpy(s->count, state->count, (size_t)B * sizeof *s->count);
-    memcpy(s->mean, state->mean, moments * sizeof *s->mean), memcpy(s->m2, state->m2, moments * sizeof *s->m2);
-    memcpy(s->h, state->h, h * sizeof *s->h);
+    if (state) {
+        memcpy(s->count, state->count, (size_t)B * sizeof *s->count);
+        memcpy(s->mean, state->mean, moments * sizeof *s->mean), memcpy(s->m2, state->m2, moments * sizeof *s->m2);
+        memcpy(s->h, state->h, h * sizeof *s->h);
+    }
+    for (int b = 0; b < B; b++) s->count[b] += m->start;
 }
 
 void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int L) {
     const Config *c = &m->config;
-    int D = c->model_dim, G = c->norm_num_groups, layers = c->num_layers;
+    int D = c->model_dim, layers = c->num_layers, piece = m->pieces.pieces > 1;
     assert(B > 0 && L > 0 && B <= m->max_B && L <= m->max_L && (!state || state->B == B));
+    assert(!piece || (L == m->pieces.lengths[m->pieces.piece] && !(state && state->k)));
     for (size_t i = 0; i < (size_t)B * L; i++) assert(tokens[i] >= 0 && tokens[i] < c->vocab_size);
     m->B = B, m->L = L, m->acts_layer = -1;
     memcpy(m->tokens, tokens, (size_t)B * L * sizeof *tokens);
@@ -1395,16 +1625,17 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
         cema_coefs_forward(&m->coefs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, c->cema_ndim);
     }
     m->coefs_valid = 1;
-    if (m->mode != MEGALODON_INFER) remember(m, state, B);
+    if (m->mode != MEGALODON_INFER || piece) remember(m, state, B);
+    const State *in = piece ? &m->before : state;
+    m->joining = piece;
 
     embedding_forward(m->x[0], tokens, m->params.embed, embedding_scale(c), B * L, D);
     dropout(m->x[0], m->x[0], mask_of(m, -1, DROP_EMBED, c->dropout, D), (size_t)B * L * D);
-    for (int l = 0; l < layers; l++) block_forward(m, l, state, state, B, L);
-    double *mean = state ? state->mean + (size_t)layers * B * G : NULL;
-    double *m2 = state ? state->m2 + (size_t)layers * B * G : NULL;
-    timestep_norm_forward(m->final, m->final_mean, m->final_rstd, mean, m2, m->x[layers], m->params.final_norm_weight,
-                          m->params.final_norm_bias, mean, m2, state ? state->count : NULL, B, L, D, G, c->norm_eps);
-    for (int b = 0; state && b < B; b++) state->count[b] += L;
+    for (int l = 0; l < layers; l++) block_forward(m, l, in, state, B, L);
+    time_norm_forward(m, layers, m->final, m->final_mean, m->final_rstd, m->x[layers], m->params.final_norm_weight,
+                      m->params.final_norm_bias, in, state);
+    m->joining = 0;
+    for (int b = 0; state && b < B; b++) state->count[b] += piece ? m->whole : L;
 }
 
 double megalodon_loss(Model *m, const int32_t *targets, double grad_scale, int64_t *counted, real *losses) {
@@ -1424,13 +1655,12 @@ double megalodon_loss(Model *m, const int32_t *targets, double grad_scale, int64
 
 void megalodon_backward(Model *m) {
     const Config *c = &m->config;
-    int B = m->B, L = m->L, D = c->model_dim, G = c->norm_num_groups;
+    int B = m->B, L = m->L, D = c->model_dim;
     Scratch *s = &m->scratch;
     assert(m->mode != MEGALODON_INFER);
     for (int b = 0; b < B; b++) assert(m->before.count[b] % c->chunk_size == 0);
-    timestep_norm_backward(s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, NULL, NULL, s->dxt,
-                           m->x[c->num_layers], m->params.final_norm_weight, m->final_mean, m->final_rstd, NULL,
-                           m->before.count, B, L, D, G);
+    time_norm_backward(m, s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, s->dxt, m->x[c->num_layers],
+                       m->params.final_norm_weight, m->final_mean, m->final_rstd);
     for (int l = c->num_layers - 1; l >= 0; l--) block_backward(m, l, B, L);
     dropout(s->dx, s->dx, mask_of(m, -1, DROP_EMBED, c->dropout, D), (size_t)B * L * D);
     embedding_backward(m->grads.embed, s->dx, m->tokens, embedding_scale(c), B * L, D);
@@ -1488,12 +1718,12 @@ void megalodon_zero_grad(Model *m) {
 
 // Parts of fixed size are summed in order, so that the threads' number does not show.
 double megalodon_grad_norm(Model *m) {
-    int parts = (int)((m->num_params + NORM_PART - 1) / NORM_PART);
+    int parts = (int)((m->own.count + NORM_PART - 1) / NORM_PART);
     double *sums = m->norm_parts, total = 0;
 #pragma omp parallel for schedule(static)
     for (int p = 0; p < parts; p++) {
-        size_t from = (size_t)p * NORM_PART, to = from + NORM_PART < m->num_params ? from + NORM_PART : m->num_params;
-        const real *g = m->memory[GRADS];
+        size_t from = (size_t)p * NORM_PART, to = from + NORM_PART < m->own.count ? from + NORM_PART : m->own.count;
+        const real *g = m->memory[GRADS] + m->own.first;
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (size_t i = from; i < to; i++) sum += (double)g[i] * g[i];
@@ -1509,11 +1739,11 @@ void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, in
     double k = (double)update + 1;
     real b1 = (real)o->beta1, b2 = (real)o->beta2, eps = (real)o->eps, gs = (real)grad_scale;
     real step = (real)(lr / (1 - pow(o->beta1, k))), root = (real)(1 / sqrt(1 - pow(o->beta2, k)));
-    real keep = (real)(1 - lr * o->weight_decay), *p = m->memory[PARAMS], *m1 = m->memory[MOMENT1];
+    real keep = (real)(1 - lr * o->weight_decay), *p = m->memory[PARAMS] + m->own.first, *m1 = m->memory[MOMENT1];
     real *m2 = m->memory[MOMENT2], c1 = (real)(1 - o->beta1), c2 = (real)(1 - o->beta2);
-    const real *grad = m->memory[GRADS];
+    const real *grad = m->memory[GRADS] + m->own.first;
 #pragma omp parallel for simd schedule(static)
-    for (size_t i = 0; i < m->num_params; i++) {
+    for (size_t i = 0; i < m->own.count; i++) {
         real g = grad[i] * gs;
         m1[i] = b1 * m1[i] + c1 * g;
         m2[i] = b2 * m2[i] + c2 * g * g;
@@ -1553,13 +1783,16 @@ static void work_take(Model *m, Arena *arena) {
     take(&at, arena, 2 * (size_t)m->max_B * m->max_L), m->losses = (double *)(void *)at;
     take(&at, arena, 2 * (m->num_params / NORM_PART + 1)), m->norm_parts = (double *)(void *)at;
     take(&at, arena, (size_t)m->max_B * m->max_L), m->tokens = (int32_t *)(void *)at;
-    if (m->mode == MEGALODON_INFER) return;
-    size_t rows = (size_t)m->max_B * c->num_layers, moments = 2 * rows * c->norm_num_groups;
+    size_t rows = (size_t)m->max_B * c->num_layers, moments = 2 * (rows + m->max_B) * c->norm_num_groups;
     take(&at, arena, 2 * (size_t)m->max_B), m->before.count = (int64_t *)(void *)at;
     take(&at, arena, moments), m->before.mean = (double *)(void *)at;
     take(&at, arena, moments), m->before.m2 = (double *)(void *)at;
     take(&m->before.h, arena, rows * 2 * c->cema_ndim * c->model_dim);
 }
+
+static int shard_part = 0, shard_parts = 1;
+
+void megalodon_shard(int part, int parts) { shard_part = part, shard_parts = parts; }
 
 // A model with its tables but no memory for numbers.
 static Model *model_outline(const Config *config, Mode mode, int B, int L) {
@@ -1567,7 +1800,9 @@ static Model *model_outline(const Config *config, Mode mode, int B, int L) {
     Model *m = calloc(1, sizeof *m);
     if (!m) return NULL;
     *m = (Model){.config = *config, .mode = mode, .max_B = B, .max_L = L, .threads = threads_here(), .acts_layer = -1};
+    m->pieces.pieces = 1;
     m->tensors = megalodon_tensors(config, &m->num_tensors, &m->num_params);
+    m->own = megalodon_range(m->num_params, shard_part, shard_parts);
     m->params.layers = calloc(layers, sizeof *m->params.layers);
     m->grads.layers = calloc(layers, sizeof *m->grads.layers);
     m->acts = calloc(layers, sizeof *m->acts);
@@ -1586,17 +1821,11 @@ MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
     acts_take(m, &acts);
     work_take(m, &work);
     plan.params = m->num_params * sizeof(real);
-    if (mode != MEGALODON_INFER) plan.grads = plan.params, plan.moments = 2 * plan.params;
+    if (mode != MEGALODON_INFER) plan.grads = plan.params, plan.moments = 2 * m->own.count * sizeof(real);
     plan.activations = acts.used * sizeof(real);
     plan.scratch = work.used * sizeof(real);
     megalodon_free(m);
     return plan;
-}
-
-static real *zeros(size_t bytes) { // aligned for vectors
-    real *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (memory) memset(memory, 0, bytes);
-    return memory;
 }
 
 Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
@@ -1609,7 +1838,9 @@ Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
     m->acts_memory = zeros(plan.activations);
     m->work_memory = zeros(plan.scratch);
     int blocks = mode == MEGALODON_INFER ? 1 : 4, complete = m->acts_memory && m->work_memory;
-    for (int i = 0; i < blocks; i++) complete &= (m->memory[i] = zeros(plan.params)) != NULL;
+    for (int i = 0; i < blocks; i++) {
+        complete &= (m->memory[i] = zeros(i < MOMENT1 ? plan.params : plan.moments / 2)) != NULL;
+    }
     if (!complete) {
         megalodon_free(m);
         return NULL;
@@ -1626,19 +1857,25 @@ Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
 void megalodon_free(Model *m) {
     if (!m) return;
     for (int i = 0; i < 4; i++) free(m->memory[i]);
-    free(m->acts_memory), free(m->work_memory);
+    free(m->acts_memory), free(m->work_memory), free(m->exchange);
     free(m->tensors), free(m->params.layers), free(m->grads.layers), free(m->acts), free(m->x), free(m->coefs);
     free(m);
 }
 
+static Range held(const Model *m, Block block) { return block < MOMENT1 ? (Range){0, m->num_params} : m->own; }
+
 void megalodon_read(Model *m, Block block, size_t first, size_t n, real *dst) {
-    assert(m->memory[block] && first + n <= m->num_params);
-    memcpy(dst, m->memory[block] + first, n * sizeof *dst);
+    Range here = held(m, block);
+    assert(m->memory[block] && first >= here.first && first + n <= here.first + here.count);
+    memcpy(dst, m->memory[block] + (first - here.first), n * sizeof *dst);
 }
 
 void megalodon_write(Model *m, Block block, size_t first, size_t n, const real *src) {
+    Range here = held(m, block);
+    size_t from = first > here.first ? first : here.first, end = here.first + here.count;
     assert(m->memory[block] && first + n <= m->num_params);
-    memcpy(m->memory[block] + first, src, n * sizeof *src);
+    if (first + n < end) end = first + n;
+    if (from < end) memcpy(m->memory[block] + (from - here.first), src + (from - first), (end - from) * sizeof *src);
     if (block == PARAMS) m->coefs_valid = 0;
 }
 

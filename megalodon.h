@@ -204,6 +204,12 @@ __host__ __device__
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
+// The elements of a block of `size` that process `part` of `parts` updates: consecutive, nearly as many each.
+typedef struct {
+    size_t first, count;
+} Range;
+Range megalodon_range(size_t size, int part, int parts);
+
 // Fills values (tensor->size) with the tensor's initial values, see Init.
 void megalodon_init(real *values, const Tensor *tensor, const Config *config, uint64_t seed);
 
@@ -222,6 +228,10 @@ typedef struct {
     size_t params, grads, moments, activations, scratch;
 } MemoryPlan; // bytes
 
+// Several processes train the same model: this one is `part` of `parts`, and updates no more than its range of the
+// parameters. Moments exist only there, and megalodon_grad_norm covers no more. Before the two functions below.
+void megalodon_shard(int part, int parts);
+
 // What a model for up to B sequences of L tokens will allocate.
 MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L);
 
@@ -229,7 +239,8 @@ MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L);
 Model *megalodon_new(const Config *config, Mode mode, int B, int L);
 void megalodon_free(Model *model);
 
-// Copies n elements from element `first` on of a block laid out as megalodon_tensors() says.
+// Copies n elements from element `first` on of a block laid out as megalodon_tensors() says. Moments outside of this
+// process's range cannot be read; writing them does nothing.
 typedef enum { PARAMS, GRADS, MOMENT1, MOMENT2 } Block;
 void megalodon_read(Model *model, Block block, size_t first, size_t n, real *dst);
 void megalodon_write(Model *model, Block block, size_t first, size_t n, const real *src);
@@ -259,7 +270,7 @@ void state_write(State *state, size_t first, size_t bytes, const void *src);
 // running it
 
 // Dropout, with the configuration's probabilities, from the next forward on; NULL, as at first: none. A mask
-// depends on these numbers and the place in the whole step's batch alone.
+// depends on these numbers and the place in the whole step's batch, that of all processes, alone.
 typedef struct {
     uint64_t seed;
     int64_t step; // updates before this one
@@ -267,9 +278,22 @@ typedef struct {
 } Draw;
 void megalodon_dropout(Model *model, const Draw *draw);
 
+// Chunk parallelism: from the next forward on this model has one piece of each of its sequences, and other processes
+// have the others, which call the same functions with as many rows. A model reduces its piece as if nothing were
+// around it; the small results are gathered, and it combines those of the pieces before it, in the backward pass
+// those behind it. NULL, as at first: sequences are whole. Returns 0 when memory is out.
+typedef struct {
+    int piece, pieces;      // this one, of how many
+    const int64_t *lengths; // (pieces) tokens of each, whole chunks but for the last; to stay while it is in use
+    // all (pieces, bytes) gets what every process gives as mine; context is what stands here
+    void (*gather)(void *context, const void *mine, void *all, size_t bytes);
+    void *context;
+} Pieces;
+int megalodon_pieces(Model *model, const Pieces *pieces);
+
 // Reads tokens (B,L), each in 0..V-1, up to the final norm's output. With a state (of B rows) the sequences
 // continue where it stands and it moves on: whole, in pieces or token by token gives the same numbers to
-// rounding. Without, they start fresh.
+// rounding. Without, they start fresh. Of pieces, the state before and after is that of the whole sequence.
 void megalodon_forward(Model *model, State *state, const int32_t *tokens, int B, int L);
 
 // Cross-entropy of the last forward's positions against targets (B,L), -1 = not counted: returns the sum in
@@ -283,7 +307,7 @@ double megalodon_loss(Model *model, const int32_t *targets, double grad_scale, i
 void megalodon_backward(Model *model);
 
 void megalodon_zero_grad(Model *model);
-double megalodon_grad_norm(Model *model); // one L2 norm over all gradients
+double megalodon_grad_norm(Model *model); // one L2 norm over all gradients of this process's range
 
 // One AdamW step: gradients times grad_scale first; update counts the steps before this one.
 typedef struct {

@@ -145,8 +145,8 @@ static void norm_forward(void) {
 }
 static void norm_backward(void) {
     EACH_LAYER {
-        LAYER timestep_norm_backward(s->dmega, dw->timenorm_weight, dw->timenorm_bias, NULL, NULL, s->dxt, m->x[l],
-                                     w->timenorm_weight, a->norm_mean, a->norm_rstd, NULL, NULL, B, L, D, G);
+        LAYER timestep_norm_backward(s->dmega, dw->timenorm_weight, dw->timenorm_bias, NULL, s->dxt, m->x[l],
+                                     w->timenorm_weight, a->norm_mean, a->norm_rstd, NULL, B, L, D, G);
     }
 }
 static void run_cema_forward(void) {
@@ -236,7 +236,7 @@ static void ffn_dw(void) {
         dw_of(dw->fc1, s->df1, a->u, R, D, F);
     }
 }
-#define ATTENTION_MASK mask_of(m, l, DROP_ATTENTION, c->attention_dropout, (size_t)H *(size_t)C)
+#define ATTENTION_MASK mask_of_attention(m, l)
 static void run_attention_forward(void) {
     EACH_LAYER {
         LAYER attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->q_turned, s->k_turned, s->v, NULL,

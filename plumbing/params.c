@@ -57,6 +57,12 @@ static void add_tensor(Tensor *list, int *count, size_t *size, const Config *c, 
     *size += t.size;
 }
 
+Range megalodon_range(size_t size, int part, int parts) {
+    const size_t each = (size + (size_t)parts - 1) / (size_t)parts, first = each * (size_t)part;
+    if (first >= size) return (Range){size, 0};
+    return (Range){first, size - first < each ? size - first : each};
+}
+
 Tensor *megalodon_tensors(const Config *config, int *count, size_t *size) {
     Tensor *list = malloc(((size_t)config->num_layers + 1) * NUM_PARAM_ROWS * sizeof *list);
     if (!list) return NULL;

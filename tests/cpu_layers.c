@@ -43,7 +43,7 @@ void cpu_timestep_norm_forward(float *out, float *mean, float *rstd, double *mea
 void cpu_timestep_norm_backward(float *dinp, float *dweight, float *dbias, const float *dout, const float *inp,
                                 const float *weight, const float *mean, const float *rstd, const int64_t *count, int B,
                                 int L, int D, int G) {
-    timestep_norm_backward(dinp, dweight, dbias, NULL, NULL, dout, inp, weight, mean, rstd, NULL, count, B, L, D, G);
+    timestep_norm_backward(dinp, dweight, dbias, NULL, dout, inp, weight, mean, rstd, count, B, L, D, G);
 }
 
 // ----------------------------------------------------------------------------
@@ -156,16 +156,19 @@ void cpu_attention_forward(float *o, float *lse, float *cache_k, float *cache_v,
                            const float *v, const int64_t *count, double p, uint64_t seed, uint32_t stream,
                            uint32_t step, uint32_t layer, uint64_t first, int B, int L, int C, int H, int Z, int E) {
     real *scores = scratch((size_t)QUERY_ROWS * C);
-    attention_forward(o, lse, cache_k, cache_v, scores, q, k, v, count, mask_from(p, seed, stream, step, layer, first),
-                      B, L, C, H, Z, E, 1);
+    Mask mask = mask_from(p, seed, stream, step, layer, first);
+    mask.row = (uint64_t)L * (uint64_t)C;
+    attention_forward(o, lse, cache_k, cache_v, scores, q, k, v, count, mask, B, L, C, H, Z, E, 1);
     free(scores);
 }
 void cpu_attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *o, const float *lse,
                             const float *q, const float *k, const float *v, double p, uint64_t seed, uint32_t stream,
                             uint32_t step, uint32_t layer, uint64_t first, int B, int L, int C, int H, int Z, int E) {
     real *scores = scratch(2 * (size_t)QUERY_ROWS * C);
-    attention_backward(dq, dk, dv, scores, scores + (size_t)QUERY_ROWS * C, dout, o, lse, q, k, v,
-                       mask_from(p, seed, stream, step, layer, first), B, L, C, H, Z, E, 1);
+    Mask mask = mask_from(p, seed, stream, step, layer, first);
+    mask.row = (uint64_t)L * (uint64_t)C;
+    attention_backward(dq, dk, dv, scores, scores + (size_t)QUERY_ROWS * C, dout, o, lse, q, k, v, mask, B, L, C, H, Z,
+                       E, 1);
     free(scores);
 }
 

@@ -167,9 +167,23 @@ static void timestep_norm_f(Case *c) {
                           c->in[3], c->in[4], c->count, c->B, c->L, c->D, c->G, EPS);
 }
 static void timestep_norm_b(Case *c) {
-    for (int i = 1; i < 3 && c->in[3]; i++) memcpy(c->din[i + 2], c->dout[i], c->out_size[i] * sizeof(real));
-    timestep_norm_backward(c->din[0], c->din[1], c->din[2], c->din[3], c->din[4], c->dout[0], c->in[0], c->in[1],
-                           c->kept[0], c->kept[1], c->in[3], c->count, c->B, c->L, c->D, c->G);
+    double sums[2]
+               [2 * 4 * 3]; // of these tokens alone; of later ones, as if gradients by the outgoing state were theirs
+    const int64_t lengths[2] = {c->L, 0};
+    const Pieces pieces = {.piece = 0, .pieces = 2, .lengths = lengths};
+    int rows = c->B * c->G, g = c->D / c->G;
+    timestep_norm_backward(c->din[0], c->din[1], c->din[2], sums[0], c->dout[0], c->in[0], c->in[1], c->kept[0],
+                           c->kept[1], c->count, c->B, c->L, c->D, c->G);
+    for (int i = 0; i < rows && c->in[3]; i++) {
+        double *later = sums[1] + 3 * i, before = (double)g * (double)c->count[i / c->G];
+        later[0] = c->dout[1][i] / (before + g * c->L);
+        later[1] = c->dout[2][i];
+        later[2] = c->dout[2][i] * c->out[1][i];
+        double U = sums[0][3 * i] + later[0], V = sums[0][3 * i + 1] + later[1], W = sums[0][3 * i + 2] + later[2];
+        c->din[3][i] = before * (U + 2 * (c->in[3][i] * V - W));
+        c->din[4][i] = V;
+    }
+    if (c->in[3]) timestep_norm_join_backward(c->din[0], c->in[0], sums[0], &pieces, c->B, c->L, c->D, c->G);
 }
 static void test_timestep_norm(void) {
     int64_t count[2] = {5, 1000};
@@ -351,7 +365,7 @@ static void attention_b(Case *c) {
 }
 static void attention_case(int L, int C, int H, double p) {
     Case c = {.forward = attention_f, .backward = attention_b, .B = 2, .L = L, .C = C, .H = H, .Z = 2 * H, .E = 3 * H};
-    c.mask = (Mask){.p = p, .seed = 3, .layer = 1};
+    c.mask = (Mask){.p = p, .seed = 3, .layer = 1, .row = (uint64_t)c.L * (uint64_t)c.C};
     c.elements = L > QUERY_ROWS ? 12 : 0;
     size_t R = 2 * (size_t)L;
     input(&c, "q", R * c.Z, SET, 2, 0), input(&c, "k", R * c.Z, SET, 2, 0);
