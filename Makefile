@@ -20,6 +20,7 @@ ifdef SANITIZE
 CFLAGS += -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 endif
 
+comma := ,
 # Does a program with this header compile and link with these flags? Then the flags, otherwise nothing.
 probe = $(shell mkdir -p build; printf '\043include <$(1)>\nint main(void) { return 0; }\n' | \
         $(CC) -x c - $(2) -o build/probe 2>/dev/null && echo '$(2)')
@@ -38,8 +39,14 @@ endif
 CFLAGS += $(if $(BLAS),-DMEGALODON_BLAS $(filter -I%,$(BLAS)))
 LDLIBS += $(filter-out -I%,$(BLAS))
 
+# MPI: ./train as many processes (mpirun). mpicc says how its programs are compiled. NO_MPI=1 does without.
+ifndef NO_MPI
+MPI := $(filter -I% -L% -l% -Wl$(comma)%,$(shell mpicc -show 2>/dev/null))
+MPI := $(if $(MPI),$(call probe,mpi.h,$(MPI)))
+endif
+
 all: $(PROGRAMS)
-	@echo "built $(PROGRAMS): $(CC), $(if $(OMP),OpenMP,no OpenMP), $(if $(BLAS),BLAS $(filter -l%,$(BLAS)),own matrix product), $(if $(PORTABLE),portable,for this machine). Next: ./train, or make help"
+	@echo "built $(PROGRAMS): $(CC), $(if $(OMP),OpenMP,no OpenMP), $(if $(BLAS),BLAS $(filter -l%,$(BLAS)),own matrix product), $(if $(MPI),MPI for train$(comma) )$(if $(PORTABLE),portable,for this machine). Next: ./train, or make help"
 
 help:
 	@echo 'make             ./train, ./sample, ./compare'
@@ -51,13 +58,13 @@ help:
 	@echo 'make fuzz        FUZZ_SECONDS=60 each: looks for files that readers do not survive (clang)'
 	@echo 'make bench       where the time of a step goes; ARGS="--help" for more'
 	@echo 'make clean       removes what was built'
-	@echo 'Switches, for all of them: NO_OMP=1  NO_BLAS=1  PORTABLE=1 (no -march=native)  WERROR=1'
+	@echo 'Switches, for all of them: NO_OMP=1  NO_BLAS=1  NO_MPI=1  PORTABLE=1 (no -march=native)  WERROR=1'
 	@echo '    SANITIZE=1 (AddressSanitizer and UBSan)  CC=clang  BLAS="-l..." (another CBLAS than OpenBLAS)'
 
 # ---------------------------------------------------------------- objects, in build/ and build/double/
 
 # Everything depends on the flags, so that another switch builds it all again.
-FLAGS := $(CC) $(CFLAGS) $(LDLIBS)
+FLAGS := $(CC) $(CFLAGS) $(LDLIBS) $(MPI)
 ifneq ($(FLAGS),$(shell cat build/flags 2>/dev/null))
 $(shell mkdir -p build/double; echo '$(FLAGS)' > build/flags)
 endif
@@ -78,12 +85,21 @@ build/library.a build/double/library.a:
 	@rm -f $@
 	@$(AR) rcs $@ $^
 
+# The library has the one-process stand-in of plumbing/ranks.c; only ./train gets the one with MPI, which comes first.
+ifneq ($(MPI),)
+build/ranks_mpi.o build/double/ranks_mpi.o: plumbing/ranks.c build/flags
+	$(CC) $(CFLAGS) $(filter -I%,$(MPI)) -DMEGALODON_MPI $(if $(findstring double,$@),-DMEGALODON_DOUBLE) -MMD -MP -c $< -o $@
+train: build/ranks_mpi.o
+build/double/train: build/double/ranks_mpi.o
+train build/double/train: LDLIBS += $(filter-out -I%,$(MPI))
+endif
+
 $(PROGRAMS): %: build/%.o build/library.a
-	$(CC) $(CFLAGS) $^ $(LDLIBS) -o $@
+	$(CC) $(CFLAGS) $(filter %.o,$^) $(filter %.a,$^) $(LDLIBS) -o $@
 
 # The double build of a program, of train for instance, whose --dump is then the better reference.
 build/double/train build/double/sample: %: %.o build/double/library.a
-	$(CC) $(CFLAGS) $^ $(LDLIBS) -o $@
+	$(CC) $(CFLAGS) $(filter %.o,$^) $(filter %.a,$^) $(LDLIBS) -o $@
 
 -include $(wildcard build/*.d build/double/*.d)
 .PRECIOUS: build/%.o build/double/%.o

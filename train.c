@@ -1,10 +1,10 @@
 // ./train: trains a Megalodon language model, or only measures one (--eval). Without arguments: a small model
 // of bytes on the text in dev/data/demo.txt. In this order: settings, setting up, one step, validation, a
 // sample, the log, main.
-#include <math.h>   // defines: INFINITY, NAN, cos, fmin, isfinite, log
+#include <math.h>   // defines: NAN, cos, fmin, isfinite, log, pow, sqrt
 #include <signal.h> // defines: sigaction
 #include <stdlib.h> // defines: free, strtoll
-#include <string.h> // defines: strcmp, strerror
+#include <string.h> // defines: memmove, strcmp, strerror
 #include <errno.h>  // defines: errno
 #include "plumbing/plumbing.h"
 
@@ -18,12 +18,12 @@ static struct {
     Config config; // what the model flags say
     const char *preset, *config_file, *init, *resume, *data, *val_data, *batch, *schedule, *out, *log, *dump;
     const char *init_mode;
-    int batch_size, seq_len, grad_accum, eot, carry_state, recompute, threads, eval, overwrite;
+    int batch_size, seq_len, grad_accum, eot, carry_state, recompute, threads, chunk_parallel, eval, overwrite;
     int64_t steps, warmup, seed, val_every, val_batches, sample_every, save_every;
     double lr, lr_init_ratio, lr_end_ratio, grad_clip;
     AdamW adamw;
 } s = {
-    .batch_size = 8, .seq_len = 256, .grad_accum = 1, .eot = -1, .seed = 1,
+    .batch_size = 8, .seq_len = 256, .grad_accum = 1, .eot = -1, .seed = 1, .chunk_parallel = 1,
     .steps = 300, .lr = 3e-3, .schedule = "cosine", .warmup = 20, .lr_init_ratio = 1e-4, .lr_end_ratio = 0.1,
     .adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1}, .grad_clip = 1,
     .val_every = 100, .val_batches = 20, .save_every = 1000,
@@ -97,23 +97,40 @@ static Option options[] = {
     {OPT_SWITCH, "eval", &s.eval, .help = "only validate"},
     {OPT_TEXT, "dump", &s.dump, .arg = "FILE", .help = "tensors of the last step, for ./compare"},
     {OPT_INT, "threads", &s.threads, 0, 1024, .help = "of the CPU; 0: all"},
+    {OPT_INT, "chunk-parallel", &s.chunk_parallel, 1, 1 << 16, .help = "processes (mpirun's) that share each sequence"},
     {OPT_END, .help = NULL},
 };
 // clang-format on
 
 typedef struct {
     Reader train, val;         // not with --batch
-    int B, L;                  // of a batch
+    int B, L;                  // of a batch; here and below, what this process has of it
     int32_t *inputs, *targets; // (grad_accum,B,L): a step's
     bool *fresh;               // (grad_accum,B): rows that begin without a past
     State **states;            // (grad_accum), with --carry-state
-    int64_t counted;           // positions of a step that have a target
+    double counted;            // positions of a step that have a target, of all processes
 } Data;
 
-static int64_t count_targets(const int32_t *targets, int64_t n) {
-    int64_t counted = 0;
+static double count_targets(const int32_t *targets, int64_t n) {
+    double counted = 0;
     for (int64_t i = 0; i < n; i++) counted += targets[i] >= 0;
+    ranks_sum(&counted, 1);
     return counted;
+}
+
+// Cuts this process's part out of a whole batch (B,L), in place.
+static void cut(int32_t *values) {
+    const int64_t length = ranks.lengths[ranks.piece];
+    for (int64_t b = 0; b < ranks.rows; b++)
+        memmove(values + b * length, values + (ranks.row + b) * s.seq_len + ranks.start,
+                (size_t)length * sizeof *values);
+}
+
+static Reader open_reader(const Tokens *tokens, const char *purpose, int rows, bool carry) {
+    Reader r = reader_new(tokens, purpose, (uint64_t)s.seed, rows, s.seq_len, s.eot, carry);
+    r.batch = s.batch_size, r.row = ranks.row, r.here = ranks.rows;
+    r.from = (int)ranks.start, r.length = (int)ranks.lengths[ranks.piece];
+    return r;
 }
 
 // The configuration: that of the checkpoint which --resume or --init names, and flags may not contradict it;
@@ -146,19 +163,24 @@ static Config configure(StFile *init) {
 
 static Data open_data(const Config *c) {
     static char demo[PATH_SIZE];
-    Data d = {.B = s.batch_size, .L = s.seq_len};
+    Data d = {0};
     if (s.batch != NULL) {
         read_batch(s.batch, c->vocab_size, &d.B, &d.L, &d.inputs, &d.targets);
         if ((option_given(options, &s.batch_size) && s.batch_size != d.B) ||
             (option_given(options, &s.seq_len) && s.seq_len != d.L))
             usage_error("--batch-size or --seq-len contradicts --batch %s, which is %d x %d", s.batch, d.B, d.L);
+        s.batch_size = d.B, s.seq_len = d.L;
+    }
+    ranks_deal(s.chunk_parallel, s.batch_size, s.seq_len, c->chunk_size);
+    d.B = ranks.rows, d.L = (int)ranks.lengths[ranks.piece];
+    if (s.batch != NULL) {
+        cut(d.inputs), cut(d.targets);
         d.counted = count_targets(d.targets, (int64_t)d.B * d.L) * s.grad_accum;
         if (d.counted == 0) fatal("--batch %s: every target is -1", s.batch);
         return d;
     }
     beside_executable(demo, sizeof demo, "dev/data/demo.txt");
     if (s.eot >= c->vocab_size) usage_error("--eot %d: the vocabulary has %d tokens", s.eot, c->vocab_size);
-    const uint64_t seed = (uint64_t)s.seed;
     const int rows = d.B * s.grad_accum;
     Tokens train = {0}, val = {0};
     if (!s.eval || s.val_data == NULL) {
@@ -169,19 +191,55 @@ static Data open_data(const Config *c) {
     }
     if (s.val_data != NULL) val = tokens_open(s.val_data, c->vocab_size);
     d.train.tokens = train;
-    if (!s.eval) d.train = reader_new(&train, "training", seed, rows, d.L, s.eot, s.carry_state);
-    if (s.eval || s.val_every > 0) d.val = reader_new(&val, "validation", seed, d.B, d.L, s.eot, false);
+    if (!s.eval) d.train = open_reader(&train, "training", s.batch_size * s.grad_accum, s.carry_state);
+    if (s.eval || s.val_every > 0) d.val = open_reader(&val, "validation", s.batch_size, false);
     d.inputs = allocate((size_t)rows * (size_t)d.L, sizeof *d.inputs);
     d.targets = allocate((size_t)rows * (size_t)d.L, sizeof *d.targets);
     d.fresh = allocate((size_t)rows, sizeof *d.fresh);
     if (!s.carry_state || s.eval) return d;
-    if (d.L % c->chunk_size != 0)
-        usage_error("--carry-state: --seq-len %d is no multiple of --chunk-size %d", d.L, c->chunk_size);
+    if (s.seq_len % c->chunk_size != 0)
+        usage_error("--carry-state: --seq-len %d is no multiple of --chunk-size %d", s.seq_len, c->chunk_size);
     d.states = allocate((size_t)s.grad_accum, sizeof(State *));
     for (int a = 0; a < s.grad_accum; a++) {
         if ((d.states[a] = state_new(c, d.B, 1)) == NULL) fatal("out of memory for the states of --carry-state");
     }
     return d;
+}
+
+static size_t count_parameters(const Config *c) {
+    size_t n = 0;
+    free(megalodon_tensors(c, NULL, &n));
+    return n;
+}
+
+// Have all processes the same settings, configuration, data and, once there is one, model? The data's ends, and a few
+// hundred numbers, stand for all of them.
+static void agree(const Config *c, const Data *d, Model *model, int64_t step) {
+    enum { SAMPLES = 1000 };
+    uint64_t hash = 14695981039346656037u; // FNV-1a
+    char *text, *json = config_to_json(c);
+    size_t length, size = count_parameters(c);
+    FILE *f = open_memstream(&text, &length);
+    if (f == NULL) fatal("out of memory");
+    options_write(options, f);
+    fprintf(f, "%s %d %lld", json, s.eval, (long long)step);
+    for (int i = 0; i < 2; i++) {
+        const Tokens *t = i == 0 ? &d->train.tokens : &d->val.tokens;
+        fprintf(f, " %zu", t->count);
+        for (size_t n = 0; n < SAMPLES && t->count > 0; n++)
+            fprintf(f, " %d", token_at(t, n * (t->count - 1) / SAMPLES));
+    }
+    for (size_t n = 0; n < SAMPLES && model != NULL; n++) {
+        real value;
+        megalodon_read(model, PARAMS, n * (size - 1) / SAMPLES, 1, &value);
+        fprintf(f, " %.9g", value);
+    }
+    if (fclose(f) != 0) fatal("out of memory");
+    for (size_t i = 0; i < length; i++) hash = (hash ^ (unsigned char)text[i]) * 1099511628211u;
+    if (!ranks_agree(hash))
+        fatal("process %d of %d has other %s than the others", ranks.rank, ranks.size,
+              model ? "parameters or another step" : "settings, configuration or data");
+    free(text), free(json);
 }
 
 static void fill_model(Model *model, const Config *config) {
@@ -195,12 +253,6 @@ static void fill_model(Model *model, const Config *config) {
         free(values);
     }
     free(tensors);
-}
-
-static size_t count_parameters(const Config *c) {
-    size_t n = 0;
-    free(megalodon_tensors(c, NULL, &n));
-    return n;
 }
 
 static void print_header(const Config *c, const Data *d, const MemoryPlan *p) {
@@ -221,15 +273,18 @@ static void print_header(const Config *c, const Data *d, const MemoryPlan *p) {
            (double)p->activations / mib, (double)p->scratch / mib);
     const Tokens *train = &d->train.tokens, *val = &d->val.tokens;
     if (s.batch)
-        printf("data        %s, %d x %d tokens\n", s.batch, d->B, d->L);
+        printf("data        %s, %d x %d tokens\n", s.batch, s.batch_size, s.seq_len);
     else
         printf("data        %s: %zu tokens to train on, %zu to validate\n", train->path ? train->path : val->path,
                train->count, val->count);
     if (s.eot >= 0) printf("documents   %zu to train on, %zu to validate\n", d->train.count, d->val.count);
     if (c->dropout > 0 || c->hidden_dropout > 0 || c->attention_dropout > 0)
         printf("dropout     %g, hidden %g, attention %g\n", c->dropout, c->hidden_dropout, c->attention_dropout);
-    printf("step        %d x %d x %d tokens, lr %g %s, seed %lld\n\n", s.grad_accum, d->B, d->L, s.lr, s.schedule,
-           (long long)s.seed);
+    if (ranks.started)
+        printf("processes   %d: %d x %d sequences, each in %d pieces of %lld tokens or so\n", ranks.size, ranks.groups,
+               d->B, ranks.pieces, (long long)d->L);
+    printf("step        %d x %d x %d tokens, lr %g %s, seed %lld\n\n", s.grad_accum, s.batch_size, s.seq_len, s.lr,
+           s.schedule, (long long)s.seed);
 }
 
 // ----------------------------------------------------------------------------
@@ -245,7 +300,14 @@ static double learning_rate(int64_t k) {
     return s.lr;
 }
 
-// Gradients of the step's mean loss, summed over its batches. Returns the loss.
+static Pieces pieces; // of the sequences, see ranks_deal
+
+static void join_pieces(Model *model, bool joined) {
+    if (!megalodon_pieces(model, joined ? &pieces : NULL))
+        fatal("out of memory for the states of %d pieces", pieces.pieces);
+}
+
+// Gradients of the step's mean loss, summed over its batches. Returns the loss: this process's share of it.
 static double accumulate(Model *model, Data *d, int64_t step) {
     const size_t batch = (size_t)d->B * (size_t)d->L;
     double sum = 0;
@@ -258,17 +320,17 @@ static double accumulate(Model *model, Data *d, int64_t step) {
     for (int a = 0; a < s.grad_accum; a++) {
         const size_t first = s.batch == NULL ? (size_t)a * batch : 0;
         State *state = d->states ? d->states[a] : NULL;
-        const Draw draw = {.seed = (uint64_t)s.seed, .step = step, .row = (int64_t)a * d->B};
+        const Draw draw = {.seed = (uint64_t)s.seed, .step = step, .row = (int64_t)a * s.batch_size + ranks.row};
         for (int b = 0; b < d->B && state != NULL; b++) {
             if (d->fresh[a * d->B + b]) state_reset(state, b);
         }
         megalodon_dropout(model, &draw);
         megalodon_forward(model, state, d->inputs + first, d->B, d->L);
-        sum += megalodon_loss(model, d->targets + first, 1 / (double)d->counted, &counted, NULL);
+        sum += megalodon_loss(model, d->targets + first, 1 / d->counted, &counted, NULL);
         megalodon_backward(model);
     }
     megalodon_dropout(model, NULL);
-    return sum / (double)d->counted;
+    return sum / d->counted;
 }
 
 // After a step that was not finite its states may not be, either: rows begin anew.
@@ -280,21 +342,25 @@ static void forget(Data *d) {
 
 // The mean loss of the validation windows, printed.
 static double validate(Model *model, const Data *d) {
-    double sum = 0;
-    int64_t counted, all = 0;
+    double sums[2] = {0}; // of losses, of positions
+    int64_t counted;
     size_t windows = 0;
     Cursor cursor = {0};
     for (int64_t i = 0; i < s.val_batches || s.val_batches == 0; i++) {
-        int rows = read_windows(&d->val, &cursor, d->B, d->inputs, d->targets);
-        if (rows == 0) break;
+        const int all = read_windows(&d->val, &cursor, s.batch_size, d->inputs, d->targets);
+        const int rows = all - ranks.row < d->B ? all - ranks.row : d->B; // the last batch may have none for this one
+        if (all == 0) break;
+        windows += (size_t)all;
+        if (rows <= 0) continue;
         megalodon_forward(model, NULL, d->inputs, rows, d->L);
-        sum += megalodon_loss(model, d->targets, 0, &counted, NULL);
-        all += counted;
-        windows += (size_t)rows;
+        sums[0] += megalodon_loss(model, d->targets, 0, &counted, NULL);
+        sums[1] += (double)counted;
     }
-    printf("val loss %.6f nats = %.6f bits per %s | %zu windows of %d\n", sum / (double)all, sum / (double)all / log(2),
-           d->val.tokens.width == 1 ? "byte" : "token", windows, d->L);
-    return sum / (double)all;
+    ranks_sum(sums, 2);
+    const double loss = sums[0] / sums[1];
+    printf("val loss %.6f nats = %.6f bits per %s | %zu windows of %d\n", loss, loss / log(2),
+           d->val.tokens.width == 1 ? "byte" : "token", windows, s.seq_len);
+    return loss;
 }
 
 // Writes what the model makes of a newline, or of the first token of the data.
@@ -306,6 +372,7 @@ static void write_sample(Model *model, State *state, const Data *d, int V) {
     if (token >= V) token = 0;
     real *logits = allocate((size_t)V, sizeof *logits);
     state_reset(state, 0);
+    join_pieces(model, false); // one token is whole
     printf("----\n");
     for (int64_t i = 0; i < LENGTH; i++) {
         megalodon_forward(model, state, &token, 1, 1);
@@ -318,7 +385,51 @@ static void write_sample(Model *model, State *state, const Data *d, int V) {
             printf("%d ", token);
     }
     printf("\n----\n");
+    join_pieces(model, true);
     free(logits);
+}
+
+// With --carry-state, the states of all processes together, in the first one: (grad_accum), of batch_size rows. All
+// pieces of a sequence have the same state, so a group's first one speaks for it.
+static State **gather_states(const Data *d, const Config *c) {
+    State **all = allocate((size_t)s.grad_accum, sizeof *all);
+    for (int a = 0; a < s.grad_accum; a++) {
+        const size_t bytes = d->states[a]->bytes;
+        void *memory = allocate(bytes, 1);
+        State *part = state_new(c, d->B, 1);
+        if ((all[a] = state_new(c, s.batch_size, 1)) == NULL || part == NULL) fatal("out of memory for the states");
+        for (int g = 0; g < ranks.groups; g++) {
+            state_read(d->states[a], 0, bytes, memory);
+            ranks_fetch(memory, memory, bytes, g * ranks.pieces);
+            state_write(part, 0, bytes, memory);
+            for (int b = 0; b < d->B; b++) state_copy(part, b, all[a], g * d->B + b, c);
+        }
+        state_free(part);
+        free(memory);
+    }
+    return all;
+}
+
+static void free_states(State **states) {
+    for (int a = 0; a < s.grad_accum && states != NULL; a++) state_free(states[a]);
+    free(states);
+}
+
+static void save(const char *out, Model *model, const Data *d, const Config *c, int64_t step, double val_loss) {
+    State **states = d->states ? gather_states(d, c) : NULL;
+    run_save(out, model, states, states ? s.grad_accum : 0, c, s.seed, step, val_loss);
+    free_states(states);
+}
+
+// Takes up the run in DIR; each process its rows of the states.
+static int64_t load(const char *dir, Model *model, const Data *d, const Config *c) {
+    State **states = d->states ? gather_states(d, c) : NULL;
+    const int64_t step = run_load(dir, model, states, states ? s.grad_accum : 0, c, s.seed);
+    for (int a = 0; a < s.grad_accum && states != NULL; a++) {
+        for (int b = 0; b < d->B; b++) state_copy(states[a], ranks.row + b, d->states[a], b, c);
+    }
+    free_states(states);
+    return step;
 }
 
 // The log, with the rows of the steps before `step` that an earlier part of this run wrote.
@@ -345,12 +456,13 @@ static void on_signal(int number) { stopped = number; }
 
 int main(int argc, char **argv) {
     guard_streams();
+    ranks_start();
     signal(SIGPIPE, SIG_IGN); // nobody reads the progress any more: no reason to lose the run
     s.config = *find_preset("demo");
     options_parse(options, argc, argv,
                   "usage: ./train [options]\n\nTrains a Megalodon language model. Without options: a small model of "
                   "bytes on dev/data/demo.txt.\nDefaults in parentheses.\n");
-    settle_threads(argv, s.threads);
+    if (!ranks.started) settle_threads(argv, s.threads); // mpirun says where its processes run
     if (s.resume && (s.init || s.overwrite)) usage_error("--resume does not go with --init or --overwrite");
     if (s.resume && s.out && strcmp(s.out, s.resume) != 0) usage_error("--out: --resume DIR saves to the same DIR");
     StFile init = {0};
@@ -363,26 +475,32 @@ int main(int argc, char **argv) {
 
     // data, then memory, then the directory: everything that can be refused comes before the first step
     Data data = open_data(&config);
+    const size_t size = count_parameters(&config);
+    agree(&config, &data, NULL, 0);
+    megalodon_shard(ranks.rank, ranks.size);
+    pieces = (Pieces){.piece = ranks.piece, .pieces = ranks.pieces, .lengths = ranks.lengths, .gather = ranks_gather};
     const Mode mode = s.eval ? MEGALODON_INFER : s.recompute ? MEGALODON_RECOMPUTE : MEGALODON_TRAIN;
     State *state = s.eval || s.batch ? NULL : state_new(&config, 1, 0); // for samples
     const MemoryPlan plan = check_memory(&config, mode, data.B, data.L, state ? state->bytes : 0);
     Model *model = megalodon_new(&config, mode, data.B, data.L);
     if (model == NULL || (state == NULL && !s.eval && !s.batch)) fatal("out of memory");
     const char *out = s.resume ? s.resume : s.out ? s.out : s.batch || s.dump ? NULL : "out";
-    if (out != NULL && !s.eval) run_claim(out, options, s.resume != NULL, s.overwrite);
+    join_pieces(model, true);
+    if (out != NULL && !s.eval && ranks.rank == 0) run_claim(out, options, s.resume != NULL, s.overwrite);
     print_header(&config, &data, &plan);
     int64_t step = 0;
     if (s.resume)
-        step = run_load(s.resume, model, data.states, data.states ? s.grad_accum : 0, &config, s.seed);
+        step = load(s.resume, model, &data, &config);
     else if (s.init)
         checkpoint_load(&init, model, &config);
     else
         fill_model(model, &config);
+    agree(&config, &data, model, step);
     const int64_t end = s.eval ? step : s.steps;
     if (s.eval && !isfinite(validate(model, &data))) fatal("the validation loss is not finite");
     if (!s.eval && step >= end)
         printf("step %lld of %lld: nothing left to do; --steps is the total\n", (long long)step, (long long)end);
-    FILE *log_file = s.log && step < end ? open_log(step) : NULL;
+    FILE *log_file = s.log && step < end && ranks.rank == 0 ? open_log(step) : NULL;
     // a second signal ends the program at once
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
     sigaction(SIGINT, &action, NULL);
@@ -394,7 +512,12 @@ int main(int argc, char **argv) {
     int skipped_now = 0; // in a row
     while (step < end && !halt) {
         const double start = seconds(), lr = learning_rate(step);
-        const double loss = accumulate(model, &data, step), norm = megalodon_grad_norm(model);
+        double sums[3] = {accumulate(model, &data, step)};
+        ranks_sum_gradients(model, size);
+        sums[1] = pow(megalodon_grad_norm(model), 2), sums[2] = stopped != 0;
+        ranks_sum(sums, 3);
+        const double loss = sums[0], norm = sqrt(sums[1]);
+        halt = sums[2] > 0;
         const bool good = isfinite(loss) && isfinite(norm);
         skipped += !good, skipped_now = good ? 0 : skipped_now + 1;
         if (skipped_now == MOST_SKIPPED)
@@ -407,44 +530,48 @@ int main(int argc, char **argv) {
             write_dump(s.dump, model, &config, data.inputs + last, data.targets + last, data.B, data.L, loss);
         }
         const double scale = s.grad_clip > 0 ? fmin(1, s.grad_clip / (norm + 1e-6)) : 1;
-        if (good)
+        if (good) {
             megalodon_update(model, &s.adamw, lr, scale, step);
-        else
+            ranks_share_params(model, size);
+        } else {
             forget(&data);
+        }
         step++;
-        const double positions = (double)data.B * data.L * s.grad_accum;
+        const double positions = (double)s.batch_size * s.seq_len * s.grad_accum;
         const double time = seconds() - start, speed = positions / time;
         printf("step %5lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.1fk tok/s", (long long)step,
                (long long)end, loss, norm, lr, time * 1e3, speed / 1e3);
-        if (s.eot >= 0) printf(" | %.0f%% ignored", 100 - 100 * (double)data.counted / positions);
+        if (s.eot >= 0) printf(" | %.0f%% ignored", 100 - 100 * data.counted / positions);
         if (!good) printf(" | not finite: skipped, %lld so far", (long long)skipped);
         printf("\n");
 
         const bool last = step == end;
-        halt = stopped != 0;
-        const bool save = out && (last || halt || (good && s.save_every > 0 && step % s.save_every == 0));
+        const bool saves = out && (last || halt || (good && s.save_every > 0 && step % s.save_every == 0));
         double val_loss = NAN;
-        if (!s.batch && s.val_every > 0 && !halt && (last || save || step % s.val_every == 0))
+        if (!s.batch && s.val_every > 0 && !halt && (last || saves || step % s.val_every == 0))
             val_loss = validate(model, &data);
         if (log_file != NULL) {
             fprintf(log_file, "%lld,%.9g,%.9g,%.9g,%.9g,%.9g,", (long long)step, loss, norm, lr, time * 1e3, speed);
             if (!isnan(val_loss)) fprintf(log_file, "%.9g", val_loss);
             if (fputc('\n', log_file) == EOF || fflush(log_file) != 0) fatal("--log %s: %s", s.log, strerror(errno));
         }
-        if (save) run_save(out, model, data.states, data.states ? s.grad_accum : 0, &config, s.seed, step, val_loss);
-        if (!s.batch && !halt && (last || (s.sample_every > 0 && step % s.sample_every == 0)))
+        if (saves) save(out, model, &data, &config, step, val_loss);
+        if (!s.batch && !halt && ranks.rank == 0 && (last || (s.sample_every > 0 && step % s.sample_every == 0)))
             write_sample(model, state, &data, config.vocab_size);
         fflush(stdout);
     }
     if (!s.eval)
         printf("%s at step %lld after %.1f s, peak memory %.0f MiB%s%s\n", halt ? "stopped" : "done", (long long)step,
                seconds() - begin, (double)megalodon_peak() / 1048576, out ? "; saved in " : "", out ? out : "");
+    if (ranks.started)
+        printf("process 0 took part in %lld exchanges and gave %lld bytes to them\n", (long long)ranks.messages,
+               (long long)ranks.bytes);
     if (log_file != NULL) fclose(log_file);
     if ((fflush(stdout) != 0 || ferror(stdout)) && s.eval) fatal("stdout: the result could not be written");
-    for (int a = 0; data.states != NULL && a < s.grad_accum; a++) state_free(data.states[a]);
+    free_states(data.states);
     reader_free(&data.train), reader_free(&data.val);
-    free(data.inputs), free(data.targets), free(data.fresh), free(data.states);
+    free(data.inputs), free(data.targets), free(data.fresh), free(ranks.lengths);
     megalodon_free(model);
     state_free(state);
-    return halt ? 128 + stopped : 0;
+    return halt ? 128 + (stopped ? stopped : SIGTERM) : 0;
 }

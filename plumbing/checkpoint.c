@@ -49,7 +49,10 @@ static bool write_block(StWriter *w, Model *m, Block block, size_t first, size_t
     static float floats[PIECE];
     for (size_t done = 0; done < n; done += PIECE) {
         size_t piece = n - done < PIECE ? n - done : PIECE;
-        megalodon_read(m, block, first + done, piece, values);
+        if (block == PARAMS)
+            megalodon_read(m, block, first + done, piece, values);
+        else
+            ranks_read(m, block, n, done, piece, values); // moments: all n of them, from first = 0 on
         for (size_t i = 0; i < piece; i++) {
             floats[i] = (float)values[i];
             if (!isfinite(floats[i]))
@@ -256,6 +259,16 @@ bool save_optimizer(const char *path, Model *m, const Config *c, int64_t seed, i
     return ok;
 }
 
+void lend_optimizer(Model *m, const Config *c) {
+    static real values[PIECE];
+    Layout a = new_layout(c);
+    for (Block block = MOMENT1; block <= MOMENT2; block++) {
+        for (size_t done = 0; done < a.size; done += PIECE)
+            ranks_read(m, block, a.size, done, a.size - done < PIECE ? a.size - done : PIECE, values);
+    }
+    layout_free(&a);
+}
+
 bool load_optimizer(StFile *f, Model *m, const Config *c, int64_t seed, int64_t step, char *err) {
     int64_t stored[2] = {-1, -1};
     Layout a = optimizer_layout(c);
@@ -307,34 +320,58 @@ static Layout dump_layout(Model *m, const Config *c, int B, int L) {
     return a;
 }
 
+// All processes walk through a dump together: process 0 writes it, the others give what they have.
+static bool put(StWriter *w, const void *data, size_t bytes, char *err) {
+    return ranks.rank > 0 || st_write(w, data, bytes, err);
+}
+
+// The rows of the whole batch, `bytes` a token; this process's own are in mine. NULL: logits, made as they are needed.
+static bool put_rows(StWriter *w, Model *m, const void *mine, size_t bytes, char *err) {
+    enum { TOKENS = 256 }; // at a time
+    void *values = allocate(TOKENS, bytes);
+    bool ok = true;
+    for (int b = 0; b < ranks.rows * ranks.groups; b++) {
+        for (int p = 0; p < ranks.pieces; p++) {
+            const size_t length = (size_t)ranks.lengths[p];
+            const int owner = b / ranks.rows * ranks.pieces + p;
+            for (size_t t = 0; t < length && ok; t += TOKENS) {
+                const size_t n = length - t < TOKENS ? length - t : TOKENS, at = (size_t)(b % ranks.rows) * length + t;
+                if (owner == ranks.rank && mine != NULL) memcpy(values, (const char *)mine + at * bytes, n * bytes);
+                if (owner == ranks.rank && mine == NULL) megalodon_logits(m, at, n, values);
+                ranks_fetch(values, values, n * bytes, owner);
+                ok = put(w, values, n * bytes, err);
+            }
+        }
+    }
+    free(values);
+    return ok;
+}
+
 void write_dump(const char *path, Model *m, const Config *c, const int32_t *inputs, const int32_t *targets, int B,
                 int L, double loss) {
-    const size_t R = (size_t)B * (size_t)L, V = (size_t)c->vocab_size;
-    const size_t room = R * (size_t)(c->model_dim + c->z_dim + c->value_dim) + V; // any activation, a row of logits
+    const size_t room = (size_t)B * (size_t)L * (size_t)(c->model_dim + c->z_dim + c->value_dim) + PIECE;
     const real loss_value = (real)loss;
     char err[ST_ERR];
     StWriter w;
-    Layout a = dump_layout(m, c, B, L);
-    real *values = allocate(room, sizeof *values);
-    bool ok = st_create(&w, path, NULL, a.list, a.n, err) && st_write(&w, inputs, R * sizeof *inputs, err) &&
-              st_write(&w, targets, R * sizeof *targets, err);
+    int whole = 0; // tokens of a row
+    for (int p = 0; p < ranks.pieces; p++) whole += (int)ranks.lengths[p];
+    Layout a = dump_layout(m, c, ranks.rows * ranks.groups, whole);
+    real *values = allocate(room, sizeof *values); // any activation, a piece of the gradients
+    bool ok = (ranks.rank > 0 || st_create(&w, path, NULL, a.list, a.n, err)) &&
+              put_rows(&w, m, inputs, sizeof *inputs, err) && put_rows(&w, m, targets, sizeof *targets, err);
     for (int i = 0, layer; i <= c->num_layers * NUM_ACTIVATIONS && ok; i++) {
         const char *name = activation(c, i, &layer);
         size_t width = (size_t)megalodon_activation(m, layer, name, values);
-        ok = st_write(&w, values, R * width * sizeof *values, err);
+        ok = put_rows(&w, m, values, width * sizeof *values, err);
     }
-    for (size_t row = 0, rows = room / V; row < R && ok; row += rows) {
-        if (rows > R - row) rows = R - row;
-        megalodon_logits(m, row, rows, values);
-        ok = st_write(&w, values, rows * V * sizeof *values, err);
+    ok = ok && put_rows(&w, m, NULL, (size_t)c->vocab_size * sizeof *values, err);
+    ok = ok && put(&w, &loss_value, sizeof loss_value, err);
+    for (size_t first = 0; first < a.size && ok; first += PIECE) {
+        size_t piece = a.size - first < PIECE ? a.size - first : PIECE;
+        ranks_read(m, GRADS, a.size, first, piece, values);
+        ok = put(&w, values, piece * sizeof *values, err);
     }
-    ok = ok && st_write(&w, &loss_value, sizeof loss_value, err);
-    for (size_t first = 0; first < a.size && ok; first += room) {
-        size_t piece = a.size - first < room ? a.size - first : room;
-        megalodon_read(m, GRADS, first, piece, values);
-        ok = st_write(&w, values, piece * sizeof *values, err);
-    }
-    if (!ok || !st_finish(&w, err)) fatal("--dump %s", err);
+    if (!ok || (ranks.rank == 0 && !st_finish(&w, err))) fatal("--dump %s", err);
     free(values);
     layout_free(&a);
 }

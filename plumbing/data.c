@@ -88,6 +88,7 @@ static void find_documents(Reader *r) {
 
 Reader reader_new(const Tokens *t, const char *purpose, uint64_t seed, int rows, int L, int eot, bool carry) {
     Reader r = {.tokens = *t, .seed = seed, .rows = rows, .L = L, .eot = eot, .carry = carry};
+    r.batch = r.here = rows, r.length = L;
     const size_t need = eot < 0 ? (size_t)L + 1 : 2;
     if (t->count < need)
         fatal("%s: %zu tokens for %s, but --seq-len %d needs %zu: use a smaller --seq-len or %s", t->path, t->count,
@@ -107,12 +108,20 @@ static size_t draw(const Reader *r, int64_t number, uint32_t purpose, int row, s
     return (size_t)((unsigned __int128)random * n >> 64);
 }
 
-// Tokens from start on, and after each the next one as target, as far as `end`; then nothing: EOT without target.
-static void fill_row(const Reader *r, size_t start, size_t end, int32_t *inputs, int32_t *targets) {
-    for (size_t i = 0; i < (size_t)r->L; i++) {
+static bool is_here(const Reader *r, int row) {
+    const int place = row % r->batch;
+    return place >= r->row && place < r->row + r->here;
+}
+
+// Row n of this process: tokens from start on, and after each the next one as target, as far as `end`; then nothing:
+// EOT without target.
+static void fill_row(const Reader *r, size_t start, size_t end, int n, int32_t *inputs, int32_t *targets) {
+    const size_t length = (size_t)r->length, at = (size_t)n * length;
+    start += (size_t)r->from;
+    for (size_t i = 0; i < length; i++) {
         const bool inside = start + i < end;
-        inputs[i] = inside ? token_at(&r->tokens, start + i) : r->eot;
-        targets[i] = inside ? token_at(&r->tokens, start + i + 1) : -1;
+        inputs[at + i] = inside ? token_at(&r->tokens, start + i) : r->eot;
+        targets[at + i] = inside ? token_at(&r->tokens, start + i + 1) : -1;
     }
 }
 
@@ -128,15 +137,16 @@ static void move_on(const Reader *r, Place *p, int row) {
 
 void reader_step(Reader *r, int64_t step, int32_t *inputs, int32_t *targets, bool *fresh) {
     const size_t L = (size_t)r->L, windows = (r->tokens.count - 1) / L;
-    for (int row = 0; row < r->rows; row++) {
+    for (int row = 0, n = 0; row < r->rows; row++) {
         size_t start, end = r->tokens.count - 1;
-        fresh[row] = true;
+        if (!is_here(r, row)) continue;
+        fresh[n] = true;
         if (r->eot < 0 && !r->carry) { // anywhere; the last start still has a token after its row
             start = draw(r, step, 0, row, r->tokens.count - L);
         } else if (r->eot < 0) { // window after window, from a drawn one on, round and round
             size_t window = (draw(r, 0, 0, row, windows) + (size_t)step) % windows;
             start = window * L;
-            fresh[row] = step == 0 || window == 0;
+            fresh[n] = step == 0 || window == 0;
         } else if (!r->carry) {
             const Document d = r->documents[draw(r, step, 0, row, r->count)];
             start = d.start, end = d.end;
@@ -144,9 +154,9 @@ void reader_step(Reader *r, int64_t step, int32_t *inputs, int32_t *targets, boo
             Place *p = &r->places[row];
             for (; p->next <= step; p->next++) move_on(r, p, row);
             start = p->at, end = p->end;
-            fresh[row] = start == p->start;
+            fresh[n] = start == p->start;
         }
-        fill_row(r, start, end, inputs + (size_t)row * L, targets + (size_t)row * L);
+        fill_row(r, start, end, n++, inputs, targets);
     }
 }
 
@@ -157,7 +167,7 @@ int read_windows(const Reader *r, Cursor *c, int B, int32_t *inputs, int32_t *ta
         const Document d = r->documents[c->document];
         const size_t start = d.start + c->piece++ * L;
         if (start < d.end && (r->eot >= 0 || start + L <= d.end)) {
-            fill_row(r, start, d.end, inputs + (size_t)b * L, targets + (size_t)b * L);
+            if (is_here(r, b)) fill_row(r, start, d.end, b - r->row, inputs, targets);
             b++;
         } else {
             c->document++, c->piece = 0;

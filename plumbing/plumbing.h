@@ -32,6 +32,41 @@ void settle_threads(char **argv, int threads); // threads: as asked for, 0 for a
 void beside_executable(char *path, size_t size, const char *name);
 
 // ----------------------------------------------------------------------------
+// ranks.c: processes that train one model together. Groups of them have different sequences of a batch (data parallel),
+// the processes of a group have consecutive pieces of the same ones (chunk parallel). All have all parameters, and each
+// updates its own range of them. ./train is linked with MPI if there is one; a process alone is one group of one piece,
+// for which all of this is trivial. Unless something else is said, all processes call a function at the same point.
+
+typedef struct {
+    int size, rank, here; // processes, this one's number, those on this machine; number 0 prints and writes files
+    bool started;         // by mpirun or its like
+    int groups, group, pieces, piece;
+    int rows, row;           // sequences of a group; this group's first one in the batch
+    int64_t start, *lengths; // where this process's piece starts in a sequence; (pieces) tokens of each piece
+    int64_t messages, bytes; // of steps and validations: exchanges this process took part in, what it gave to them
+} Ranks;
+extern Ranks ranks;
+
+void ranks_start(void); // main's second call; standard output of all but process 0 goes nowhere
+// Who has what of B sequences of L tokens in chunks of C: every group as many sequences, every piece whole chunks, at
+// least one. Where that is not possible it is a usage error.
+void ranks_deal(int pieces, int B, int L, int C);
+
+void ranks_wait(void); // called by one before it tells an error: what all find, process 0 shall tell, ending the others
+void ranks_exit(int status) __attribute__((noreturn)); // called by one, ends all
+bool ranks_agree(uint64_t number);                     // have all the same? If not, at least one of them learns it
+
+void ranks_sum(double *values, int n);
+void ranks_gather(void *context, const void *mine, void *all, size_t bytes); // in a group, for its model's Pieces
+void ranks_fetch(void *dst, const void *mine, size_t bytes, int owner);      // the owner's mine to process 0's dst
+
+// size: of a block. Gradients: the sum, of its own range, to each process. Parameters: each one's own range to all.
+void ranks_sum_gradients(Model *model, size_t size);
+void ranks_share_params(Model *model, size_t size);
+// megalodon_read in process 0 of what is only right, or only there, in each one's own range: gradients, moments.
+void ranks_read(Model *model, Block block, size_t size, size_t first, size_t n, real *dst);
+
+// ----------------------------------------------------------------------------
 // options.c: the command line
 
 typedef enum {
@@ -123,16 +158,18 @@ typedef struct {
     Document *documents;
     size_t count;  // of them
     Place *places; // (rows)
+    // what this process has: of each `batch` rows `here` from `row` on, and of these `length` tokens from `from` on
+    int batch, row, here, from, length;
 } Reader;
 
-// Refused if there are too few tokens for `purpose`.
+// Refused if there are too few tokens for `purpose`. This process has all of it, until those fields say otherwise.
 Reader reader_new(const Tokens *t, const char *purpose, uint64_t seed, int rows, int L, int eot, bool carry);
 void reader_free(Reader *reader);
 // fresh (rows): does the row begin without a past? Steps must not go back if it carries documents.
 void reader_step(Reader *reader, int64_t step, int32_t *inputs, int32_t *targets, bool *fresh);
 
 // Validation: up to B windows of L, one after another from the cursor (at first 0) on, each document's from its
-// start. Without documents a last one that is not full is left out. Returns how many there were.
+// start. Without documents a last one that is not full is left out. Returns how many there were for all processes.
 typedef struct {
     size_t document, piece;
 } Cursor;
@@ -155,9 +192,11 @@ bool save_model(const char *path, Model *model, const Config *config, char *err)
 bool load_model(StFile *file, Model *model, const Config *config, char *err);
 bool save_optimizer(const char *path, Model *model, const Config *config, int64_t seed, int64_t step, double val_loss,
                     char *err);
+void lend_optimizer(Model *model, const Config *config); // what other processes do while process 0 saves it
 bool load_optimizer(StFile *file, Model *model, const Config *config, int64_t seed, int64_t step, char *err);
 
-// Writes inputs, activations, logits, loss and gradients of the last forward and backward.
+// Writes inputs, activations, logits, loss and gradients of the last forward and backward: of all processes, each of
+// which gives its own B x L tokens.
 void write_dump(const char *path, Model *model, const Config *config, const int32_t *inputs, const int32_t *targets,
                 int B, int L, double loss);
 

@@ -144,6 +144,10 @@ static void state_path(char path[PATH_SIZE], const char *dir, int64_t step, cons
 void run_save(const char *dir, Model *model, State *const *states, int num_states, const Config *config, int64_t seed,
               int64_t step, double val_loss) {
     char tmp[PATH_SIZE], path[PATH_SIZE], err[ST_ERR];
+    if (ranks.rank > 0) {
+        lend_optimizer(model, config);
+        return;
+    }
     step_path(tmp, dir, step, ".tmp");
     remove_step(dir, step, ".tmp");
     if (mkdir(tmp, 0777) != 0) fatal("%s: %s", tmp, strerror(errno));

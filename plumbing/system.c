@@ -13,6 +13,7 @@
 
 static void print_error(const char *format, va_list args) {
     fflush(stdout);
+    ranks_wait();
     fputs("error: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
@@ -23,7 +24,7 @@ void fatal(const char *format, ...) {
     va_start(args, format);
     print_error(format, args);
     va_end(args);
-    exit(1);
+    ranks_exit(1);
 }
 
 void usage_error(const char *format, ...) {
@@ -32,7 +33,7 @@ void usage_error(const char *format, ...) {
     print_error(format, args);
     va_end(args);
     fputs("       --help lists all options\n", stderr);
-    exit(2);
+    ranks_exit(2);
 }
 
 void guard_streams(void) {
@@ -88,7 +89,7 @@ static double plan_mib(MemoryPlan *p, const Config *c, Mode mode, int B, int L, 
 }
 
 MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t extra) {
-    const double mib = 1048576, room = (double)megalodon_room() / mib;
+    const double mib = 1048576, room = (double)megalodon_room() / mib / ranks.here;
     MemoryPlan plan, other;
     const double need = plan_mib(&plan, c, mode, B, L, extra, room);
     if (need <= room) return plan;
