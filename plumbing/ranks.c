@@ -43,7 +43,9 @@ void ranks_start(void) {
     if (ranks.rank > 0 && freopen("/dev/null", "w", stdout) == NULL) fatal("/dev/null: cannot be opened");
 }
 
-static void make_groups(void) { MPI_Comm_split(MPI_COMM_WORLD, ranks.group, ranks.piece, &group); }
+static void make_groups(void) {
+    if (ranks.started) MPI_Comm_split(MPI_COMM_WORLD, ranks.group, ranks.piece, &group);
+}
 
 void ranks_exit(int status) {
     if (ranks.started) MPI_Abort(MPI_COMM_WORLD, status);
