@@ -156,7 +156,7 @@ $(addprefix build/,$(FLOAT_TESTS)): %: %.o build/library.a
 $(addprefix build/double/,$(DOUBLE_TESTS)): %: %.o build/double/library.a
 	$(CC) $(CFLAGS) $^ $(LDLIBS) -o $@
 
-test: $(PROGRAMS) $(TESTS)
+test: $(PROGRAMS) $(TESTS) $(if $(MPI),build/double/train)
 	@sh tests/run.sh $(TESTS) $(sort $(wildcard tests/test_*.sh))
 
 # What compilers and checkers say of the plumbing; nothing may be left. Off: parameters of one type side by side, as

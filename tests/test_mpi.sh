@@ -1,0 +1,175 @@
+# ./train as several processes under mpirun: every split into groups and pieces against one process, what crosses, what
+# is refused, what happens when one dies. Run from the repository's root.
+train=$PWD/train
+double=$PWD/build/double/train
+compare=$PWD/compare
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$folder" || exit 1
+passed=0
+failed=0
+# as root, and more processes than cores, Open MPI wants to be told; the library itself leaks
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
+export ASAN_OPTIONS=detect_leaks=0
+
+if ! command -v mpirun > /dev/null || ! mpirun -n 2 "$train" --help > /dev/null 2>&1; then
+    echo "skipped: no mpirun, or ./train was built without MPI"
+    echo "0 passed, 0 failed"
+    exit 0
+fi
+
+check() { # NAME COMMAND...: the command must succeed
+    name=$1
+    shift
+    if "$@" > check.out 2>&1; then
+        echo "ok    $name"
+        passed=$((passed + 1))
+    else
+        echo "FAIL  $name"
+        sed 's/^/      /' check.out | tail -n 5
+        failed=$((failed + 1))
+    fi
+}
+
+awk 'BEGIN { for (i = 0; i < 600; i++) printf "%d squared is %d\n", i, i * i }' > text
+model="--model-dim 12 --num-layers 2 --z-dim 8 --value-dim 8 --num-heads 2 --ffn-hidden-dim 8 --cema-ndim 3
+       --chunk-size 8 --norm-num-groups 3 --data text --threads 1"
+small="$model --batch-size 12 --seq-len 44 --warmup 3 --val-batches 3"
+
+run() { # PROGRAM PROCESSES PIECES OPTIONS...: as many processes; 1 1: without mpirun
+    program=$1 processes=$2 pieces=$3
+    shift 3
+    if [ "$processes" -eq 1 ]; then
+        "$program" "$@" > run.out 2>&1
+    else
+        timeout 60 mpirun -n "$processes" "$program" --chunk-parallel "$pieces" "$@" > run.out 2>&1
+    fi
+}
+close() { # LOG LOG: steps, losses, norms and validation losses agree to 1e-5
+    paste -d, "$1" "$2" | awk -F, 'function far(a, b) { return (a - b) ^ 2 > 1e-10 * b ^ 2 }
+        NR > 1 && ($1 != $8 || far($2, $9) || far($3, $10) || far($7, $14)) { bad = 1 } END { exit bad || NR < 2 }'
+}
+same_dump() { # TOLERANCE PROGRAM PROCESSES PIECES OPTIONS...: is the first step's dump that of one process, one.st?
+    tolerance=$1
+    shift
+    run "$@" --steps 1 --dump many.st && "$compare" one.st many.st --tolerance "$tolerance" || { cat run.out; false; }
+}
+
+# ---------------------------------------------------------------- every split: one step, then twenty
+
+splits="2/1 2/2 3/1 3/3 4/1 4/2 4/4"
+run "$train" 1 1 $small --steps 1 --dump one.st
+for split in $splits; do
+    check "first step, $split processes/pieces, float" same_dump 1e-5 "$train" "${split%/*}" "${split#*/}" $small
+done
+all="$small --dropout 0.1 --hidden-dropout 0.2 --attention-dropout 0.1 --eot 10 --grad-accum 2"
+run "$double" 1 1 $all --steps 1 --dump one.st
+for split in $splits; do
+    check "first step, $split, double, dropout, documents, two batches" same_dump 1e-11 "$double" "${split%/*}" "${split#*/}" $all
+done
+long="$model --chunk-size 32 --batch-size 2 --seq-len 333 --share-emb --recompute"
+run "$double" 1 1 $long --steps 1 --dump one.st
+check "first step, 11 chunks among 4, recomputing, double" same_dump 1e-11 "$double" 4 4 $long
+check "first step, 11 chunks among 2, recomputing, double" same_dump 1e-11 "$double" 4 2 $long
+check "a dump's batch among 4" same_dump 1e-11 "$double" 4 2 $model --chunk-size 32 --share-emb --batch one.st
+
+logged="--steps 20 --save-every 10 --val-every 5"
+run "$train" 1 1 $all $logged --out one --log one.csv
+for split in 2/2 3/1 4/2; do
+    check "twenty steps, $split" run "$train" "${split%/*}" "${split#*/}" $all $logged --out "many-${split%/*}" --log many.csv
+    check "  give the same losses and norms" close many.csv one.csv
+done
+check "  and are printed once" [ "$(grep -c '^step ' run.out)" -eq 20 ]
+
+# ---------------------------------------------------------------- checkpoints, states
+
+resumed() { # PROCESSES PIECES DIR LOG: from step 10 of a run, the rest of the log must be that of one process
+    rm -rf again && cp -r "$3" again && rm -r again/step-00000020 && cp "$4" again.csv && run "$train" "$1" "$2" --resume again --threads 1
+}
+check "4 processes' run resumed by 3" resumed 3 3 many-4 many.csv
+check "  gives the same log" close again.csv one.csv
+check "  and by one" resumed 1 1 many-4 many.csv
+check "  gives the same log" close again.csv one.csv
+carry="$model --batch-size 4 --seq-len 32 --grad-accum 2 --eot 10 --carry-state --schedule constant"
+run "$train" 1 1 $carry $logged --out carry1 --log carry1.csv
+for split in 4/2 4/4 2/1; do
+    check "carried states, $split" run "$train" "${split%/*}" "${split#*/}" $carry $logged --out "carry${split#*/}" --log carry.csv --overwrite
+    check "  give the same losses and norms" close carry.csv carry1.csv
+done
+check "  one process's states resumed by 4" resumed 4 2 carry1 carry1.csv
+check "    give the same log" close again.csv carry1.csv
+run "$train" 4 2 $carry $logged --out carry4 --log carry4.csv
+check "  4 processes' states resumed by one" resumed 1 1 carry4 carry4.csv
+check "    give the same log" close again.csv carry1.csv
+check "  and states are the same" "$compare" carry1/step-00000020/state-1.safetensors carry4/step-00000020/state-1.safetensors --tolerance 1e-4
+check "--eval" run "$train" 4 2 --init one --data text --batch-size 4 --seq-len 44 --eval --threads 1
+grep '^val loss' run.out > many.val
+run "$train" 1 1 --init one --data text --batch-size 4 --seq-len 44 --eval --threads 1
+check "  gives the same" [ "$(grep '^val loss' run.out)" = "$(cat many.val)" ]
+
+# ---------------------------------------------------------------- what crosses; the formula of dev/notes/parallel.md
+
+crossing() { # PROCESSES PIECES STEPS ROWS SEQ_LEN: exchanges and bytes must be as predicted
+    run "$train" "$1" "$2" $model --batch-size $(($4 * $1 / $2)) --seq-len "$5" --val-every 0 --steps "$3" --dump counted.st || return 1
+    size=$(sed -n 's/^parameters *//p' run.out)
+    set -- "$@" $(awk -v P="$1" -v K="$2" -v S="$3" -v B="$4" -v size="$size" 'BEGIN {
+        D = 12; N = 3; G = 3; layers = 2; part = int((size + P - 1) / P)
+        messages = 4; bytes = (P + 1) * part * 4 + 32
+        if (K > 1) { messages += 2 * (2 * layers + 1); bytes += (layers + 1) * 5 * B * G * 8 + layers * 2 * B * 2 * N * D * 4 }
+        print 2 + S * messages, 32 + S * bytes }')
+    echo "expected $6 exchanges, $7 bytes" && grep "process 0" run.out
+    grep -q "took part in $6 exchanges and gave $7 bytes" run.out
+}
+check "exchanges and bytes, 3 groups" crossing 3 1 2 2 40
+check "exchanges and bytes, 2 groups x 2 pieces" crossing 4 2 3 2 40
+check "exchanges and bytes, 4 pieces" crossing 4 4 2 3 40
+check "  of five times as long sequences" crossing 4 4 2 3 200
+
+# ---------------------------------------------------------------- refusals: one message, status, no waiting
+
+refused() { # STATUS TEXT PROCESSES OPTIONS...
+    status=$1 text=$2 processes=$3
+    shift 3
+    timeout 20 mpirun -n "$processes" "$train" $small --out refused --steps 2 "$@" > out.txt 2> err.txt
+    got=$?
+    echo "status $got, expected $status and once '$text'" && cat err.txt
+    [ $got -eq "$status" ] && [ "$(grep -c '^error:' err.txt)" -eq 1 ] && grep -q -F -e "$text" err.txt
+}
+check "refused: pieces that do not divide the processes" refused 2 "--chunk-parallel 2 does not divide" 3 --chunk-parallel 2
+check "refused: too few chunks" refused 2 "--seq-len 20 has 3 chunks" 4 --chunk-parallel 4 --seq-len 20
+check "refused: a batch that cannot be divided" refused 2 "--batch-size 7 cannot be divided" 2 --batch-size 7
+check "refused: an unknown option" refused 2 "'--lrr'" 3 --lrr 1
+check "refused: no such file" refused 1 "nowhere: No such file" 2 --data nowhere
+check "refused: a folder that holds a run" refused 1 "--out one: holds a run" 2 --out one
+check "refused: settings that differ" refused 1 "has other settings" 1 : -n 1 "$train" $small --lr 1
+check "refused: a file that only one process has" refused 1 "nowhere: No such file" 1 : -n 1 "$train" $small --data nowhere
+"$train" --chunk-parallel 2 > out.txt 2> err.txt
+check "refused: pieces without mpirun" grep -q "does not divide the number of processes, 1" err.txt
+
+# ---------------------------------------------------------------- one process dies, or is asked to stop
+
+endless="$small --steps 1000000 --schedule constant --val-every 0 --save-every 5"
+strike() { # SIGNAL DIR: sends it to the second process once there is a checkpoint; leaves the status and the seconds
+    mpirun -n 2 "$train" --chunk-parallel 2 $endless --out "$2" > strike.out 2>&1 &
+    tries=0
+    until [ -d "$2/step-00000010" ] || [ $tries -gt 200 ]; do sleep 0.1 && tries=$((tries + 1)); done
+    # mpirun's children, in the order in which they began
+    second=$(awk -v parent=$! '{ sub(/\(.*\)/, "name") } $4 == parent { last = $1 } END { print last }' /proc/[0-9]*/stat 2> /dev/null)
+    start=$(date +%s)
+    kill -s "$1" "$second"
+    wait $!
+    status=$?
+    took=$(($(date +%s) - start))
+}
+strike KILL killed
+check "kill -9 of one ends all" [ $status -ne 0 ]
+check "  within seconds" [ $took -le 5 ]
+newest=$(ls -d killed/step-????????  | tail -n 1)
+check "  what was saved loads" run "$train" 2 1 --resume killed --steps $(($(echo "${newest#killed/step-}" | sed "s/^0*//") + 2)) --threads 1
+strike TERM stopped
+check "SIGTERM to one stops all" [ $status -ne 0 ]
+check "  within seconds" [ $took -le 5 ]
+check "  with a checkpoint" grep -q '^stopped at step .* saved in stopped' strike.out
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]
