@@ -2459,6 +2459,18 @@ void megalodon_dropout(Model *m, const Draw *draw) {
     if (draw) m->draw = *draw;
 }
 
+// Not yet: several processes.
+static void alone(bool yes) {
+    if (yes) return;
+    fprintf(stderr, "error: on the GPU one process trains alone so far\n");
+    exit(1);
+}
+void megalodon_shard(int, int parts) { alone(parts == 1); }
+int megalodon_pieces(Model *, const Pieces *pieces) {
+    alone(!pieces || pieces->pieces == 1);
+    return 1;
+}
+
 // Keeps what the backward pass, or a block's forward again, needs of the incoming state.
 static void remember(Model *m, const State *state, int B) {
     const Config *c = &m->config;
