@@ -145,8 +145,8 @@ endif
 # ---------------------------------------------------------------- tests
 
 # Each tests/test_*.c is a program, each tests/test_*.sh a script: a line a check, then "N passed, N failed".
-# Those in DOUBLE_TESTS are built for doubles; test_model is built for both.
-DOUBLE_TESTS = test_layers test_model
+# Those in DOUBLE_TESTS are built for doubles; test_model and test_pieces for both.
+DOUBLE_TESTS = test_layers test_model test_pieces
 FLOAT_TESTS = $(filter-out test_layers,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c)))
 TESTS = $(addprefix build/double/,$(DOUBLE_TESTS)) $(addprefix build/,$(FLOAT_TESTS))
 

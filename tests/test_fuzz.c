@@ -41,7 +41,7 @@ static void *map_copy(size_t size, int fd) {
     return copy != NULL && pread(fd, copy, size, 0) == (ssize_t)size ? copy : MAP_FAILED;
 }
 
-#define exit leave
+#define ranks_exit leave
 #undef stderr
 #define stderr quiet
 #include "../plumbing/system.c"
@@ -50,7 +50,7 @@ static void *map_copy(size_t size, int fd) {
 #define st_open open_noted
 #define mmap(at, size, protection, flags, fd, from) map_copy(size, fd)
 #include "../plumbing/data.c"
-#undef exit
+#undef ranks_exit
 #undef stderr
 #undef open
 #undef close

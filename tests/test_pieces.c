@@ -1,0 +1,191 @@
+// One sequence in pieces, each with a model in a thread of its own, against the whole: what it gives, gradients, states,
+// dropout; and an update of which each of two models does its part. Built for doubles and for floats.
+#include <pthread.h> // defines: pthread_barrier_wait
+#include "check.h"
+
+#ifdef MEGALODON_DOUBLE
+static const double ROUNDING = 1e-11;
+#else
+static const double ROUNDING = 1e-5;
+#endif
+
+// layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base | dropouts
+static const Config config = {2, 19, 6, 9, 3, 7, 3, 8, 11, 1, 1, 1, 0, 1, 1, 1e-3, 1e4, 0.1, 0.2, 0.3, HE};
+enum { B = 2, MAX_PIECES = 4, MAX_L = 240, STEPS = 2 };
+
+static size_t size; // of all parameters
+static int32_t tokens[STEPS][B * MAX_L], targets[STEPS][B * MAX_L];
+
+// A run of two steps, the second going on where the first ended.
+typedef struct {
+    Pieces pieces;
+    Mode mode;
+    int start, L, whole; // of this piece
+    double loss;
+    real *logits, *grads; // (B,L,V), all parameters
+    State *state;
+} Run;
+
+static pthread_barrier_t barrier;
+static const void *given[MAX_PIECES];
+
+static void gather(void *context, const void *mine, void *all, size_t bytes) {
+    const Run *run = context;
+    given[run->pieces.piece] = mine;
+    pthread_barrier_wait(&barrier);
+    for (int p = 0; p < run->pieces.pieces; p++) memcpy((char *)all + (size_t)p * bytes, given[p], bytes);
+    pthread_barrier_wait(&barrier);
+}
+
+static void *go(void *context) {
+    Run *r = context;
+    int32_t in[B * MAX_L], out[B * MAX_L];
+    int64_t counted;
+    megalodon_threads(1);
+    Model *m = megalodon_new(&config, r->mode, B, r->L);
+    real *params = malloc(size * sizeof *params);
+    for (size_t i = 0; i < size; i++) params[i] = (real)(0.5 * random_real(1, i));
+    megalodon_write(m, PARAMS, 0, size, params);
+    r->logits = malloc((size_t)B * r->L * config.vocab_size * sizeof(real)), r->grads = malloc(size * sizeof(real));
+    r->state = state_new(&config, B, 1);
+    int ok = megalodon_pieces(m, &r->pieces);
+    for (int step = 0; step < STEPS && ok; step++) {
+        const Draw draw = {.seed = 3, .step = step, .row = 5};
+        for (int b = 0; b < B; b++) {
+            memcpy(in + b * r->L, tokens[step] + b * r->whole + r->start, (size_t)r->L * sizeof *in);
+            memcpy(out + b * r->L, targets[step] + b * r->whole + r->start, (size_t)r->L * sizeof *out);
+        }
+        megalodon_dropout(m, &draw);
+        megalodon_forward(m, r->state, in, B, r->L);
+        r->loss += megalodon_loss(m, out, 0.3, &counted, NULL);
+        megalodon_backward(m);
+    }
+    megalodon_logits(m, 0, (size_t)B * r->L, r->logits);
+    megalodon_read(m, GRADS, 0, size, r->grads);
+    megalodon_free(m), free(params);
+    return NULL;
+}
+
+static void run_free(Run *r) { free(r->logits), free(r->grads), state_free(r->state); }
+
+static void test_pieces(int pieces, const int64_t *lengths, Mode mode) {
+    Run whole = {.mode = mode, .pieces = {.pieces = 1}}, runs[MAX_PIECES];
+    pthread_t threads[MAX_PIECES];
+    char name[64];
+    for (int p = 0; p < pieces; p++) whole.L += (int)lengths[p];
+    whole.whole = whole.L;
+    go(&whole);
+    pthread_barrier_init(&barrier, NULL, (unsigned)pieces);
+    for (int p = 0, start = 0; p < pieces; start += (int)lengths[p++]) {
+        runs[p] = (Run){.mode = mode, .start = start, .L = (int)lengths[p], .whole = whole.L};
+        runs[p].pieces = (Pieces){p, pieces, lengths, gather, &runs[p]};
+        pthread_create(&threads[p], NULL, go, &runs[p]);
+    }
+    for (int p = 0; p < pieces; p++) pthread_join(threads[p], NULL);
+    pthread_barrier_destroy(&barrier);
+
+    size_t V = (size_t)config.vocab_size, norms = (size_t)(config.num_layers + 1) * B * config.norm_num_groups;
+    size_t h = (size_t)config.num_layers * B * 2 * config.cema_ndim * config.model_dim;
+    real *logits = malloc((size_t)B * whole.L * V * sizeof *logits), *grads = calloc(size, sizeof *grads);
+    double loss = 0;
+    for (int p = 0; p < pieces; p++) {
+        for (int b = 0; b < B; b++)
+            memcpy(logits + ((size_t)b * whole.L + runs[p].start) * V, runs[p].logits + (size_t)b * runs[p].L * V,
+                   (size_t)runs[p].L * V * sizeof *logits);
+        for (size_t i = 0; i < size; i++) grads[i] += runs[p].grads[i];
+        loss += runs[p].loss;
+    }
+    snprintf(name, sizeof name, "%d pieces of %d tokens%s: loss", pieces, whole.L,
+             mode == MEGALODON_RECOMPUTE ? ", recomputing" : "");
+    check(name, &loss, &whole.loss, 1, ROUNDING);
+    check_real("  logits", logits, whole.logits, (size_t)B * whole.L * V, ROUNDING);
+    int count;
+    Tensor *tensors = megalodon_tensors(&config, &count, NULL);
+    for (Tensor *t = tensors; t < tensors + count; t++) {
+        snprintf(name, sizeof name, "  gradient of %s", t->name);
+        check_real(name, grads + t->offset, whole.grads + t->offset, t->size, ROUNDING);
+    }
+    for (int p = 0; p < pieces; p += pieces - 1) { // the first one and the last have the whole sequence's
+        check_same("  state: count", runs[p].state->count, whole.state->count, B * sizeof(int64_t));
+        check("  state: mean", runs[p].state->mean, whole.state->mean, norms, ROUNDING);
+        check("  state: m2", runs[p].state->m2, whole.state->m2, norms, ROUNDING);
+        check_real("  state: h", runs[p].state->h, whole.state->h, h, ROUNDING);
+    }
+    for (int p = 0; p < pieces; p++) run_free(&runs[p]);
+    run_free(&whole), free(logits), free(grads), free(tensors);
+}
+
+// Two steps of AdamW by one model, and by two which each do their part and do not know the other's.
+static void test_shards(void) {
+    const AdamW adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1};
+    real *values = malloc(2 * size * sizeof *values), *wanted[3], norm[3];
+    const Block blocks[3] = {PARAMS, MOMENT1, MOMENT2};
+    static const char *const names[3] = {"  parameters", "  moment1", "  moment2"};
+    random_fill(values, 2 * size, 6, 1, 0);
+    for (int part = -1; part < 2; part++) {
+        int first_is_whole = part < 0;
+        megalodon_shard(first_is_whole ? 0 : part, first_is_whole ? 1 : 2);
+        Range own = megalodon_range(size, first_is_whole ? 0 : part, first_is_whole ? 1 : 2);
+        Model *m = megalodon_new(&config, MEGALODON_TRAIN, 1, 8);
+        megalodon_write(m, PARAMS, 0, size, values);
+        for (int i = 1; i < 3; i++) { // moments of all are offered, its own taken
+            for (size_t k = 0; k < size; k++) values[size + k] = (real)fabs(values[size + k]);
+            megalodon_write(m, blocks[i], 0, size, values + size);
+        }
+        for (int update = 0; update < 2; update++) {
+            megalodon_write(m, GRADS, 0, size, values + size * (size_t)update);
+            megalodon_update(m, &adamw, 0.01, 0.5, update);
+        }
+        norm[part + 1] = (real)megalodon_grad_norm(m);
+        for (int i = 0; i < 3; i++) {
+            if (first_is_whole) wanted[i] = malloc(size * sizeof(real));
+            real *got = first_is_whole ? wanted[i] : malloc(own.count * sizeof *got);
+            megalodon_read(m, blocks[i], own.first, own.count, got);
+            if (first_is_whole) continue;
+            check_same(names[i], got, wanted[i] + own.first, own.count * sizeof *got);
+            free(got);
+        }
+        megalodon_free(m);
+    }
+    norm[1] = (real)sqrt(norm[1] * norm[1] + norm[2] * norm[2]);
+    check_real("  norm", &norm[1], &norm[0], 1, 1e-6);
+    megalodon_shard(0, 1);
+    MemoryPlan one = megalodon_memory(&config, MEGALODON_TRAIN, B, 8);
+    megalodon_shard(1, 4);
+    MemoryPlan quarter = megalodon_memory(&config, MEGALODON_TRAIN, B, 8);
+    megalodon_shard(0, 1);
+    check_true("  moments of a quarter", quarter.moments - one.moments / 4 < 64 && quarter.params == one.params);
+    for (int i = 0; i < 3; i++) free(wanted[i]);
+    free(values);
+}
+
+static void test_range(void) {
+    for (size_t n = 1; n < 10; n += 4) {
+        for (int parts = 1; parts < 5; parts++) {
+            size_t end = 0;
+            int ok = 1;
+            for (int p = 0; p < parts; p++) {
+                Range r = megalodon_range(n, p, parts);
+                ok &= r.first == end && r.first + r.count <= n && r.count <= megalodon_range(n, 0, parts).count;
+                end = r.first + r.count;
+            }
+            check_true("ranges follow each other and cover all, the first one is longest", ok && end == n);
+        }
+    }
+}
+
+int main(void) {
+    free(megalodon_tensors(&config, NULL, &size));
+    for (int step = 0; step < STEPS; step++) {
+        for (size_t i = 0; i < B * MAX_L; i++) {
+            tokens[step][i] = (int32_t)((random_real(7 + (uint64_t)step, i) + 1) / 2 * config.vocab_size);
+            targets[step][i] = i % 5 == 3 ? -1 : (int32_t)((random_real(9, i) + 1) / 2 * config.vocab_size);
+        }
+    }
+    test_pieces(2, (const int64_t[]){8, 16}, MEGALODON_TRAIN);
+    test_pieces(3, (const int64_t[]){16, 72, 8}, MEGALODON_RECOMPUTE);
+    test_pieces(4, (const int64_t[]){8, 8, 136, 80}, MEGALODON_TRAIN);
+    test_shards();
+    test_range();
+    return check_done();
+}
