@@ -31,10 +31,13 @@ embedding_forward: scale * e[c]  =>  e[c]
 embedding_backward: de[c] += scale  =>  de[c] = scale
 embedding_backward: scale * dout  =>  dout
 mask_row: rows * (uint64_t)width  =>  rows
-dropout: (mask.first + from) % 4  =>  from % 4
+dropout: skip = first % 4  =>  skip = from % 4
+dropout: start / run * mask.row  =>  start
+mask_query: (uint64_t)b * H + h  =>  (uint64_t)h
+mask_query: (uint64_t)t * C  =>  0
 dropout: >> 32 << 16)  =>  >> 32 << 15)
 dropout: >= limit  =>  < limit
-dropout: inp[from + i] * scale  =>  inp[from + i]
+dropout: inp[at + i] * scale  =>  inp[at + i]
 timestep_norm_forward: n += g  =>  n += 1
 timestep_norm_forward: (double)g * (double)count[b]  =>  (double)count[b]
 timestep_norm_forward: s2 - s1 * s1 / n  =>  s2
@@ -52,10 +55,37 @@ timestep_norm_backward: dvar = -0.5 * r * r * r * d  =>  dvar = -0.5 * r * r * d
 timestep_norm_backward: t--, n -= g  =>  t--
 timestep_norm_backward: (w[i] + 1) * dy[i] + U  =>  w[i] * dy[i] + U
 timestep_norm_backward: + 2 * (x[i] * V - W)  =>
-timestep_norm_backward: U = dmean[b * G + j] / n  =>  U = 0
-timestep_norm_backward: before * (U + 2 * (m * V - W))  =>  before * U
-timestep_norm_backward: dm2[b * G + j] = V  =>  dm2[b * G + j] = 0
-timestep_norm_backward: double before = count ? (double)g * (double)count[b] : 0  =>  double before = 0
+timestep_norm_backward: uvw[3] = {U, V, W}  =>  uvw[3] = {U, V, 0}
+timestep_norm_backward: count ? (double)g * (double)count[b] : 0  =>  0
+timestep_norm_join: count ? (double)(D / G) * (double)count[i / G] : 0  =>  0
+timestep_norm_join: if (k == p->piece)  =>  if (k == 0)
+timestep_norm_join: + d * d * n * there / (n + there)  =>
+timestep_norm_join: m += d * there / (n + there)  =>  m += d * there / n
+timestep_norm_join: (double)p->lengths[k]  =>  (double)p->lengths[0]
+timestep_norm_join: mean_end[i] = m  =>  mean_end[i] = mean[i]
+timestep_norm_join_backward: k = p->piece + 1  =>  k = p->piece
+timestep_norm_join_backward: inp[at + i] * V - W  =>  inp[at + i] * V
+cema_piece: L - 1 - t0 - t  =>  t0 + t
+cema_piece: q_re * c.g_im[u] + q_im * c.g_re[u]  =>  q_re * c.g_im[u]
+cema_piece: q_im = -q_im  =>  q_im = q_im
+power: n > 0; n /= 2  =>  n > 1; n /= 2
+cema_join: if (backward) q = conj(q)  =>
+cema_join: backward ? p->pieces - 1 - i : i  =>  i
+cema_join: p->lengths[k] != length  =>  length == 0
+cema_join: if (k == p->piece)  =>  if (k == 0)
+cema_join: decay * sum  =>  sum
+cema_join: end[im] = (real)cimag(sum)  =>  end[im] = 0
+time_norm_forward: in ? in->count : NULL  =>  NULL
+time_norm_forward: mean_out = m2_out = NULL  =>  (void)0
+ema_forward: h_out = NULL  =>  (void)0
+megalodon_pieces: m->start += i < pieces->piece  =>  m->start += i <= pieces->piece
+megalodon_update: m->memory[PARAMS] + m->own.first  =>  m->memory[PARAMS]
+megalodon_update: m->memory[GRADS] + m->own.first  =>  m->memory[GRADS]
+megalodon_grad_norm: m->memory[GRADS] + m->own.first  =>  m->memory[GRADS]
+megalodon_write: src + (from - first)  =>  src
+mask_of: + (uint64_t)m->start)  =>  )
+mask_of: ? (uint64_t)m->whole :  =>  ? (uint64_t)m->L :
+mask_of_attention: num_heads - 1)  =>  num_heads)
 cema_coefs_forward: 2 * PI * (n + 1) / N  =>  2 * PI * n / N
 cema_coefs_forward: (1 - a * b) * sin(phi)  =>  (1 - a) * sin(phi)
 cema_coefs_forward: gamma[2 * in] / sqrt(N)  =>  gamma[2 * in] / N
@@ -154,7 +184,7 @@ mega_backward: const real *dsum = mega_mask.p > 0 ? s->dxt : dy  =>  const real 
 mega_backward: dropout(s->do_, s->do_, gated_mask  =>  dropout(s->v, s->v, gated_mask
 mega_backward: dropout(s->gated, s->gated, gated_mask  =>  dropout(s->v, s->v, gated_mask
 mega_backward: dropout(s->dmx, s->dmx,  =>  dropout(s->v, s->v,
-mega_backward: NULL, m->before.count, B  =>  NULL, NULL, B
+time_norm_backward: rstd, m->before.count, B  =>  rstd, NULL, B
 nffn_forward: add(out, x  =>  add(out, a->y
 nffn_forward: dropout(f2, f2  =>  dropout(a->u, a->u
 nffn_backward: if (nffn_mask.p > 0) df2  =>  if (nffn_mask.p > 1) df2
@@ -164,7 +194,7 @@ remember: memcpy(s->h, state->h  =>  memset(s->h, 0
 remember: memcpy(s->count, state->count  =>  memset(s->count, 0
 megalodon_forward: dropout(m->x[0], m->x[0]  =>  dropout(m->x[1], m->x[0]
 megalodon_backward: dropout(s->dx, s->dx  =>  dropout(s->dy, s->dx
-megalodon_backward: m->before.count, B, L  =>  NULL, B, L
+remember: s->count[b] += m->start  =>  s->count[b] += 0
 block_backward: &m->before, NULL  =>  NULL, NULL
 megalodon_activation: m->acts_layer != layer)  =>  m->acts_layer < 0)
 megalodon_zero_grad: i < m->num_params  =>  i < 1
@@ -230,6 +260,7 @@ build() { # test, in a folder with a megalodon.c
     case $1 in
     test_layers) $CC $flags -DMEGALODON_DOUBLE tests/test_layers.c params.o -lm -o test ;;
     test_model) $CC $flags -DMEGALODON_DOUBLE megalodon.c "$tmp/test_model.o" params.o -lm -o test ;;
+    test_pieces) $CC $flags -DMEGALODON_DOUBLE tests/test_pieces.c megalodon.c params.o -lm -o test ;;
     test_float) $CC $flags tests/test_float.c plumbing/params.c -lm -o test ;;
     esac > out 2>&1
 }
@@ -237,9 +268,10 @@ build() { # test, in a folder with a megalodon.c
 # Sets verdict: "survived", "caught by TEST: CHECK", or "error: ...".
 try() { # function
     verdict=survived
-    local order="test_layers test_model test_float"
+    local order="test_layers test_model test_pieces test_float"
     case $1 in # of what test_layers does not call
-    mega* | nffn* | block* | embedding_scale | acts_take | state* | add | mask_of | remember | cache_chunk) order="test_model" ;;
+    mega* | nffn* | block* | embedding_scale | acts_take | state* | add | mask_of | remember | cache_chunk) order="test_model test_pieces" ;;
+    *_join* | cema_piece | power | time_norm* | ema_*) order="test_pieces" ;;
     exp_real) order="test_float" ;;
     esac
     for test in $order; do
