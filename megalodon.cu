@@ -53,7 +53,7 @@ enum {
     NORM_BLOCK = 32,        // tokens of TimestepNorm that a warp scans
     ACROSS = 128,           // threads side by side in a row, where threads own columns
     CEMA_BLOCK = 64,        // tokens between two stored states of CEMA
-    CEMA_MODES = 1,         // modes at a time, so that a number read from shared memory serves two
+    CEMA_MODES = 2,         // modes at a time, so that a number read from shared memory serves two
     CEMA_SUB = 16,          // of these, whose states the backward pass has in registers
     CEMA_WARPS = 8,         // blocks of tokens that a thread block works on
     QUERY_ROWS = 512,       // queries of a chunk whose scores exist at a time
@@ -910,16 +910,27 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS)
     float x[CEMA_BLOCK];
 #pragma unroll
     for (int t = 0; t < CEMA_BLOCK; t++) x[t] = to_float(inp[(p.row + t) * D + p.d]);
-    for (int n = 0; n < N; n++) {
-        size_t at = (size_t)n * D + p.d, out = (size_t)p.at * 2 * N * D + at;
-        float q_re = coefs.q_re[at], q_im = coefs.q_im[at], re = 0, im = 0;
+    for (int n = 0; n < N; n += CEMA_MODES) {
+        float q_re[CEMA_MODES], q_im[CEMA_MODES], re[CEMA_MODES], im[CEMA_MODES];
+#pragma unroll
+        for (int u = 0; u < CEMA_MODES; u++) {
+            size_t at = (size_t)min_int(n + u, N - 1) * D + p.d; // the last one twice rather than one that is none
+            q_re[u] = coefs.q_re[at], q_im[u] = coefs.q_im[at], re[u] = im[u] = 0;
+        }
 #pragma unroll
         for (int t = 0; t < CEMA_BLOCK; t++) {
-            float old = re;
-            re = q_re * old - q_im * im + x[t];
-            im = q_re * im + q_im * old;
+#pragma unroll
+            for (int u = 0; u < CEMA_MODES; u++) {
+                float old = re[u];
+                re[u] = q_re[u] * old - q_im[u] * im[u] + x[t];
+                im[u] = q_re[u] * im[u] + q_im[u] * old;
+            }
         }
-        h_blocks[out] = coefs.p[at] * re, h_blocks[out + (size_t)N * D] = coefs.p[at] * im;
+#pragma unroll
+        for (int u = 0; u < CEMA_MODES; u++) {
+            size_t at = (size_t)min_int(n + u, N - 1) * D + p.d, out = (size_t)p.at * 2 * N * D + at;
+            h_blocks[out] = coefs.p[at] * re[u], h_blocks[out + (size_t)N * D] = coefs.p[at] * im[u];
+        }
     }
 }
 
@@ -1047,22 +1058,33 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS)
     float dy[CEMA_BLOCK];
 #pragma unroll
     for (int t = 0; t < CEMA_BLOCK; t++) dy[t] = t < p.T ? to_float(dout[(p.row + t) * D + p.d]) : 0;
-    for (int n = 0; n < N; n++) {
-        size_t at = (size_t)n * D + p.d, out = (size_t)p.at * 2 * N * D + at;
-        float q_re = coefs.q_re[at], q_im = coefs.q_im[at], g_re = coefs.g_re[at], g_im = coefs.g_im[at];
-        float re = 0, im = 0; // without conj(g), which is the same for all
+    for (int n = 0; n < N; n += CEMA_MODES) {
+        float q_re[CEMA_MODES], q_im[CEMA_MODES], re[CEMA_MODES], im[CEMA_MODES]; // without conj(g), the same for all
+#pragma unroll
+        for (int u = 0; u < CEMA_MODES; u++) {
+            size_t at = (size_t)min_int(n + u, N - 1) * D + p.d;
+            q_re[u] = coefs.q_re[at], q_im[u] = coefs.q_im[at], re[u] = im[u] = 0;
+        }
 #pragma unroll
         for (int t = CEMA_BLOCK - 1; t >= 0; t--) {
-            float G_re = re + dy[t];
-            re = q_re * G_re + q_im * im;
-            im = q_re * im - q_im * G_re;
+#pragma unroll
+            for (int u = 0; u < CEMA_MODES; u++) {
+                float G_re = re[u] + dy[t];
+                re[u] = q_re[u] * G_re + q_im[u] * im[u];
+                im[u] = q_re[u] * im[u] - q_im[u] * G_re;
+            }
         }
-        futures[out] = g_re * re + g_im * im, futures[out + (size_t)N * D] = g_re * im - g_im * re;
+#pragma unroll
+        for (int u = 0; u < CEMA_MODES; u++) {
+            size_t at = (size_t)min_int(n + u, N - 1) * D + p.d, out = (size_t)p.at * 2 * N * D + at;
+            float g_re = coefs.g_re[at], g_im = coefs.g_im[at];
+            futures[out] = g_re * re[u] + g_im * im[u], futures[out + (size_t)N * D] = g_re * im[u] - g_im * re[u];
+        }
     }
 }
 
 // parts (gridDim.y, 5*N*D + D): p, q_re, q_im, g_re, g_im of the coefficients' gradients, then domega.
-static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
+static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 1)
     cema_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp, const float *h_blocks,
                          const float *futures, Coefs coefs, const float *omega, int B, int L, int D, int N) {
     extern __shared__ float cema_shared[];
@@ -1470,7 +1492,7 @@ static void qk_forward(act *q, act *k, const act *z, const float *gamma, const f
 
 // Backward: the rotation turned back, then a = (dq (gamma0 + 1) + dk (gamma1 + 1))/sqrt(dz) is the gradient by n, and
 // dz = rstd (a - z rstd^2 mean(a z)). A warp goes through rows of a head and adds up its own sums for gamma and beta.
-// parts (gridDim.x*warps, 4, Z): dgamma0, dgamma1, dbeta0, dbeta1. Reads 3 R*Z, writes R*Z.
+// parts (gridDim.x, 4, Z): dgamma0, dgamma1, dbeta0, dbeta1. Reads 3 R*Z, writes R*Z.
 
 static __global__ void qk_backward_kernel(act *dz_out, float *parts, const act *dq, const act *dk, const act *z,
                                           const float *gamma, const float2 *table, int R, int L, int Z, int dz, int C,
@@ -1508,9 +1530,12 @@ static __global__ void qk_backward_kernel(act *dz_out, float *parts, const act *
             for (int i = 0; i < 8; i++) sums[i * pairs + j] += terms[i];
         }
     }
-    float *part = parts + ((size_t)blockIdx.x * blockDim.y + threadIdx.y) * 4 * Z + h * dz;
-    for (int j = threadIdx.x; j < pairs; j += WARP) {
-        for (int i = 0; i < 8; i++) part[(size_t)(i / 2) * Z + 2 * j + i % 2] = sums[i * pairs + j];
+    __syncthreads();
+    for (int j = threadIdx.y * WARP + threadIdx.x; j < 4 * dz; j += WARP * blockDim.y) {
+        int i = j / pairs, pair = j % pairs;
+        float sum = 0;
+        for (int w = 0; w < (int)blockDim.y; w++) sum += qk_sums[(size_t)w * 4 * dz + j];
+        parts[((size_t)blockIdx.x * 4 + i / 2) * Z + h * dz + 2 * pair + i % 2] = sum;
     }
 }
 
@@ -1519,12 +1544,12 @@ static void qk_backward(act *dz_out, float *dgamma, float *dbeta, const act *dq,
                         double eps) {
     size_t shared = 4 * (size_t)dz * sizeof(float);
     int warps = max_int(min_int((int)((48 << 10) / shared), ROW_WARPS / 2), 1);
-    int blocks = max_int(min_int(ceil_div(R, warps), MOST_PARTS / warps), 1);
+    int blocks = min_int(ceil_div(R, warps), MOST_PARTS);
     allow_shared(qk_backward_kernel, warps * shared);
     qk_backward_kernel<<<dim3(blocks, Z / dz), dim3(WARP, warps), warps * shared>>>(dz_out, parts, dq, dk, z, gamma,
                                                                                     table, R, L, Z, dz, C, (float)eps);
     LAUNCHED();
-    sum_parts(dgamma, dbeta, 1, parts, blocks * warps, 4 * (size_t)Z, 2 * (size_t)Z, 2 * (size_t)Z);
+    sum_parts(dgamma, dbeta, 1, parts, blocks, 4 * (size_t)Z, 2 * (size_t)Z, 2 * (size_t)Z);
 }
 
 // ----------------------------------------------------------------------------
