@@ -2519,16 +2519,16 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
         cema_coefs_forward(&m->coefs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, c->cema_ndim);
     }
     m->coefs_valid = 1;
-    if (m->mode != MEGALODON_INFER) {
-        remember(m, state, B);
-        m->sorted = sort_tokens(m->host_order, m->host_segments, m->host_first, tokens, (int)R, c->vocab_size);
-        upload(m->order, m->host_order, R * sizeof *m->order);
-        upload(m->segments, m->host_segments, (size_t)(m->sorted.segments + m->sorted.tokens) * sizeof *m->segments);
-    }
+    if (m->mode != MEGALODON_INFER) remember(m, state, B);
 
     embedding_forward(m->x[0], m->tokens, rounded(m, m->params.embed), embedding_scale(c), B * L, D);
     dropout(m->x[0], m->x[0], mask_of(m, -1, DROP_EMBED, c->dropout, D), R * D);
     for (int l = 0; l < layers; l++) block_forward(m, l, state, state, B, L);
+    if (m->mode != MEGALODON_INFER) { // while the GPU works
+        m->sorted = sort_tokens(m->host_order, m->host_segments, m->host_first, tokens, (int)R, c->vocab_size);
+        upload(m->order, m->host_order, R * sizeof *m->order);
+        upload(m->segments, m->host_segments, (size_t)(m->sorted.segments + m->sorted.tokens) * sizeof *m->segments);
+    }
     double *mean = state ? state->mean + (size_t)layers * B * G : NULL;
     double *m2 = state ? state->m2 + (size_t)layers * B * G : NULL;
     timestep_norm_forward(m->final, m->final_mean, m->final_rstd, mean, m2, m->x[layers], m->params.final_norm_weight,
