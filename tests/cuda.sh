@@ -329,47 +329,6 @@ done
 
 # ---------------------------------------------------------------- 7
 
-section "compute-sanitizer"
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null)
-# NAME PROGRAM OPTIONS...: starts it under the tool; all of them at once, since each is slow and fills little
-sanitized() {
-    count=$((count + 1))
-    echo "$tool: $1" > "$tmp/check.$count.name"
-    shift
-    {
-        timeout 240 "$sanitizer" --tool $tool --error-exitcode 9 "$@" --threads 1 > "$tmp/check.$count" 2>&1
-        echo $? > "$tmp/check.$count.status"
-    } &
-}
-# its last line, and only if nothing was found
-clean() { sed -n 's/^=* [A-Z]* SUMMARY: //p' "$1" | tail -n 1 | grep -x -e '0 errors' -e '0 hazards displayed (0 errors, 0 warnings)' | sed 's/ displayed.*//'; }
-if [ -z "$sanitizer" ]; then
-    skip "compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin"
-else
-    quiet ./train --batch-size 2 --seq-len 100 --num-layers 1 --steps 1 --data $text --val-every 0 --dump "$tmp/batch"
-    count=0
-    for tool in memcheck racecheck initcheck synccheck; do
-        for p in _fp32 ""; do
-            sanitized "train_cuda$p, one layer of demo, 2x100" "$gpu/train_cuda$p" --batch "$tmp/batch" --num-layers 1 --steps 1
-            sanitized "train_cuda$p, one layer of odd sizes, dropouts, --recompute, states" "$gpu/train_cuda$p" --config $tmp/odd.json --num-layers 1 --batch-size 2 --seq-len 46 $dropouts --recompute --carry-state --steps 2 --data $text --val-every 0 --dump "$tmp/$tool$p.dump"
-            sanitized "sample_cuda$p, 70 bytes read, 2 written" "$gpu/sample_cuda$p" --model "$tmp/six" --num-tokens 2 --prompt "$(head -c 70 $text | tr -c 'a-zA-Z' ' ')"
-        done
-    done
-    wait
-    i=0
-    while [ $i -lt $count ]; do
-        i=$((i + 1))
-        # a tool that does not know this GPU may end with nothing said, or run nothing
-        summary=$(clean "$tmp/check.$i")
-        grep -m 1 -A 4 -e '^=.*Invalid' -e '^=.*Uninit' -e '^=.*hazard' -e '^=.*Barrier' -e '^=.*rror' "$tmp/check.$i" > "$tmp/log" ||
-            cp "$tmp/check.$i" "$tmp/log"
-        [ -n "$summary" ] && [ "$(cat "$tmp/check.$i.status")" = 0 ] && grep -q -e '^done at step [12] ' -e ' wrote 2, ' "$tmp/check.$i"
-        verdict $? "$(cat "$tmp/check.$i.name"): ${summary:-status $(cat "$tmp/check.$i.status")}"
-    done
-fi
-
-# ---------------------------------------------------------------- 8
-
 # V FILE B L: a batch of random tokens, as a dump has them
 random_batch() {
     bytes=$(($3 * $4 * 4))
@@ -424,6 +383,47 @@ if [ -z "$small" ]; then
     speed mega200M 32000 1 16384 25 128 22.5 610
     speed enwik8 256 64 512 40 1400 5.8 11000
     speed mega1.3B 32000 2 4096 20 33 49.5 95
+fi
+
+# ---------------------------------------------------------------- 8
+
+section "compute-sanitizer"
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null)
+# NAME PROGRAM OPTIONS...: starts it under the tool; all of them at once, since each is slow and fills little
+sanitized() {
+    count=$((count + 1))
+    echo "$tool: $1" > "$tmp/check.$count.name"
+    shift
+    {
+        timeout 240 "$sanitizer" --tool $tool --error-exitcode 9 "$@" --threads 1 > "$tmp/check.$count" 2>&1
+        echo $? > "$tmp/check.$count.status"
+    } &
+}
+# its last line, and only if nothing was found
+clean() { sed -n 's/^=* [A-Z]* SUMMARY: //p' "$1" | tail -n 1 | grep -x -e '0 errors' -e '0 hazards displayed (0 errors, 0 warnings)' | sed 's/ displayed.*//'; }
+if [ -z "$sanitizer" ]; then
+    skip "compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin"
+else
+    quiet ./train --batch-size 2 --seq-len 100 --num-layers 1 --steps 1 --data $text --val-every 0 --dump "$tmp/batch"
+    count=0
+    for tool in memcheck racecheck initcheck synccheck; do
+        for p in _fp32 ""; do
+            sanitized "train_cuda$p, one layer of demo, 2x100" "$gpu/train_cuda$p" --batch "$tmp/batch" --num-layers 1 --steps 1
+            sanitized "train_cuda$p, one layer of odd sizes, dropouts, --recompute, states" "$gpu/train_cuda$p" --config $tmp/odd.json --num-layers 1 --batch-size 2 --seq-len 46 $dropouts --recompute --carry-state --steps 2 --data $text --val-every 0 --dump "$tmp/$tool$p.dump"
+            sanitized "sample_cuda$p, 70 bytes read, 2 written" "$gpu/sample_cuda$p" --model "$tmp/six" --num-tokens 2 --prompt "$(head -c 70 $text | tr -c 'a-zA-Z' ' ')"
+        done
+    done
+    wait
+    i=0
+    while [ $i -lt $count ]; do
+        i=$((i + 1))
+        # a tool that does not know this GPU may end with nothing said, or run nothing
+        summary=$(clean "$tmp/check.$i")
+        grep -m 1 -A 4 -e '^=.*Invalid' -e '^=.*Uninit' -e '^=.*hazard' -e '^=.*Barrier' -e '^=.*rror' "$tmp/check.$i" > "$tmp/log" ||
+            cp "$tmp/check.$i" "$tmp/log"
+        [ -n "$summary" ] && [ "$(cat "$tmp/check.$i.status")" = 0 ] && grep -q -e '^done at step [12] ' -e ' wrote 2, ' "$tmp/check.$i"
+        verdict $? "$(cat "$tmp/check.$i.name"): ${summary:-status $(cat "$tmp/check.$i.status")}"
+    done
 fi
 
 printf '\nafter %d s\n' $(($(date +%s) - begin))
