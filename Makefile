@@ -141,7 +141,7 @@ else
 cuda: $(CUDA_PROGRAMS)
 	@echo "built $(CUDA_PROGRAMS): $(NVCC), $(if $(filter native,$(CUARCH)),for this GPU,for sm $(CUARCH)). Next: ./train_cuda, or make diff"
 
-# On a GPU: builds, checks, times; a few minutes. What it printed on an H200 is in dev/notes/gpu.md.
+# On a GPU: builds, checks, times; a few minutes. What it printed on an H200 is in dev/notes/test-cuda.txt.
 test-cuda: $(PROGRAMS) $(CUDA_PROGRAMS) $(addprefix build/gpu/,test_model_fp32 test_cuda test_cuda_fp32)
 	@sh tests/cuda.sh
 
@@ -151,9 +151,9 @@ bench-cuda: build/gpu/bench_cuda
 
 # One batch on CPU and GPU, and every activation and gradient side by side.
 diff: $(PROGRAMS) train_cuda_fp32
-	./train --batch-size 2 --seq-len 256 --steps 1 --dump build/cpu.dump
-	./train_cuda_fp32 --batch-size 2 --seq-len 256 --steps 1 --dump build/gpu.dump
-	./compare build/cpu.dump build/gpu.dump
+	./train --batch-size 2 --seq-len 100 --steps 2 --val-every 0 --dump build/cpu.dump
+	./train_cuda_fp32 --batch-size 2 --seq-len 100 --steps 2 --val-every 0 --dump build/gpu.dump
+	./compare build/gpu.dump build/cpu.dump
 endif
 
 # megalodon.cu where there is no GPU: tests/cuda_on_cpu runs its kernels on the CPU, slowly. Needs a C++ compiler.

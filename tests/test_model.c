@@ -351,10 +351,11 @@ static void test_state(const Case *c) {
     state_reset(state, last);
     read_pieces(&s, state, 3, logits);
     read_pieces(&s, copy, 3, whole);
-    check_true(named(c->name, "rows that are not reset go on"), memcmp(logits, whole, row * sizeof *logits) == 0);
+    // to rounding: rows at one place may be computed at once, rows at several not
+    if (last > 0) check_real(named(c->name, "rows that are not reset go on"), logits, whole, row, ROUNDING);
     for (int b = 0; b < c->B; b++) state_reset(first, b);
     read_pieces(&s, first, 3, whole);
-    check_same(named(c->name, "a row that is reset begins again"), logits + row, whole + row, one * sizeof *logits);
+    check_real(named(c->name, "a row that is reset begins again"), logits + row, whole + row, one, ROUNDING);
     state_free(first), state_free(state), state_free(copy), setup_free(&s);
     free(whole), free(logits), free(bytes);
 }
