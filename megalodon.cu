@@ -76,7 +76,7 @@ static __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 // the device
 
 static struct {
-    int open, multiprocessors;
+    int open;
     char name[300];
     size_t used, peak; // bytes of device memory
     cublasLtHandle_t lt;
@@ -127,7 +127,6 @@ static void gpu_open(void) {
         exit(1);
     }
     CUDA(cudaGetDeviceProperties(&properties, 0));
-    gpu.multiprocessors = properties.multiProcessorCount;
     snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s", properties.name, properties.major, properties.minor,
              sizeof(act) == 4 ? "float32" : "bfloat16");
     BLAS(cublasLtCreate(&gpu.lt));
