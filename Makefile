@@ -51,6 +51,9 @@ all: $(PROGRAMS)
 help:
 	@echo 'make             ./train, ./sample, ./compare'
 	@echo 'make cuda        the same programs for a GPU: train_cuda, sample_cuda (bfloat16), *_cuda_fp32 (float32)'
+	@echo 'make diff        one batch on CPU and GPU, and every tensor side by side'
+	@echo 'make test-cuda   all checks of the CUDA version, and its speed; make bench-cuda: where the time goes'
+	@echo 'make test-emulated   its kernels on the CPU, where there is no GPU (needs a C++ compiler)'
 	@echo 'make demo        trains a small model for a minute, then lets it write'
 	@echo 'make test        checks layers, gradients, files and programs; ends with "N passed, N failed"'
 	@echo 'make test-mutants  checks these checks'
@@ -102,7 +105,7 @@ build/double/train build/double/sample: %: %.o build/double/library.a
 	$(CC) $(CFLAGS) $(filter %.o,$^) $(filter %.a,$^) $(LDLIBS) -o $@
 
 -include $(wildcard build/*.d build/double/*.d)
-.PRECIOUS: build/%.o build/double/%.o
+.PRECIOUS: build/%.o build/double/%.o build/gpu/%.o build/gpu/%_fp32.o build/emulated/%.cu build/emulated/tests/%.cu
 
 # ---------------------------------------------------------------- CUDA
 
@@ -123,24 +126,72 @@ $(shell mkdir -p build/gpu; echo '$(CUDA_FLAGS)' > build/gpu/flags)
 endif
 
 # In bfloat16, and in float32 to compare with the CPU.
-build/gpu/megalodon.o build/gpu/test_cuda.o: build/gpu/%.o: %.cu megalodon.cu megalodon.h build/gpu/flags
-	$(NVCC) $(NVCCFLAGS) -c $< -o $@
-build/gpu/megalodon_fp32.o build/gpu/test_cuda_fp32.o: build/gpu/%_fp32.o: %.cu megalodon.cu megalodon.h build/gpu/flags
+vpath %.cu . tests dev
+GPU_SOURCES = megalodon.cu megalodon.h tests/cpu_layers.h build/gpu/flags
+build/gpu/%_fp32.o: %.cu $(GPU_SOURCES)
 	$(NVCC) $(NVCCFLAGS) -DMEGALODON_FP32 -c $< -o $@
-vpath %.cu . tests
+build/gpu/%.o: %.cu $(GPU_SOURCES)
+	$(NVCC) $(NVCCFLAGS) -c $< -o $@
 
+GPU_LINK = $(NVCC) $(NVCCFLAGS) $^ $(CUDA_LIBS) $(LDLIBS) -o $@
 train_cuda sample_cuda: %_cuda: build/%.o build/gpu/megalodon.o build/library.a
-	$(NVCC) $(NVCCFLAGS) $^ $(CUDA_LIBS) -o $@
+	$(GPU_LINK)
 train_cuda_fp32 sample_cuda_fp32: %_cuda_fp32: build/%.o build/gpu/megalodon_fp32.o build/library.a
-	$(NVCC) $(NVCCFLAGS) $^ $(CUDA_LIBS) -o $@
+	$(GPU_LINK)
+build/gpu/test_model_fp32: build/test_model.o build/gpu/megalodon_fp32.o build/library.a
+	$(GPU_LINK)
+build/gpu/test_cuda build/gpu/test_cuda_fp32: %: %.o build/cpu_layers.o build/library.a
+	$(GPU_LINK)
+build/gpu/bench_cuda: build/gpu/bench_cuda.o build/library.a
+	$(GPU_LINK)
+
+# The CPU's layers under names of their own, beside those of the GPU.
+build/cpu_layers.o: tests/cpu_layers.c build/flags
+	$(CC) $(CFLAGS) -MMD -MP -c $< -o $@
+	objcopy --wildcard --keep-global-symbol='cpu_*' $@
 
 ifeq ($(CUDA_ROOT),)
-cuda:
+cuda test-cuda bench-cuda diff:
 	@echo 'no nvcc: put it on the PATH, or say NVCC=/path/to/nvcc; ./train and ./sample need none' >&2; exit 1
 else
 cuda: $(CUDA_PROGRAMS)
-	@echo "built $(CUDA_PROGRAMS): $(NVCC), $(if $(filter native,$(CUARCH)),for this GPU,for sm $(CUARCH)). Next: ./train_cuda --help"
+	@echo "built $(CUDA_PROGRAMS): $(NVCC), $(if $(filter native,$(CUARCH)),for this GPU,for sm $(CUARCH)). Next: ./train_cuda, or make diff"
+
+# On a GPU: builds, checks, times; a few minutes. What it printed on an H200 is in dev/notes/test-cuda.txt.
+test-cuda: $(PROGRAMS) $(CUDA_PROGRAMS) $(addprefix build/gpu/,test_model_fp32 test_cuda test_cuda_fp32)
+	@sh tests/cuda.sh
+
+# Where the time of a training step on a GPU goes. ARGS="--preset mega200M --batch-size 8 --seq-len 2048", for example.
+bench-cuda: build/gpu/bench_cuda
+	build/gpu/bench_cuda $(ARGS)
+
+# One batch on CPU and GPU, and every activation and gradient side by side.
+diff: $(PROGRAMS) train_cuda_fp32
+	./train --batch-size 2 --seq-len 100 --steps 2 --val-every 0 --dump build/cpu.dump
+	./train_cuda_fp32 --batch-size 2 --seq-len 100 --steps 2 --val-every 0 --dump build/gpu.dump
+	./compare build/gpu.dump build/cpu.dump
 endif
+
+# megalodon.cu where there is no GPU: tests/cuda_on_cpu runs its kernels on the CPU, slowly. Needs a C++ compiler.
+EMULATED = build/emulated/test_cuda build/emulated/test_cuda_fp32 build/emulated/test_model_fp32
+CXXFLAGS = -std=c++17 -O2 $(if $(PORTABLE),,-march=native) -Wall -Wextra -Wno-unknown-pragmas $(if $(WERROR),-Werror) \
+           -Itests/cuda_on_cpu -iquote . -iquote tests
+build/emulated/%.cu build/emulated/tests/%.cu: %.cu tests/cuda_on_cpu/translate.awk
+	@mkdir -p $(@D)
+	awk -v file=$< -f tests/cuda_on_cpu/translate.awk $< > $@
+EMULATED_SOURCES = build/emulated/megalodon.cu $(wildcard tests/cuda_on_cpu/*.h) megalodon.h tests/cpu_layers.h
+build/emulated/%.o: build/emulated/%.cu $(EMULATED_SOURCES)
+	$(CXX) $(CXXFLAGS) -c -x c++ $< -o $@
+build/emulated/%_fp32.o: build/emulated/%.cu $(EMULATED_SOURCES)
+	$(CXX) $(CXXFLAGS) -DMEGALODON_FP32 -c -x c++ $< -o $@
+build/emulated/test_cuda: build/emulated/tests/test_cuda.o build/cpu_layers.o build/library.a
+build/emulated/test_cuda_fp32: build/emulated/tests/test_cuda_fp32.o build/cpu_layers.o build/library.a
+build/emulated/test_model_fp32: build/test_model.o build/emulated/megalodon_fp32.o build/library.a
+$(EMULATED):
+	$(CXX) $^ $(OMP) $(LDLIBS) -o $@
+
+test-emulated: $(EMULATED) compare
+	@sh tests/run.sh $(EMULATED)
 
 # ---------------------------------------------------------------- tests
 
@@ -205,4 +256,4 @@ demo: $(PROGRAMS)
 clean:
 	rm -rf build $(PROGRAMS) $(CUDA_PROGRAMS)
 
-.PHONY: all help cuda test test-mutants lint fuzz bench demo clean
+.PHONY: all help cuda test-cuda bench-cuda diff test-emulated test test-mutants lint fuzz bench demo clean

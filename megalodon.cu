@@ -53,7 +53,7 @@ enum {
     NORM_BLOCK = 32,        // tokens of TimestepNorm that a warp scans
     ACROSS = 128,           // threads side by side in a row, where threads own columns
     CEMA_BLOCK = 64,        // tokens between two stored states of CEMA
-    CEMA_MODES = 1,         // modes at a time, so that a number read from shared memory serves two
+    CEMA_MODES = 2,         // modes at a time, so that a number read from shared memory serves two
     CEMA_SUB = 16,          // of these, whose states the backward pass has in registers
     CEMA_WARPS = 8,         // blocks of tokens that a thread block works on
     QUERY_ROWS = 512,       // queries of a chunk whose scores exist at a time
@@ -76,7 +76,7 @@ static __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 // the device
 
 static struct {
-    int open, multiprocessors;
+    int open;
     char name[300];
     size_t used, peak; // bytes of device memory
     cublasLtHandle_t lt;
@@ -127,7 +127,6 @@ static void gpu_open(void) {
         exit(1);
     }
     CUDA(cudaGetDeviceProperties(&properties, 0));
-    gpu.multiprocessors = properties.multiProcessorCount;
     snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s", properties.name, properties.major, properties.minor,
              sizeof(act) == 4 ? "float32" : "bfloat16");
     BLAS(cublasLtCreate(&gpu.lt));
@@ -178,7 +177,7 @@ template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes)
 // ldc long. By cuBLASLt, whose matrices are stored by columns: it computes C' = op(B)' op(A)'.
 
 typedef struct { // all that cuBLASLt's choice of an algorithm depends on
-    int ta, tb, M, N, K, lda, ldb, ldc, batch, add, epilogue, align_a, align_b, align_add, align_c, align_extra;
+    int ta, tb, M, N, K, lda, ldb, ldc, batch, add, epilogue, align_a, align_b, align_add, align_c, align_bias;
     cudaDataType_t type; // of C
     int64_t stride_a, stride_b, stride_c;
 } Form;
@@ -205,7 +204,7 @@ static void set_alignment(cublasLtMatmulPreference_t preference, cublasLtMatmulP
     BLAS(cublasLtMatmulPreferenceSetAttribute(preference, which, &align, sizeof align));
 }
 
-static Plan plan_new(const Form *f, const void *extra) {
+static Plan plan_new(const Form *f, const act *bias) {
     Plan p;
     cublasLtMatmulPreference_t preference;
     cublasLtMatmulHeuristicResult_t best;
@@ -218,8 +217,8 @@ static Plan plan_new(const Form *f, const void *extra) {
     BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
     BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second));
     BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
-    if (extra) // whose alignment matters, too
-        BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &extra, sizeof extra));
+    if (bias) // whose alignment matters, too
+        BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
     p.a = matrix_layout(ACT_TYPE, f->ta ? f->K : f->M, f->ta ? f->M : f->K, f->lda, f->batch, f->stride_a);
     p.b = matrix_layout(ACT_TYPE, f->tb ? f->N : f->K, f->tb ? f->K : f->N, f->ldb, f->batch, f->stride_b);
     p.c = matrix_layout(f->type, f->M, f->N, f->ldc, f->batch, f->stride_c);
@@ -243,7 +242,7 @@ static Plan plan_new(const Form *f, const void *extra) {
 }
 
 // Plans are made once for every form, since choosing takes longer than a small product.
-static const Plan *plan_for(const Form *form, const void *extra) {
+static const Plan *plan_for(const Form *form, const act *bias) {
     static Plan *plans;
     static int count, room, last;
     for (int i = 0; i < count; i++) { // products come in the same order step after step
@@ -257,7 +256,7 @@ static const Plan *plan_for(const Form *form, const void *extra) {
             exit(1);
         }
     }
-    plans[last = count++] = plan_new(form, extra);
+    plans[last = count++] = plan_new(form, bias);
     return &plans[last];
 }
 
@@ -266,17 +265,15 @@ static int alignment(const void *pointer) {
     return (int)(bits & -bits);
 }
 
-// add: what is added, of C's form, NULL for nothing, may be C. extra: the bias (N), added to every row, or, with
-// CUBLASLT_EPILOGUE_BGRADB, where the sums of A' rows go (M).
-static void product(Form form, const act *A, const act *B, const void *add, const void *extra, void *C) {
+// add: what is added, of C's form, NULL for nothing, may be C. bias (N), added to every row, or NULL.
+static void product(Form form, const act *A, const act *B, const void *add, const act *bias, void *C) {
     const float one = 1, beta = add ? 1 : 0;
     form.add = add != NULL;
     form.align_a = alignment(A), form.align_b = alignment(B), form.align_c = alignment(C);
     form.align_add = add ? alignment(add) : form.align_c;
-    form.align_extra = alignment(extra);
-    const Plan *p = plan_for(&form, extra);
-    if (extra)
-        BLAS(cublasLtMatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &extra, sizeof extra));
+    form.align_bias = alignment(bias);
+    const Plan *p = plan_for(&form, bias);
+    if (bias) BLAS(cublasLtMatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
     BLAS(cublasLtMatmul(gpu.lt, p->product, &one, B, p->b, A, p->a, &beta, add ? add : C, p->c, C, p->c, &p->algorithm,
                         gpu.workspace, WORKSPACE, 0));
 }
@@ -325,6 +322,44 @@ static void sum_parts(float *out, float *out2, int add, const float *parts, int 
     sum_parts_kernel<<<blocks_for(width + width2, WARP), dim3(WARP, WARP)>>>(out, out2, add, parts, P, stride, width,
                                                                              width2);
     LAUNCHED();
+}
+
+// Where a thread stands in a block whose threads own W columns each, in `down` rows of threads.
+typedef struct {
+    int c, row, down; // row < 0: it has nothing to do
+} Place;
+template <int W> static __device__ Place place(int D) {
+    int across = min_int(ACROSS, ceil_div(D, W)), down = blockDim.x / across;
+    Place p = {(int)(blockIdx.y * across + threadIdx.x % across) * W, (int)threadIdx.x / across, down};
+    if (p.row >= down || p.c >= D) p.row = -1;
+    return p;
+}
+static dim3 grid_of(int W, int blocks, int D) { return dim3(blocks, ceil_div(ceil_div(D, W), ACROSS)); }
+// How many blocks share R rows when each leaves `down` parts of a sum over them.
+static int column_parts(int W, int R, int D) {
+    int down = THREADS / min_int(ACROSS, ceil_div(D, W));
+    return max_int(min_int(ceil_div(R, down), MOST_PARTS / down), 1);
+}
+
+// For gradients of biases: out (D) += sum_r dy (R,D). Reads R*D.
+template <int W> static __global__ void sum_rows_kernel(float *parts, const act *dy, int R, int D) {
+    Place p = place<W>(D);
+    float x[W], sum[W] = {};
+    if (p.row < 0) return;
+    for (size_t r = (size_t)blockIdx.x * p.down + p.row; r < (size_t)R; r += (size_t)gridDim.x * p.down) {
+        load<W>(x, dy + r * D + p.c);
+#pragma unroll
+        for (int i = 0; i < W; i++) sum[i] += x[i];
+    }
+    for (int i = 0; i < W; i++) parts[((size_t)blockIdx.x * p.down + p.row) * D + p.c + i] = sum[i];
+}
+
+static void sum_rows(float *out, const act *dy, float *parts, int R, int D) {
+    int W = D % VEC == 0 ? VEC : 1, P = column_parts(W, R, D), down = THREADS / min_int(ACROSS, ceil_div(D, W));
+    auto kernel = W == VEC ? sum_rows_kernel<VEC> : sum_rows_kernel<1>;
+    kernel<<<grid_of(W, P, D), THREADS>>>(parts, dy, R, D);
+    LAUNCHED();
+    sum_parts(out, NULL, 1, parts, P * down, D, D, 0);
 }
 
 // ----------------------------------------------------------------------------
@@ -569,16 +604,6 @@ static __global__ void timestep_norm_scan_kernel(Moments *blocks, double *mean_o
     }
 }
 
-// Where a thread stands in a block whose threads own W columns each, in `down` rows of threads.
-typedef struct {
-    int c, row, down; // row < 0: it has nothing to do
-} Place;
-template <int W> static __device__ Place place(int D) {
-    int across = min_int(ACROSS, ceil_div(D, W)), down = blockDim.x / across;
-    Place p = {(int)(blockIdx.y * across + threadIdx.x % across) * W, (int)threadIdx.x / across, down};
-    if (p.row >= down || p.c >= D) p.row = -1;
-    return p;
-}
 // The groups that such a block's columns touch.
 typedef struct {
     int first, count;
@@ -588,7 +613,6 @@ template <int W> static __device__ Groups groups_here(int D, int G) {
     int to = min_int(from + across * W, D);
     return Groups{from / g, (to - 1) / g - from / g + 1};
 }
-static dim3 grid_of(int W, int blocks, int D) { return dim3(blocks, ceil_div(ceil_div(D, W), ACROSS)); }
 static int most_groups(int W, int D, int G) { return min_int(ACROSS * W / (D / G) + 2, G); }
 
 template <int W>
@@ -784,7 +808,7 @@ static void timestep_norm_backward(act *dinp, float *dweight, float *dbias, cons
                                    const float *rstd, const int64_t *count, Sums *suffix, Sums *blocks, float *parts,
                                    int B, int L, int D, int G) {
     int num_blocks = B * ceil_div(L, NORM_BLOCK), W = norm_width(D, G);
-    int down = THREADS / min_int(ACROSS, ceil_div(D, W)), P = min_int(num_blocks, max_int(MOST_PARTS / down, 1));
+    int down = THREADS / min_int(ACROSS, ceil_div(D, W)), P = min_int(num_blocks, MOST_PARTS / down);
     const int warps = min_int(8, G); // that share the scales of so many groups
     size_t scales = (size_t)warps * (D / G) * sizeof(float);
     auto sums = NORM_KERNEL(timestep_norm_sums_kernel, W);
@@ -910,16 +934,27 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS)
     float x[CEMA_BLOCK];
 #pragma unroll
     for (int t = 0; t < CEMA_BLOCK; t++) x[t] = to_float(inp[(p.row + t) * D + p.d]);
-    for (int n = 0; n < N; n++) {
-        size_t at = (size_t)n * D + p.d, out = (size_t)p.at * 2 * N * D + at;
-        float q_re = coefs.q_re[at], q_im = coefs.q_im[at], re = 0, im = 0;
+    for (int n = 0; n < N; n += CEMA_MODES) {
+        float q_re[CEMA_MODES], q_im[CEMA_MODES], re[CEMA_MODES], im[CEMA_MODES];
+#pragma unroll
+        for (int u = 0; u < CEMA_MODES; u++) {
+            size_t at = (size_t)min_int(n + u, N - 1) * D + p.d; // the last one twice rather than one that is none
+            q_re[u] = coefs.q_re[at], q_im[u] = coefs.q_im[at], re[u] = im[u] = 0;
+        }
 #pragma unroll
         for (int t = 0; t < CEMA_BLOCK; t++) {
-            float old = re;
-            re = q_re * old - q_im * im + x[t];
-            im = q_re * im + q_im * old;
+#pragma unroll
+            for (int u = 0; u < CEMA_MODES; u++) {
+                float old = re[u];
+                re[u] = q_re[u] * old - q_im[u] * im[u] + x[t];
+                im[u] = q_re[u] * im[u] + q_im[u] * old;
+            }
         }
-        h_blocks[out] = coefs.p[at] * re, h_blocks[out + (size_t)N * D] = coefs.p[at] * im;
+#pragma unroll
+        for (int u = 0; u < CEMA_MODES; u++) {
+            size_t at = (size_t)min_int(n + u, N - 1) * D + p.d, out = (size_t)p.at * 2 * N * D + at;
+            h_blocks[out] = coefs.p[at] * re[u], h_blocks[out + (size_t)N * D] = coefs.p[at] * im[u];
+        }
     }
 }
 
@@ -1047,22 +1082,33 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS)
     float dy[CEMA_BLOCK];
 #pragma unroll
     for (int t = 0; t < CEMA_BLOCK; t++) dy[t] = t < p.T ? to_float(dout[(p.row + t) * D + p.d]) : 0;
-    for (int n = 0; n < N; n++) {
-        size_t at = (size_t)n * D + p.d, out = (size_t)p.at * 2 * N * D + at;
-        float q_re = coefs.q_re[at], q_im = coefs.q_im[at], g_re = coefs.g_re[at], g_im = coefs.g_im[at];
-        float re = 0, im = 0; // without conj(g), which is the same for all
+    for (int n = 0; n < N; n += CEMA_MODES) {
+        float q_re[CEMA_MODES], q_im[CEMA_MODES], re[CEMA_MODES], im[CEMA_MODES]; // without conj(g), the same for all
+#pragma unroll
+        for (int u = 0; u < CEMA_MODES; u++) {
+            size_t at = (size_t)min_int(n + u, N - 1) * D + p.d;
+            q_re[u] = coefs.q_re[at], q_im[u] = coefs.q_im[at], re[u] = im[u] = 0;
+        }
 #pragma unroll
         for (int t = CEMA_BLOCK - 1; t >= 0; t--) {
-            float G_re = re + dy[t];
-            re = q_re * G_re + q_im * im;
-            im = q_re * im - q_im * G_re;
+#pragma unroll
+            for (int u = 0; u < CEMA_MODES; u++) {
+                float G_re = re[u] + dy[t];
+                re[u] = q_re[u] * G_re + q_im[u] * im[u];
+                im[u] = q_re[u] * im[u] - q_im[u] * G_re;
+            }
         }
-        futures[out] = g_re * re + g_im * im, futures[out + (size_t)N * D] = g_re * im - g_im * re;
+#pragma unroll
+        for (int u = 0; u < CEMA_MODES; u++) {
+            size_t at = (size_t)min_int(n + u, N - 1) * D + p.d, out = (size_t)p.at * 2 * N * D + at;
+            float g_re = coefs.g_re[at], g_im = coefs.g_im[at];
+            futures[out] = g_re * re[u] + g_im * im[u], futures[out + (size_t)N * D] = g_re * im[u] - g_im * re[u];
+        }
     }
 }
 
 // parts (gridDim.y, 5*N*D + D): p, q_re, q_im, g_re, g_im of the coefficients' gradients, then domega.
-static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
+static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 1)
     cema_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp, const float *h_blocks,
                          const float *futures, Coefs coefs, const float *omega, int B, int L, int D, int N) {
     extern __shared__ float cema_shared[];
@@ -1371,8 +1417,8 @@ static void rmsnorm_backward(act *dinp, float *dweight, const act *dout, const a
 
 // ----------------------------------------------------------------------------
 // linear: out (R,M) = inp (R,K) weight' (M,K) + bias (M) + add (R,M); bias, add may be NULL, add may be out
-// backward: dinp = dout weight (added to what is there if `add`), dweight += dout' inp, dbias += sum of rows, which the
-// product that reads dout anyway leaves in parts
+// backward: dinp = dout weight (added to what is there if `add`), dweight += dout' inp, dbias += sum of rows (the
+// library's epilogue for it is slower, and does not add)
 
 static void linear_forward(act *out, const act *add, const act *inp, const act *weight, const act *bias, int R, int K,
                            int M) {
@@ -1389,9 +1435,8 @@ static void linear_backward_weight(float *dweight, float *dbias, const act *dout
                                    int K, int M) {
     Form f = form_of(1, 0, M, K, R, M, K, K);
     f.type = CUDA_R_32F;
-    if (dbias) f.epilogue = CUBLASLT_EPILOGUE_BGRADB;
-    product(f, dout, inp, dweight, dbias ? parts : NULL, dweight);
-    if (dbias) sum_parts(dbias, NULL, 1, parts, 1, M, M, 0);
+    product(f, dout, inp, dweight, NULL, dweight);
+    if (dbias) sum_rows(dbias, dout, parts, R, M);
 }
 
 static void linear_backward(act *dinp, int add, float *dweight, float *dbias, const act *dout, const act *inp,
@@ -1470,7 +1515,7 @@ static void qk_forward(act *q, act *k, const act *z, const float *gamma, const f
 
 // Backward: the rotation turned back, then a = (dq (gamma0 + 1) + dk (gamma1 + 1))/sqrt(dz) is the gradient by n, and
 // dz = rstd (a - z rstd^2 mean(a z)). A warp goes through rows of a head and adds up its own sums for gamma and beta.
-// parts (gridDim.x*warps, 4, Z): dgamma0, dgamma1, dbeta0, dbeta1. Reads 3 R*Z, writes R*Z.
+// parts (gridDim.x, 4, Z): dgamma0, dgamma1, dbeta0, dbeta1. Reads 3 R*Z, writes R*Z.
 
 static __global__ void qk_backward_kernel(act *dz_out, float *parts, const act *dq, const act *dk, const act *z,
                                           const float *gamma, const float2 *table, int R, int L, int Z, int dz, int C,
@@ -1508,9 +1553,12 @@ static __global__ void qk_backward_kernel(act *dz_out, float *parts, const act *
             for (int i = 0; i < 8; i++) sums[i * pairs + j] += terms[i];
         }
     }
-    float *part = parts + ((size_t)blockIdx.x * blockDim.y + threadIdx.y) * 4 * Z + h * dz;
-    for (int j = threadIdx.x; j < pairs; j += WARP) {
-        for (int i = 0; i < 8; i++) part[(size_t)(i / 2) * Z + 2 * j + i % 2] = sums[i * pairs + j];
+    __syncthreads();
+    for (int j = threadIdx.y * WARP + threadIdx.x; j < 4 * dz; j += WARP * blockDim.y) {
+        int i = j / pairs, pair = j % pairs;
+        float sum = 0;
+        for (int w = 0; w < (int)blockDim.y; w++) sum += qk_sums[(size_t)w * 4 * dz + j];
+        parts[((size_t)blockIdx.x * 4 + i / 2) * Z + h * dz + 2 * pair + i % 2] = sum;
     }
 }
 
@@ -1519,12 +1567,12 @@ static void qk_backward(act *dz_out, float *dgamma, float *dbeta, const act *dq,
                         double eps) {
     size_t shared = 4 * (size_t)dz * sizeof(float);
     int warps = max_int(min_int((int)((48 << 10) / shared), ROW_WARPS / 2), 1);
-    int blocks = max_int(min_int(ceil_div(R, warps), MOST_PARTS / warps), 1);
+    int blocks = min_int(ceil_div(R, warps), MOST_PARTS);
     allow_shared(qk_backward_kernel, warps * shared);
     qk_backward_kernel<<<dim3(blocks, Z / dz), dim3(WARP, warps), warps * shared>>>(dz_out, parts, dq, dk, z, gamma,
                                                                                     table, R, L, Z, dz, C, (float)eps);
     LAUNCHED();
-    sum_parts(dgamma, dbeta, 1, parts, blocks * warps, 4 * (size_t)Z, 2 * (size_t)Z, 2 * (size_t)Z);
+    sum_parts(dgamma, dbeta, 1, parts, blocks, 4 * (size_t)Z, 2 * (size_t)Z, 2 * (size_t)Z);
 }
 
 // ----------------------------------------------------------------------------
@@ -2200,13 +2248,12 @@ static void coefs_take(Coefs *coefs, Arena *arena, const Config *c) {
 
 // Floats that the largest sum over rows needs for its parts.
 static size_t parts_size(const Config *c, int B, int L) {
-    size_t D = c->model_dim, widest = max_int(c->value_dim, max_int(c->model_dim, c->z_dim));
-    size_t rows = MOST_PARTS * max_int(2 * c->model_dim, 4 * c->z_dim); // norms, q and k
+    size_t D = c->model_dim;
+    size_t rows = (size_t)MOST_PARTS * max_int(max_int(2 * c->model_dim, 4 * c->z_dim), c->value_dim);
     size_t cema = (size_t)cema_parts(B, L, c->model_dim) * (5 * c->cema_ndim + 1) * D;
     size_t embed = ((size_t)B * L / (EMBED_ROWS / 2) + 1) * D;
     size_t most = rows > cema ? rows : cema;
-    most = most > embed ? most : embed;
-    return most > widest ? most : widest;
+    return most > embed ? most : embed;
 }
 
 // The two sub-layers take turns, so theirs lie in the same place.
@@ -2506,16 +2553,16 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
         cema_coefs_forward(&m->coefs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, c->cema_ndim);
     }
     m->coefs_valid = 1;
-    if (m->mode != MEGALODON_INFER) {
-        remember(m, state, B);
-        m->sorted = sort_tokens(m->host_order, m->host_segments, m->host_first, tokens, (int)R, c->vocab_size);
-        upload(m->order, m->host_order, R * sizeof *m->order);
-        upload(m->segments, m->host_segments, (size_t)(m->sorted.segments + m->sorted.tokens) * sizeof *m->segments);
-    }
+    if (m->mode != MEGALODON_INFER) remember(m, state, B);
 
     embedding_forward(m->x[0], m->tokens, rounded(m, m->params.embed), embedding_scale(c), B * L, D);
     dropout(m->x[0], m->x[0], mask_of(m, -1, DROP_EMBED, c->dropout, D), R * D);
     for (int l = 0; l < layers; l++) block_forward(m, l, state, state, B, L);
+    if (m->mode != MEGALODON_INFER) { // while the GPU works
+        m->sorted = sort_tokens(m->host_order, m->host_segments, m->host_first, tokens, (int)R, c->vocab_size);
+        upload(m->order, m->host_order, R * sizeof *m->order);
+        upload(m->segments, m->host_segments, (size_t)(m->sorted.segments + m->sorted.tokens) * sizeof *m->segments);
+    }
     double *mean = state ? state->mean + (size_t)layers * B * G : NULL;
     double *m2 = state ? state->m2 + (size_t)layers * B * G : NULL;
     timestep_norm_forward(m->final, m->final_mean, m->final_rstd, mean, m2, m->x[layers], m->params.final_norm_weight,
@@ -2606,12 +2653,14 @@ void megalodon_zero_grad(Model *m) {
     CUDA(cudaMemsetAsync(m->memory[GRADS], 0, m->num_params * sizeof *m->memory[GRADS]));
 }
 
-// A block sums a part, always the same one. Reads the gradients.
-static __global__ void square_kernel(double *parts, const float *x, size_t n) {
+// A block sums a part, always the same one; a thread reads four numbers at a time. Reads the gradients.
+static __global__ void square_kernel(double *parts, const float4 *x, size_t n) {
     __shared__ double sums[THREADS];
     double sum = 0;
-    for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (size_t)gridDim.x * THREADS) {
-        sum += (double)x[i] * x[i];
+    for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; 4 * i < n; i += (size_t)gridDim.x * THREADS) {
+        float4 v = x[i]; // there is room for whole fours
+        v.y = 4 * i + 1 < n ? v.y : 0, v.z = 4 * i + 2 < n ? v.z : 0, v.w = 4 * i + 3 < n ? v.w : 0;
+        sum += (double)v.x * v.x + (double)v.y * v.y + ((double)v.z * v.z + (double)v.w * v.w);
     }
     sums[threadIdx.x] = sum;
     __syncthreads();
@@ -2624,7 +2673,7 @@ static __global__ void square_kernel(double *parts, const float *x, size_t n) {
 
 double megalodon_grad_norm(Model *m) {
     double sums[NORM_PARTS], total = 0;
-    square_kernel<<<NORM_PARTS, THREADS>>>(m->totals, m->memory[GRADS], m->num_params);
+    square_kernel<<<NORM_PARTS, THREADS>>>(m->totals, (const float4 *)m->memory[GRADS], m->num_params);
     LAUNCHED();
     CUDA(cudaMemcpy(sums, m->totals, sizeof sums, cudaMemcpyDeviceToHost));
     for (int p = 0; p < NORM_PARTS; p++) total += sums[p];

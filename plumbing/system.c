@@ -71,7 +71,7 @@ double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-// MiB of a plan; infinite if the plan itself might overflow.
+// MiB of a plan; of no less than that, more than there is room for, if the plan itself might overflow.
 static double plan_mib(MemoryPlan *p, const Config *c, Mode mode, int B, int L, size_t extra, double room) {
     const double mib = 1048576, rows = (double)B * L;
     // The layers' outputs and one layer's widest tensors, at two bytes a number at least: more is not worth planning.
@@ -80,9 +80,10 @@ static double plan_mib(MemoryPlan *p, const Config *c, Mode mode, int B, int L, 
         ((mode == MEGALODON_TRAIN ? c->num_layers : 1) * (double)c->model_dim + c->value_dim + c->ffn_hidden_dim) * 2 /
         mib;
     *p = (MemoryPlan){0};
-    if (least > room || rows * c->num_heads > INT32_MAX) return INFINITY;
+    if (least > room) return least;
+    if (rows * c->num_heads > INT32_MAX) return 2 * room;
     *p = megalodon_memory(c, mode, B, L);
-    if (p->params == 0) return INFINITY; // no memory for the plan
+    if (p->params == 0) return 2 * room; // no memory for the plan
     return ((double)p->params + (double)p->grads + (double)p->moments + (double)p->activations + (double)p->scratch +
             (double)extra) /
            mib;
@@ -93,21 +94,24 @@ MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t extra) 
     MemoryPlan plan, other;
     const double need = plan_mib(&plan, c, mode, B, L, extra, room);
     if (need <= room) return plan;
+    // --recompute, or else the largest of half, a quarter, .. of the batch, also with --recompute
     char help[96] = "a smaller --seq-len or model";
-    const Mode modes[2] = {mode, mode == MEGALODON_TRAIN ? MEGALODON_RECOMPUTE : mode};
-    for (int i = 0, found = 0; i < 2 && !found; i++) {
-        for (int b = i == 0 ? B / 2 : B; b > 0 && !found; b /= 2) {
-            found = plan_mib(&other, c, modes[i], b, L, extra, room) <= room;
-            if (found)
-                snprintf(help, sizeof help, "%s%s %d x %d tokens", i > 0 ? "with --recompute" : "", i > 0 ? "," : "", b,
-                         L);
-        }
+    const Mode less = mode == MEGALODON_TRAIN ? MEGALODON_RECOMPUTE : mode;
+    const bool recompute = less != mode && plan_mib(&other, c, less, B, L, extra, room) <= room;
+    if (recompute) snprintf(help, sizeof help, "the same with --recompute");
+    for (int b = B / 2, found = recompute; b > 0 && !found; b /= 2) {
+        found = plan_mib(&other, c, less, b, L, extra, room) <= room;
+        const bool plain = found && plan_mib(&other, c, mode, b, L, extra, room) <= room;
+        if (found) snprintf(help, sizeof help, "a batch of %d x %d tokens%s", b, L, plain ? "" : " with --recompute");
     }
-    fatal(
-        "%d x %d tokens need %.0f MiB (parameters, gradients and moments %.0f, activations %.0f, scratch %.0f); there "
-        "are %.0f MiB for %s, and B x L x num_heads must be below 2^31. What fits: %s",
-        B, L, need, (double)(plan.params + plan.grads + plan.moments) / mib, (double)plan.activations / mib,
-        (double)plan.scratch / mib, room, megalodon_backend(), help);
+    char parts[128] = "";
+    if (plan.params > 0)
+        snprintf(parts, sizeof parts, " (parameters, gradients and moments %.0f, activations %.0f, scratch %.0f)",
+                 (double)(plan.params + plan.grads + plan.moments) / mib, (double)plan.activations / mib,
+                 (double)plan.scratch / mib);
+    fatal("%d x %d tokens need %.0f MiB or more%s; there are %.0f MiB for %s, and B x L x num_heads must be below "
+          "2^31. What fits: %s",
+          B, L, need, parts, room, megalodon_backend(), help);
 }
 
 // Programs that run now or wait for a core, this one left out.

@@ -439,7 +439,7 @@ static void linear_case(int R, int K, int M) {
         cpu_linear_forward(out.host, added > 0, inp.host, weight.host, bias.host, R, K, M);
         linear_forward(out.device, summand.device, inp.device, weight.device, bias.device, R, K, M);
         compare("out", out, FORWARD);
-        float *parts = on_device<float>(M);
+        float *parts = on_device<float>((size_t)MOST_PARTS * M);
         cpu_linear_backward(dinp.host, added > 0, dweight.host, dbias.host, dout.host, inp.host, weight.host, R, K, M);
         linear_backward(dinp.device, added > 0, dweight.device, dbias.device, dout.device, inp.device, weight.device,
                         parts, R, K, M);

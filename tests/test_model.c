@@ -1,6 +1,7 @@
 // The whole model through megalodon.h: gradients, recomputation, accumulation, state, optimizer. Built twice,
 // with megalodon.c and plumbing/params.c: with -DMEGALODON_DOUBLE, where gradients are also measured, and in
 // float.
+#include "../plumbing/plumbing.h"
 #include "check.h"
 
 #ifdef MEGALODON_DOUBLE
@@ -278,8 +279,25 @@ static void read_pieces(Setup *s, State *state, int n, real *logits) {
     }
 }
 
+// A copy of a state in the host's memory, wherever its own is.
+static State on_host(const State *state) {
+    State host = *state;
+    char *memory = malloc(state->bytes);
+    const char *theirs = state->memory;
+    state_read(state, 0, state->bytes, memory);
+    host.memory = memory;
+    host.count = (int64_t *)(void *)(memory + ((const char *)state->count - theirs));
+    host.mean = (double *)(void *)(memory + ((const char *)state->mean - theirs));
+    host.m2 = (double *)(void *)(memory + ((const char *)state->m2 - theirs));
+    host.h = (real *)(void *)(memory + ((const char *)state->h - theirs));
+    host.k = (real *)(void *)(memory + ((const char *)state->k - theirs));
+    host.v = (real *)(void *)(memory + ((const char *)state->v - theirs));
+    return host;
+}
+
 // The arrays of a state; of the cached keys and values those of the unfinished chunk, so far.
-static void check_state(const char *name, const Config *c, const State *a, const State *b) {
+static void check_state(const char *name, const Config *c, const State *state, const State *expected) {
+    State copies[2] = {on_host(state), on_host(expected)}, *a = &copies[0], *b = &copies[1];
     size_t rows = (size_t)c->num_layers * a->B, moments = rows + (size_t)a->B;
     size_t h = rows * 2 * c->cema_ndim * c->model_dim;
     int past = (int)(b->count[0] % c->chunk_size);
@@ -292,6 +310,7 @@ static void check_state(const char *name, const Config *c, const State *a, const
         check_real(named(name, "k"), a->k + k, b->k + k, (size_t)past * c->z_dim, ROUNDING);
         check_real(named(name, "v"), a->v + v, b->v + v, (size_t)past * c->value_dim, ROUNDING);
     }
+    free(a->memory), free(b->memory);
 }
 
 static void test_state(const Case *c) {
@@ -332,19 +351,13 @@ static void test_state(const Case *c) {
     state_reset(state, last);
     read_pieces(&s, state, 3, logits);
     read_pieces(&s, copy, 3, whole);
-    check_true(named(c->name, "rows that are not reset go on"), memcmp(logits, whole, row * sizeof *logits) == 0);
+    // to rounding: rows at one place may be computed at once, rows at several not
+    if (last > 0) check_real(named(c->name, "rows that are not reset go on"), logits, whole, row, ROUNDING);
     for (int b = 0; b < c->B; b++) state_reset(first, b);
     read_pieces(&s, first, 3, whole);
-    check_same(named(c->name, "a row that is reset begins again"), logits + row, whole + row, one * sizeof *logits);
+    check_real(named(c->name, "a row that is reset begins again"), logits + row, whole + row, one, ROUNDING);
     state_free(first), state_free(state), state_free(copy), setup_free(&s);
     free(whole), free(logits), free(bytes);
-}
-
-static void copy_rows(void *to, int b, int B, const void *from, int layers,
-                      size_t bytes) { // (layers,B,...) from (layers,...)
-    for (int l = 0; l < layers; l++) {
-        memcpy((char *)to + ((size_t)l * B + b) * bytes, (const char *)from + l * bytes, bytes);
-    }
 }
 
 // The rows of a state may stand at different places: two sequences, one 3 tokens ahead, go on as they would
@@ -352,20 +365,14 @@ static void copy_rows(void *to, int b, int B, const void *from, int layers,
 static void test_rows(const Case *c) {
     Setup s = setup(c, MEGALODON_INFER);
     const Config *g = &c->config;
-    int L = 4, layers = g->num_layers;
-    size_t moments = (size_t)g->norm_num_groups * sizeof(double), C = (size_t)g->chunk_size;
+    int L = 4;
     size_t n = (size_t)L * g->vocab_size;
     real *alone = malloc(2 * n * sizeof *alone), *together = malloc(2 * n * sizeof *together);
     State *both = state_new(g, 2, 0);
     for (int b = 0; b < 2; b++) {
         State *one = state_new(g, 1, 0);
         megalodon_forward(s.model, one, s.tokens, 1, 2 + 3 * b);
-        both->count[b] = one->count[0];
-        copy_rows(both->mean, b, 2, one->mean, layers + 1, moments),
-            copy_rows(both->m2, b, 2, one->m2, layers + 1, moments);
-        copy_rows(both->h, b, 2, one->h, layers, 2 * (size_t)g->cema_ndim * g->model_dim * sizeof(real));
-        copy_rows(both->k, b, 2, one->k, layers, C * g->z_dim * sizeof(real));
-        copy_rows(both->v, b, 2, one->v, layers, C * g->value_dim * sizeof(real));
+        state_copy(one, 0, both, b, g);
         megalodon_forward(s.model, one, s.tokens + b * L, 1, L);
         megalodon_logits(s.model, 0, (size_t)L, alone + b * n);
         state_free(one);
