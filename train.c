@@ -212,17 +212,19 @@ static size_t count_parameters(const Config *c) {
     return n;
 }
 
-// Have all processes the same settings, configuration, data and, once there is one, model? The data's ends, and a few
-// hundred numbers, stand for all of them.
+// Have all processes the same settings, configuration, data and, once there is one, model? A thousand tokens and
+// parameters stand for all of them.
 static void agree(const Config *c, const Data *d, Model *model, int64_t step) {
     enum { SAMPLES = 1000 };
+    if (ranks.size == 1) return;
     uint64_t hash = 14695981039346656037u; // FNV-1a
     char *text, *json = config_to_json(c);
     size_t length, size = count_parameters(c);
     FILE *f = open_memstream(&text, &length);
     if (f == NULL) fatal("out of memory");
     options_write(options, f);
-    fprintf(f, "%s %d %lld", json, s.eval, (long long)step);
+    fprintf(f, "%s %d %d %d %d %d %lld", json, s.chunk_parallel, s.eval, s.dump != NULL, s.out != NULL,
+            s.resume != NULL, (long long)step);
     for (int i = 0; i < 2; i++) {
         const Tokens *t = i == 0 ? &d->train.tokens : &d->val.tokens;
         fprintf(f, " %zu", t->count);
@@ -281,8 +283,8 @@ static void print_header(const Config *c, const Data *d, const MemoryPlan *p) {
     if (c->dropout > 0 || c->hidden_dropout > 0 || c->attention_dropout > 0)
         printf("dropout     %g, hidden %g, attention %g\n", c->dropout, c->hidden_dropout, c->attention_dropout);
     if (ranks.started)
-        printf("processes   %d: %d x %d sequences, each in %d pieces of %lld tokens or so\n", ranks.size, ranks.groups,
-               d->B, ranks.pieces, (long long)d->L);
+        printf("processes   %d: %d groups of %d pieces; this one has %d sequences, %d tokens of each\n", ranks.size,
+               ranks.groups, ranks.pieces, d->B, d->L);
     printf("step        %d x %d x %d tokens, lr %g %s, seed %lld\n\n", s.grad_accum, s.batch_size, s.seq_len, s.lr,
            s.schedule, (long long)s.seed);
 }
@@ -564,7 +566,7 @@ int main(int argc, char **argv) {
         printf("%s at step %lld after %.1f s, peak memory %.0f MiB%s%s\n", halt ? "stopped" : "done", (long long)step,
                seconds() - begin, (double)megalodon_peak() / 1048576, out ? "; saved in " : "", out ? out : "");
     if (ranks.started)
-        printf("process 0 took part in %lld exchanges and gave %lld bytes to them\n", (long long)ranks.messages,
+        printf("process 0 took part in %lld exchanges and gave %lld bytes to them\n", (long long)ranks.exchanges,
                (long long)ranks.bytes);
     if (log_file != NULL) fclose(log_file);
     if ((fflush(stdout) != 0 || ferror(stdout)) && s.eval) fatal("stdout: the result could not be written");

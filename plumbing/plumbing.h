@@ -41,9 +41,9 @@ typedef struct {
     int size, rank, here; // processes, this one's number, those on this machine; number 0 prints and writes files
     bool started;         // by mpirun or its like
     int groups, group, pieces, piece;
-    int rows, row;           // sequences of a group; this group's first one in the batch
-    int64_t start, *lengths; // where this process's piece starts in a sequence; (pieces) tokens of each piece
-    int64_t messages, bytes; // of steps and validations: exchanges this process took part in, what it gave to them
+    int rows, row;            // sequences of a group; this group's first one in the batch
+    int64_t start, *lengths;  // where this process's piece starts in a sequence; (pieces) tokens of each piece
+    int64_t exchanges, bytes; // of steps and validations: that this process took part in, what it gave to them
 } Ranks;
 extern Ranks ranks;
 

@@ -25,7 +25,7 @@ static MPI_Comm group; // the pieces of this process's sequences
 
 static MPI_Datatype real_type(void) { return sizeof(real) == sizeof(double) ? MPI_DOUBLE : MPI_FLOAT; }
 
-static void count(size_t bytes) { ranks.messages++, ranks.bytes += (int64_t)bytes; }
+static void count(size_t bytes) { ranks.exchanges++, ranks.bytes += (int64_t)bytes; }
 
 static void finish(void) { MPI_Finalize(); }
 
