@@ -258,9 +258,9 @@ CC=${CC:-cc}
 
 build() { # test, in a folder with a megalodon.c
     case $1 in
-    test_layers) $CC $flags -DMEGALODON_DOUBLE tests/test_layers.c params.o -lm -o test ;;
-    test_model) $CC $flags -DMEGALODON_DOUBLE megalodon.c "$tmp/test_model.o" params.o -lm -o test ;;
-    test_pieces) $CC $flags -DMEGALODON_DOUBLE tests/test_pieces.c megalodon.c params.o -lm -o test ;;
+    test_layers) $CC $flags -DMEGALODON_DOUBLE tests/test_layers.c "$tmp/plumbing.a" -lm -o test ;;
+    test_model) $CC $flags -DMEGALODON_DOUBLE megalodon.c "$tmp/test_model.o" "$tmp/plumbing.a" -lm -o test ;;
+    test_pieces) $CC $flags -DMEGALODON_DOUBLE tests/test_pieces.c megalodon.c "$tmp/plumbing.a" -lm -o test ;;
     test_float) $CC $flags tests/test_float.c plumbing/params.c -lm -o test ;;
     esac > out 2>&1
 }
@@ -292,7 +292,6 @@ worker() { # number: every second mutant
     mkdir -p "$tmp/$1/tests" && cd "$tmp/$1" || exit 1
     cp -r "$root/plumbing" "$root/megalodon.h" .
     cp "$root"/tests/*.[ch] tests/
-    $CC $flags -DMEGALODON_DOUBLE -c plumbing/params.c -o params.o || exit 1
     while IFS= read -r line; do
         number=$((number + 1))
         [ $((number % 2)) -eq "$1" ] || continue
@@ -312,13 +311,16 @@ root=$PWD
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
 list | grep -F -e "${1:-}" > "$tmp/list"
+for file in plumbing/*.c; do
+    [ "$file" = plumbing/compare.c ] || $CC $flags -DMEGALODON_DOUBLE -c "$file" -o "$tmp/$(basename "$file" .c).o" || exit 1
+done
+ar rcs "$tmp/plumbing.a" "$tmp"/*.o
 $CC $flags -DMEGALODON_DOUBLE -c tests/test_model.c -o "$tmp/test_model.o" || exit 1
 
 # first without any mutation: all must pass
 mkdir "$tmp/none" && cd "$tmp/none" || exit 1
 cp -r "$root/plumbing" "$root/megalodon.h" "$root/megalodon.c" .
 mkdir tests && cp "$root"/tests/*.[ch] tests/
-$CC $flags -DMEGALODON_DOUBLE -c plumbing/params.c -o params.o || exit 1
 try unmutated
 cd "$root" || exit 1
 if [ "$verdict" != survived ]; then
