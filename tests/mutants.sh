@@ -148,11 +148,11 @@ attention_forward: cached = past > 0 && chunk == 0  =>  cached = past > 0
 attention_forward: (cached ? past : 0) + t - from  =>  t - from
 attention_forward: ceil_div(L - 1, C) + 1 : ceil_div  =>  ceil_div(L, C) : ceil_div
 attention_forward: past == 0 || past + L > C  =>  past + L > C
-attention_forward: * H + h) * L + t, C)  =>  * H + h) * L, C)
+attention_forward: b, h, H, t, C)  =>  b, h, H, 0, C)
 attention_backward: int n = min(C, L - t0)  =>  int n = L - t0 < C ? 1 : C
 attention_backward: i < last,  =>  1,
 attention_backward: i < last,  =>  0,
-attention_backward: * L + t0 + i, C)  =>  * L + t0, C)
+attention_backward: b, h, H, t0 + i, C)  =>  b, h, H, t0, C)
 attend_forward: top + (real)log(sum)  =>  (real)log(sum)
 attend_forward: s[j] /= sum  =>  s[j] /= 1
 attend_backward: ds[j] - dot  =>  ds[j]
@@ -172,8 +172,7 @@ output_loss: (real)(grad_scale / sum)  =>  (real)(1 / sum)
 output_loss: l[target] -= (real)grad_scale  =>  l[target] -= 0
 output_loss: *xr = x + (size_t)r0 * D  =>  *xr = x
 output_loss: dx + (size_t)r0 * D, 0  =>  dx + (size_t)r0 * D, 1
-mega_forward: out->h + modes  =>  out->h
-mega_forward: in->m2 + moments : NULL, count  =>  in->m2 + moments : NULL, NULL
+ema_forward: out->h + at : NULL  =>  out->h : NULL
 mega_forward: dropout(a->mx, a->mx  =>  dropout(s->dmx, a->mx
 mega_forward: DROP_GATED, c->hidden_dropout  =>  DROP_GATED, c->dropout
 mega_forward: add(a->y, x  =>  add(a->y, a->y
@@ -215,9 +214,10 @@ block_forward: m->acts_layer = layer  =>  m->acts_layer = 0
 block_backward: m->acts_layer != layer  =>  m->acts_layer < 0
 block_backward: add(s->dx, s->dmega  =>  memcpy(s->dx, s->dmega
 embedding_scale: sqrt(c->model_dim)  =>  1
-megalodon_forward: state->count[b] += L  =>  state->count[b] += 1
+megalodon_forward: piece ? m->whole : L  =>  piece ? m->whole : 1
+megalodon_forward: piece ? m->whole : L  =>  L
 megalodon_forward: b < B; b++) state->count  =>  b < 1; b++) state->count
-megalodon_forward: double *mean = state ? state->mean + (size_t)layers  =>  double *mean = state ? state->mean + 0 * (size_t)layers
+time_norm_forward: at = (size_t)layer * B * G  =>  at = 0 * (size_t)layer * B * G
 megalodon_loss: targets[r] >= 0  =>  targets[r] >= -1
 megalodon_backward: embedding_scale(c)  =>  1
 megalodon_logits: m->final + first * D  =>  m->final
@@ -271,7 +271,8 @@ try() { # function
     local order="test_layers test_model test_pieces test_float"
     case $1 in # of what test_layers does not call
     mega* | nffn* | block* | embedding_scale | acts_take | state* | add | mask_of | remember | cache_chunk) order="test_model test_pieces" ;;
-    *_join* | cema_piece | power | time_norm* | ema_*) order="test_pieces" ;;
+    time_norm* | ema_*) order="test_model test_pieces" ;;
+    *_join* | cema_piece | power) order="test_pieces" ;;
     exp_real) order="test_float" ;;
     esac
     for test in $order; do
