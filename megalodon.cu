@@ -404,6 +404,7 @@ static __global__ void embedding_segments_kernel(float *dembed, float *parts, co
     }
 }
 
+// A block has a token and some columns, a thread a column.
 static __global__ void embedding_tokens_kernel(float *dembed, const float *parts, const Segment *tokens, float scale,
                                                int D) {
     Segment s = tokens[blockIdx.x]; // from, to: its parts
@@ -1452,6 +1453,7 @@ static void linear_backward(act *dinp, int add, float *dweight, float *dbias, co
 // table (C, dz/2): cos, sin; NULL: no rotation. count (B): tokens before these, or NULL.
 // A warp has a head of a row. Reads R*Z, writes 2 R*Z.
 
+// A thread has a pair of a position.
 static __global__ void rope_table_kernel(float2 *table, int C, int dz, double base) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, pairs = dz / 2;
     if (i >= C * pairs) return;
@@ -1798,6 +1800,7 @@ static Run run_number(int i, int B, int L, int C) {
     return Run{(size_t)i * C, L, B, min_int(C, L - i * C)};
 }
 
+// A thread has a number; reads and writes n.
 static __global__ void widen_kernel(float *out, const act *inp, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i] = to_float(inp[i]);
@@ -2100,6 +2103,7 @@ static __global__ void loss_kernel(float *losses, act *logits, const int32_t *ta
     }
 }
 
+// One block: every thread sums its own losses, then they add up in pairs. Reads R floats.
 static __global__ void sum_losses_kernel(double *total, const float *losses, int R) {
     __shared__ double sums[THREADS];
     double sum = 0;
@@ -2532,6 +2536,7 @@ static void remember(Model *m, const State *state, int B) {
     CUDA(cudaMemcpyAsync(s->h, state->h, h * sizeof *s->h, cudaMemcpyDeviceToDevice));
 }
 
+// A thread has a row.
 static __global__ void advance_kernel(int64_t *count, int B, int L) {
     int b = blockIdx.x * blockDim.x + threadIdx.x;
     if (b < B) count[b] += L;

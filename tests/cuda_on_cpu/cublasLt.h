@@ -20,14 +20,13 @@ enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_16BF = 14 };
 typedef cudaDataType_t cudaDataType;
 enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68 };
 enum cublasOperation_t { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1 };
-enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_BIAS = 4, CUBLASLT_EPILOGUE_BGRADB = 512 };
+enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_BIAS = 4 };
 
 enum cublasLtMatmulDescAttributes_t {
     CUBLASLT_MATMUL_DESC_TRANSA = 3,
     CUBLASLT_MATMUL_DESC_TRANSB = 4,
     CUBLASLT_MATMUL_DESC_EPILOGUE = 7,
-    CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8,
-    CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE = 26
+    CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8
 };
 enum cublasLtMatrixLayoutAttribute_t {
     CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT = 5,
@@ -49,7 +48,6 @@ typedef struct EmuProduct {
     cublasOperation_t transa, transb;
     cublasLtEpilogue_t epilogue;
     void *bias;
-    int bias_type; // -1: D's
 } * cublasLtMatmulDesc_t;
 
 typedef struct EmuLayout {
@@ -105,7 +103,7 @@ inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { return emu_dele
 inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *product, cublasComputeType_t,
                                                cudaDataType_t scale) {
     if (scale != CUDA_R_32F) return emu_blas_fail(CUBLAS_STATUS_NOT_SUPPORTED, "alpha and beta must be float");
-    return emu_new(product, EmuProduct{CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, NULL, -1});
+    return emu_new(product, EmuProduct{CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, NULL});
 }
 inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t product) { return emu_delete(product); }
 inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t product, cublasLtMatmulDescAttributes_t which,
@@ -119,8 +117,6 @@ inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t produc
         return emu_set(&product->epilogue, value, bytes);
     case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
         return emu_set(&product->bias, value, bytes);
-    case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE:
-        return emu_set(&product->bias_type, value, bytes);
     }
     return CUBLAS_STATUS_NOT_SUPPORTED;
 }
@@ -185,8 +181,7 @@ inline const char *emu_wrong_product(const EmuProduct *p, const EmuLayout *a, co
     if ((ta ? a->rows : a->columns) != (tb ? b->columns : b->rows)) return "op(A)'s columns are not op(B)'s rows";
     if (c->rows != d->rows || c->columns != d->columns || c->type != d->type) return "C and D have different forms";
     if (a->type != b->type) return "A and B have different types";
-    if (p->epilogue != CUBLASLT_EPILOGUE_DEFAULT && p->epilogue != CUBLASLT_EPILOGUE_BIAS &&
-        p->epilogue != CUBLASLT_EPILOGUE_BGRADB)
+    if (p->epilogue != CUBLASLT_EPILOGUE_DEFAULT && p->epilogue != CUBLASLT_EPILOGUE_BIAS)
         return "an unknown epilogue";
     return NULL;
 }
@@ -256,15 +251,12 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
         if ((uintptr_t)pointers[i] % algorithm->align[i] != 0)
             return emu_blas_fail(CUBLAS_STATUS_INVALID_VALUE, "a pointer is less aligned than promised");
     }
-    const int bias_type = product->bias_type < 0 ? (int)d->type : product->bias_type;
-    const bool bias = product->epilogue == CUBLASLT_EPILOGUE_BIAS,
-               bgrad = product->epilogue == CUBLASLT_EPILOGUE_BGRADB;
+    const bool bias = product->epilogue == CUBLASLT_EPILOGUE_BIAS;
     const int64_t m = (int64_t)d->rows, n = (int64_t)d->columns, panels = (m + M - 1) / M;
     const bool ta = product->transa == CUBLAS_OP_T, tb = product->transb == CUBLAS_OP_T;
     const int64_t K = (int64_t)(ta ? a->rows : a->columns);
-    if ((bias || bgrad) && !emu_on_device(product->bias, (size_t)(bias ? m : n) * emu_size(bias_type)))
+    if (bias && !emu_on_device(product->bias, (size_t)m * emu_size(d->type)))
         return emu_blas_fail(CUBLAS_STATUS_INVALID_VALUE, "the bias is not in device memory");
-    if (bgrad && d->batch > 1) return emu_blas_fail(CUBLAS_STATUS_NOT_SUPPORTED, "BGRADB with a batch");
 
     std::vector<float> left((size_t)(panels * M * K)), right((size_t)((n + N - 1) / N * N * K));
     for (int64_t batch = 0; batch < d->batch; batch++) {
@@ -286,15 +278,10 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
                     for (int64_t u = 0, row = panel * M; u < M && row < m; u++, row++) {
                         float sum = al * sums[v][u];
                         if (be != 0) sum += be * emu_get(C, c->type, batch * c->stride + row + (j + v) * c->ld);
-                        if (bias) sum += emu_get(product->bias, bias_type, row);
+                        if (bias) sum += emu_get(product->bias, d->type, row);
                         emu_put(D, d->type, batch * d->stride + row + (j + v) * d->ld, sum);
                     }
                 }
-            }
-            for (int64_t v = 0; bgrad && v < N && j + v < n; v++) {
-                float sum = 0;
-                for (int64_t k = 0; k < K; k++) sum += right[(size_t)(j * K + k * N + v)];
-                emu_put(product->bias, bias_type, j + v, sum);
             }
         }
     }

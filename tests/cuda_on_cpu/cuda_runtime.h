@@ -96,7 +96,6 @@ inline double2 make_double2(double x, double y) { return double2{x, y}; }
 
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
-inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline double rsqrt(double x) { return 1 / sqrt(x); }
 
 inline thread_local uint3 threadIdx, blockIdx;
@@ -466,36 +465,12 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int) {
     *properties = cudaDeviceProp{"CPU", 9, 0, 4, EMU_MEMORY, EMU_SHARED_OPTIN};
     return cudaSuccess;
 }
-inline cudaError_t cudaDeviceSynchronize(void) { return cudaSuccess; }
 
 inline std::map<const void *, size_t> emu_allowed; // kernel -> bytes of dynamic shared memory
 template <typename Kernel> inline cudaError_t cudaFuncSetAttribute(Kernel *kernel, cudaFuncAttribute, int bytes) {
     if (bytes < 0 || (size_t)bytes > EMU_SHARED_OPTIN)
         return emu_fail(cudaErrorInvalidValue, "cudaFuncSetAttribute: more than 227 KB of shared memory");
     emu_allowed[(const void *)kernel] = (size_t)bytes;
-    return cudaSuccess;
-}
-
-typedef struct EmuEvent {
-    double seconds;
-} * cudaEvent_t;
-inline cudaError_t cudaEventCreate(cudaEvent_t *event) {
-    *event = new EmuEvent{0};
-    return cudaSuccess;
-}
-inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
-    delete event;
-    return cudaSuccess;
-}
-inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = 0) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    event->seconds = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-    return cudaSuccess;
-}
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
-    *ms = (float)(1e3 * (to->seconds - from->seconds));
     return cudaSuccess;
 }
 
