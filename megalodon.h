@@ -204,7 +204,7 @@ __host__ __device__
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-// The elements of a block of `size` that process `part` of `parts` updates: consecutive, nearly as many each.
+// The elements of a block of `size` that process `part` of `parts` updates: consecutive, nearly as many each, from whole fours on.
 typedef struct {
     size_t first, count;
 } Range;
