@@ -76,7 +76,7 @@ static __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 // the device
 
 static struct {
-    int open;
+    int open, devices; // devices of this machine
     char name[300];
     size_t used, peak; // bytes of device memory
     cublasLtHandle_t lt;
@@ -126,7 +126,13 @@ static void gpu_open(void) {
                 status == cudaSuccess ? "none found" : cudaGetErrorString(status));
         exit(1);
     }
-    CUDA(cudaGetDeviceProperties(&properties, 0));
+    // processes of one machine take its devices in turn; MPI's launchers number them
+    const char *numbers[3] = {getenv("OMPI_COMM_WORLD_LOCAL_RANK"), getenv("MPI_LOCALRANKID"), getenv("SLURM_LOCALID")};
+    int number = 0;
+    for (int i = 2; i >= 0; i--) number = numbers[i] ? atoi(numbers[i]) : number;
+    gpu.devices = count;
+    CUDA(cudaSetDevice(number % count));
+    CUDA(cudaGetDeviceProperties(&properties, number % count));
     snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s", properties.name, properties.major, properties.minor,
              sizeof(act) == 4 ? "float32" : "bfloat16");
     BLAS(cublasLtCreate(&gpu.lt));
@@ -3208,11 +3214,11 @@ void state_write(State *s, size_t first, size_t bytes, const void *src) {
 
 void megalodon_threads(int threads) { (void)threads; } // the device has its own
 
-size_t megalodon_room(void) {
+size_t megalodon_room(int processes) {
     size_t free_bytes, total;
     gpu_open();
     CUDA(cudaMemGetInfo(&free_bytes, &total));
-    return free_bytes;
+    return free_bytes / ceil_div(processes, gpu.devices);
 }
 
 size_t megalodon_peak(void) { return gpu.peak; }
