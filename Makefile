@@ -133,7 +133,11 @@ build/gpu/%_fp32.o: %.cu $(GPU_SOURCES)
 build/gpu/%.o: %.cu $(GPU_SOURCES)
 	$(NVCC) $(NVCCFLAGS) -c $< -o $@
 
-GPU_LINK = $(NVCC) $(NVCCFLAGS) $^ $(CUDA_LIBS) $(LDLIBS) -o $@
+GPU_LINK = $(NVCC) $(NVCCFLAGS) $(filter %.o,$^) $(filter %.a,$^) $(CUDA_LIBS) $(LDLIBS) -o $@
+ifneq ($(MPI),)
+train_cuda train_cuda_fp32: build/ranks_mpi.o
+train_cuda train_cuda_fp32: LDLIBS += $(filter -L% -l%,$(MPI))
+endif
 train_cuda sample_cuda: %_cuda: build/%.o build/gpu/megalodon.o build/library.a
 	$(GPU_LINK)
 train_cuda_fp32 sample_cuda_fp32: %_cuda_fp32: build/%.o build/gpu/megalodon_fp32.o build/library.a
@@ -187,11 +191,13 @@ build/emulated/%_fp32.o: build/emulated/%.cu $(EMULATED_SOURCES)
 build/emulated/test_cuda: build/emulated/tests/test_cuda.o build/cpu_layers.o build/library.a
 build/emulated/test_cuda_fp32: build/emulated/tests/test_cuda_fp32.o build/cpu_layers.o build/library.a
 build/emulated/test_model_fp32: build/test_model.o build/emulated/megalodon_fp32.o build/library.a
-$(EMULATED):
+build/emulated/train_fp32: build/train.o $(if $(MPI),build/ranks_mpi.o) build/emulated/megalodon_fp32.o build/library.a
+build/emulated/train_fp32: LDLIBS += $(filter-out -I%,$(MPI))
+$(EMULATED) build/emulated/train_fp32:
 	$(CXX) $^ $(OMP) $(LDLIBS) -o $@
 
-test-emulated: $(EMULATED) compare
-	@sh tests/run.sh $(EMULATED)
+test-emulated: $(EMULATED) build/emulated/train_fp32 train compare
+	@sh tests/run.sh $(EMULATED) tests/mpi_emulated.sh
 
 # ---------------------------------------------------------------- tests
 

@@ -1950,7 +1950,9 @@ void megalodon_threads(int threads) {
     (void)threads;
 }
 
-size_t megalodon_room(void) { return (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE); }
+size_t megalodon_room(int processes) {
+    return (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE) / (size_t)processes;
+}
 
 size_t megalodon_peak(void) { // of the whole program
     struct rusage usage;

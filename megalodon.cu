@@ -76,7 +76,7 @@ static __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 // the device
 
 static struct {
-    int open;
+    int open, devices; // devices of this machine
     char name[300];
     size_t used, peak; // bytes of device memory
     cublasLtHandle_t lt;
@@ -126,7 +126,13 @@ static void gpu_open(void) {
                 status == cudaSuccess ? "none found" : cudaGetErrorString(status));
         exit(1);
     }
-    CUDA(cudaGetDeviceProperties(&properties, 0));
+    // processes of one machine take its devices in turn; MPI's launchers number them
+    const char *numbers[3] = {getenv("OMPI_COMM_WORLD_LOCAL_RANK"), getenv("MPI_LOCALRANKID"), getenv("SLURM_LOCALID")};
+    int number = 0;
+    for (int i = 2; i >= 0; i--) number = numbers[i] ? atoi(numbers[i]) : number;
+    gpu.devices = count;
+    CUDA(cudaSetDevice(number % count));
+    CUDA(cudaGetDeviceProperties(&properties, number % count));
     snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s", properties.name, properties.major, properties.minor,
              sizeof(act) == 4 ? "float32" : "bfloat16");
     BLAS(cublasLtCreate(&gpu.lt));
@@ -467,6 +473,8 @@ typedef struct {
     uint64_t seed;
     uint32_t stream, step, layer;
     uint64_t first; // i of inp[0]
+    uint64_t row;   // numbers of a whole sequence (of attention's, of each head), of which
+    size_t run;     // there are so many here; 0: what is here lies without a gap in the step's batch
 } Mask;
 
 static __device__ void mask_words(uint32_t words[4], const Mask *mask, uint64_t four) {
@@ -483,21 +491,25 @@ static __device__ float mask_at(const Mask *mask, uint64_t i) {
     return word >= (uint32_t)(mask->p * 4294967296.0) ? (float)(1 / (1 - mask->p)) : 0;
 }
 
-static __global__ void dropout_kernel(act *out, const act *inp, Mask mask, size_t n) {
-    uint64_t four = mask.first / 4 + (uint64_t)blockIdx.x * blockDim.x + threadIdx.x;
+static __global__ void dropout_kernel(act *out, const act *inp, Mask mask, size_t run, unsigned blocks) {
+    size_t row = blockIdx.x / blocks, start = row * run;
+    uint64_t first = mask.first + row * mask.row, four = first / 4 + (uint64_t)(blockIdx.x % blocks) * THREADS;
     uint32_t words[4], limit = (uint32_t)(mask.p * 4294967296.0);
     float scale = (float)(1 / (1 - mask.p));
+    four += threadIdx.x;
     mask_words(words, &mask, four);
 #pragma unroll
     for (int w = 0; w < 4; w++) {
-        uint64_t i = 4 * four + w - mask.first; // wraps below 0: too large
-        if (i < n) set(&out[i], words[w] >= limit ? to_float(inp[i]) * scale : 0);
+        uint64_t i = 4 * four + w - first; // wraps below 0: too large
+        if (i < run) set(&out[start + i], words[w] >= limit ? to_float(inp[start + i]) * scale : 0);
     }
 }
 
 static void dropout(act *out, const act *inp, Mask mask, size_t n) {
+    size_t run = mask.run > 0 ? mask.run : n;
+    unsigned blocks = blocks_for(run / 4 + 2, THREADS); // of a run
     if (mask.p == 0) return;
-    dropout_kernel<<<blocks_for(n / 4 + 2, THREADS), THREADS>>>(out, inp, mask, n);
+    dropout_kernel<<<blocks *(unsigned)(n / run), THREADS>>>(out, inp, mask, run, blocks);
     LAUNCHED();
 }
 
@@ -653,7 +665,7 @@ static __global__ void timestep_norm_apply_kernel(act *out, float *mean, float *
     }
 }
 
-// prefix (R,G) and blocks (B, L/NORM_BLOCK, G) are scratch.
+// prefix (R,G) and blocks (B, L/NORM_BLOCK, G) are scratch. out NULL: only the outgoing state.
 static void timestep_norm_forward(act *out, float *mean, float *rstd, double *mean_out, double *m2_out, const act *inp,
                                   const float *weight, const float *bias, const double *mean_in, const double *m2_in,
                                   const int64_t *count, Prefix *prefix, Moments *blocks, int B, int L, int D, int G,
@@ -666,6 +678,7 @@ static void timestep_norm_forward(act *out, float *mean, float *rstd, double *me
     timestep_norm_scan_kernel<<<ceil_div(B * G, warps), dim3(WARP, warps)>>>(blocks, mean_out, m2_out, mean_in, m2_in,
                                                                              count, B, L, D, G);
     LAUNCHED();
+    if (out == NULL) return;
     size_t shared = (size_t)NORM_BLOCK * most_groups(W, D, G) * sizeof(float2);
     auto apply = NORM_KERNEL(timestep_norm_apply_kernel, W);
     allow_shared(apply, shared);
@@ -727,8 +740,8 @@ static __global__ void timestep_norm_sums_kernel(Sums *suffix, Sums *blocks, con
     if (lane == 0) blocks[(size_t)blockIdx.x * G + j] = sum;
 }
 
-// Replaces blocks' own sums by those of all blocks after them.
-static __global__ void timestep_norm_sums_scan_kernel(Sums *blocks, int B, int L, int G) {
+// Replaces blocks' own sums by those of all blocks after them. total (B,G), or NULL, gets those of all.
+static __global__ void timestep_norm_sums_scan_kernel(Sums *blocks, Sums *total, int B, int L, int G) {
     int pair = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x, num_blocks = ceil_div(L, NORM_BLOCK);
     if (pair >= B * G) return;
     int b = pair / G, j = pair % G, share = ceil_div(num_blocks, WARP), from = lane * share;
@@ -744,6 +757,7 @@ static __global__ void timestep_norm_sums_scan_kernel(Sums *blocks, int B, int L
         double later = __shfl_down_sync(~0u, sum.W, step);
         if (lane + step < WARP) sum.U += U, sum.V += V, sum.W += later;
     }
+    if (lane == 0 && total) total[pair] = sum;
     sum.U -= own.U, sum.V -= own.V, sum.W -= own.W; // of the lanes behind
     for (int i = to - 1; i >= from; i--) {
         Sums s = mine[(size_t)i * G];
@@ -754,10 +768,10 @@ static __global__ void timestep_norm_sums_scan_kernel(Sums *blocks, int B, int L
 
 // parts (blocks*down, 2, D): dweight, dbias.
 template <int W>
-static __global__ void timestep_norm_backward_kernel(act *dinp, float *parts, const act *dout, const act *residual,
-                                                     const act *residual2, const act *inp, const float *weight,
-                                                     const float *mean, const float *rstd, const Sums *suffix,
-                                                     const Sums *blocks, int B, int L, int D, int G) {
+static __global__ void
+timestep_norm_backward_kernel(act *dinp, float *parts, const act *dout, const act *residual, const act *residual2,
+                              const act *inp, const float *weight, const float *mean, const float *rstd,
+                              const Sums *suffix, const Sums *blocks, const Sums *later, int B, int L, int D, int G) {
     extern __shared__ float4 factors[]; // (NORM_BLOCK, groups): mean, rstd, U - 2 (W - mean V), 2 V
     int g = D / G, num_blocks = ceil_div(L, NORM_BLOCK);
     Groups groups = groups_here<W>(D, G);
@@ -773,6 +787,10 @@ static __global__ void timestep_norm_backward_kernel(act *dinp, float *parts, co
             int j = groups.first + i % groups.count;
             size_t at = (first_row + i / groups.count) * G + j;
             Sums s = suffix[at], after = blocks[(size_t)block * G + j];
+            if (later) {
+                Sums more = later[(size_t)(block / num_blocks) * G + j];
+                after.U += more.U, after.V += more.V, after.W += more.W;
+            }
             double m = mean[at], V = s.V + after.V;
             factors[i] =
                 make_float4((float)m, rstd[at], (float)(s.U + after.U - 2 * (s.W + after.W - m * V)), (float)(2 * V));
@@ -804,28 +822,70 @@ static __global__ void timestep_norm_backward_kernel(act *dinp, float *parts, co
     for (int i = 0; i < W && p.row >= 0; i++) part[i] = dw[i], part[D + i] = db[i];
 }
 
-static void timestep_norm_backward(act *dinp, float *dweight, float *dbias, const act *dout, const act *residual,
-                                   const act *residual2, const act *inp, const float *weight, const float *mean,
-                                   const float *rstd, const int64_t *count, Sums *suffix, Sums *blocks, float *parts,
-                                   int B, int L, int D, int G) {
-    int num_blocks = B * ceil_div(L, NORM_BLOCK), W = norm_width(D, G);
-    int down = THREADS / min_int(ACROSS, ceil_div(D, W)), P = min_int(num_blocks, MOST_PARTS / down);
+// The first two kernels. total (B,G), or NULL: the sums over all these tokens.
+static void timestep_norm_sums(Sums *total, Sums *suffix, Sums *blocks, const act *dout, const act *inp,
+                               const float *weight, const float *mean, const float *rstd, const int64_t *count, int B,
+                               int L, int D, int G) {
+    int num_blocks = B * ceil_div(L, NORM_BLOCK);
     const int warps = min_int(8, G); // that share the scales of so many groups
     size_t scales = (size_t)warps * (D / G) * sizeof(float);
-    auto sums = NORM_KERNEL(timestep_norm_sums_kernel, W);
+    auto sums = NORM_KERNEL(timestep_norm_sums_kernel, norm_width(D, G));
     allow_shared(sums, scales);
     sums<<<dim3(num_blocks, ceil_div(G, warps)), dim3(WARP, warps), scales>>>(suffix, blocks, dout, inp, weight, mean,
                                                                               rstd, count, L, D, G);
     LAUNCHED();
-    timestep_norm_sums_scan_kernel<<<ceil_div(B * G, warps), dim3(WARP, warps)>>>(blocks, B, L, G);
+    timestep_norm_sums_scan_kernel<<<ceil_div(B * G, warps), dim3(WARP, warps)>>>(blocks, total, B, L, G);
     LAUNCHED();
+}
+
+// The third. later (B,G), or NULL: sums over tokens behind these.
+static void timestep_norm_backward(act *dinp, float *dweight, float *dbias, const act *dout, const act *residual,
+                                   const act *residual2, const act *inp, const float *weight, const float *mean,
+                                   const float *rstd, const Sums *suffix, const Sums *blocks, const Sums *later,
+                                   float *parts, int B, int L, int D, int G) {
+    int num_blocks = B * ceil_div(L, NORM_BLOCK), W = norm_width(D, G);
+    int down = THREADS / min_int(ACROSS, ceil_div(D, W)), P = min_int(num_blocks, MOST_PARTS / down);
     size_t shared = (size_t)NORM_BLOCK * most_groups(W, D, G) * sizeof(float4);
     auto kernel = NORM_KERNEL(timestep_norm_backward_kernel, W);
     allow_shared(kernel, shared);
     kernel<<<grid_of(W, P, D), THREADS, shared>>>(dinp, parts, dout, residual, residual2, inp, weight, mean, rstd,
-                                                  suffix, blocks, B, L, D, G);
+                                                  suffix, blocks, later, B, L, D, G);
     LAUNCHED();
     sum_parts(dweight, dbias, 1, parts, P * down, 2 * (size_t)D, D, D);
+}
+
+// Pieces of one sequence: what this one found alone is joined with what the others did, see megalodon.c. A thread has a
+// sequence's group.
+// all (pieces,2,B,G): mean, M2 of each piece. mean, m2 (B,G): those before the whole sequence, replaced by those before this
+// piece; mean_end, m2_end, or NULL, get those after the last. count (B), or NULL: tokens before the whole sequence.
+static __global__ void timestep_norm_join_kernel(double *mean, double *m2, double *mean_end, double *m2_end,
+                                                 const double *all, const int64_t *count, const int64_t *lengths,
+                                                 int piece, int pieces, int B, int D, int G) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= B * G) return;
+    double n = count ? (double)(D / G) * (double)count[i / G] : 0;
+    Moments sum = {mean[i], m2[i]};
+    for (int k = 0; k < pieces; k++) {
+        if (k == piece) mean[i] = sum.mean, m2[i] = sum.m2;
+        double there = (double)(D / G) * (double)lengths[k];
+        const double *alone = all + (size_t)k * 2 * B * G + i;
+        sum = merge(n, sum, there, Moments{alone[0], alone[B * G]});
+        n += there;
+    }
+    if (mean_end) mean_end[i] = sum.mean, m2_end[i] = sum.m2;
+}
+
+// later (B,G): the sums of all pieces behind this one.
+static __global__ void timestep_norm_join_backward_kernel(Sums *later, const Sums *all, int piece, int pieces,
+                                                          int rows) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    Sums sum = {0, 0, 0};
+    if (i >= rows) return;
+    for (int k = piece + 1; k < pieces; k++) {
+        Sums s = all[(size_t)k * rows + i];
+        sum.U += s.U, sum.V += s.V, sum.W += s.W;
+    }
+    later[i] = sum;
 }
 
 // ----------------------------------------------------------------------------
@@ -959,10 +1019,21 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS)
     }
 }
 
-// states (B, blocks, 2, N, D); start (B,2,N,D) or NULL: before the first block. back: the same from the last block to the
-// first, with conj(q^T).
-static __global__ void cema_scan_kernel(float *states, const float *start, Coefs coefs, int back, int B, int blocks,
-                                        int D, int N) {
+// q^n, in double: n may be large
+static __device__ float2 power(float2 base, int64_t n) {
+    double re = 1, im = 0, q_re = base.x, q_im = base.y;
+    for (; n > 0; n /= 2) {
+        double old = re, square = q_re * q_re - q_im * q_im;
+        if (n % 2 == 1) re = old * q_re - im * q_im, im = old * q_im + im * q_re;
+        q_im = 2 * q_re * q_im, q_re = square;
+    }
+    return make_float2((float)re, (float)im);
+}
+
+// states (B, blocks, 2, N, D); start (B,2,N,D) or NULL: before the first block. back: the same from the last block, which
+// has `tail` tokens, to the first, with conj(q^T).
+static __global__ void cema_scan_kernel(float *states, const float *start, Coefs coefs, int back, int tail, int B,
+                                        int blocks, int D, int N) {
     enum { AHEAD = 8 }; // blocks whose numbers are on their way
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, modes = (size_t)N * D, b = i / modes, mode = i % modes;
     if (b >= (size_t)B) return;
@@ -983,6 +1054,12 @@ static __global__ void cema_scan_kernel(float *states, const float *start, Coefs
             float *at = first + (size_t)(back ? blocks - 1 - k0 - k : k0 + k) * 2 * modes, old = re;
             at[0] = re, at[modes] = im;
             if (k0 + k == blocks - 1) break;
+            if (back && k0 + k == 0 && tail < CEMA_BLOCK) { // not a whole block's power
+                float2 q = power(make_float2(coefs.q_re[mode], -coefs.q_im[mode]), tail);
+                re = q.x * old - q.y * im + end_re[k];
+                im = q.x * im + q.y * old + end_im[k];
+                continue;
+            }
             re = q_re * old - q_im * im + end_re[k];
             im = q_re * im + q_im * old + end_im[k];
         }
@@ -1049,7 +1126,8 @@ static __global__ void cema_end_kernel(float *h_out, const float *h_blocks, cons
     h_out[b * 2 * modes + mode] = re, h_out[(b * 2 + 1) * modes + mode] = im;
 }
 
-// h_blocks (B, blocks, 2, N, D): h before each block. h_in, h_out (B,2,N,D), or NULL; they may be the same.
+// h_blocks (B, blocks, 2, N, D): h before each block. h_in, h_out (B,2,N,D), or NULL; they may be the same. out NULL: only
+// the outgoing state.
 static void cema_forward(act *out, float *h_blocks, float *h_out, const act *inp, const Coefs *coefs,
                          const float *omega, const float *h_in, int B, int L, int D, int N) {
     int blocks = ceil_div(L, CEMA_BLOCK);
@@ -1059,12 +1137,14 @@ static void cema_forward(act *out, float *h_blocks, float *h_out, const act *inp
         cema_ends_kernel<<<grid, threads>>>(h_blocks, inp, *coefs, B, L, D, N);
         LAUNCHED();
     }
-    cema_scan_kernel<<<modes, THREADS>>>(h_blocks, h_in, *coefs, 0, B, blocks, D, N);
+    cema_scan_kernel<<<modes, THREADS>>>(h_blocks, h_in, *coefs, 0, CEMA_BLOCK, B, blocks, D, N);
     LAUNCHED();
     size_t shared = CEMA_WARPS * CEMA_BLOCK * WARP * sizeof(act);
     allow_shared(cema_forward_kernel, shared);
-    cema_forward_kernel<<<grid, threads, shared>>>(out, h_blocks, inp, *coefs, omega, B, L, D, N);
-    LAUNCHED();
+    if (out) {
+        cema_forward_kernel<<<grid, threads, shared>>>(out, h_blocks, inp, *coefs, omega, B, L, D, N);
+        LAUNCHED();
+    }
     if (h_out == NULL) return;
     cema_end_kernel<<<modes, THREADS>>>(h_out, h_blocks, inp, *coefs, B, L, D, N);
     LAUNCHED();
@@ -1109,6 +1189,8 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS)
 }
 
 // parts (gridDim.y, 5*N*D + D): p, q_re, q_im, g_re, g_im of the coefficients' gradients, then domega.
+// INJECT: the last block has fewer tokens, and something behind it: what comes from there enters at its last token.
+template <bool INJECT>
 static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 1)
     cema_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp, const float *h_blocks,
                          const float *futures, Coefs coefs, const float *omega, int B, int L, int D, int N) {
@@ -1136,15 +1218,18 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 1)
             if (n < N && place.inside) {
                 float p[CEMA_MODES], q_re[CEMA_MODES], q_im[CEMA_MODES], g_re[CEMA_MODES], g_im[CEMA_MODES];
                 float f_re[CEMA_MODES], f_im[CEMA_MODES], re[CEMA_MODES], im[CEMA_MODES];
+                float from_re[CEMA_MODES], from_im[CEMA_MODES]; // the gradient by h behind the block
                 float kept_re[CEMA_BLOCK / CEMA_SUB][CEMA_MODES], kept_im[CEMA_BLOCK / CEMA_SUB][CEMA_MODES];
 #pragma unroll
                 for (int u = 0; u < CEMA_MODES; u++) {
                     size_t at = (size_t)(n + u) * D + place.d, state = (size_t)place.at * 2 * N * D + at;
                     p[u] = q_re[u] = q_im[u] = g_re[u] = g_im[u] = f_re[u] = f_im[u] = re[u] = im[u] = 0;
+                    from_re[u] = from_im[u] = 0;
                     if (n + u >= N) continue;
                     p[u] = coefs.p[at], q_re[u] = coefs.q_re[at], q_im[u] = coefs.q_im[at];
                     g_re[u] = coefs.g_re[at], g_im[u] = coefs.g_im[at];
-                    f_re[u] = futures[state], f_im[u] = futures[state + (size_t)N * D];
+                    from_re[u] = futures[state], from_im[u] = futures[state + (size_t)N * D];
+                    if (!INJECT) f_re[u] = from_re[u], f_im[u] = from_im[u];
                     re[u] = h_blocks[state], im[u] = h_blocks[state + (size_t)N * D];
                 }
 #pragma unroll
@@ -1178,6 +1263,7 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 1)
                         float dyt = read_tile(&dy[(sub * CEMA_SUB + t) * WARP]);
 #pragma unroll
                         for (int u = 0; u < CEMA_MODES; u++) {
+                            if (INJECT && sub * CEMA_SUB + t == T - 1) f_re[u] = from_re[u], f_im[u] = from_im[u];
                             float G_re = g_re[u] * dyt + f_re[u], G_im = f_im[u] - g_im[u] * dyt;
                             dx[sub * CEMA_SUB + t] += p[u] * G_re;
                             sums[u][0] += xt * G_re;
@@ -1223,27 +1309,75 @@ static int cema_parts(int B, int L, int D) {
     return min_int(ceil_div(B * ceil_div(L, CEMA_BLOCK), CEMA_WARPS), max_int(MOST_PARTS / ceil_div(D, WARP), 1));
 }
 
-// dcoefs, whose arrays lie one behind the other, is set. futures (B, blocks, 2, N, D) and parts are scratch.
-static void cema_backward(act *dinp, Coefs *dcoefs, float *domega, const act *dout, const act *inp,
-                          const float *h_blocks, const Coefs *coefs, const float *omega, float *futures, float *parts,
-                          int B, int L, int D, int N) {
-    int blocks = ceil_div(L, CEMA_BLOCK), strips = ceil_div(D, WARP), P = cema_parts(B, L, D);
-    size_t width = (size_t)(5 * N + 1) * D;
-    size_t shared = 2 * CEMA_WARPS * WARP * (5 * sizeof(float) + CEMA_BLOCK * sizeof(act));
-    dim3 threads(WARP, CEMA_WARPS);
+// The gradient by h before the first token, from that behind the first block. A thread has a mode of a channel of a
+// sequence.
+static __global__ void cema_start_kernel(float *dh, const float *futures, const act *dout, Coefs coefs, int B, int L,
+                                         int D, int N) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, modes = (size_t)N * D, b = i / modes, mode = i % modes;
+    if (b >= (size_t)B) return;
+    const float *f = futures + b * ceil_div(L, CEMA_BLOCK) * 2 * modes + mode;
+    float q_re = coefs.q_re[mode], q_im = coefs.q_im[mode], re = f[0], im = f[modes];
+    for (int t = min_int(CEMA_BLOCK, L) - 1; t >= 0; t--) {
+        float dy = to_float(dout[(b * L + t) * D + mode % D]);
+        float G_re = coefs.g_re[mode] * dy + re, G_im = im - coefs.g_im[mode] * dy;
+        re = q_re * G_re + q_im * G_im, im = q_re * G_im - q_im * G_re;
+    }
+    dh[b * 2 * modes + mode] = re, dh[(b * 2 + 1) * modes + mode] = im;
+}
+
+// The first two kernels. futures (B, blocks, 2, N, D): the gradient by h behind each block; dh (B,2,N,D), or NULL: by h
+// behind the last token. dh_in, or NULL, gets that by h before the first.
+static void cema_futures(float *futures, float *dh_in, const act *dout, const float *dh, const Coefs *coefs, int B,
+                         int L, int D, int N) {
+    int blocks = ceil_div(L, CEMA_BLOCK);
+    unsigned modes = blocks_for((size_t)B * N * D, THREADS);
     if (blocks > 1) {
-        cema_futures_kernel<<<dim3(strips, ceil_div(B * blocks, CEMA_WARPS)), threads>>>(futures, dout, *coefs, B, L, D,
-                                                                                         N);
+        cema_futures_kernel<<<dim3(ceil_div(D, WARP), ceil_div(B * blocks, CEMA_WARPS)), dim3(WARP, CEMA_WARPS)>>>(
+            futures, dout, *coefs, B, L, D, N);
         LAUNCHED();
     }
-    cema_scan_kernel<<<blocks_for((size_t)B * N * D, THREADS), THREADS>>>(futures, NULL, *coefs, 1, B, blocks, D, N);
+    cema_scan_kernel<<<modes, THREADS>>>(futures, dh, *coefs, 1, L - (blocks - 1) * CEMA_BLOCK, B, blocks, D, N);
     LAUNCHED();
-    allow_shared(cema_backward_kernel, shared);
-    cema_backward_kernel<<<dim3(strips, P), threads, shared>>>(dinp, parts, dout, inp, h_blocks, futures, *coefs, omega,
-                                                               B, L, D, N);
+    if (dh_in == NULL) return;
+    cema_start_kernel<<<modes, THREADS>>>(dh_in, futures, dout, *coefs, B, L, D, N);
+    LAUNCHED();
+}
+
+// All three. dcoefs, whose arrays lie one behind the other, is set. futures and parts are scratch.
+static void cema_backward(act *dinp, Coefs *dcoefs, float *domega, const float *dh, const act *dout, const act *inp,
+                          const float *h_blocks, const Coefs *coefs, const float *omega, float *futures, float *parts,
+                          int B, int L, int D, int N) {
+    int P = cema_parts(B, L, D);
+    size_t width = (size_t)(5 * N + 1) * D;
+    size_t shared = 2 * CEMA_WARPS * WARP * (5 * sizeof(float) + CEMA_BLOCK * sizeof(act));
+    cema_futures(futures, NULL, dout, dh, coefs, B, L, D, N);
+    auto kernel = dh && L % CEMA_BLOCK > 0 ? cema_backward_kernel<true> : cema_backward_kernel<false>;
+    allow_shared(kernel, shared);
+    kernel<<<dim3(ceil_div(D, WARP), P), dim3(WARP, CEMA_WARPS), shared>>>(dinp, parts, dout, inp, h_blocks, futures,
+                                                                           *coefs, omega, B, L, D, N);
     LAUNCHED();
     sum_parts(dcoefs->p, NULL, 0, parts, P, width, (size_t)5 * N * D, 0);
     sum_parts(domega, NULL, 1, parts + (size_t)5 * N * D, P, width, D, 0);
+}
+
+// Pieces of one sequence, see megalodon.c. all (pieces,B,2,N,D): each piece alone. h (B,2,N,D): h before the whole
+// sequence, back: the gradient behind it; replaced by that before, or behind, this piece. end, or NULL, gets what is at
+// the other end of it all. A thread has a mode of a channel of a sequence.
+static __global__ void cema_join_kernel(float *h, float *end, const float *all, Coefs coefs, int back,
+                                        const int64_t *lengths, int piece, int pieces, int B, int D, int N) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, modes = (size_t)N * D, b = i / modes, mode = i % modes;
+    size_t re = b * 2 * modes + mode, im = re + modes;
+    if (b >= (size_t)B) return;
+    float2 q = make_float2(coefs.q_re[mode], back ? -coefs.q_im[mode] : coefs.q_im[mode]),
+           sum = make_float2(h[re], h[im]);
+    for (int n = 0; n < pieces; n++) {
+        int k = back ? pieces - 1 - n : n;
+        const float *alone = all + (size_t)k * B * 2 * modes;
+        if (k == piece) h[re] = sum.x, h[im] = sum.y;
+        float2 decay = power(q, lengths[k]);
+        sum = make_float2(decay.x * sum.x - decay.y * sum.y + alone[re], decay.x * sum.y + decay.y * sum.x + alone[im]);
+    }
+    if (end) end[re] = sum.x, end[im] = sum.y;
 }
 
 // ----------------------------------------------------------------------------
@@ -1673,8 +1807,8 @@ static __device__ size_t query_row(const Queries *s, size_t task) {
     return s->row + task / s->nq * s->step + task % s->nq;
 }
 // The mask's index of query `row`'s first key.
-static __device__ uint64_t mask_row(const Queries *s, size_t row) {
-    return ((row / s->L * s->H + s->h) * s->L + row % s->L) * s->C;
+static __device__ uint64_t mask_query(const Mask *mask, const Queries *s, size_t row) {
+    return (row / s->L * s->H + s->h) * mask->row + row % s->L * s->C;
 }
 
 static __global__ void attend_forward_kernel(act *scores, float *lse, Queries s, Mask mask) {
@@ -1703,7 +1837,7 @@ static __global__ void attend_forward_kernel(act *scores, float *lse, Queries s,
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
             x[i] = j + i < seen ? exp_act(x[i] - most) * scale : 0;
-            if (mask.p > 0) x[i] *= mask_at(&mask, mask_row(&s, row) + j + i);
+            if (mask.p > 0) x[i] *= mask_at(&mask, mask_query(&mask, &s, row) + j + i);
         }
         store<VEC>(p + j, x);
     }
@@ -1745,7 +1879,7 @@ static __global__ void attend_backward_kernel(act *scores, act *dscores, const f
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
             if (j + i >= seen) continue;
-            if (mask.p > 0) d[i] *= mask_at(&mask, mask_row(&s, row) + j + i);
+            if (mask.p > 0) d[i] *= mask_at(&mask, mask_query(&mask, &s, row) + j + i);
             dot += exp_act(x[i] - l) * d[i];
         }
     }
@@ -1754,7 +1888,7 @@ static __global__ void attend_backward_kernel(act *scores, act *dscores, const f
         load<VEC>(x, p + j), load<VEC>(d, ds + j);
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
-            float keep = mask.p > 0 && j + i < seen ? mask_at(&mask, mask_row(&s, row) + j + i) : 1;
+            float keep = mask.p > 0 && j + i < seen ? mask_at(&mask, mask_query(&mask, &s, row) + j + i) : 1;
             x[i] = j + i < seen ? exp_act(x[i] - l) : 0;
             d[i] = j + i < seen ? x[i] * (d[i] * keep - dot) : 0;
             x[i] *= keep;
@@ -2182,10 +2316,11 @@ struct Model {
     Tensor *tensors;
     int num_tensors;
     size_t num_params;
+    Range own; // of them, that this process updates
     MemoryPlan plan;
     void *params_memory;  // the parameters, then what they are rounded to
     void *moments_memory; // both
-    float *memory[4];     // PARAMS, GRADS, MOMENT1, MOMENT2
+    float *memory[4];     // PARAMS, GRADS; MOMENT1, MOMENT2 (own.count)
     act *rounded;         // the parameters as acts; themselves in the float32 build
     Params params, grads;
     void *acts_memory, *work_memory;
@@ -2207,6 +2342,14 @@ struct Model {
     Coefs *coefs;        // (num_layers)
     int coefs_valid;
     Scratch scratch;
+    Pieces pieces;       // the sequences' others; pieces.pieces 1: none
+    int64_t start;       // place of this piece in them,
+    int64_t whole;       // of so many tokens
+    int64_t *lengths;    // (pieces) on the device
+    char *exchange;      // there: mine, all, what is joined from it; or NULL
+    char *host_exchange; // mine, all
+    size_t exchange_bytes;
+    int joining;     // in a forward of a piece: its incoming state is not yet known
     Draw draw;       // of dropout, if
     int dropping;    // it is on
     State before;    // the last forward's incoming state without k and v, for the backward pass
@@ -2300,38 +2443,176 @@ static void scratch_take(Scratch *s, Arena *arena, const Config *c, Mode mode, i
 // `out`, which may be the same; NULL: a fresh start, the end not kept.
 
 // The dropout of one place in one layer (-1: none of them), for an activation of `width` numbers a token.
-static Mask mask_of(const Model *m, int layer, int place, double p, size_t width) {
+static Mask mask_of(const Model *m, int layer, int place, double p, int width) {
+    uint64_t whole = m->pieces.pieces > 1 ? (uint64_t)m->whole : (uint64_t)m->L; // tokens of a row
     Mask mask;
     mask.p = m->dropping ? p : 0;
     mask.seed = m->draw.seed;
     mask.stream = STREAM_DROPOUT + (uint32_t)place;
     mask.step = (uint32_t)m->draw.step;
     mask.layer = (uint32_t)(layer + 1);
-    mask.first = (uint64_t)m->draw.row * (uint64_t)m->L * width;
+    mask.first = ((uint64_t)m->draw.row * whole + (uint64_t)m->start) * (uint64_t)width;
+    mask.row = whole * (uint64_t)width;
+    mask.run = (size_t)m->L * width;
+    return mask;
+}
+
+// Of the attention's probabilities: a head's queries lie side by side, C numbers each.
+static Mask mask_of_attention(const Model *m, int layer) {
+    Mask mask = mask_of(m, layer, DROP_ATTENTION, m->config.attention_dropout, m->config.chunk_size);
+    mask.first += (uint64_t)m->draw.row * (uint64_t)(m->config.num_heads - 1) * mask.row;
+    mask.run = 0;
     return mask;
 }
 
 // A parameter as products read it.
 static const act *rounded(const Model *m, const float *param) { return m->rounded + (param - m->memory[PARAMS]); }
 
+// ----------------------------------------------------------------------------
+// TimestepNorm and CEMA in the model: a piece of a sequence joins the others
+
+static void pieces_free(Model *m) {
+    device_free(m->exchange, m->exchange_bytes);
+    device_free(m->lengths, m->pieces.pieces * sizeof *m->lengths);
+    free(m->host_exchange);
+    m->exchange = m->host_exchange = NULL, m->lengths = NULL;
+}
+
+int megalodon_pieces(Model *m, const Pieces *pieces) {
+    const Config *c = &m->config;
+    pieces_free(m);
+    memset(&m->pieces, 0, sizeof m->pieces);
+    m->pieces.pieces = 1, m->start = m->whole = 0;
+    if (!pieces || pieces->pieces == 1) return 1;
+    size_t sums = (size_t)m->max_B * c->norm_num_groups * sizeof(Sums), lengths = pieces->pieces * sizeof *m->lengths;
+    size_t h = (size_t)m->max_B * 2 * c->cema_ndim * c->model_dim * sizeof(float), most = sums > h ? sums : h;
+    m->exchange_bytes = ((size_t)pieces->pieces + 2) * most;
+    m->pieces = *pieces;
+    m->exchange = (char *)device_new(m->exchange_bytes), m->lengths = (int64_t *)device_new(lengths);
+    m->host_exchange = (char *)malloc(m->exchange_bytes);
+    if (!m->exchange || !m->lengths || !m->host_exchange) {
+        pieces_free(m);
+        m->pieces.pieces = 1;
+        return 0;
+    }
+    CUDA(cudaMemcpy(m->lengths, pieces->lengths, lengths, cudaMemcpyHostToDevice));
+    for (int i = 0; i < pieces->pieces; i++) {
+        m->start += i < pieces->piece ? pieces->lengths[i] : 0;
+        m->whole += pieces->lengths[i];
+    }
+    return 1;
+}
+
+// What all pieces have found out alone, one behind the other: m->exchange has this one's at its start.
+static void *gather(Model *m, size_t bytes) {
+    size_t all = bytes * m->pieces.pieces;
+    CUDA(cudaMemcpy(m->host_exchange, m->exchange, bytes, cudaMemcpyDeviceToHost));
+    m->pieces.gather(m->pieces.context, m->host_exchange, m->host_exchange + bytes, bytes);
+    CUDA(cudaMemcpy(m->exchange + bytes, m->host_exchange + bytes, all, cudaMemcpyHostToDevice));
+    return m->exchange + bytes;
+}
+
+// TimestepNorm number `layer`; that behind all layers is the final one. in, out: see mega_forward.
+static void time_norm_forward(Model *m, int layer, act *y, float *mean, float *rstd, const act *x, const float *weight,
+                              const float *bias, const State *in, State *out) {
+    const Pieces *p = &m->pieces;
+    Scratch *s = &m->scratch;
+    int B = m->B, L = m->L, D = m->config.model_dim, G = m->config.norm_num_groups;
+    size_t at = (size_t)layer * B * G, rows = (size_t)B * G;
+    double eps = m->config.norm_eps, *mean_out = out ? out->mean + at : NULL, *m2_out = out ? out->m2 + at : NULL;
+    if (m->joining) {
+        double *mine = (double *)(void *)m->exchange;
+        timestep_norm_forward(NULL, mean, rstd, mine, mine + rows, x, weight, bias, NULL, NULL, NULL, s->prefix,
+                              s->moments, B, L, D, G, eps);
+        double *all = (double *)gather(m, 2 * rows * sizeof *mine);
+        timestep_norm_join_kernel<<<blocks_for(rows, THREADS), THREADS>>>(in->mean + at, in->m2 + at, mean_out, m2_out,
+                                                                          all, out ? out->count : NULL, m->lengths,
+                                                                          p->piece, p->pieces, B, D, G);
+        LAUNCHED();
+        mean_out = m2_out = NULL;
+    }
+    timestep_norm_forward(y, mean, rstd, mean_out, m2_out, x, weight, bias, in ? in->mean + at : NULL,
+                          in ? in->m2 + at : NULL, in ? in->count : NULL, s->prefix, s->moments, B, L, D, G, eps);
+}
+
+static void time_norm_backward(Model *m, act *dx, float *dweight, float *dbias, const act *dy, const act *residual,
+                               const act *residual2, const act *x, const float *weight, const float *mean,
+                               const float *rstd) {
+    const Pieces *p = &m->pieces;
+    Scratch *s = &m->scratch;
+    int B = m->B, L = m->L, D = m->config.model_dim, G = m->config.norm_num_groups, rows = B * G;
+    Sums *mine = (Sums *)(void *)m->exchange, *later = NULL;
+    timestep_norm_sums(mine, s->suffix, s->sums, dy, x, weight, mean, rstd, m->with_before ? m->before.count : NULL, B,
+                       L, D, G);
+    if (p->pieces > 1) {
+        Sums *all = (Sums *)gather(m, rows * sizeof *mine);
+        later = all + (size_t)p->pieces * rows;
+        timestep_norm_join_backward_kernel<<<blocks_for(rows, THREADS), THREADS>>>(later, all, p->piece, p->pieces,
+                                                                                   rows);
+        LAUNCHED();
+    }
+    timestep_norm_backward(dx, dweight, dbias, dy, residual, residual2, x, weight, mean, rstd, s->suffix, s->sums,
+                           later, s->parts, B, L, D, G);
+}
+
+static void ema_forward(Model *m, int layer, const State *in, State *out) {
+    const Pieces *p = &m->pieces;
+    int B = m->B, L = m->L, D = m->config.model_dim, N = m->config.cema_ndim;
+    size_t modes = (size_t)B * 2 * N * D, at = layer * modes;
+    LayerActs *a = &m->acts[layer];
+    const Coefs *coefs = &m->coefs[layer];
+    const float *omega = m->params.layers[layer].cema_omega;
+    float *h_out = out ? out->h + at : NULL;
+    if (m->joining) {
+        cema_forward(NULL, a->h, (float *)(void *)m->exchange, a->xt, coefs, omega, NULL, B, L, D, N);
+        float *all = (float *)gather(m, modes * sizeof *all);
+        cema_join_kernel<<<blocks_for(modes / 2, THREADS), THREADS>>>(in->h + at, h_out, all, *coefs, 0, m->lengths,
+                                                                      p->piece, p->pieces, B, D, N);
+        LAUNCHED();
+        h_out = NULL;
+    }
+    cema_forward(a->ema, a->h, h_out, a->xt, coefs, omega, in ? in->h + at : NULL, B, L, D, N);
+}
+
+static void ema_backward(Model *m, int layer, act *dx, const act *dy) {
+    const Pieces *p = &m->pieces;
+    int B = m->B, L = m->L, D = m->config.model_dim, N = m->config.cema_ndim;
+    size_t modes = (size_t)B * 2 * N * D;
+    const LayerActs *a = &m->acts[layer];
+    const LayerParams *w = &m->params.layers[layer];
+    LayerParams *dw = &m->grads.layers[layer];
+    Scratch *s = &m->scratch;
+    const Coefs *coefs = &m->coefs[layer];
+    float *dh = NULL;
+    if (p->pieces > 1) {
+        cema_futures(s->futures, (float *)(void *)m->exchange, dy, NULL, coefs, B, L, D, N);
+        float *all = (float *)gather(m, modes * sizeof *all);
+        dh = all + p->pieces * modes;
+        CUDA(cudaMemsetAsync(dh, 0, modes * sizeof *dh));
+        cema_join_kernel<<<blocks_for(modes / 2, THREADS), THREADS>>>(dh, NULL, all, *coefs, 1, m->lengths, p->piece,
+                                                                      p->pieces, B, D, N);
+        LAUNCHED();
+    }
+    cema_backward(dx, &s->dcoefs, dw->cema_omega, dh, dy, a->xt, a->h, coefs, w->cema_omega, s->futures, s->parts, B, L,
+                  D, N);
+    cema_coefs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoefs, w->cema_alpha,
+                        w->cema_delta, w->cema_theta, D, N);
+}
+
 static void mega_forward(Model *m, int layer, const State *in, State *out, const act *x, int B, int L) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layers[layer];
     LayerActs *a = &m->acts[layer];
     Scratch *s = &m->scratch;
-    int D = c->model_dim, N = c->cema_ndim, H = c->num_heads, Z = c->z_dim, E = c->value_dim, C = c->chunk_size;
-    int G = c->norm_num_groups, R = B * L, dz = Z / H;
-    size_t moments = (size_t)layer * B * G, modes = (size_t)layer * B * 2 * N * D, chunk = (size_t)layer * B * C;
+    int D = c->model_dim, H = c->num_heads, Z = c->z_dim, E = c->value_dim, C = c->chunk_size;
+    int R = B * L, dz = Z / H;
+    size_t chunk = (size_t)layer * B * C;
     const int64_t *count = in ? in->count : NULL;
     float *cache_k = out && out->k ? out->k + chunk * Z : NULL, *cache_v = out && out->v ? out->v + chunk * E : NULL;
 
     // xt = TimestepNorm(x), mx = RMSNorm(CEMA(xt))
-    timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, out ? out->mean + moments : NULL,
-                          out ? out->m2 + moments : NULL, x, w->timenorm_weight, w->timenorm_bias,
-                          in ? in->mean + moments : NULL, in ? in->m2 + moments : NULL, count, s->prefix, s->moments, B,
-                          L, D, G, c->norm_eps);
-    cema_forward(a->ema, a->h, out ? out->h + modes : NULL, a->xt, &m->coefs[layer], w->cema_omega,
-                 in ? in->h + modes : NULL, B, L, D, N);
+    time_norm_forward(m, layer, a->xt, a->norm_mean, a->norm_rstd, x, w->timenorm_weight, w->timenorm_bias, in, out);
+    ema_forward(m, layer, in, out);
     rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, c->norm_eps);
     dropout(a->mx, a->mx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
     // z = mx Wz' + bz, and from its norm q and k
@@ -2341,8 +2622,7 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     linear_forward(a->v_in, NULL, a->xt, rounded(m, w->wv), rounded(m, w->wv_bias), R, D, E);
     silu_forward(s->v, a->v_in, (size_t)R * E);
     attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->chunk_k, s->chunk_v, s->q_turned, s->k_turned, s->v,
-                      in ? m->past : NULL, mask_of(m, layer, DROP_ATTENTION, c->attention_dropout, (size_t)H * C), B, L,
-                      C, H, Z, E);
+                      in ? m->past : NULL, mask_of_attention(m, layer), B, L, C, H, Z, E);
     // y = (mx Wh1' + bh1) + (o * r) Wh2' + x, r = silu(mx Wr' + br)
     linear_forward(a->r_in, NULL, a->mx, rounded(m, w->wr), rounded(m, w->wr_bias), R, D, E);
     gate_forward(s->gated, a->o, a->r_in, (size_t)R * E);
@@ -2363,8 +2643,8 @@ static void mega_backward(Model *m, int layer, act *dx, const act *dy, const act
     LayerParams *dw = &m->grads.layers[layer];
     LayerActs *a = &m->acts[layer];
     Scratch *s = &m->scratch;
-    int D = c->model_dim, N = c->cema_ndim, H = c->num_heads, Z = c->z_dim, E = c->value_dim, C = c->chunk_size;
-    int G = c->norm_num_groups, R = B * L, dz = Z / H;
+    int D = c->model_dim, H = c->num_heads, Z = c->z_dim, E = c->value_dim, C = c->chunk_size;
+    int R = B * L, dz = Z / H;
 
     const Mask mega_mask = mask_of(m, layer, DROP_MEGA, c->dropout, D);
     const Mask gated_mask = mask_of(m, layer, DROP_GATED, c->hidden_dropout, E);
@@ -2381,22 +2661,18 @@ static void mega_backward(Model *m, int layer, act *dx, const act *dy, const act
     silu_forward(s->v, a->v_in, (size_t)R * E);
     qk_forward(s->q_turned, s->k_turned, a->z, w->gamma, w->beta, m->rope, NULL, R, L, Z, dz, C, c->norm_eps);
     attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->lse, s->q_turned, s->k_turned, s->v,
-                       mask_of(m, layer, DROP_ATTENTION, c->attention_dropout, (size_t)H * C), B, L, C, H, Z, E);
+                       mask_of_attention(m, layer), B, L, C, H, Z, E);
     qk_backward(s->dz, dw->gamma, dw->beta, s->dq, s->dk, a->z, w->gamma, m->rope, s->parts, R, L, Z, dz, C,
                 c->norm_eps);
     linear_backward(s->dmx, 1, dw->wz, dw->wz_bias, s->dz, a->mx, rounded(m, w->wz), s->parts, R, D, Z);
 
     dropout(s->dmx, s->dmx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
     rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, s->parts, R, D);
-    cema_backward(s->dxt, &s->dcoefs, dw->cema_omega, s->dema, a->xt, a->h, &m->coefs[layer], w->cema_omega, s->futures,
-                  s->parts, B, L, D, N);
-    cema_coefs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoefs, w->cema_alpha,
-                        w->cema_delta, w->cema_theta, D, N);
+    ema_backward(m, layer, s->dxt, s->dema);
     silu_backward(NULL, s->dv, s->dv, a->v_in, (size_t)R * E);
     linear_backward(s->dxt, 1, dw->wv, dw->wv_bias, s->dv, a->xt, rounded(m, w->wv), s->parts, R, D, E);
-    timestep_norm_backward(dx, dw->timenorm_weight, dw->timenorm_bias, s->dxt, dy, residual, x, w->timenorm_weight,
-                           a->norm_mean, a->norm_rstd, m->with_before ? m->before.count : NULL, s->suffix, s->sums,
-                           s->parts, B, L, D, G);
+    time_norm_backward(m, dx, dw->timenorm_weight, dw->timenorm_bias, s->dxt, dy, residual, x, w->timenorm_weight,
+                       a->norm_mean, a->norm_rstd);
 }
 
 // ----------------------------------------------------------------------------
@@ -2510,41 +2786,38 @@ void megalodon_dropout(Model *m, const Draw *draw) {
     if (draw) m->draw = *draw;
 }
 
-// Not yet: several processes.
-static void alone(bool yes) {
-    if (yes) return;
-    fprintf(stderr, "error: on the GPU one process trains alone so far\n");
-    exit(1);
-}
-void megalodon_shard(int, int parts) { alone(parts == 1); }
-int megalodon_pieces(Model *, const Pieces *pieces) {
-    alone(!pieces || pieces->pieces == 1);
-    return 1;
-}
-
-// Keeps what the backward pass, or a block's forward again, needs of the incoming state.
-static void remember(Model *m, const State *state, int B) {
-    const Config *c = &m->config;
-    size_t layers = c->num_layers, moments = layers * B * c->norm_num_groups;
-    size_t h = layers * B * 2 * c->cema_ndim * c->model_dim;
-    State *s = &m->before;
-    m->with_before = state != NULL;
-    if (!state) return;
-    CUDA(cudaMemcpyAsync(s->count, state->count, B * sizeof *s->count, cudaMemcpyDeviceToDevice));
-    CUDA(cudaMemcpyAsync(s->mean, state->mean, moments * sizeof *s->mean, cudaMemcpyDeviceToDevice));
-    CUDA(cudaMemcpyAsync(s->m2, state->m2, moments * sizeof *s->m2, cudaMemcpyDeviceToDevice));
-    CUDA(cudaMemcpyAsync(s->h, state->h, h * sizeof *s->h, cudaMemcpyDeviceToDevice));
-}
-
 // A thread has a row.
-static __global__ void advance_kernel(int64_t *count, int B, int L) {
+static __global__ void advance_kernel(int64_t *count, int B, int64_t L) {
     int b = blockIdx.x * blockDim.x + threadIdx.x;
     if (b < B) count[b] += L;
 }
 
+// Keeps what the backward pass, or a block's forward again, needs of the incoming state. Of a piece, layer after layer
+// makes its own of it.
+static void remember(Model *m, const State *state, int B) {
+    const Config *c = &m->config;
+    size_t layers = c->num_layers, moments = (layers + 1) * B * c->norm_num_groups * sizeof(double);
+    size_t h = layers * B * 2 * c->cema_ndim * c->model_dim * sizeof(float), count = B * sizeof(int64_t);
+    State *s = &m->before;
+    m->with_before = state != NULL || m->pieces.pieces > 1;
+    if (state) {
+        CUDA(cudaMemcpyAsync(s->count, state->count, count, cudaMemcpyDeviceToDevice));
+        CUDA(cudaMemcpyAsync(s->mean, state->mean, moments, cudaMemcpyDeviceToDevice));
+        CUDA(cudaMemcpyAsync(s->m2, state->m2, moments, cudaMemcpyDeviceToDevice));
+        CUDA(cudaMemcpyAsync(s->h, state->h, h, cudaMemcpyDeviceToDevice));
+    } else if (m->with_before) {
+        CUDA(cudaMemsetAsync(s->count, 0, count));
+        CUDA(cudaMemsetAsync(s->mean, 0, moments)), CUDA(cudaMemsetAsync(s->m2, 0, moments));
+        CUDA(cudaMemsetAsync(s->h, 0, h));
+    }
+    if (m->pieces.pieces == 1) return;
+    advance_kernel<<<blocks_for(B, THREADS), THREADS>>>(s->count, B, m->start);
+    LAUNCHED();
+}
+
 void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int L) {
     const Config *c = &m->config;
-    int D = c->model_dim, G = c->norm_num_groups, layers = c->num_layers;
+    int D = c->model_dim, layers = c->num_layers, piece = m->pieces.pieces > 1;
     size_t R = (size_t)B * L;
     assert(B > 0 && L > 0 && B <= m->max_B && L <= m->max_L && (!state || state->B == B));
     for (size_t i = 0; i < R; i++) assert(tokens[i] >= 0 && tokens[i] < c->vocab_size);
@@ -2558,23 +2831,23 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
         cema_coefs_forward(&m->coefs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, c->cema_ndim);
     }
     m->coefs_valid = 1;
-    if (m->mode != MEGALODON_INFER) remember(m, state, B);
+    if (m->mode != MEGALODON_INFER || piece) remember(m, state, B);
+    const State *in = piece ? &m->before : state;
+    m->joining = piece;
 
     embedding_forward(m->x[0], m->tokens, rounded(m, m->params.embed), embedding_scale(c), B * L, D);
     dropout(m->x[0], m->x[0], mask_of(m, -1, DROP_EMBED, c->dropout, D), R * D);
-    for (int l = 0; l < layers; l++) block_forward(m, l, state, state, B, L);
+    for (int l = 0; l < layers; l++) block_forward(m, l, in, state, B, L);
     if (m->mode != MEGALODON_INFER) { // while the GPU works
         m->sorted = sort_tokens(m->host_order, m->host_segments, m->host_first, tokens, (int)R, c->vocab_size);
         upload(m->order, m->host_order, R * sizeof *m->order);
         upload(m->segments, m->host_segments, (size_t)(m->sorted.segments + m->sorted.tokens) * sizeof *m->segments);
     }
-    double *mean = state ? state->mean + (size_t)layers * B * G : NULL;
-    double *m2 = state ? state->m2 + (size_t)layers * B * G : NULL;
-    timestep_norm_forward(m->final, m->final_mean, m->final_rstd, mean, m2, m->x[layers], m->params.final_norm_weight,
-                          m->params.final_norm_bias, mean, m2, state ? state->count : NULL, m->scratch.prefix,
-                          m->scratch.moments, B, L, D, G, c->norm_eps);
+    time_norm_forward(m, layers, m->final, m->final_mean, m->final_rstd, m->x[layers], m->params.final_norm_weight,
+                      m->params.final_norm_bias, in, state);
+    m->joining = 0;
     if (!state) return;
-    advance_kernel<<<blocks_for(B, THREADS), THREADS>>>(state->count, B, L);
+    advance_kernel<<<blocks_for(B, THREADS), THREADS>>>(state->count, B, piece ? m->whole : L);
     LAUNCHED();
 }
 
@@ -2594,13 +2867,12 @@ double megalodon_loss(Model *m, const int32_t *targets, double grad_scale, int64
 
 void megalodon_backward(Model *m) {
     const Config *c = &m->config;
-    int B = m->B, L = m->L, D = c->model_dim, G = c->norm_num_groups;
+    int B = m->B, L = m->L, D = c->model_dim;
     Scratch *s = &m->scratch;
     assert(m->mode != MEGALODON_INFER);
     for (int b = 0; b < B; b++) assert(m->past[b] == 0);
-    timestep_norm_backward(s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, s->dxt, NULL, NULL,
-                           m->x[c->num_layers], m->params.final_norm_weight, m->final_mean, m->final_rstd,
-                           m->with_before ? m->before.count : NULL, s->suffix, s->sums, s->parts, B, L, D, G);
+    time_norm_backward(m, s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, s->dxt, NULL, NULL,
+                       m->x[c->num_layers], m->params.final_norm_weight, m->final_mean, m->final_rstd);
     for (int l = c->num_layers - 1; l >= 0; l--) block_backward(m, l, B, L);
     dropout(s->dx, s->dx, mask_of(m, -1, DROP_EMBED, c->dropout, D), (size_t)B * L * D);
     embedding_backward(m->grads.embed, s->parts, s->dx, m->order, m->segments, m->sorted, embedding_scale(c), D);
@@ -2678,7 +2950,7 @@ static __global__ void square_kernel(double *parts, const float4 *x, size_t n) {
 
 double megalodon_grad_norm(Model *m) {
     double sums[NORM_PARTS], total = 0;
-    square_kernel<<<NORM_PARTS, THREADS>>>(m->totals, (const float4 *)m->memory[GRADS], m->num_params);
+    square_kernel<<<NORM_PARTS, THREADS>>>(m->totals, (const float4 *)(m->memory[GRADS] + m->own.first), m->own.count);
     LAUNCHED();
     CUDA(cudaMemcpy(sums, m->totals, sizeof sums, cudaMemcpyDeviceToHost));
     for (int p = 0; p < NORM_PARTS; p++) total += sums[p];
@@ -2722,10 +2994,13 @@ void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, in
                  (float)(lr / (1 - pow(o->beta1, k))),
                  (float)(1 / sqrt(1 - pow(o->beta2, k))),
                  (float)(1 - lr * o->weight_decay)};
-    update_kernel<<<blocks_for(m->num_params, 4 * THREADS), THREADS>>>(
-        (float4 *)m->memory[PARAMS], m->rounded, (float4 *)m->memory[MOMENT1], (float4 *)m->memory[MOMENT2],
-        (const float4 *)m->memory[GRADS], f, m->num_params);
-    LAUNCHED();
+    size_t first = m->own.first, n = m->own.count; // ranges begin at whole fours
+    if (n > 0) {
+        update_kernel<<<blocks_for(n, 4 * THREADS), THREADS>>>(
+            (float4 *)(m->memory[PARAMS] + first), m->rounded + first, (float4 *)m->memory[MOMENT1],
+            (float4 *)m->memory[MOMENT2], (const float4 *)(m->memory[GRADS] + first), f, n);
+        LAUNCHED();
+    }
     m->coefs_valid = 0;
 }
 
@@ -2758,12 +3033,17 @@ static void work_take(Model *m, Arena *arena) {
     for (int l = 0; l < c->num_layers; l++) coefs_take(&m->coefs[l], arena, c);
     take(&m->losses, arena, R), take(&m->totals, arena, NORM_PARTS);
     take(&m->tokens, arena, R), take(&m->targets, arena, R);
+    size_t moments = (rows + m->max_B) * c->norm_num_groups;
+    take(&m->before.count, arena, m->max_B);
+    take(&m->before.mean, arena, moments), take(&m->before.m2, arena, moments);
+    take(&m->before.h, arena, rows * 2 * c->cema_ndim * c->model_dim);
     if (m->mode == MEGALODON_INFER) return;
     take(&m->order, arena, R), take(&m->segments, arena, 2 * R);
-    take(&m->before.count, arena, m->max_B);
-    take(&m->before.mean, arena, rows * c->norm_num_groups), take(&m->before.m2, arena, rows * c->norm_num_groups);
-    take(&m->before.h, arena, rows * 2 * c->cema_ndim * c->model_dim);
 }
+
+static int shard_part = 0, shard_parts = 1;
+
+void megalodon_shard(int part, int parts) { shard_part = part, shard_parts = parts; }
 
 // A model with its tables but no memory for numbers.
 static Model *model_outline(const Config *config, Mode mode, int B, int L) {
@@ -2771,7 +3051,9 @@ static Model *model_outline(const Config *config, Mode mode, int B, int L) {
     Model *m = (Model *)calloc(1, sizeof *m);
     if (!m) return NULL;
     m->config = *config, m->mode = mode, m->max_B = B, m->max_L = L, m->acts_layer = -1;
+    m->pieces.pieces = 1;
     m->tensors = megalodon_tensors(config, &m->num_tensors, &m->num_params);
+    m->own = megalodon_range(m->num_params, shard_part, shard_parts);
     m->params.layers = (LayerParams *)calloc(layers, sizeof *m->params.layers);
     m->grads.layers = (LayerParams *)calloc(layers, sizeof *m->grads.layers);
     m->acts = (LayerActs *)calloc(layers, sizeof *m->acts);
@@ -2790,8 +3072,8 @@ static Model *model_outline(const Config *config, Mode mode, int B, int L) {
 }
 
 // Bytes of a block of parameters, and of what they are rounded to: of whole vectors.
-static size_t block_bytes(const Model *m) { return (m->num_params * sizeof(float) + 255) / 256 * 256; }
-static size_t rounded_bytes(const Model *m) { return sizeof(act) < 4 ? block_bytes(m) / 2 : 0; }
+static size_t block_bytes(size_t n) { return (n * sizeof(float) + 255) / 256 * 256; }
+static size_t rounded_bytes(const Model *m) { return sizeof(act) < 4 ? block_bytes(m->num_params) / 2 : 0; }
 
 MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
     MemoryPlan plan = {0, 0, 0, 0, 0};
@@ -2800,8 +3082,8 @@ MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
     Arena acts = {NULL, 0}, work = {NULL, 0};
     acts_take(m, &acts);
     work_take(m, &work);
-    plan.params = block_bytes(m) + rounded_bytes(m);
-    if (mode != MEGALODON_INFER) plan.grads = block_bytes(m), plan.moments = 2 * block_bytes(m);
+    plan.params = block_bytes(m->num_params) + rounded_bytes(m);
+    if (mode != MEGALODON_INFER) plan.grads = block_bytes(m->num_params), plan.moments = 2 * block_bytes(m->own.count);
     plan.activations = acts.used;
     plan.scratch = work.used;
     megalodon_free(m);
@@ -2823,7 +3105,7 @@ Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
     Model *m = model_outline(config, mode, B, L);
     if (!m) return NULL;
     MemoryPlan plan = m->plan = megalodon_memory(config, mode, B, L);
-    size_t block = block_bytes(m), n = block / sizeof(float);
+    size_t n = block_bytes(m->num_params) / sizeof(float);
     m->params_memory = zeros(plan.params);
     m->acts_memory = zeros(plan.activations);
     m->work_memory = zeros(plan.scratch);
@@ -2834,7 +3116,7 @@ Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
         m->moments_memory = zeros(plan.moments);
         complete = m->memory[GRADS] && m->moments_memory;
         m->memory[MOMENT1] = (float *)m->moments_memory;
-        if (complete) m->memory[MOMENT2] = m->memory[MOMENT1] + n;
+        if (complete) m->memory[MOMENT2] = m->memory[MOMENT1] + block_bytes(m->own.count) / sizeof(float);
     }
     if (!complete) {
         megalodon_free(m);
@@ -2852,6 +3134,7 @@ Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
 
 void megalodon_free(Model *m) {
     if (!m) return;
+    pieces_free(m);
     device_free(m->params_memory, m->plan.params), device_free(m->memory[GRADS], m->plan.grads);
     device_free(m->moments_memory, m->plan.moments);
     device_free(m->acts_memory, m->plan.activations), device_free(m->work_memory, m->plan.scratch);
@@ -2860,14 +3143,20 @@ void megalodon_free(Model *m) {
     free(m);
 }
 
+static Range held(const Model *m, Block block) { return block < MOMENT1 ? Range{0, m->num_params} : m->own; }
+
 void megalodon_read(Model *m, Block block, size_t first, size_t n, real *dst) {
-    assert(m->memory[block] && first + n <= m->num_params);
-    CUDA(cudaMemcpy(dst, m->memory[block] + first, n * sizeof *dst, cudaMemcpyDeviceToHost));
+    Range here = held(m, block);
+    assert(m->memory[block] && first >= here.first && first + n <= here.first + here.count);
+    CUDA(cudaMemcpy(dst, m->memory[block] + (first - here.first), n * sizeof *dst, cudaMemcpyDeviceToHost));
 }
 
 void megalodon_write(Model *m, Block block, size_t first, size_t n, const real *src) {
+    Range here = held(m, block);
+    size_t from = first > here.first ? first : here.first, end = here.first + here.count;
     assert(m->memory[block] && first + n <= m->num_params);
-    upload(m->memory[block] + first, src, n * sizeof *src);
+    if (first + n < end) end = first + n;
+    if (from < end) upload(m->memory[block] + (from - here.first), src + (from - first), (end - from) * sizeof *src);
     if (block != PARAMS) return;
     if (sizeof(act) < 4) narrow(m->rounded + first, m->memory[PARAMS] + first, n);
     m->coefs_valid = 0;
@@ -2930,11 +3219,11 @@ void state_write(State *s, size_t first, size_t bytes, const void *src) {
 
 void megalodon_threads(int threads) { (void)threads; } // the device has its own
 
-size_t megalodon_room(void) {
+size_t megalodon_room(int processes) {
     size_t free_bytes, total;
     gpu_open();
     CUDA(cudaMemGetInfo(&free_bytes, &total));
-    return free_bytes;
+    return free_bytes / ceil_div(processes, gpu.devices);
 }
 
 size_t megalodon_peak(void) { return gpu.peak; }

@@ -204,7 +204,8 @@ __host__ __device__
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-// The elements of a block of `size` that process `part` of `parts` updates: consecutive, nearly as many each.
+// The elements of a block of `size` that process `part` of `parts` updates: consecutive, nearly as many
+// each, from whole fours on.
 typedef struct {
     size_t first, count;
 } Range;
@@ -328,7 +329,7 @@ static const char *const megalodon_activations[] = { // in data-flow order
 enum { NUM_ACTIVATIONS = sizeof megalodon_activations / sizeof megalodon_activations[0] };
 
 void megalodon_threads(int threads); // how many the backend uses, where that is a choice
-size_t megalodon_room(void);         // bytes of the backend's memory that models may take
+size_t megalodon_room(int processes); // bytes of the backend's memory for each of so many processes on this machine
 size_t megalodon_peak(void);         // bytes of it that this program has taken at most so far
 const char *megalodon_backend(void); // one line: what runs this, e.g. "CPU, float32, 2 threads, BLAS"
 

@@ -208,12 +208,13 @@ static void list_cema(const LayerActs *a, const LayerParams *w, const Coefs coef
         LAUNCHED();
     });
     part(backward ? "  scan back" : "  scan", 0, 2 * states, [=] {
-        cema_scan_kernel<<<modes, THREADS>>>(backward ? s->futures : a->h, NULL, coefs, backward, B, blocks, D, N);
+        cema_scan_kernel<<<modes, THREADS>>>(backward ? s->futures : a->h, NULL, coefs, backward, CEMA_BLOCK, B, blocks,
+                                             D, N);
         LAUNCHED();
     });
     part(backward ? "  tokens back" : "  tokens", 0, backward ? acts(3 * D) + 2 * states : acts(2 * D) + states, [=] {
         if (backward)
-            cema_backward_kernel<<<dim3(strips, cema_parts(B, L, D)), threads, sums + 2 * tile>>>(
+            cema_backward_kernel<false><<<dim3(strips, cema_parts(B, L, D)), threads, sums + 2 * tile>>>(
                 s->dxt, s->parts, s->dema, a->xt, a->h, s->futures, coefs, w->cema_omega, B, L, D, N);
         if (!backward)
             cema_forward_kernel<<<grid, threads, tile>>>(a->ema, a->h, a->xt, coefs, w->cema_omega, B, L, D, N);
@@ -303,8 +304,8 @@ static void list_backward(int l, double states) {
         rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, s->parts, R, D);
     });
     part("CEMA backward", 0, acts(3 * D) + states, [=] {
-        cema_backward(s->dxt, &s->dcoefs, dw->cema_omega, s->dema, a->xt, a->h, &m->coefs[l], w->cema_omega, s->futures,
-                      s->parts, B, L, D, N);
+        cema_backward(s->dxt, &s->dcoefs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coefs[l], w->cema_omega,
+                      s->futures, s->parts, B, L, D, N);
         cema_coefs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoefs, w->cema_alpha,
                             w->cema_delta, w->cema_theta, D, N);
     });
@@ -313,8 +314,10 @@ static void list_backward(int l, double states) {
     backward_inp("wv", s->dxt, 1, s->dv, w->wv, D, E);
     backward_weight("wv", dw->wv, dw->wv_bias, s->dv, a->xt, D, E);
     part("TimestepNorm backward", 0, acts(5 * D) + 8.0 * R * G, [=] {
+        timestep_norm_sums(NULL, s->suffix, s->sums, s->dxt, m->x[l], w->timenorm_weight, a->norm_mean, a->norm_rstd,
+                           NULL, B, L, D, G);
         timestep_norm_backward(s->dmx, dw->timenorm_weight, dw->timenorm_bias, s->dxt, s->dy, s->dx, m->x[l],
-                               w->timenorm_weight, a->norm_mean, a->norm_rstd, NULL, s->suffix, s->sums, s->parts, B, L,
+                               w->timenorm_weight, a->norm_mean, a->norm_rstd, s->suffix, s->sums, NULL, s->parts, B, L,
                                D, G);
     });
 }
@@ -343,8 +346,10 @@ static void list_output(void) {
              [=] { linear_backward_weight(dw->output, NULL, s->logits, x, s->parts, rows, D, V); });
     }
     part("final TimestepNorm backward", 0, acts(3 * D) + 8.0 * R * G, [=] {
+        timestep_norm_sums(NULL, s->suffix, s->sums, s->dxt, m->x[layers], w->final_norm_weight, m->final_mean,
+                           m->final_rstd, NULL, B, L, D, G);
         timestep_norm_backward(s->dx, dw->final_norm_weight, dw->final_norm_bias, s->dxt, NULL, NULL, m->x[layers],
-                               w->final_norm_weight, m->final_mean, m->final_rstd, NULL, s->suffix, s->sums, s->parts,
+                               w->final_norm_weight, m->final_mean, m->final_rstd, s->suffix, s->sums, NULL, s->parts,
                                B, L, D, G);
     });
 }

@@ -58,7 +58,7 @@ static void add_tensor(Tensor *list, int *count, size_t *size, const Config *c, 
 }
 
 Range megalodon_range(size_t size, int part, int parts) {
-    const size_t each = (size + (size_t)parts - 1) / (size_t)parts, first = each * (size_t)part;
+    const size_t each = ((size + (size_t)parts - 1) / (size_t)parts + 3) / 4 * 4, first = each * (size_t)part;
     if (first >= size) return (Range){size, 0};
     return (Range){first, size - first < each ? size - first : each};
 }

@@ -90,7 +90,7 @@ static double plan_mib(MemoryPlan *p, const Config *c, Mode mode, int B, int L, 
 }
 
 MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t extra) {
-    const double mib = 1048576, room = (double)megalodon_room() / mib / ranks.here;
+    const double mib = 1048576, room = (double)megalodon_room(ranks.here) / mib;
     MemoryPlan plan, other;
     const double need = plan_mib(&plan, c, mode, B, L, extra, room);
     if (need <= room) return plan;

@@ -327,6 +327,19 @@ for program in train_cuda_fp32 train_cuda; do
     rm -rf "$tmp"/bits.*
 done
 
+if [ -z "$small" ]; then
+    section "several processes sharing the card, against one on the CPU"
+    quiet sh tests/test_mpi.sh train_cuda_fp32
+    status=$?
+    if grep -q '^skipped: ' "$tmp/log"; then
+        skip "no mpirun, or built without MPI"
+    else
+        set -- $(tail -n 1 "$tmp/log" | sed -n 's/^\([0-9][0-9]*\) passed, 0 failed$/\1/p') 0
+        [ $status -eq 0 ] && [ "$1" -gt 0 ]
+        verdict $? "tests/test_mpi.sh with train_cuda_fp32: $1 passed"
+    fi
+fi
+
 # ---------------------------------------------------------------- 7
 
 # V FILE B L: a batch of random tokens, as a dump has them

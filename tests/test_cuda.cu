@@ -201,7 +201,7 @@ static void test_embedding(void) {
 static Mask mask_from(double p, uint64_t first) {
     Mask mask;
     mask.p = p, mask.seed = 0x123456789abcdef, mask.stream = STREAM_DROPOUT + 2, mask.step = 6, mask.layer = 4;
-    mask.first = first;
+    mask.first = first, mask.row = 0, mask.run = 0;
     return mask;
 }
 static void test_dropout(void) {
@@ -274,8 +274,10 @@ static void timestep_norm_case(int B, int L, int D, int G, int state, double shi
     float *parts = on_device<float>(MOST_PARTS * 2 * (size_t)D);
     cpu_timestep_norm_backward(dinp.host, dweight.host, dbias.host, dout.host, inp.host, weight.host, mean.host,
                                rstd.host, in.count, B, L, D, G);
+    timestep_norm_sums(NULL, suffix, sums, dout.device, inp.device, weight.device, mean.device, rstd.device,
+                       in.device_count, B, L, D, G);
     timestep_norm_backward(dinp.device, dweight.device, dbias.device, dout.device, NULL, NULL, inp.device,
-                           weight.device, mean.device, rstd.device, in.device_count, suffix, sums, parts, B, L, D, G);
+                           weight.device, mean.device, rstd.device, suffix, sums, NULL, parts, B, L, D, G);
     compare("dinp", dinp, BACKWARD);
     compare("dweight", dweight, FLOAT_BACKWARD), compare("dbias", dbias, FLOAT_BACKWARD);
 
@@ -285,10 +287,9 @@ static void timestep_norm_case(int B, int L, int D, int G, int state, double shi
     }
     both.device = residual2.device;
     timestep_norm_backward(one.device, dweight.device, dbias.device, dout.device, residual.device, NULL, inp.device,
-                           weight.device, mean.device, rstd.device, in.device_count, suffix, sums, parts, B, L, D, G);
+                           weight.device, mean.device, rstd.device, suffix, sums, NULL, parts, B, L, D, G);
     timestep_norm_backward(both.device, dweight.device, dbias.device, dout.device, residual.device, residual2.device,
-                           inp.device, weight.device, mean.device, rstd.device, in.device_count, suffix, sums, parts, B,
-                           L, D, G);
+                           inp.device, weight.device, mean.device, rstd.device, suffix, sums, NULL, parts, B, L, D, G);
     compare("dinp and a residual", one, BACKWARD), compare("dinp and two, in place", both, BACKWARD);
     finish();
 }
@@ -372,8 +373,8 @@ static void cema_case(int B, int L, int D, int N, int state, int slow) {
     float *parts = on_device<float>((size_t)cema_parts(B, L, D) * (5 * N + 1) * D);
     cpu_cema_backward(dinp.host, dall.host, domega.host, dout.host, inp.host, all.host, omega.host, h_in.host, B, L, D,
                       N);
-    cema_backward(dinp.device, &dc, domega.device, dout.device, inp.device, h_blocks, &c, omega.device, futures, parts,
-                  B, L, D, N);
+    cema_backward(dinp.device, &dc, domega.device, NULL, dout.device, inp.device, h_blocks, &c, omega.device, futures,
+                  parts, B, L, D, N);
     compare("dinp", dinp, sizeof(act) == 4 ? looser * BACKWARD : BACKWARD), compare("domega", domega, FLOAT_BACKWARD);
     static const char *const names[5] = {"dp", "dq_re", "dq_im", "dg_re", "dg_im"};
     for (int i = 0; i < 5; i++) compare_part(names[i], dall, i * n, n, looser * FLOAT_BACKWARD);
@@ -537,6 +538,7 @@ static void attention_case(int B, int L, int C, int H, int dz, int dv, double p,
     double forward = sizeof(act) < 4 && min_int(L, C) < 10 ? 1e-2 : FORWARD;
     double backward = sizeof(act) < 4 && min_int(L, C) < 10 ? 1e-2 : BACKWARD;
     Mask m = mask_from(p, ((uint64_t)1 << 33) + 5);
+    m.row = (uint64_t)L * C;
     Acts q = acts(R * Z, size, 0), k = acts(R * Z, size, 0), v = acts(R * E, 1, 0.1), o = acts_out(R * E);
     Floats lse = floats_out(R * H), cache_k = {}, cache_v = {};
     act *scores = on_device<act>(scores_size), *dscores = on_device<act>(scores_size);
@@ -676,7 +678,7 @@ static void optimizer_case(size_t n) {
     Doubles norm = doubles_out(1);
     Model m;
     memset((void *)&m, 0, sizeof m);
-    m.num_params = n, m.coefs_valid = 1, m.totals = on_device<double>(NORM_PARTS);
+    m.num_params = n, m.own = Range{0, n}, m.coefs_valid = 1, m.totals = on_device<double>(NORM_PARTS);
     m.memory[PARAMS] = params.device, m.memory[GRADS] = grads.device;
     m.memory[MOMENT1] = moment1.device, m.memory[MOMENT2] = moment2.device;
     m.rounded = sizeof(act) < 4 ? narrow.device : (act *)(void *)params.device;

@@ -2,6 +2,7 @@
 # is refused, what happens when one dies. Run from the repository's root.
 train=$PWD/train
 double=$PWD/build/double/train
+other=${1:+$PWD/$1} # a program of another backend, to be held against ./train; nothing else is tried then
 compare=$PWD/compare
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -12,7 +13,7 @@ failed=0
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
 export ASAN_OPTIONS=detect_leaks=0
 
-if ! command -v mpirun > /dev/null || ! mpirun -n 2 "$train" --help > /dev/null 2>&1; then
+if ! command -v mpirun > /dev/null || ! mpirun -n 2 "${other:-$train}" --help > /dev/null 2>&1; then
     echo "skipped: no mpirun, or ./train was built without MPI"
     echo "0 passed, 0 failed"
     exit 0
@@ -58,11 +59,28 @@ same_dump() { # TOLERANCE PROGRAM PROCESSES PIECES OPTIONS...: is the first step
 # ---------------------------------------------------------------- every split: one step, then twenty
 
 splits="2/1 2/2 3/1 3/3 4/1 4/2 4/4"
+all="$small --dropout 0.1 --hidden-dropout 0.2 --attention-dropout 0.1 --eot 10 --grad-accum 2"
+long="$model --data text --chunk-size 40 --batch-size 4 --seq-len 333 --share-emb --recompute"
+carry="$model --data text --batch-size 4 --seq-len 32 --grad-accum 2 --eot 10 --carry-state --schedule constant"
+if [ -n "$other" ]; then
+    for options in "$small" "$all" "$long" "$carry"; do
+        "$train" $options --steps 1 --dump one.st > run.out 2>&1
+        for split in 2/1 2/2 4/2 4/4; do
+            check "first step, $split, ${options#"$model --data text "}" same_dump 1e-5 "$other" "${split%/*}" "${split#*/}" $options
+        done
+    done
+    "$train" $carry --steps 4 --log one.csv --out one > run.out 2>&1
+    check "four steps with carried states, 4/2" run "$other" 4 2 $carry --steps 4 --log many.csv --out many
+    check "  give the same losses and norms" close many.csv one.csv
+    check "  and one process goes on from there" run "$train" 1 1 --resume many --steps 5 --threads 1
+    echo "$passed passed, $failed failed"
+    [ $failed -eq 0 ]
+    exit
+fi
 run "$train" 1 1 $small --steps 1 --dump one.st
 for split in $splits; do
     check "first step, $split processes/pieces, float" same_dump 1e-5 "$train" "${split%/*}" "${split#*/}" $small
 done
-all="$small --dropout 0.1 --hidden-dropout 0.2 --attention-dropout 0.1 --eot 10 --grad-accum 2"
 run "$double" 1 1 $all --steps 1 --dump one.st
 for split in $splits; do
     check "first step, $split, double, dropout, documents, two batches" same_dump 1e-11 "$double" "${split%/*}" "${split#*/}" $all
@@ -90,7 +108,6 @@ check "4 processes' run resumed by 3" resumed 3 3 many-4 many.csv
 check "  gives the same log" close again.csv one.csv
 check "  and by one" resumed 1 1 many-4 many.csv
 check "  gives the same log" close again.csv one.csv
-carry="$model --data text --batch-size 4 --seq-len 32 --grad-accum 2 --eot 10 --carry-state --schedule constant"
 run "$train" 1 1 $carry $logged --out carry1 --log carry1.csv
 for split in 4/2 4/4 2/1; do
     check "carried states, $split" run "$train" "${split%/*}" "${split#*/}" $carry $logged --out "carry${split#*/}" --log carry.csv --overwrite
@@ -113,7 +130,7 @@ crossing() { # PROCESSES PIECES STEPS ROWS SEQ_LEN: exchanges and bytes must be 
     run "$train" "$1" "$2" $model --data text --batch-size $(($4 * $1 / $2)) --seq-len "$5" --val-every 0 --steps "$3" --dump counted.st || return 1
     size=$(sed -n 's/^parameters *//p' run.out)
     set -- "$@" $(awk -v P="$1" -v K="$2" -v S="$3" -v B="$4" -v size="$size" 'BEGIN {
-        D = 12; N = 3; G = 3; layers = 2; part = int((size + P - 1) / P)
+        D = 12; N = 3; G = 3; layers = 2; part = int((int((size + P - 1) / P) + 3) / 4) * 4
         messages = 4; bytes = (P + 1) * part * 4 + 32
         if (K > 1) { messages += 2 * (2 * layers + 1); bytes += (layers + 1) * 5 * B * G * 8 + layers * 2 * B * 2 * N * D * 4 }
         print 2 + S * messages, 32 + S * bytes }')

@@ -465,6 +465,7 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int) {
     *properties = cudaDeviceProp{"CPU", 9, 0, 4, EMU_MEMORY, EMU_SHARED_OPTIN};
     return cudaSuccess;
 }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
 inline std::map<const void *, size_t> emu_allowed; // kernel -> bytes of dynamic shared memory
 template <typename Kernel> inline cudaError_t cudaFuncSetAttribute(Kernel *kernel, cudaFuncAttribute, int bytes) {
