@@ -92,6 +92,8 @@ build/library.a build/double/library.a:
 ifneq ($(MPI),)
 build/ranks_mpi.o build/double/ranks_mpi.o: plumbing/ranks.c build/flags
 	$(CC) $(CFLAGS) $(filter -I%,$(MPI)) -DMEGALODON_MPI $(if $(findstring double,$@),-DMEGALODON_DOUBLE) -MMD -MP -c $< -o $@
+build/ranks_peers.o: plumbing/ranks.c build/flags
+	$(CC) $(CFLAGS) $(filter -I%,$(MPI)) -DMEGALODON_MPI -DMEGALODON_PEERS -MMD -MP -c $< -o $@
 train: build/ranks_mpi.o
 build/double/train: build/double/ranks_mpi.o
 train build/double/train: LDLIBS += $(filter-out -I%,$(MPI))
@@ -105,7 +107,7 @@ build/double/train build/double/sample: %: %.o build/double/library.a
 	$(CC) $(CFLAGS) $(filter %.o,$^) $(filter %.a,$^) $(LDLIBS) -o $@
 
 -include $(wildcard build/*.d build/double/*.d)
-.PRECIOUS: build/%.o build/double/%.o build/gpu/%.o build/gpu/%_fp32.o build/emulated/%.cu build/emulated/tests/%.cu
+.PRECIOUS: build/%.o build/double/%.o build/gpu/%.o build/gpu/%_fp32.o build/emulated/%.cu build/emulated/tests/%.cu build/emulated/plumbing/%.cu
 
 # ---------------------------------------------------------------- CUDA
 
@@ -126,8 +128,10 @@ $(shell mkdir -p build/gpu; echo '$(CUDA_FLAGS)' > build/gpu/flags)
 endif
 
 # In bfloat16, and in float32 to compare with the CPU.
-vpath %.cu . tests dev
+vpath %.cu . tests dev plumbing
 GPU_SOURCES = megalodon.cu megalodon.h tests/cpu_layers.h build/gpu/flags
+build/gpu/peers.o: plumbing/peers.cu plumbing/peers.h plumbing/plumbing.h megalodon.h build/gpu/flags
+	$(NVCC) $(NVCCFLAGS) $(filter -I%,$(MPI)) -c $< -o $@
 build/gpu/%_fp32.o: %.cu $(GPU_SOURCES)
 	$(NVCC) $(NVCCFLAGS) -DMEGALODON_FP32 -c $< -o $@
 build/gpu/%.o: %.cu $(GPU_SOURCES)
@@ -135,7 +139,7 @@ build/gpu/%.o: %.cu $(GPU_SOURCES)
 
 GPU_LINK = $(NVCC) $(NVCCFLAGS) $(filter %.o,$^) $(filter %.a,$^) $(CUDA_LIBS) $(LDLIBS) -o $@
 ifneq ($(MPI),)
-train_cuda train_cuda_fp32: build/ranks_mpi.o
+train_cuda train_cuda_fp32: build/ranks_peers.o build/gpu/peers.o
 train_cuda train_cuda_fp32: LDLIBS += $(filter -L% -l%,$(MPI))
 endif
 train_cuda sample_cuda: %_cuda: build/%.o build/gpu/megalodon.o build/library.a
@@ -180,7 +184,7 @@ endif
 EMULATED = build/emulated/test_cuda build/emulated/test_cuda_fp32 build/emulated/test_model_fp32
 CXXFLAGS = -std=c++17 -O2 $(if $(PORTABLE),,-march=native) -Wall -Wextra -Wno-unknown-pragmas $(if $(WERROR),-Werror) \
            -Itests/cuda_on_cpu -iquote . -iquote tests
-build/emulated/%.cu build/emulated/tests/%.cu: %.cu tests/cuda_on_cpu/translate.awk
+build/emulated/%.cu build/emulated/tests/%.cu build/emulated/plumbing/%.cu: %.cu tests/cuda_on_cpu/translate.awk
 	@mkdir -p $(@D)
 	awk -v file=$< -f tests/cuda_on_cpu/translate.awk $< > $@
 EMULATED_SOURCES = build/emulated/megalodon.cu $(wildcard tests/cuda_on_cpu/*.h) megalodon.h tests/cpu_layers.h
@@ -191,7 +195,10 @@ build/emulated/%_fp32.o: build/emulated/%.cu $(EMULATED_SOURCES)
 build/emulated/test_cuda: build/emulated/tests/test_cuda.o build/cpu_layers.o build/library.a
 build/emulated/test_cuda_fp32: build/emulated/tests/test_cuda_fp32.o build/cpu_layers.o build/library.a
 build/emulated/test_model_fp32: build/test_model.o build/emulated/megalodon_fp32.o build/library.a
-build/emulated/train_fp32: build/train.o $(if $(MPI),build/ranks_mpi.o) build/emulated/megalodon_fp32.o build/library.a
+build/emulated/train_fp32: build/train.o $(if $(MPI),build/ranks_peers.o build/emulated/plumbing/peers.o) \
+                           build/emulated/megalodon_fp32.o build/library.a
+build/emulated/plumbing/peers.o: CXXFLAGS += -iquote plumbing $(filter -I%,$(MPI))
+build/emulated/plumbing/peers.o: plumbing/peers.h plumbing/plumbing.h
 build/emulated/train_fp32: LDLIBS += $(filter-out -I%,$(MPI))
 $(EMULATED) build/emulated/train_fp32:
 	$(CXX) $^ $(OMP) $(LDLIBS) -o $@

@@ -1211,8 +1211,10 @@ struct Model {
     Tensor *tensors;
     int num_tensors;
     size_t num_params;
-    Range own;       // of them, that this process updates
-    real *memory[4]; // PARAMS, GRADS; MOMENT1, MOMENT2 (own.count)
+    Range *own;      // (num_own) of them, that this process updates,
+    int num_own;     // in all
+    size_t owned;    // so many
+    real *memory[4]; // PARAMS, GRADS; MOMENT1, MOMENT2 (owned)
     Params params, grads;
     real *acts_memory, *work_memory;
     LayerActs *acts;                       // (num_layers), all in the same memory unless mode is TRAIN
@@ -1225,14 +1227,15 @@ struct Model {
     Coefs *coefs;                          // (num_layers)
     int coefs_valid;
     Scratch scratch;
-    int threads;    // that scratch has room for
-    Draw draw;      // of dropout, if
-    int dropping;   // it is on
-    Pieces pieces;  // the sequences' others; pieces.pieces 1: none
-    int64_t start;  // place of this piece in them,
-    int64_t whole;  // of so many tokens
-    real *exchange; // memory of theirs: mine, all, and a gradient by CEMA's state, or NULL
-    int joining;    // in a forward of a piece: its incoming state is not yet known
+    int threads;                         // that scratch has room for
+    Draw draw;                           // of dropout, if
+    int dropping;                        // it is on
+    Pieces pieces;                       // the sequences' others; pieces.pieces 1: none
+    int64_t start;                       // place of this piece in them,
+    int64_t whole;                       // of so many tokens
+    real *exchange;                      // memory of theirs: mine, all, and a gradient by CEMA's state, or NULL
+    int joining;                         // in a forward of a piece: its incoming state is not yet known
+    void (*ready)(Model *, int segment); // or NULL
     State before;   // the last forward's incoming state without k and v, for the backward pass; of a piece, its own
     int B, L;       // of the last forward
     int acts_layer; // the layer whose activations the shared memory holds, -1: none; not in mode TRAIN
@@ -1661,10 +1664,17 @@ void megalodon_backward(Model *m) {
     for (int b = 0; b < B; b++) assert(m->before.count[b] % c->chunk_size == 0);
     time_norm_backward(m, s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, s->dxt, m->x[c->num_layers],
                        m->params.final_norm_weight, m->final_mean, m->final_rstd);
-    for (int l = c->num_layers - 1; l >= 0; l--) block_backward(m, l, B, L);
+    if (m->ready) m->ready(m, c->num_layers + 1);
+    for (int l = c->num_layers - 1; l >= 0; l--) {
+        block_backward(m, l, B, L);
+        if (m->ready) m->ready(m, l + 1);
+    }
     dropout(s->dx, s->dx, mask_of(m, -1, DROP_EMBED, c->dropout, D), (size_t)B * L * D);
     embedding_backward(m->grads.embed, s->dx, m->tokens, embedding_scale(c), B * L, D);
+    if (m->ready) m->ready(m, 0);
 }
+
+void megalodon_when_ready(Model *m, void (*ready)(Model *, int segment)) { m->ready = ready; }
 
 void megalodon_logits(Model *m, size_t first, size_t rows, real *dst) {
     int D = m->config.model_dim, V = m->config.vocab_size;
@@ -1718,18 +1728,21 @@ void megalodon_zero_grad(Model *m) {
 
 // Parts of fixed size are summed in order, so that the threads' number does not show.
 double megalodon_grad_norm(Model *m) {
-    int parts = (int)((m->own.count + NORM_PART - 1) / NORM_PART);
     double *sums = m->norm_parts, total = 0;
+    for (int s = 0; s < m->num_own; s++) {
+        size_t n = m->own[s].count;
+        int parts = (int)((n + NORM_PART - 1) / NORM_PART);
+        const real *g = m->memory[GRADS] + m->own[s].first;
 #pragma omp parallel for schedule(static)
-    for (int p = 0; p < parts; p++) {
-        size_t from = (size_t)p * NORM_PART, to = from + NORM_PART < m->own.count ? from + NORM_PART : m->own.count;
-        const real *g = m->memory[GRADS] + m->own.first;
-        double sum = 0;
+        for (int p = 0; p < parts; p++) {
+            size_t from = (size_t)p * NORM_PART, to = from + NORM_PART < n ? from + NORM_PART : n;
+            double sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (size_t i = from; i < to; i++) sum += (double)g[i] * g[i];
-        sums[p] = sum;
+            for (size_t i = from; i < to; i++) sum += (double)g[i] * g[i];
+            sums[p] = sum;
+        }
+        for (int p = 0; p < parts; p++) total += sums[p];
     }
-    for (int p = 0; p < parts; p++) total += sums[p];
     return sqrt(total);
 }
 
@@ -1739,15 +1752,20 @@ void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, in
     double k = (double)update + 1;
     real b1 = (real)o->beta1, b2 = (real)o->beta2, eps = (real)o->eps, gs = (real)grad_scale;
     real step = (real)(lr / (1 - pow(o->beta1, k))), root = (real)(1 / sqrt(1 - pow(o->beta2, k)));
-    real keep = (real)(1 - lr * o->weight_decay), *p = m->memory[PARAMS] + m->own.first, *m1 = m->memory[MOMENT1];
-    real *m2 = m->memory[MOMENT2], c1 = (real)(1 - o->beta1), c2 = (real)(1 - o->beta2);
-    const real *grad = m->memory[GRADS] + m->own.first;
+    real keep = (real)(1 - lr * o->weight_decay), c1 = (real)(1 - o->beta1), c2 = (real)(1 - o->beta2);
+    real *m1 = m->memory[MOMENT1], *m2 = m->memory[MOMENT2];
+    for (int s = 0; s < m->num_own; s++) {
+        size_t n = m->own[s].count;
+        real *p = m->memory[PARAMS] + m->own[s].first;
+        const real *grad = m->memory[GRADS] + m->own[s].first;
 #pragma omp parallel for simd schedule(static)
-    for (size_t i = 0; i < m->own.count; i++) {
-        real g = grad[i] * gs;
-        m1[i] = b1 * m1[i] + c1 * g;
-        m2[i] = b2 * m2[i] + c2 * g * g;
-        p[i] = p[i] * keep - step * m1[i] / ((real)sqrt(m2[i]) * root + eps);
+        for (size_t i = 0; i < n; i++) {
+            real g = grad[i] * gs;
+            m1[i] = b1 * m1[i] + c1 * g;
+            m2[i] = b2 * m2[i] + c2 * g * g;
+            p[i] = p[i] * keep - step * m1[i] / ((real)sqrt(m2[i]) * root + eps);
+        }
+        m1 += n, m2 += n;
     }
     m->coefs_valid = 0;
 }
@@ -1802,13 +1820,14 @@ static Model *model_outline(const Config *config, Mode mode, int B, int L) {
     *m = (Model){.config = *config, .mode = mode, .max_B = B, .max_L = L, .threads = threads_here(), .acts_layer = -1};
     m->pieces.pieces = 1;
     m->tensors = megalodon_tensors(config, &m->num_tensors, &m->num_params);
-    m->own = megalodon_range(m->num_params, shard_part, shard_parts);
+    m->own = megalodon_ranges(config, shard_part, shard_parts, &m->num_own);
+    for (int s = 0; m->own && s < m->num_own; s++) m->owned += m->own[s].count;
     m->params.layers = calloc(layers, sizeof *m->params.layers);
     m->grads.layers = calloc(layers, sizeof *m->grads.layers);
     m->acts = calloc(layers, sizeof *m->acts);
     m->x = calloc(layers + 1, sizeof *m->x);
     m->coefs = calloc(layers, sizeof *m->coefs);
-    if (m->tensors && m->params.layers && m->grads.layers && m->acts && m->x && m->coefs) return m;
+    if (m->tensors && m->own && m->params.layers && m->grads.layers && m->acts && m->x && m->coefs) return m;
     megalodon_free(m);
     return NULL;
 }
@@ -1821,7 +1840,7 @@ MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
     acts_take(m, &acts);
     work_take(m, &work);
     plan.params = m->num_params * sizeof(real);
-    if (mode != MEGALODON_INFER) plan.grads = plan.params, plan.moments = 2 * m->own.count * sizeof(real);
+    if (mode != MEGALODON_INFER) plan.grads = plan.params, plan.moments = 2 * m->owned * sizeof(real);
     plan.activations = acts.used * sizeof(real);
     plan.scratch = work.used * sizeof(real);
     megalodon_free(m);
@@ -1858,24 +1877,37 @@ void megalodon_free(Model *m) {
     if (!m) return;
     for (int i = 0; i < 4; i++) free(m->memory[i]);
     free(m->acts_memory), free(m->work_memory), free(m->exchange);
-    free(m->tensors), free(m->params.layers), free(m->grads.layers), free(m->acts), free(m->x), free(m->coefs);
+    free(m->tensors), free(m->own), free(m->params.layers), free(m->grads.layers), free(m->acts), free(m->x),
+        free(m->coefs);
     free(m);
 }
 
-static Range held(const Model *m, Block block) { return block < MOMENT1 ? (Range){0, m->num_params} : m->own; }
+// Copies what this process has of elements first .. first + n - 1, to dst or from src. Returns how many these are.
+static size_t block_copy(Model *m, Block block, size_t first, size_t n, real *dst, const real *src) {
+    Range whole = {0, m->num_params}, *held = block < MOMENT1 ? &whole : m->own;
+    int ranges = block < MOMENT1 ? 1 : m->num_own;
+    size_t copied = 0;
+    real *at = m->memory[block]; // of a range
+    assert(at && first + n <= m->num_params);
+    for (int s = 0; s < ranges; at += held[s++].count) {
+        size_t from = first > held[s].first ? first : held[s].first, to = held[s].first + held[s].count;
+        if (first + n < to) to = first + n;
+        if (from >= to) continue;
+        if (dst) memcpy(dst + (from - first), at + (from - held[s].first), (to - from) * sizeof *dst);
+        if (src) memcpy(at + (from - held[s].first), src + (from - first), (to - from) * sizeof *src);
+        copied += to - from;
+    }
+    return copied;
+}
 
 void megalodon_read(Model *m, Block block, size_t first, size_t n, real *dst) {
-    Range here = held(m, block);
-    assert(m->memory[block] && first >= here.first && first + n <= here.first + here.count);
-    memcpy(dst, m->memory[block] + (first - here.first), n * sizeof *dst);
+    size_t copied = block_copy(m, block, first, n, dst, NULL);
+    assert(copied == n);
+    (void)copied;
 }
 
 void megalodon_write(Model *m, Block block, size_t first, size_t n, const real *src) {
-    Range here = held(m, block);
-    size_t from = first > here.first ? first : here.first, end = here.first + here.count;
-    assert(m->memory[block] && first + n <= m->num_params);
-    if (first + n < end) end = first + n;
-    if (from < end) memcpy(m->memory[block] + (from - here.first), src + (from - first), (end - from) * sizeof *src);
+    block_copy(m, block, first, n, NULL, src);
     if (block == PARAMS) m->coefs_valid = 0;
 }
 

@@ -2316,11 +2316,13 @@ struct Model {
     Tensor *tensors;
     int num_tensors;
     size_t num_params;
-    Range own; // of them, that this process updates
+    Range *own;   // (num_own) of them, that this process updates,
+    int num_own;  // in all
+    size_t owned; // so many
     MemoryPlan plan;
     void *params_memory;  // the parameters, then what they are rounded to
     void *moments_memory; // both
-    float *memory[4];     // PARAMS, GRADS; MOMENT1, MOMENT2 (own.count)
+    float *memory[4];     // PARAMS, GRADS; MOMENT1, MOMENT2 (owned)
     act *rounded;         // the parameters as acts; themselves in the float32 build
     Params params, grads;
     void *acts_memory, *work_memory;
@@ -2342,20 +2344,20 @@ struct Model {
     Coefs *coefs;        // (num_layers)
     int coefs_valid;
     Scratch scratch;
-    Pieces pieces;       // the sequences' others; pieces.pieces 1: none
-    int64_t start;       // place of this piece in them,
-    int64_t whole;       // of so many tokens
-    int64_t *lengths;    // (pieces) on the device
-    char *exchange;      // there: mine, all, what is joined from it; or NULL
-    char *host_exchange; // mine, all
+    Pieces pieces;    // the sequences' others; pieces.pieces 1: none
+    int64_t start;    // place of this piece in them,
+    int64_t whole;    // of so many tokens
+    int64_t *lengths; // (pieces) on the device
+    char *exchange;   // there: mine, all, what is joined from it; or NULL
     size_t exchange_bytes;
-    int joining;     // in a forward of a piece: its incoming state is not yet known
-    Draw draw;       // of dropout, if
-    int dropping;    // it is on
-    State before;    // the last forward's incoming state without k and v, for the backward pass
-    int with_before; // there was one
-    int B, L;        // of the last forward
-    int acts_layer;  // the layer whose activations the shared memory holds, -1: none; not in mode TRAIN
+    int joining;                         // in a forward of a piece: its incoming state is not yet known
+    void (*ready)(Model *, int segment); // or NULL
+    Draw draw;                           // of dropout, if
+    int dropping;                        // it is on
+    State before;                        // the last forward's incoming state without k and v, for the backward pass
+    int with_before;                     // there was one
+    int B, L;                            // of the last forward
+    int acts_layer; // the layer whose activations the shared memory holds, -1: none; not in mode TRAIN
 };
 
 // Hands out room for the next n things behind *at; with at NULL it only counts. Slices begin at multiples of 256 bytes.
@@ -2474,8 +2476,7 @@ static const act *rounded(const Model *m, const float *param) { return m->rounde
 static void pieces_free(Model *m) {
     device_free(m->exchange, m->exchange_bytes);
     device_free(m->lengths, m->pieces.pieces * sizeof *m->lengths);
-    free(m->host_exchange);
-    m->exchange = m->host_exchange = NULL, m->lengths = NULL;
+    m->exchange = NULL, m->lengths = NULL;
 }
 
 int megalodon_pieces(Model *m, const Pieces *pieces) {
@@ -2489,8 +2490,7 @@ int megalodon_pieces(Model *m, const Pieces *pieces) {
     m->exchange_bytes = ((size_t)pieces->pieces + 2) * most;
     m->pieces = *pieces;
     m->exchange = (char *)device_new(m->exchange_bytes), m->lengths = (int64_t *)device_new(lengths);
-    m->host_exchange = (char *)malloc(m->exchange_bytes);
-    if (!m->exchange || !m->lengths || !m->host_exchange) {
+    if (!m->exchange || !m->lengths) {
         pieces_free(m);
         m->pieces.pieces = 1;
         return 0;
@@ -2505,10 +2505,7 @@ int megalodon_pieces(Model *m, const Pieces *pieces) {
 
 // What all pieces have found out alone, one behind the other: m->exchange has this one's at its start.
 static void *gather(Model *m, size_t bytes) {
-    size_t all = bytes * m->pieces.pieces;
-    CUDA(cudaMemcpy(m->host_exchange, m->exchange, bytes, cudaMemcpyDeviceToHost));
-    m->pieces.gather(m->pieces.context, m->host_exchange, m->host_exchange + bytes, bytes);
-    CUDA(cudaMemcpy(m->exchange + bytes, m->host_exchange + bytes, all, cudaMemcpyHostToDevice));
+    m->pieces.gather(m->pieces.context, m->exchange, m->exchange + bytes, bytes);
     return m->exchange + bytes;
 }
 
@@ -2873,10 +2870,17 @@ void megalodon_backward(Model *m) {
     for (int b = 0; b < B; b++) assert(m->past[b] == 0);
     time_norm_backward(m, s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, s->dxt, NULL, NULL,
                        m->x[c->num_layers], m->params.final_norm_weight, m->final_mean, m->final_rstd);
-    for (int l = c->num_layers - 1; l >= 0; l--) block_backward(m, l, B, L);
+    if (m->ready) m->ready(m, c->num_layers + 1);
+    for (int l = c->num_layers - 1; l >= 0; l--) {
+        block_backward(m, l, B, L);
+        if (m->ready) m->ready(m, l + 1);
+    }
     dropout(s->dx, s->dx, mask_of(m, -1, DROP_EMBED, c->dropout, D), (size_t)B * L * D);
     embedding_backward(m->grads.embed, s->parts, s->dx, m->order, m->segments, m->sorted, embedding_scale(c), D);
+    if (m->ready) m->ready(m, 0);
 }
+
+void megalodon_when_ready(Model *m, void (*ready)(Model *, int segment)) { m->ready = ready; }
 
 void megalodon_logits(Model *m, size_t first, size_t rows, real *dst) {
     int D = m->config.model_dim, V = m->config.vocab_size, most = logit_rows(V);
@@ -2931,7 +2935,7 @@ void megalodon_zero_grad(Model *m) {
 }
 
 // A block sums a part, always the same one; a thread reads four numbers at a time. Reads the gradients.
-static __global__ void square_kernel(double *parts, const float4 *x, size_t n) {
+static __global__ void square_kernel(double *parts, const float4 *x, size_t n, int more) {
     __shared__ double sums[THREADS];
     double sum = 0;
     for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; 4 * i < n; i += (size_t)gridDim.x * THREADS) {
@@ -2945,13 +2949,16 @@ static __global__ void square_kernel(double *parts, const float4 *x, size_t n) {
         if ((int)threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
         __syncthreads();
     }
-    if (threadIdx.x == 0) parts[blockIdx.x] = sums[0];
+    if (threadIdx.x == 0) parts[blockIdx.x] = sums[0] + (more ? parts[blockIdx.x] : 0);
 }
 
 double megalodon_grad_norm(Model *m) {
     double sums[NORM_PARTS], total = 0;
-    square_kernel<<<NORM_PARTS, THREADS>>>(m->totals, (const float4 *)(m->memory[GRADS] + m->own.first), m->own.count);
-    LAUNCHED();
+    for (int s = 0; s < m->num_own; s++) {
+        const float4 *grads = (const float4 *)(m->memory[GRADS] + m->own[s].first);
+        square_kernel<<<NORM_PARTS, THREADS>>>(m->totals, grads, m->own[s].count, s > 0);
+        LAUNCHED();
+    }
     CUDA(cudaMemcpy(sums, m->totals, sizeof sums, cudaMemcpyDeviceToHost));
     for (int p = 0; p < NORM_PARTS; p++) total += sums[p];
     return sqrt(total);
@@ -2994,12 +3001,15 @@ void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, in
                  (float)(lr / (1 - pow(o->beta1, k))),
                  (float)(1 / sqrt(1 - pow(o->beta2, k))),
                  (float)(1 - lr * o->weight_decay)};
-    size_t first = m->own.first, n = m->own.count; // ranges begin at whole fours
-    if (n > 0) {
-        update_kernel<<<blocks_for(n, 4 * THREADS), THREADS>>>(
-            (float4 *)(m->memory[PARAMS] + first), m->rounded + first, (float4 *)m->memory[MOMENT1],
-            (float4 *)m->memory[MOMENT2], (const float4 *)(m->memory[GRADS] + first), f, n);
+    float *moment1 = m->memory[MOMENT1], *moment2 = m->memory[MOMENT2];
+    for (int s = 0; s < m->num_own; s++) {
+        size_t first = m->own[s].first, n = m->own[s].count; // all of whole fours, but for the block's end
+        if (n == 0) continue;
+        update_kernel<<<blocks_for(n, 4 * THREADS), THREADS>>>((float4 *)(m->memory[PARAMS] + first),
+                                                               m->rounded + first, (float4 *)moment1, (float4 *)moment2,
+                                                               (const float4 *)(m->memory[GRADS] + first), f, n);
         LAUNCHED();
+        moment1 += n, moment2 += n;
     }
     m->coefs_valid = 0;
 }
@@ -3053,7 +3063,8 @@ static Model *model_outline(const Config *config, Mode mode, int B, int L) {
     m->config = *config, m->mode = mode, m->max_B = B, m->max_L = L, m->acts_layer = -1;
     m->pieces.pieces = 1;
     m->tensors = megalodon_tensors(config, &m->num_tensors, &m->num_params);
-    m->own = megalodon_range(m->num_params, shard_part, shard_parts);
+    m->own = megalodon_ranges(config, shard_part, shard_parts, &m->num_own);
+    for (int s = 0; m->own && s < m->num_own; s++) m->owned += m->own[s].count;
     m->params.layers = (LayerParams *)calloc(layers, sizeof *m->params.layers);
     m->grads.layers = (LayerParams *)calloc(layers, sizeof *m->grads.layers);
     m->acts = (LayerActs *)calloc(layers, sizeof *m->acts);
@@ -3064,8 +3075,8 @@ static Model *model_outline(const Config *config, Mode mode, int B, int L) {
     m->host_order = (int *)malloc(R * sizeof *m->host_order);
     m->host_segments = (Segment *)malloc(2 * R * sizeof *m->host_segments);
     m->host_first = (int *)malloc(((size_t)config->vocab_size + 1) * sizeof *m->host_first);
-    if (m->tensors && m->params.layers && m->grads.layers && m->acts && m->x && m->coefs && m->host_count && m->past &&
-        m->host_order && m->host_segments && m->host_first)
+    if (m->tensors && m->own && m->params.layers && m->grads.layers && m->acts && m->x && m->coefs && m->host_count &&
+        m->past && m->host_order && m->host_segments && m->host_first)
         return m;
     megalodon_free(m);
     return NULL;
@@ -3083,7 +3094,7 @@ MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
     acts_take(m, &acts);
     work_take(m, &work);
     plan.params = block_bytes(m->num_params) + rounded_bytes(m);
-    if (mode != MEGALODON_INFER) plan.grads = block_bytes(m->num_params), plan.moments = 2 * block_bytes(m->own.count);
+    if (mode != MEGALODON_INFER) plan.grads = block_bytes(m->num_params), plan.moments = 2 * block_bytes(m->owned);
     plan.activations = acts.used;
     plan.scratch = work.used;
     megalodon_free(m);
@@ -3116,7 +3127,7 @@ Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
         m->moments_memory = zeros(plan.moments);
         complete = m->memory[GRADS] && m->moments_memory;
         m->memory[MOMENT1] = (float *)m->moments_memory;
-        if (complete) m->memory[MOMENT2] = m->memory[MOMENT1] + block_bytes(m->own.count) / sizeof(float);
+        if (complete) m->memory[MOMENT2] = m->memory[MOMENT1] + block_bytes(m->owned) / sizeof(float);
     }
     if (!complete) {
         megalodon_free(m);
@@ -3138,25 +3149,41 @@ void megalodon_free(Model *m) {
     device_free(m->params_memory, m->plan.params), device_free(m->memory[GRADS], m->plan.grads);
     device_free(m->moments_memory, m->plan.moments);
     device_free(m->acts_memory, m->plan.activations), device_free(m->work_memory, m->plan.scratch);
-    free(m->tensors), free(m->params.layers), free(m->grads.layers), free(m->acts), free(m->x), free(m->coefs);
+    free(m->tensors), free(m->own), free(m->params.layers), free(m->grads.layers), free(m->acts), free(m->x),
+        free(m->coefs);
     free(m->host_count), free(m->past), free(m->host_order), free(m->host_segments), free(m->host_first);
     free(m);
 }
 
-static Range held(const Model *m, Block block) { return block < MOMENT1 ? Range{0, m->num_params} : m->own; }
-
-void megalodon_read(Model *m, Block block, size_t first, size_t n, real *dst) {
-    Range here = held(m, block);
-    assert(m->memory[block] && first >= here.first && first + n <= here.first + here.count);
-    CUDA(cudaMemcpy(dst, m->memory[block] + (first - here.first), n * sizeof *dst, cudaMemcpyDeviceToHost));
+// Copies what this process has of elements first .. first + n - 1, to dst or from src. Returns how many these are.
+static size_t block_copy(Model *m, Block block, size_t first, size_t n, real *dst, const real *src) {
+    Range whole = {0, m->num_params}, *held = block < MOMENT1 ? &whole : m->own;
+    int ranges = block < MOMENT1 ? 1 : m->num_own;
+    size_t copied = 0;
+    float *at = m->memory[block]; // of a range
+    assert(at && first + n <= m->num_params);
+    for (int s = 0; s < ranges; at += held[s++].count) {
+        size_t from = first > held[s].first ? first : held[s].first, to = held[s].first + held[s].count;
+        if (first + n < to) to = first + n;
+        if (from >= to) continue;
+        float *here = at + (from - held[s].first);
+        if (dst) CUDA(cudaMemcpy(dst + (from - first), here, (to - from) * sizeof *dst, cudaMemcpyDefault));
+        if (src) CUDA(cudaMemcpy(here, src + (from - first), (to - from) * sizeof *src, cudaMemcpyDefault));
+        copied += to - from;
+    }
+    return copied;
 }
 
+void megalodon_read(Model *m, Block block, size_t first, size_t n, real *dst) {
+    size_t copied = block_copy(m, block, first, n, dst, NULL);
+    assert(copied == n);
+    (void)copied;
+}
+
+float *megalodon_block(Model *m, Block block) { return m->memory[block]; }
+
 void megalodon_write(Model *m, Block block, size_t first, size_t n, const real *src) {
-    Range here = held(m, block);
-    size_t from = first > here.first ? first : here.first, end = here.first + here.count;
-    assert(m->memory[block] && first + n <= m->num_params);
-    if (first + n < end) end = first + n;
-    if (from < end) upload(m->memory[block] + (from - here.first), src + (from - first), (end - from) * sizeof *src);
+    block_copy(m, block, first, n, NULL, src);
     if (block != PARAMS) return;
     if (sizeof(act) < 4) narrow(m->rounded + first, m->memory[PARAMS] + first, n);
     m->coefs_valid = 0;

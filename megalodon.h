@@ -204,12 +204,16 @@ __host__ __device__
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-// The elements of a block of `size` that process `part` of `parts` updates: consecutive, nearly as many
-// each, from whole fours on.
+// Consecutive elements of a block.
 typedef struct {
     size_t first, count;
 } Range;
-Range megalodon_range(size_t size, int part, int parts);
+
+// What process `part` of `parts` updates. The block is cut into segments, the embedding, each layer and what is behind
+// them, each of which is cut into parts of nearly as many elements. Cuts are at whole fours: the few elements before
+// one belong to the segment before. *count gets the number of segments: num_layers + 2, but for one part 1, the whole
+// block. Freed by the caller; NULL when memory is out.
+Range *megalodon_ranges(const Config *config, int part, int parts, int *count);
 
 // Fills values (tensor->size) with the tensor's initial values, see Init.
 void megalodon_init(real *values, const Tensor *tensor, const Config *config, uint64_t seed);
@@ -229,8 +233,8 @@ typedef struct {
     size_t params, grads, moments, activations, scratch;
 } MemoryPlan; // bytes
 
-// Several processes train the same model: this one is `part` of `parts`, and updates no more than its range of the
-// parameters. Moments exist only there, and megalodon_grad_norm covers no more. Before the two functions below.
+// Several processes train the same model: this one is `part` of `parts`, and updates no more than its range of every
+// segment. Moments exist only there, and megalodon_grad_norm covers no more. Before the two functions below.
 void megalodon_shard(int part, int parts);
 
 // What a model for up to B sequences of L tokens will allocate.
@@ -241,10 +245,13 @@ Model *megalodon_new(const Config *config, Mode mode, int B, int L);
 void megalodon_free(Model *model);
 
 // Copies n elements from element `first` on of a block laid out as megalodon_tensors() says. Moments outside of this
-// process's range cannot be read; writing them does nothing.
+// process's ranges cannot be read; writing them does nothing. On a GPU src and dst may be memory of the device, too.
 typedef enum { PARAMS, GRADS, MOMENT1, MOMENT2 } Block;
 void megalodon_read(Model *model, Block block, size_t first, size_t n, real *dst);
 void megalodon_write(Model *model, Block block, size_t first, size_t n, const real *src);
+
+// On a GPU only: where PARAMS or GRADS lie in the device's memory, whose stream 0 works on them.
+float *megalodon_block(Model *model, Block block);
 
 // ----------------------------------------------------------------------------
 // state: all that a model remembers of the tokens it has read. Its size does not depend on how many.
@@ -286,7 +293,8 @@ void megalodon_dropout(Model *model, const Draw *draw);
 typedef struct {
     int piece, pieces;      // this one, of how many
     const int64_t *lengths; // (pieces) tokens of each, whole chunks but for the last; to stay while it is in use
-    // all (pieces, bytes) gets what every process gives as mine; context is what stands here
+    // all (pieces, bytes) gets what every process gives as mine, both in the backend's memory, on a GPU in the order of
+    // stream 0; context is what stands here
     void (*gather)(void *context, const void *mine, void *all, size_t bytes);
     void *context;
 } Pieces;
@@ -307,8 +315,13 @@ double megalodon_loss(Model *model, const int32_t *targets, double grad_scale, i
 // stop there (truncated backpropagation), and every row must have begun where a chunk begins.
 void megalodon_backward(Model *model);
 
+// From the next backward on `ready` is called as soon as nothing more will be added to a segment's gradients: first for
+// the last one, then for the layers down, last for the embedding. On a GPU: in the order of stream 0. NULL, as at first:
+// nobody is told.
+void megalodon_when_ready(Model *model, void (*ready)(Model *model, int segment));
+
 void megalodon_zero_grad(Model *model);
-double megalodon_grad_norm(Model *model); // one L2 norm over all gradients of this process's range
+double megalodon_grad_norm(Model *model); // one L2 norm over all gradients of this process's ranges
 
 // One AdamW step: gradients times grad_scale first; update counts the steps before this one.
 typedef struct {

@@ -309,7 +309,7 @@ static void join_pieces(Model *model, bool joined) {
         fatal("out of memory for the states of %d pieces", pieces.pieces);
 }
 
-// Gradients of the step's mean loss, summed over its batches. Returns the loss: this process's share of it.
+// Gradients of the step's mean loss, summed over its batches and all processes. Returns the loss: this process's share.
 static double accumulate(Model *model, Data *d, int64_t step) {
     const size_t batch = (size_t)d->B * (size_t)d->L;
     double sum = 0;
@@ -329,6 +329,7 @@ static double accumulate(Model *model, Data *d, int64_t step) {
         megalodon_dropout(model, &draw);
         megalodon_forward(model, state, d->inputs + first, d->B, d->L);
         sum += megalodon_loss(model, d->targets + first, 1 / d->counted, &counted, NULL);
+        megalodon_when_ready(model, ranks.size > 1 && a == s.grad_accum - 1 ? ranks_sum_gradients : NULL);
         megalodon_backward(model);
     }
     megalodon_dropout(model, NULL);
@@ -477,9 +478,8 @@ int main(int argc, char **argv) {
 
     // data, then memory, then the directory: everything that can be refused comes before the first step
     Data data = open_data(&config);
-    const size_t size = count_parameters(&config);
     agree(&config, &data, NULL, 0);
-    megalodon_shard(ranks.rank, ranks.size);
+    megalodon_shard(ranks.part, ranks.size);
     pieces = (Pieces){.piece = ranks.piece, .pieces = ranks.pieces, .lengths = ranks.lengths, .gather = ranks_gather};
     const Mode mode = s.eval ? MEGALODON_INFER : s.recompute ? MEGALODON_RECOMPUTE : MEGALODON_TRAIN;
     State *state = s.eval || s.batch ? NULL : state_new(&config, 1, 0); // for samples
@@ -487,6 +487,7 @@ int main(int argc, char **argv) {
     Model *model = megalodon_new(&config, mode, data.B, data.L);
     if (model == NULL || (state == NULL && !s.eval && !s.batch)) fatal("out of memory");
     const char *out = s.resume ? s.resume : s.out ? s.out : s.batch || s.dump ? NULL : "out";
+    ranks_open(model, &config);
     join_pieces(model, true);
     if (out != NULL && !s.eval && ranks.rank == 0) run_claim(out, options, s.resume != NULL, s.overwrite);
     print_header(&config, &data, &plan);
@@ -515,7 +516,6 @@ int main(int argc, char **argv) {
     while (step < end && !halt) {
         const double start = seconds(), lr = learning_rate(step);
         double sums[3] = {accumulate(model, &data, step)};
-        ranks_sum_gradients(model, size);
         sums[1] = pow(megalodon_grad_norm(model), 2), sums[2] = stopped != 0;
         ranks_sum(sums, 3);
         const double loss = sums[0], norm = sqrt(sums[1]);
@@ -534,7 +534,7 @@ int main(int argc, char **argv) {
         const double scale = s.grad_clip > 0 ? fmin(1, s.grad_clip / (norm + 1e-6)) : 1;
         if (good) {
             megalodon_update(model, &s.adamw, lr, scale, step);
-            ranks_share_params(model, size);
+            ranks_share_params(model);
         } else {
             forget(&data);
         }
@@ -573,6 +573,7 @@ int main(int argc, char **argv) {
     free_states(data.states);
     reader_free(&data.train), reader_free(&data.val);
     free(data.inputs), free(data.targets), free(data.fresh), free(ranks.lengths);
+    ranks_close();
     megalodon_free(model);
     state_free(state);
     return halt ? 128 + (stopped ? stopped : SIGTERM) : 0;

@@ -52,7 +52,7 @@ static bool write_block(StWriter *w, Model *m, Block block, size_t first, size_t
         if (block == PARAMS)
             megalodon_read(m, block, first + done, piece, values);
         else
-            ranks_read(m, block, n, done, piece, values); // moments: all n of them, from first = 0 on
+            ranks_read(m, block, first + done, piece, values);
         for (size_t i = 0; i < piece; i++) {
             floats[i] = (float)values[i];
             if (!isfinite(floats[i]))
@@ -264,7 +264,7 @@ void lend_optimizer(Model *m, const Config *c) {
     Layout a = new_layout(c);
     for (Block block = MOMENT1; block <= MOMENT2; block++) {
         for (size_t done = 0; done < a.size; done += PIECE)
-            ranks_read(m, block, a.size, done, a.size - done < PIECE ? a.size - done : PIECE, values);
+            ranks_read(m, block, done, a.size - done < PIECE ? a.size - done : PIECE, values);
     }
     layout_free(&a);
 }
@@ -368,7 +368,7 @@ void write_dump(const char *path, Model *m, const Config *c, const int32_t *inpu
     ok = ok && put(&w, &loss_value, sizeof loss_value, err);
     for (size_t first = 0; first < a.size && ok; first += PIECE) {
         size_t piece = a.size - first < PIECE ? a.size - first : PIECE;
-        ranks_read(m, GRADS, a.size, first, piece, values);
+        ranks_read(m, GRADS, first, piece, values);
         ok = put(&w, values, piece * sizeof *values, err);
     }
     if (!ok || (ranks.rank == 0 && !st_finish(&w, err))) fatal("--dump %s", err);

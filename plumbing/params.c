@@ -57,12 +57,6 @@ static void add_tensor(Tensor *list, int *count, size_t *size, const Config *c, 
     *size += t.size;
 }
 
-Range megalodon_range(size_t size, int part, int parts) {
-    const size_t each = ((size + (size_t)parts - 1) / (size_t)parts + 3) / 4 * 4, first = each * (size_t)part;
-    if (first >= size) return (Range){size, 0};
-    return (Range){first, size - first < each ? size - first : each};
-}
-
 Tensor *megalodon_tensors(const Config *config, int *count, size_t *size) {
     Tensor *list = malloc(((size_t)config->num_layers + 1) * NUM_PARAM_ROWS * sizeof *list);
     if (!list) return NULL;
@@ -84,6 +78,33 @@ Tensor *megalodon_tensors(const Config *config, int *count, size_t *size) {
     if (count) *count = n;
     if (size) *size = total;
     return list;
+}
+
+// Part `part` of `parts` of the elements from first to end.
+static Range cut(size_t first, size_t end, int part, int parts) {
+    const size_t size = end - first, each = ((size + (size_t)parts - 1) / (size_t)parts + 3) / 4 * 4;
+    const size_t at = each * (size_t)part < size ? each * (size_t)part : size;
+    return (Range){first + at, size - at < each ? size - at : each};
+}
+
+Range *megalodon_ranges(const Config *config, int part, int parts, int *count) {
+    int tensors;
+    size_t size, end;
+    Tensor *list = megalodon_tensors(config, &tensors, &size);
+    Range *ranges = malloc(((size_t)config->num_layers + 2) * sizeof *ranges);
+    if (list == NULL || ranges == NULL) {
+        free(list), free(ranges);
+        return NULL;
+    }
+    *count = 0;
+    for (int i = 0, next; i < tensors; i = next) {
+        for (next = i + 1; next < tensors && (parts == 1 || list[next].layer == list[i].layer);) next++;
+        end = next < tensors ? (list[next].offset + 3) / 4 * 4 : size;
+        const size_t first = (list[i].offset + 3) / 4 * 4;
+        ranges[(*count)++] = cut(first < size ? first : size, end < size ? end : size, part, parts);
+    }
+    free(list);
+    return ranges;
 }
 
 void megalodon_point(Params *params, real *memory, const Config *config, const Tensor *tensors, int count) {

@@ -40,6 +40,7 @@ void beside_executable(char *path, size_t size, const char *name);
 typedef struct {
     int size, rank, here; // processes, this one's number, those on this machine; number 0 prints and writes files
     bool started;         // by mpirun or its like
+    int near, part;       // those that reach each other's memory (GPUs of a machine); what it updates (megalodon_shard)
     int groups, group, pieces, piece;
     int rows, row;            // sequences of a group; this group's first one in the batch
     int64_t start, *lengths;  // where this process's piece starts in a sequence; (pieces) tokens of each piece
@@ -60,11 +61,14 @@ void ranks_sum(double *values, int n);
 void ranks_gather(void *context, const void *mine, void *all, size_t bytes); // in a group, for its model's Pieces
 void ranks_fetch(void *dst, const void *mine, size_t bytes, int owner);      // the owner's mine to process 0's dst
 
-// size: of a block. Gradients: the sum, of its own range, to each process. Parameters: each one's own range to all.
-void ranks_sum_gradients(Model *model, size_t size);
-void ranks_share_params(Model *model, size_t size);
-// megalodon_read in process 0 of what is only right, or only there, in each one's own range: gradients, moments.
-void ranks_read(Model *model, Block block, size_t size, size_t first, size_t n, real *dst);
+// Before and after the following. Gradients: the sum, of what it updates, to each process; for megalodon_when_ready, so
+// that a layer's are summed beside the backward pass of those below. Parameters: what each one updates to all.
+void ranks_open(Model *model, const Config *config);
+void ranks_close(void);
+void ranks_sum_gradients(Model *model, int segment);
+void ranks_share_params(Model *model);
+// megalodon_read in process 0 of what is only right, or only there, where each one updates: gradients, moments.
+void ranks_read(Model *model, Block block, size_t first, size_t n, real *dst);
 
 // ----------------------------------------------------------------------------
 // options.c: the command line

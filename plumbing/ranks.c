@@ -5,7 +5,7 @@
 #include <unistd.h> // defines: usleep
 #include "plumbing.h"
 
-Ranks ranks = {.size = 1, .here = 1, .groups = 1, .pieces = 1, .rows = 1};
+Ranks ranks = {.size = 1, .here = 1, .near = 1, .groups = 1, .pieces = 1, .rows = 1};
 
 // How many processes mpirun says there are, before MPI itself is asked: Open MPI's and PMIx's, MPICH's and Intel's.
 static long announced(void) {
@@ -21,30 +21,68 @@ static long announced(void) {
 #ifdef MEGALODON_MPI
 #include <mpi.h> // defines: MPI_Allreduce, ..
 
-static MPI_Comm group; // the pieces of this process's sequences
+static MPI_Comm machine;          // processes of this machine
+static MPI_Comm near;             // of them, this one alone or all that reach each other's memory
+static MPI_Comm far;              // one of each such circle
+static MPI_Comm group;            // the pieces of this process's sequences
+static int circles, circle, seat; // of those that reach each other, this one's, and its place there
 
 static MPI_Datatype real_type(void) { return sizeof(real) == sizeof(double) ? MPI_DOUBLE : MPI_FLOAT; }
 
 static void count(size_t bytes) { ranks.exchanges++, ranks.bytes += (int64_t)bytes; }
 
+// What peers.cu does for GPUs: on the CPU nobody reaches another's memory.
+#ifdef MEGALODON_PEERS
+#include "peers.h" // defines: peers_gather, peers_reach, ..
+#else
+static int peers_reach(MPI_Comm comm) { return comm == MPI_COMM_NULL; }
+static void peers_open(MPI_Comm comm, Model *model) { (void)comm, (void)model; }
+static void peers_close(void) {}
+static void peers_sum(Range range) { (void)range; }
+static void peers_finish(void) {}
+static void peers_share(Model *model, Range *const *of, int n) { (void)model, (void)of, (void)n; }
+static void peers_read(Model *model, Range r, real *dst) { megalodon_read(model, GRADS, r.first, r.count, dst); }
+static void peers_write(Model *model, Range r, const real *src) {
+    megalodon_write(model, GRADS, r.first, r.count, src);
+}
+static void peers_gather(MPI_Comm comm, int reached, const void *mine, void *all, size_t bytes) {
+    (void)reached;
+    MPI_Allgather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, comm);
+}
+#endif
+
 static void finish(void) { MPI_Finalize(); }
 
 void ranks_start(void) {
-    MPI_Comm machine;
+    const char *name = getenv("MEGALODON_MACHINE"); // a number: as if on that one of several, to try that on one
+    MPI_Comm shared;
     if (announced() < 1) return;
     MPI_Init(NULL, NULL);
     atexit(finish);
     MPI_Comm_size(MPI_COMM_WORLD, &ranks.size);
     MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
-    MPI_Comm_size(machine, &ranks.here);
-    MPI_Comm_free(&machine);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &shared);
+    MPI_Comm_split(shared, name ? (int)strtol(name, NULL, 10) : 0, 0, &machine);
+    MPI_Comm_size(shared, &ranks.here);
     ranks.started = true;
     if (ranks.rank > 0 && freopen("/dev/null", "w", stdout) == NULL) fatal("/dev/null: cannot be opened");
 }
 
+// Processes of a machine work as one towards other machines if they reach each other's memory, and if every machine has
+// as many, one behind the other. Of what they update, those of one machine have parts that follow each other.
 static void make_groups(void) {
-    if (ranks.started) MPI_Comm_split(MPI_COMM_WORLD, ranks.group, ranks.piece, &group);
+    int n, place;
+    if (!ranks.started) return;
+    MPI_Comm_split(MPI_COMM_WORLD, ranks.group, ranks.piece, &group);
+    MPI_Comm_size(machine, &n);
+    MPI_Comm_rank(machine, &place);
+    int least[3] = {peers_reach(machine) && ranks.rank % n == place, n, -n};
+    MPI_Allreduce(MPI_IN_PLACE, least, 3, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
+    ranks.near = least[0] && least[1] == -least[2] ? n : 1;
+    MPI_Comm_split(MPI_COMM_WORLD, ranks.rank / ranks.near, ranks.rank, &near);
+    MPI_Comm_split(MPI_COMM_WORLD, ranks.rank % ranks.near, ranks.rank, &far);
+    circles = ranks.size / ranks.near, circle = ranks.rank / ranks.near, seat = ranks.rank % ranks.near;
+    ranks.part = seat * circles + circle;
 }
 
 void ranks_exit(int status) {
@@ -61,7 +99,7 @@ void ranks_sum(double *values, int n) {
 void ranks_gather(void *context, const void *mine, void *all, size_t bytes) {
     (void)context;
     count(bytes);
-    MPI_Allgather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, group);
+    peers_gather(group, ranks.near % ranks.pieces == 0, mine, all, bytes);
 }
 
 void ranks_fetch(void *dst, const void *mine, size_t bytes, int owner) {
@@ -74,15 +112,113 @@ void ranks_fetch(void *dst, const void *mine, size_t bytes, int owner) {
     }
 }
 
-// all (size, n): what this process has for each. mine (n): the sum of what all have for this one.
-static void reduce_scatter(real *mine, const real *all, size_t n) {
-    count((size_t)ranks.size * n * sizeof *mine);
-    MPI_Reduce_scatter_block(all, mine, (int)n, real_type(), MPI_SUM, MPI_COMM_WORLD);
+// ----------------------------------------------------------------------------
+// gradients and parameters, segment by segment, see megalodon_ranges. Within a circle others' numbers come from their
+// memory, between circles by messages. Process l of circle f, of F, updates part l F + f. So those with the same l have
+// parts that follow each other: l's stretch, which it sums for its circle, and then they do among themselves.
+
+enum { PART = 1 << 18 }; // numbers of each part that go into a message
+
+static Range **parts;     // (size) of (segments)
+static Range **stretches; // (near) of (segments)
+static int segments;
+static real *whole, *piece; // a message: (circles, PART), (PART)
+static int unfinished = -1; // segment whose gradients are summed within circles and not yet between them
+
+void ranks_open(Model *model, const Config *config) {
+    if (ranks.size == 1) return;
+    parts = allocate((size_t)ranks.size, sizeof *parts);
+    stretches = allocate((size_t)ranks.near, sizeof *stretches);
+    for (int p = 0; p < ranks.size; p++) {
+        if ((parts[p] = megalodon_ranges(config, p, ranks.size, &segments)) == NULL) fatal("out of memory");
+    }
+    for (int l = 0; l < ranks.near; l++) {
+        stretches[l] = allocate((size_t)segments, sizeof *stretches[l]);
+        for (int s = 0; s < segments; s++) {
+            const Range first = parts[l * circles][s], last = parts[(l + 1) * circles - 1][s];
+            stretches[l][s] = (Range){first.first, last.first + last.count - first.first};
+        }
+    }
+    whole = allocate((size_t)circles * PART, sizeof *whole), piece = allocate(PART, sizeof *piece);
+    peers_open(near, model);
 }
 
-static void all_gather(real *all, const real *mine, size_t n) {
-    count(n * sizeof *mine);
-    MPI_Allgather(mine, (int)n, real_type(), all, (int)n, real_type(), MPI_COMM_WORLD);
+void ranks_close(void) {
+    if (ranks.size == 1) return;
+    peers_close();
+    for (int p = 0; p < ranks.size; p++) free(parts[p]);
+    for (int l = 0; l < ranks.near; l++) free(stretches[l]);
+    free(parts), free(stretches), free(whole), free(piece);
+}
+
+// Of circle f's part in this process's stretch, what follows the first `done`, at most PART.
+static Range piece_of(int f, int segment, size_t done) {
+    Range r = parts[seat * circles + f][segment];
+    r.first += done;
+    r.count = r.count < done ? 0 : r.count - done < PART ? r.count - done : PART;
+    return r;
+}
+
+static void sum_between_circles(Model *model, int segment) {
+    size_t n; // of the first part, which is the longest
+    for (size_t done = 0; circles > 1 && (n = piece_of(0, segment, done).count) > 0; done += PART) {
+        for (int f = 0; f < circles; f++) {
+            const Range r = piece_of(f, segment, done);
+            if (r.count > 0) peers_read(model, r, whole + (size_t)f * n);
+        }
+        count((size_t)circles * n * sizeof *whole);
+        MPI_Reduce_scatter_block(whole, piece, (int)n, real_type(), MPI_SUM, far);
+        const Range own = piece_of(circle, segment, done);
+        if (own.count > 0) peers_write(model, own, piece);
+    }
+}
+
+// The host is ahead of its GPU. So that this need not wait, sums between circles are those of the segment before.
+void ranks_sum_gradients(Model *model, int segment) {
+    if (unfinished >= 0) sum_between_circles(model, unfinished);
+    size_t n = 0;
+    for (int l = 0; l < ranks.near; l++) n += stretches[l][segment].count;
+    if (ranks.near > 1) count(n * sizeof *whole);
+    peers_sum(stretches[seat][segment]);
+    unfinished = segment;
+    if (segment > 0) return;
+    sum_between_circles(model, segment);
+    unfinished = -1;
+    peers_finish();
+}
+
+void ranks_share_params(Model *model) {
+    size_t n, own = 0;
+    for (int s = 0; s < segments; s++) {
+        for (size_t done = 0; circles > 1 && (n = piece_of(0, s, done).count) > 0; done += PART) {
+            const Range r = piece_of(circle, s, done);
+            if (r.count > 0) megalodon_read(model, PARAMS, r.first, r.count, piece);
+            count(n * sizeof *piece);
+            MPI_Allgather(piece, (int)n, real_type(), whole, (int)n, real_type(), far);
+            for (int f = 0; f < circles; f++) {
+                const Range there = piece_of(f, s, done);
+                if (f != circle && there.count > 0)
+                    megalodon_write(model, PARAMS, there.first, there.count, whole + (size_t)f * n);
+            }
+        }
+        own += stretches[seat][s].count;
+    }
+    if (ranks.near > 1) count(own * sizeof *piece);
+    peers_share(model, stretches, segments);
+}
+
+void ranks_read(Model *model, Block block, size_t first, size_t n, real *dst) {
+    if (ranks.size == 1) megalodon_read(model, block, first, n, dst);
+    for (int i = 0; i < ranks.size * segments; i++) {
+        const Range own = parts[i / segments][i % segments];
+        const size_t from = first > own.first ? first : own.first, end = own.first + own.count;
+        const size_t to = first + n < end ? first + n : end;
+        if (from >= to) continue;
+        const int owner = i / segments % circles * ranks.near + i / segments / circles;
+        real *place = dst + (from - first);
+        if (owner == ranks.rank) megalodon_read(model, block, from, to - from, place);
+        ranks_fetch(place, place, (to - from) * sizeof *dst, owner);
+    }
 }
 
 #else
@@ -99,8 +235,13 @@ void ranks_fetch(void *dst, const void *mine, size_t bytes, int owner) {
     (void)owner;
     if (dst != mine) memcpy(dst, mine, bytes);
 }
-static void reduce_scatter(real *mine, const real *all, size_t n) { memcpy(mine, all, n * sizeof *mine); }
-static void all_gather(real *all, const real *mine, size_t n) { memcpy(all, mine, n * sizeof *mine); }
+void ranks_open(Model *model, const Config *config) { (void)model, (void)config; }
+void ranks_close(void) {}
+void ranks_sum_gradients(Model *model, int segment) { (void)model, (void)segment; }
+void ranks_share_params(Model *model) { (void)model; }
+void ranks_read(Model *model, Block block, size_t first, size_t n, real *dst) {
+    megalodon_read(model, block, first, n, dst);
+}
 
 #endif
 
@@ -138,60 +279,4 @@ bool ranks_agree(uint64_t number) {
     const double mine[2] = {halves[0] * ranks.size, halves[1] * ranks.size};
     ranks_sum(halves, 2); // if not all are the same, some differ from the mean
     return halves[0] == mine[0] && halves[1] == mine[1];
-}
-
-// The ranges of all processes are gone through at once, PART numbers of each at a time.
-enum { PART = 1 << 18 };
-
-// Those of process r that follow the first `done`.
-static Range part_of(size_t size, int r, size_t done) {
-    Range range = megalodon_range(size, r, ranks.size);
-    range.first += done;
-    range.count = range.count < done ? 0 : range.count - done < PART ? range.count - done : PART;
-    return range;
-}
-
-void ranks_sum_gradients(Model *model, size_t size) {
-    if (ranks.size == 1) return;
-    size_t n = part_of(size, 0, 0).count; // the first one has most
-    real *all = allocate((size_t)ranks.size * n, sizeof *all), *mine = allocate(n, sizeof *mine);
-    for (size_t done = 0; (n = part_of(size, 0, done).count) > 0; done += PART) {
-        for (int r = 0; r < ranks.size; r++) {
-            const Range part = part_of(size, r, done);
-            if (part.count > 0) megalodon_read(model, GRADS, part.first, part.count, all + (size_t)r * n);
-        }
-        reduce_scatter(mine, all, n);
-        const Range own = part_of(size, ranks.rank, done);
-        if (own.count > 0) megalodon_write(model, GRADS, own.first, own.count, mine);
-    }
-    free(all), free(mine);
-}
-
-void ranks_share_params(Model *model, size_t size) {
-    if (ranks.size == 1) return;
-    size_t n = part_of(size, 0, 0).count;
-    real *all = allocate((size_t)ranks.size * n, sizeof *all), *mine = allocate(n, sizeof *mine);
-    for (size_t done = 0; (n = part_of(size, 0, done).count) > 0; done += PART) {
-        const Range own = part_of(size, ranks.rank, done);
-        if (own.count > 0) megalodon_read(model, PARAMS, own.first, own.count, mine);
-        all_gather(all, mine, n);
-        for (int r = 0; r < ranks.size; r++) {
-            const Range part = part_of(size, r, done);
-            if (r != ranks.rank && part.count > 0)
-                megalodon_write(model, PARAMS, part.first, part.count, all + (size_t)r * n);
-        }
-    }
-    free(all), free(mine);
-}
-
-void ranks_read(Model *model, Block block, size_t size, size_t first, size_t n, real *dst) {
-    for (int r = 0; r < ranks.size; r++) {
-        const Range own = megalodon_range(size, r, ranks.size);
-        const size_t from = first > own.first ? first : own.first, end = own.first + own.count;
-        const size_t to = first + n < end ? first + n : end;
-        if (from >= to) continue;
-        real *place = dst + (from - first);
-        if (r == ranks.rank) megalodon_read(model, block, from, to - from, place);
-        ranks_fetch(place, place, (to - from) * sizeof *dst, r);
-    }
 }

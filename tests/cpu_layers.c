@@ -202,14 +202,16 @@ void cpu_output_loss(double *losses, float *dx, float *doutput, const float *x, 
 
 double cpu_grad_norm(const float *grads, size_t n) {
     double *parts = calloc(n / NORM_PART + 1, sizeof *parts);
-    Model m = {.own = {0, n}, .memory = {[GRADS] = (real *)grads}, .norm_parts = parts};
+    Range whole = {0, n};
+    Model m = {.own = &whole, .num_own = 1, .memory = {[GRADS] = (real *)grads}, .norm_parts = parts};
     double norm = megalodon_grad_norm(&m);
     free(parts);
     return norm;
 }
 void cpu_update(float *params, float *moment1, float *moment2, const float *grads, size_t n, double beta1, double beta2,
                 double eps, double weight_decay, double lr, double grad_scale, int64_t update) {
-    Model m = {.own = {0, n}, .memory = {params, (real *)grads, moment1, moment2}};
+    Range whole = {0, n};
+    Model m = {.own = &whole, .num_own = 1, .memory = {params, (real *)grads, moment1, moment2}};
     AdamW adamw = {beta1, beta2, eps, weight_decay};
     megalodon_update(&m, &adamw, lr, grad_scale, update);
 }

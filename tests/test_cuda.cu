@@ -678,7 +678,8 @@ static void optimizer_case(size_t n) {
     Doubles norm = doubles_out(1);
     Model m;
     memset((void *)&m, 0, sizeof m);
-    m.num_params = n, m.own = Range{0, n}, m.coefs_valid = 1, m.totals = on_device<double>(NORM_PARTS);
+    Range whole = {0, n};
+    m.num_params = n, m.own = &whole, m.num_own = 1, m.coefs_valid = 1, m.totals = on_device<double>(NORM_PARTS);
     m.memory[PARAMS] = params.device, m.memory[GRADS] = grads.device;
     m.memory[MOMENT1] = moment1.device, m.memory[MOMENT2] = moment2.device;
     m.rounded = sizeof(act) < 4 ? narrow.device : (act *)(void *)params.device;

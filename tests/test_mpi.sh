@@ -37,14 +37,18 @@ model="--model-dim 12 --num-layers 2 --z-dim 8 --value-dim 8 --num-heads 2 --ffn
        --chunk-size 8 --norm-num-groups 3 --threads 1"
 small="$model --data text --batch-size 12 --seq-len 44 --warmup 3 --val-batches 3"
 
+machines=1 # as if on so many; each of two or more has as many processes
 run() { # PROGRAM PROCESSES PIECES OPTIONS...: as many processes; 1 1: without mpirun
     program=$1 processes=$2 pieces=$3
     shift 3
-    if [ "$processes" -eq 1 ]; then
-        "$program" "$@" > run.out 2>&1
-    else
-        timeout 60 mpirun -n "$processes" "$program" --chunk-parallel "$pieces" "$@" > run.out 2>&1
-    fi
+    case $processes/$machines in
+    1/*) "$program" "$@" ;;
+    */1) timeout 60 mpirun -n "$processes" "$program" --chunk-parallel "$pieces" "$@" ;;
+    4/2) timeout 60 mpirun -n 2 -x MEGALODON_MACHINE=0 "$program" --chunk-parallel "$pieces" "$@" : \
+        -n 2 -x MEGALODON_MACHINE=1 "$program" --chunk-parallel "$pieces" "$@" ;;
+    2/2) timeout 60 mpirun -n 1 -x MEGALODON_MACHINE=0 "$program" --chunk-parallel "$pieces" "$@" : \
+        -n 1 -x MEGALODON_MACHINE=1 "$program" --chunk-parallel "$pieces" "$@" ;;
+    esac > run.out 2>&1
 }
 close() { # LOG LOG: steps, losses, norms and validation losses agree to 1e-5
     paste -d, "$1" "$2" | awk -F, 'function far(a, b) { return (a - b) ^ 2 > 1e-10 * b ^ 2 }
@@ -58,6 +62,22 @@ same_dump() { # TOLERANCE PROGRAM PROCESSES PIECES OPTIONS...: is the first step
 
 # ---------------------------------------------------------------- every split: one step, then twenty
 
+crossing() { # PROGRAM PROCESSES PIECES STEPS ROWS SEQ_LEN REACHED: exchanges and bytes must be as dev/notes/parallel.md says
+    run "$1" "$2" "$3" $model --data text --batch-size $(($5 * $2 / $3)) --seq-len "$6" --val-every 0 --steps "$4" --dump counted.st || return 1
+    size=$(sed -n 's/^parameters *//p' run.out)
+    set -- "$@" $(awk -v P="$2" -v K="$3" -v S="$4" -v B="$5" -v R="$7" -v size="$size" 'BEGIN {
+        D = 12; N = 3; G = 3; layers = 2; V = 256; F = P / R; segments = layers + 2
+        m = part(V * D) + layers * part((size - 2 * V * D - 2 * D) / layers) + part(V * D + 2 * D)
+        messages = 2; bytes = 32
+        if (R > 1) { messages += segments + 1; bytes += (size + F * m) * 4 }
+        if (F > 1) { messages += 2 * segments; bytes += (F + 1) * m * 4 }
+        if (K > 1) { messages += 2 * (2 * layers + 1); bytes += (layers + 1) * 5 * B * G * 8 + layers * 2 * B * 2 * N * D * 4 }
+        print 2 + S * messages, 32 + S * bytes }
+        function part(n) { n = int((n + P - 1) / P) + 3; return n - n % 4 }')
+    echo "expected $8 exchanges, $9 bytes" && grep "process 0" run.out
+    grep -q "took part in $8 exchanges and gave $9 bytes" run.out
+}
+
 splits="2/1 2/2 3/1 3/3 4/1 4/2 4/4"
 all="$small --dropout 0.1 --hidden-dropout 0.2 --attention-dropout 0.1 --eot 10 --grad-accum 2"
 long="$model --data text --chunk-size 40 --batch-size 4 --seq-len 333 --share-emb --recompute"
@@ -68,7 +88,18 @@ if [ -n "$other" ]; then
         for split in 2/1 2/2 4/2 4/4; do
             check "first step, $split, ${options#"$model --data text "}" same_dump 1e-5 "$other" "${split%/*}" "${split#*/}" $options
         done
+        for split in 2/2 4/1 4/2 4/4; do
+            machines=2
+            check "  $split, as if on two machines" same_dump 1e-5 "$other" "${split%/*}" "${split#*/}" $options
+            machines=1
+        done
     done
+    check "exchanges and bytes, 3 groups" crossing "$other" 3 1 2 2 40 3
+    check "exchanges and bytes, 2 groups x 2 pieces" crossing "$other" 4 2 3 2 40 4
+    machines=2
+    check "  as if on two machines" crossing "$other" 4 2 3 2 40 2
+    check "exchanges and bytes, 2 pieces, as if on two machines" crossing "$other" 2 2 3 2 40 1
+    machines=1
     "$train" $carry --steps 4 --log one.csv --out one > run.out 2>&1
     check "four steps with carried states, 4/2" run "$other" 4 2 $carry --steps 4 --log many.csv --out many
     check "  give the same losses and norms" close many.csv one.csv
@@ -124,23 +155,12 @@ grep '^val loss' run.out > many.val
 run "$train" 1 1 --init one --data text --batch-size 4 --seq-len 44 --eval --threads 1
 check "  gives the same" [ "$(grep '^val loss' run.out)" = "$(cat many.val)" ]
 
-# ---------------------------------------------------------------- what crosses; the formula of dev/notes/parallel.md
+# ---------------------------------------------------------------- what crosses
 
-crossing() { # PROCESSES PIECES STEPS ROWS SEQ_LEN: exchanges and bytes must be as predicted
-    run "$train" "$1" "$2" $model --data text --batch-size $(($4 * $1 / $2)) --seq-len "$5" --val-every 0 --steps "$3" --dump counted.st || return 1
-    size=$(sed -n 's/^parameters *//p' run.out)
-    set -- "$@" $(awk -v P="$1" -v K="$2" -v S="$3" -v B="$4" -v size="$size" 'BEGIN {
-        D = 12; N = 3; G = 3; layers = 2; part = int((int((size + P - 1) / P) + 3) / 4) * 4
-        messages = 4; bytes = (P + 1) * part * 4 + 32
-        if (K > 1) { messages += 2 * (2 * layers + 1); bytes += (layers + 1) * 5 * B * G * 8 + layers * 2 * B * 2 * N * D * 4 }
-        print 2 + S * messages, 32 + S * bytes }')
-    echo "expected $6 exchanges, $7 bytes" && grep "process 0" run.out
-    grep -q "took part in $6 exchanges and gave $7 bytes" run.out
-}
-check "exchanges and bytes, 3 groups" crossing 3 1 2 2 40
-check "exchanges and bytes, 2 groups x 2 pieces" crossing 4 2 3 2 40
-check "exchanges and bytes, 4 pieces" crossing 4 4 2 3 40
-check "  of five times as long sequences" crossing 4 4 2 3 200
+check "exchanges and bytes, 3 groups" crossing "$train" 3 1 2 2 40 1
+check "exchanges and bytes, 2 groups x 2 pieces" crossing "$train" 4 2 3 2 40 1
+check "exchanges and bytes, 4 pieces" crossing "$train" 4 4 2 3 40 1
+check "  of five times as long sequences" crossing "$train" 4 4 2 3 200 1
 
 # ---------------------------------------------------------------- refusals: one message, status, no waiting
 

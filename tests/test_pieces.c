@@ -125,7 +125,8 @@ static void test_shards(void) {
     for (int part = -1; part < 2; part++) {
         int first_is_whole = part < 0;
         megalodon_shard(first_is_whole ? 0 : part, first_is_whole ? 1 : 2);
-        Range own = megalodon_range(size, first_is_whole ? 0 : part, first_is_whole ? 1 : 2);
+        int ranges;
+        Range *own = megalodon_ranges(&config, first_is_whole ? 0 : part, first_is_whole ? 1 : 2, &ranges);
         Model *m = megalodon_new(&config, MEGALODON_TRAIN, 1, 8);
         megalodon_write(m, PARAMS, 0, size, values);
         for (int i = 1; i < 3; i++) { // moments of all are offered, its own taken
@@ -139,13 +140,15 @@ static void test_shards(void) {
         norm[part + 1] = (real)megalodon_grad_norm(m);
         for (int i = 0; i < 3; i++) {
             if (first_is_whole) wanted[i] = malloc(size * sizeof(real));
-            real *got = first_is_whole ? wanted[i] : malloc(own.count * sizeof *got);
-            megalodon_read(m, blocks[i], own.first, own.count, got);
-            if (first_is_whole) continue;
-            check_same(names[i], got, wanted[i] + own.first, own.count * sizeof *got);
-            free(got);
+            for (int s = 0; s < ranges; s++) {
+                real *got = first_is_whole ? wanted[i] : malloc((own[s].count + 1) * sizeof *got);
+                megalodon_read(m, blocks[i], own[s].first, own[s].count, got);
+                if (first_is_whole) continue;
+                check_same(names[i], got, wanted[i] + own[s].first, own[s].count * sizeof *got);
+                free(got);
+            }
         }
-        megalodon_free(m);
+        megalodon_free(m), free(own);
     }
     norm[1] = (real)sqrt(norm[1] * norm[1] + norm[2] * norm[2]);
     check_real("  norm", &norm[1], &norm[0], 1, 1e-6);
@@ -154,24 +157,68 @@ static void test_shards(void) {
     megalodon_shard(1, 4);
     MemoryPlan quarter = megalodon_memory(&config, MEGALODON_TRAIN, B, 8);
     megalodon_shard(0, 1);
-    check_true("  moments of a quarter", quarter.moments - one.moments / 4 < 64 && quarter.params == one.params);
+    check_true("  moments of a quarter",
+               quarter.moments < one.moments / 4 + 2 * 4 * 4 * sizeof(real) && quarter.params == one.params);
     for (int i = 0; i < 3; i++) free(wanted[i]);
     free(values);
 }
 
-static void test_range(void) {
-    for (size_t n = 1; n < 10; n += 4) {
-        for (int parts = 1; parts < 5; parts++) {
-            size_t end = 0;
-            int ok = 1;
+static void test_ranges(void) {
+    for (int parts = 2; parts < 6; parts++) {
+        int segments[5], fours = 1, even = 1;
+        size_t end = 0;
+        Range *ranges[5];
+        for (int p = 0; p < parts; p++) ranges[p] = megalodon_ranges(&config, p, parts, &segments[p]);
+        check_true("the embedding, layers and the rest are segments", segments[0] == config.num_layers + 2);
+        for (int s = 0; s < segments[0]; s++) {
             for (int p = 0; p < parts; p++) {
-                Range r = megalodon_range(n, p, parts);
-                ok &= r.first == end && r.first + r.count <= n && r.count <= megalodon_range(n, 0, parts).count;
+                const Range r = ranges[p][s];
+                fours &= r.first == end && (r.first % 4 == 0 || r.count == 0);
+                even &= r.count <= ranges[0][s].count && ranges[0][s].count < r.count + 4 * (size_t)parts;
                 end = r.first + r.count;
             }
-            check_true("ranges follow each other and cover all, the first one is longest", ok && end == n);
         }
+        check_true("  ranges follow each other and begin at fours", fours && end == size);
+        check_true("  a segment's are nearly as long", even);
+        for (int p = 0; p < parts; p++) free(ranges[p]);
     }
+    int count;
+    Range *whole = megalodon_ranges(&config, 0, 1, &count);
+    check_true("one process has all of the block", count == 1 && whole->first == 0 && whole->count == size);
+    free(whole);
+}
+
+// Segments whose gradients are complete, as a backward pass tells; what they were then is what they are at the end.
+static int told[8], tellings;
+static real *then;
+
+static void ready(Model *m, int segment) {
+    int count, parts = 2; // to have segments
+    told[tellings++] = segment;
+    for (int p = 0; p < parts; p++) {
+        Range *ranges = megalodon_ranges(&config, p, parts, &count), r = ranges[segment];
+        megalodon_read(m, GRADS, r.first, r.count, then + r.first);
+        free(ranges);
+    }
+}
+
+static void test_ready(void) {
+    real *values = malloc(size * sizeof *values), *grads = malloc(size * sizeof *grads);
+    int64_t counted;
+    random_fill(values, size, 8, 1, 0);
+    then = calloc(size, sizeof *then);
+    Model *m = megalodon_new(&config, MEGALODON_TRAIN, 1, 24);
+    megalodon_write(m, PARAMS, 0, size, values);
+    megalodon_when_ready(m, ready);
+    megalodon_forward(m, NULL, tokens[0], 1, 24);
+    megalodon_loss(m, targets[0], 0.1, &counted, NULL);
+    megalodon_backward(m);
+    megalodon_read(m, GRADS, 0, size, grads);
+    int down = tellings == config.num_layers + 2;
+    for (int i = 0; i < tellings; i++) down &= told[i] == tellings - 1 - i;
+    check_true("segments are ready from the last one down", down);
+    check_same("  and complete then", then, grads, size * sizeof *grads);
+    megalodon_free(m), free(values), free(grads), free(then);
 }
 
 int main(void) {
@@ -186,6 +233,7 @@ int main(void) {
     test_pieces(3, (const int64_t[]){16, 72, 8}, MEGALODON_RECOMPUTE);
     test_pieces(4, (const int64_t[]){8, 8, 136, 80}, MEGALODON_TRAIN);
     test_shards();
-    test_range();
+    test_ranges();
+    test_ready();
     return check_done();
 }

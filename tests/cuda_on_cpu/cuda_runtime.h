@@ -9,12 +9,16 @@ the source into C++ that includes this folder's headers in place of CUDA's; see 
   AddressSanitizer sees overruns, since both are exactly as large as asked for.
 - A CPU reads whatever it can reach. What a GPU cannot read is found for pointers that are arguments of a kernel.
 
-Left out: streams (all calls wait), atomics, masks of some lanes, a look-out for races between two barriers. With
+With CUDA_ON_CPU_SHARED=1 in the environment other processes can open device memory, as cudaIpcOpenMemHandle does.
+AddressSanitizer then sees no overruns of it.
+
+Left out: streams and events (all calls wait), atomics, masks of some lanes, a look-out for races between two barriers. With
 CUDA_ON_CPU_REVERSE=1 in the environment threads take turns the other way round, which makes some races visible.
 */
 #ifndef CUDA_ON_CPU_RUNTIME_H
 #define CUDA_ON_CPU_RUNTIME_H
 
+#include <fcntl.h>
 #include <math.h>
 #include <pthread.h>
 #include <stddef.h>
@@ -24,6 +28,7 @@ CUDA_ON_CPU_REVERSE=1 in the environment threads take turns the other way round,
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <map>
 #include <tuple>
@@ -400,10 +405,23 @@ inline bool emu_on_device(const void *pointer, size_t bytes) {
     return at <= block->second && bytes <= block->second - at;
 }
 
+inline std::map<const void *, int> emu_files; // begin -> the file that it is, if it can be shared
+
+inline void *emu_shared_memory(size_t bytes) {
+    int file = memfd_create("device memory", 0);
+    if (file < 0 || ftruncate(file, (off_t)bytes) != 0) return NULL;
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (memory == MAP_FAILED) return NULL;
+    emu_files[memory] = file;
+    return memory;
+}
 template <typename T> inline cudaError_t cudaMalloc(T **pointer, size_t bytes) {
     void *memory = NULL;
-    if (bytes > EMU_MEMORY - emu_used || posix_memalign(&memory, 256, bytes) != 0)
-        return emu_error = cudaErrorMemoryAllocation;
+    if (bytes <= EMU_MEMORY - emu_used && getenv("CUDA_ON_CPU_SHARED") != NULL)
+        memory = emu_shared_memory(bytes);
+    else if (bytes <= EMU_MEMORY - emu_used && posix_memalign(&memory, 256, bytes) != 0)
+        memory = NULL;
+    if (memory == NULL) return emu_error = cudaErrorMemoryAllocation;
     memset(memory, 0xff, bytes);
     emu_memory[(char *)memory] = bytes;
     emu_used += bytes;
@@ -414,8 +432,22 @@ inline cudaError_t cudaFree(void *pointer) {
     if (pointer == NULL) return cudaSuccess;
     auto block = emu_memory.find((char *)pointer);
     if (block == emu_memory.end()) return emu_fail(cudaErrorInvalidValue, "cudaFree: not from cudaMalloc");
+    auto file = emu_files.find(pointer);
+    if (file == emu_files.end()) {
+        free(pointer);
+    } else {
+        munmap(pointer, block->second), close(file->second);
+        emu_files.erase(file);
+    }
     emu_used -= block->second;
     emu_memory.erase(block);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMallocHost(char **pointer, size_t bytes) {
+    *pointer = (char *)malloc(bytes);
+    return *pointer != NULL ? cudaSuccess : emu_error = cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFreeHost(void *pointer) {
     free(pointer);
     return cudaSuccess;
 }
@@ -445,6 +477,53 @@ inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cud
 inline cudaError_t cudaMemsetAsync(void *dst, int byte, size_t bytes, cudaStream_t = 0) {
     return cudaMemset(dst, byte, bytes);
 }
+
+// ----------------------------------------------------------------------------
+// other processes' memory: a handle says which file of which process it is
+
+struct cudaIpcMemHandle_t {
+    int process, file;
+    size_t bytes;
+};
+enum { cudaIpcMemLazyEnablePeerAccess = 1 };
+inline cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *pointer) {
+    auto file = emu_files.find(pointer);
+    if (file == emu_files.end()) return emu_error = cudaErrorInvalidValue;
+    *handle = cudaIpcMemHandle_t{(int)getpid(), file->second, emu_memory[(char *)pointer]};
+    return cudaSuccess;
+}
+inline cudaError_t cudaIpcOpenMemHandle(void **pointer, cudaIpcMemHandle_t handle, unsigned) {
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", handle.process, handle.file);
+    int file = open(path, O_RDWR);
+    void *memory = file < 0 ? MAP_FAILED : mmap(NULL, handle.bytes, PROT_READ, MAP_SHARED, file, 0);
+    if (file >= 0) close(file);
+    if (memory == MAP_FAILED) return emu_fail(cudaErrorInvalidValue, "cudaIpcOpenMemHandle: no such memory");
+    emu_memory[(char *)memory] = handle.bytes;
+    *pointer = memory;
+    return cudaSuccess;
+}
+inline cudaError_t cudaIpcCloseMemHandle(void *pointer) {
+    auto block = emu_memory.find((char *)pointer);
+    if (block == emu_memory.end()) return emu_fail(cudaErrorInvalidValue, "cudaIpcCloseMemHandle: not opened");
+    munmap(pointer, block->second);
+    emu_memory.erase(block);
+    return cudaSuccess;
+}
+
+typedef int cudaEvent_t;
+typedef int cudaIpcEventHandle_t;
+enum { cudaEventDisableTiming = 2, cudaEventInterprocess = 4, cudaStreamNonBlocking = 1 };
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaIpcGetEventHandle(cudaIpcEventHandle_t *, cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaIpcOpenEventHandle(cudaEvent_t *, cudaIpcEventHandle_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize(void) { return cudaSuccess; }
 
 // ----------------------------------------------------------------------------
 // the device
