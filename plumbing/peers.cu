@@ -168,6 +168,14 @@ void peers_write(Model *model, Range r, const float *src) {
     CUDA(cudaStreamSynchronize(aside));
 }
 
+float *peers_memory(size_t n) {
+    float *memory = NULL;
+    if (cudaMallocHost((void **)&memory, n * sizeof *memory) != cudaSuccess) fatal("out of memory for messages");
+    return memory;
+}
+
+void peers_release(float *memory) { CUDA(cudaFreeHost(memory)); }
+
 void peers_finish(void) {
     CUDA(cudaEventRecord(summed, aside));
     CUDA(cudaStreamWaitEvent(0, summed, 0));
@@ -207,7 +215,7 @@ static void gather_by_host(MPI_Comm comm, const void *mine, void *all, size_t by
     if (host_bytes < bytes * (size_t)(n + 1)) {
         CUDA(cudaFreeHost(host));
         host_bytes = bytes * (size_t)(n + 1);
-        CUDA(cudaMallocHost(&host, host_bytes));
+        CUDA(cudaMallocHost((void **)&host, host_bytes));
     }
     CUDA(cudaMemcpy(host, mine, bytes, cudaMemcpyDeviceToHost));
     MPI_Allgather(host, (int)bytes, MPI_BYTE, host + bytes, (int)bytes, MPI_BYTE, comm);

@@ -20,6 +20,8 @@ void peers_sum(Range range);
 void peers_read(Model *model, Range range, float *dst); // gradients, to and from the host; these three are one's own
 void peers_write(Model *model, Range range, const float *src);
 void peers_finish(void);
+float *peers_memory(size_t n); // of the host, for these copies and MPI
+void peers_release(float *memory);
 
 // Parameters: takes from process p of `near` its n ranges of[p]. In the order of stream 0.
 void peers_share(Model *model, Range *const *of, int n);

@@ -94,6 +94,9 @@ if [ -n "$other" ]; then
             machines=1
         done
     done
+    "$train" $small --steps 2 --log one.csv --out alone > run.out 2>&1
+    check "a process alone" run "$other" 1 1 $small --steps 2 --log many.csv --out alone --overwrite
+    check "  gives the same losses and norms" close many.csv one.csv
     check "exchanges and bytes, 3 groups" crossing "$other" 3 1 2 2 40 3
     check "exchanges and bytes, 2 groups x 2 pieces" crossing "$other" 4 2 3 2 40 4
     machines=2

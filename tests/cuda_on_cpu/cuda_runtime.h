@@ -443,8 +443,8 @@ inline cudaError_t cudaFree(void *pointer) {
     emu_memory.erase(block);
     return cudaSuccess;
 }
-inline cudaError_t cudaMallocHost(char **pointer, size_t bytes) {
-    *pointer = (char *)malloc(bytes);
+inline cudaError_t cudaMallocHost(void **pointer, size_t bytes) {
+    *pointer = malloc(bytes);
     return *pointer != NULL ? cudaSuccess : emu_error = cudaErrorMemoryAllocation;
 }
 inline cudaError_t cudaFreeHost(void *pointer) {
