@@ -283,8 +283,11 @@ static void print_header(const Config *c, const Data *d, const MemoryPlan *p) {
     if (c->dropout > 0 || c->hidden_dropout > 0 || c->attention_dropout > 0)
         printf("dropout     %g, hidden %g, attention %g\n", c->dropout, c->hidden_dropout, c->attention_dropout);
     if (ranks.started)
-        printf("processes   %d: %d groups of %d pieces; this one has %d sequences, %d tokens of each\n", ranks.size,
-               ranks.groups, ranks.pieces, d->B, d->L);
+        printf("processes   %d: %d groups of %d pieces; this one has %d sequences, %d tokens of each; %s\n", ranks.size,
+               ranks.groups, ranks.pieces, d->B, d->L,
+               ranks.near == 1            ? "all goes through MPI"
+               : ranks.near == ranks.size ? "all read each other's memory"
+                                          : "those of a machine read each other's memory");
     printf("step        %d x %d x %d tokens, lr %g %s, seed %lld\n\n", s.grad_accum, s.batch_size, s.seq_len, s.lr,
            s.schedule, (long long)s.seed);
 }
