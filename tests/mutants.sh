@@ -79,10 +79,14 @@ time_norm_forward: in ? in->count : NULL  =>  NULL
 time_norm_forward: mean_out = m2_out = NULL  =>  (void)0
 ema_forward: h_out = NULL  =>  (void)0
 megalodon_pieces: m->start += i < pieces->piece  =>  m->start += i <= pieces->piece
-megalodon_update: m->memory[PARAMS] + m->own.first  =>  m->memory[PARAMS]
-megalodon_update: m->memory[GRADS] + m->own.first  =>  m->memory[GRADS]
-megalodon_grad_norm: m->memory[GRADS] + m->own.first  =>  m->memory[GRADS]
-megalodon_write: src + (from - first)  =>  src
+megalodon_update: m->memory[PARAMS] + m->own[s].first  =>  m->memory[PARAMS]
+megalodon_update: m->memory[GRADS] + m->own[s].first  =>  m->memory[GRADS]
+megalodon_grad_norm: m->memory[GRADS] + m->own[s].first  =>  m->memory[GRADS]
+megalodon_update: m1 += n, m2 += n  =>  m1 += n
+block_copy: src + (from - first)  =>  src
+block_copy: at += held[s++].count  =>  s++
+megalodon_backward: m->ready(m, l + 1)  =>  m->ready(m, l)
+megalodon_backward: if (m->ready) m->ready(m, 0)  =>
 mask_of: + (uint64_t)m->start)  =>  )
 mask_of: ? (uint64_t)m->whole :  =>  ? (uint64_t)m->L :
 mask_of_attention: num_heads - 1)  =>  num_heads)
