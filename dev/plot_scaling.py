@@ -5,7 +5,7 @@
 P GPUs in machines of 8 and in groups of K. A group has a sequence at a time, each of its GPUs a piece; the groups have
 different sequences. For every P and length the fastest K is taken that fits into memory, with or without --recompute.
 Next to it, the same split where pieces wait for the state of the one before, as in the released code. What the model
-knows and what it leaves out: dev/notes/parallel.md, "How far it goes". No run on several GPUs has checked it.
+knows and what it leaves out: dev/notes/parallel.md, "How far it goes". Two GPUs are the most that have checked it.
 Prints a table, draws the picture. Needs matplotlib.
 """
 import argparse
