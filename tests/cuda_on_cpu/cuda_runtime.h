@@ -136,13 +136,17 @@ struct EmuBarrier {
     EmuFiber *waiting[EMU_THREADS];
 };
 
+struct EmuTiles {              // of a matrix product
+    float a[16][16], b[8][16]; // rows, columns
+};
+
 struct EmuWarp {
     EmuBarrier barrier;
     struct {
         unsigned turn; // at which it was written, + 1
         uint64_t bits;
-    } slots[2][warpSize];           // of this shuffle and the one before, whose readers may be late
-    uint32_t words[2][warpSize][6]; // of matrix products, in the same way
+    } slots[2][warpSize]; // of this shuffle and the one before, whose readers may be late
+    EmuTiles tiles[2];    // in the same way
 };
 
 // All that a core needs to run a block.
@@ -360,29 +364,34 @@ template <typename T> inline T __shfl_down_sync(unsigned mask, T x, unsigned ste
     return emu_shuffle(mask, x, from < warpSize ? from : emu_lane());
 }
 
+typedef float EmuFloats __attribute__((vector_size(16)));
+typedef double EmuDoubles __attribute__((vector_size(32)));
+
 // mma.m16n8k16 of bfloat16: C (16,8) += A (16,16) B (16,8), of which a lane has the numbers that the PTX manual says. In
 // double, rounded once; a tensor core keeps fewer bits.
 inline void emu_mma(float &c0, float &c1, float &c2, float &c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                     uint32_t b0, uint32_t b1) {
     EmuWarp *warp = emu_whole_warp(~0u);
-    auto *words = warp->words[warp->barrier.turn % 2];
+    EmuTiles *tiles = &warp->tiles[warp->barrier.turn % 2];
     const int row = emu_lane() / 4, column = emu_lane() % 4 * 2;
-    const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
-    memcpy(words[emu_lane()], mine, sizeof mine);
-    emu_wait(&warp->barrier);
-    auto number = [&](int lane, int word, int upper) { // of a pair
-        const uint32_t bits = upper ? words[lane][word] & 0xffff0000 : words[lane][word] << 16;
-        float x;
-        memcpy(&x, &bits, sizeof x);
-        return (double)x;
+    auto put = [](float *two, uint32_t word) {
+        const uint32_t bits[2] = {word << 16, word & 0xffff0000};
+        memcpy(two, bits, sizeof bits);
     };
+    put(&tiles->a[row][column], a0), put(&tiles->a[row + 8][column], a1);
+    put(&tiles->a[row][column + 8], a2), put(&tiles->a[row + 8][column + 8], a3);
+    put(&tiles->b[row][column], b0), put(&tiles->b[row][column + 8], b1);
+    emu_wait(&warp->barrier);
     float *c[4] = {&c0, &c1, &c2, &c3};
     for (int i = 0; i < 4; i++) {
-        double sum = *c[i];
-        for (int k = 0; k < 16; k++)
-            sum += number(row * 4 + k % 8 / 2, i / 2 + k / 8 * 2, k % 2) *
-                   number((column + i % 2) * 4 + k % 8 / 2, 4 + k / 8, k % 2);
-        *c[i] = (float)sum;
+        const float *x = tiles->a[row + i / 2 * 8], *y = tiles->b[column + i % 2];
+        EmuDoubles sums = {*c[i], 0, 0, 0};
+        for (int k = 0; k < 16; k += 4) {
+            EmuFloats four[2];
+            memcpy(&four[0], x + k, sizeof *four), memcpy(&four[1], y + k, sizeof *four);
+            sums += __builtin_convertvector(four[0], EmuDoubles) * __builtin_convertvector(four[1], EmuDoubles);
+        }
+        *c[i] = (float)(sums[0] + sums[1] + (sums[2] + sums[3]));
     }
 }
 
