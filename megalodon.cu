@@ -6,7 +6,7 @@ bytes it moves for R = B*L rows.
 
 Numbers
 - act is what activations and matrices are kept in: bfloat16, or float with -DMEGALODON_FP32. Every kernel computes in
-  float; matrix products add up in float (no TF32).
+  float; matrix products add up in float (no TF32). CEMA multiplies floats as sums of two or three bfloat16.
 - Parameters, gradients and moments are float. Matrices are multiplied as rounded copies of the parameters, which an
   update writes anew; the parameters of norms and of CEMA are used as they are.
 - Statistics, CEMA's coefficients and states, softmax and loss are float; TimestepNorm's moments over whole blocks of
@@ -48,20 +48,22 @@ static __device__ void set(act *dst, float x) { *dst = __float2bfloat16(x); } //
 
 enum {
     WARP = 32,
-    VEC = 16 / sizeof(act), // numbers in a load of 16 bytes
-    THREADS = 256,          // of a block, where nothing else is said
-    ROW_WARPS = 8,          // of a block whose warps have rows
-    NORM_BLOCK = 32,        // tokens of TimestepNorm that a warp scans
-    ACROSS = 128,           // threads side by side in a row, where threads own columns
-    CEMA_BLOCK = 64,        // tokens between two stored states of CEMA
-    CEMA_MODES = 2,         // modes at a time, so that a number read from shared memory serves two
-    CEMA_SUB = 16,          // of these, whose states the backward pass has in registers
-    CEMA_WARPS = 8,         // blocks of tokens that a thread block works on
-    QUERY_ROWS = 512,       // queries of a chunk whose scores exist at a time
-    FEW_ROWS = 8,           // rows that are decoded at once
-    VALUE_COLUMNS = 16,     // columns of values that a block of decode_values_kernel owns
-    SCORES = 1 << 24,       // scores that exist at a time
-    LOGITS = 1 << 27,       // logits that exist at a time, in whole positions; at least LOGIT_ROWS of these
+    VEC = 16 / sizeof(act),                    // numbers in a load of 16 bytes
+    THREADS = 256,                             // of a block, where nothing else is said
+    ROW_WARPS = 8,                             // of a block whose warps have rows
+    NORM_BLOCK = 32,                           // tokens of TimestepNorm that a warp scans
+    ACROSS = 128,                              // threads side by side in a row, where threads own columns
+    CEMA_BLOCK = 64,                           // tokens between two stored states of CEMA
+    CEMA_COLUMNS = sizeof(act) == 4 ? 16 : 32, // blocks of tokens that a thread block has,
+    CEMA_CHANNELS = 16,                        // channels,
+    CEMA_WARPS = 8,                            // and warps
+    CEMA_PAIRS = CEMA_BLOCK / 2 + 4,           // pairs of numbers of a block in shared memory, and
+    CEMA_TILE = CEMA_COLUMNS * CEMA_PAIRS + 2, // of a channel: so many that threads meet in few banks
+    QUERY_ROWS = 512,                          // queries of a chunk whose scores exist at a time
+    FEW_ROWS = 8,                              // rows that are decoded at once
+    VALUE_COLUMNS = 16,                        // columns of values that a block of decode_values_kernel owns
+    SCORES = 1 << 24,                          // scores that exist at a time
+    LOGITS = 1 << 27, // logits that exist at a time, in whole positions; at least LOGIT_ROWS of these
     LOGIT_ROWS = 128,
     EMBED_ROWS = 64,    // rows with the same token that a thread block sums
     MOST_PARTS = 1024,  // parts of a sum over rows
@@ -957,71 +959,71 @@ static void cema_coefs_backward(float *dalpha, float *ddelta, float *dtheta, flo
     LAUNCHED();
 }
 
-// Three kernels, since the recurrence is linear: a block of T = CEMA_BLOCK tokens adds its own end state to
-// q^T times the state before it.
-// 1. ends: every block's end state from zero. Mode by mode, x in registers; a warp has 32 channels of a block of tokens.
-//    Reads R*D, writes 2*N*R*D/T floats.
+// Within a block of T = CEMA_BLOCK tokens, with h0 the state before it, everything is a product of matrices that are the
+// same for all blocks of a channel:
+//     y_t = sum_(s<=t) k_(t-s) x_s + Re sum_n S_t h0,    k_j = Re sum_n g p q^j, omega added to k_0,    S_t = g q^(t+1)
+//     h_end = q^T h0 + sum_s P_s x_s,                    P_s = p q^(T-1-s)
+// So blocks are the columns of a matrix, and tensor cores multiply. A warp has a channel and makes its matrices from q
+// in registers. Three kernels:
+// 1. ends: P x, every block's end state from zero. Reads R*D, writes 2*N*R*D/T floats.
 // 2. scan: from block to block, h = q^T h + end; a thread has a mode of a channel of a sequence. The state before every
 //    block takes the place of its end state, and stays for the backward pass. Reads and writes 2*N*R*D/T floats.
-// 3. forward: every block once more, from the state before it. Two modes at a time, y in registers. Reads and writes R*D,
-//    reads 2*N*R*D/T floats.
+// 3. tokens: y. Reads and writes R*D, reads 2*N*R*D/T floats.
+//
+// Backward, G_t = conj(g) dy_t + conj(q) G_(t+1) and dx_t = omega dy_t + sum_n p Re G_t are the same system run from the
+// last token to the first, for the conjugates, with g q and p in each other's place. So are the kernels. With f, the
+// conjugate of the gradient by h behind a block, and polynomials, sums over all blocks,
+//     K(z) = sum_(t>=s) dy_t x_s z^(t-s)    A(z) = sum_t dy_t h0 z^t    E(z) = sum_s f x_s z^(T-1-s)
+// the coefficients' gradients are those of Re (g p K(q) + g q A(q) + p E(q) + q^T f h0):
+// 4. sums: the polynomials' coefficients, products with blocks as inner index, then values and slopes at q. Reads 2 R*D
+//    and 4*N*R*D/T floats.
+//
+// A tensor core multiplies bfloat16 and adds up in float. A float is a sum of bfloat16: two have 16 bits, three all 24.
+// Of products of parts the largest are computed. In tiles of 16 x 8 for C, 16 x 16 for A, 16 x 8 for B lane 4 row + pair
+// has of C (row, 2 pair), (row, 2 pair + 1), the same of row + 8; a word holds two neighbours of a row of A or of a
+// column of B: (row, 2 pair), of row + 8, then both of 8 further on; (2 pair, column `row`), then 8 further on. Loops of
+// a constant length are unrolled, so that arrays are registers.
 
-// A number of a tile in shared memory, read anew every time: the compiler would keep a whole block of tokens in
-// registers, of which there are too few.
-static __device__ float read_tile(const act *x) {
-#ifdef MEGALODON_FP32
-    return *(const volatile float *)x;
-#else
-    union {
-        uint32_t bits;
-        float number;
-    } wide = {(uint32_t) * (const volatile uint16_t *)x << 16};
-    return wide.number;
-#endif
+enum {
+    ACT_PARTS = sizeof(act) == 4 ? 3 : 1, // of an act
+    OUT_PARTS = sizeof(act) == 4 ? 3 : 2, // of numbers that end in an act
+    SUM_PARTS = 3                         // of numbers that end in a float
+};
+
+typedef Vec<2> Pair;
+
+// Words of x and y's parts.
+template <int P> static __device__ void split(uint32_t words[P], float x, float y) {
+    for (int p = 0; p < P; p++) {
+        __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
+        memcpy(&words[p], &two, sizeof two);
+        x -= __uint_as_float(words[p] << 16), y -= __uint_as_float(words[p] & 0xffff0000);
+    }
 }
 
-typedef struct {
-    int d, at, t0, T; // channel; block of tokens in the batch, where it begins in its sequence, tokens that it has
-    size_t row;       // its first
-    bool inside;
-} CemaPlace;
-static __device__ CemaPlace cema_place(int at, int B, int L, int D) {
-    int blocks = ceil_div(L, CEMA_BLOCK), t0 = at % blocks * CEMA_BLOCK;
-    CemaPlace p = {(int)(blockIdx.x * WARP + threadIdx.x), at,   t0, min_int(CEMA_BLOCK, L - t0),
-                   (size_t)(at / blocks) * L + t0,         false};
-    p.inside = p.d < D && at < B * blocks;
-    return p;
+// The same of a pair.
+static __device__ void split(uint32_t words[ACT_PARTS], Pair two) {
+    if (ACT_PARTS > 1) return split<ACT_PARTS>(words, to_float(two.v[0]), to_float(two.v[1]));
+    memcpy(words, &two, sizeof *words);
 }
 
-static __global__ void __launch_bounds__(WARP *CEMA_WARPS)
-    cema_ends_kernel(float *h_blocks, const act *inp, Coefs coefs, int B, int L, int D, int N) {
-    CemaPlace p = cema_place(blockIdx.y * CEMA_WARPS + threadIdx.y, B, L, D);
-    if (!p.inside || p.t0 + CEMA_BLOCK >= L) return; // after the last block there is none
-    float x[CEMA_BLOCK];
-#pragma unroll
-    for (int t = 0; t < CEMA_BLOCK; t++) x[t] = to_float(inp[(p.row + t) * D + p.d]);
-    for (int n = 0; n < N; n += CEMA_MODES) {
-        float q_re[CEMA_MODES], q_im[CEMA_MODES], re[CEMA_MODES], im[CEMA_MODES];
-#pragma unroll
-        for (int u = 0; u < CEMA_MODES; u++) {
-            size_t at = (size_t)min_int(n + u, N - 1) * D + p.d; // the last one twice rather than one that is none
-            q_re[u] = coefs.q_re[at], q_im[u] = coefs.q_im[at], re[u] = im[u] = 0;
-        }
-#pragma unroll
-        for (int t = 0; t < CEMA_BLOCK; t++) {
-#pragma unroll
-            for (int u = 0; u < CEMA_MODES; u++) {
-                float old = re[u];
-                re[u] = q_re[u] * old - q_im[u] * im[u] + x[t];
-                im[u] = q_re[u] * im[u] + q_im[u] * old;
-            }
-        }
-#pragma unroll
-        for (int u = 0; u < CEMA_MODES; u++) {
-            size_t at = (size_t)min_int(n + u, N - 1) * D + p.d, out = (size_t)p.at * 2 * N * D + at;
-            h_blocks[out] = coefs.p[at] * re[u], h_blocks[out + (size_t)N * D] = coefs.p[at] * im[u];
+// C += A B
+template <int P, int Q> static __device__ void multiply(float c[4], const uint32_t a[4][P], const uint32_t b[2][Q]) {
+    for (int i = 0; i < P; i++) {
+        for (int j = 0; j < Q && i + j < (P > Q ? P : Q); j++) {
+            asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                "{%0,%1,%2,%3};"
+                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                : "r"(a[0][i]), "r"(a[1][i]), "r"(a[2][i]), "r"(a[3][i]), "r"(b[0][j]), "r"(b[1][j]));
         }
     }
+}
+
+static __device__ float2 times(float2 a, float2 b) { return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x); }
+static __device__ float2 times(float a, float2 b) { return make_float2(a * b.x, a * b.y); }
+static __device__ float2 plus(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
+static __device__ float2 plus_times(float2 sum, float2 a, float2 b) { // a b added, by fused operations
+    return make_float2(sum.x + a.x * b.x - a.y * b.y, sum.y + a.x * b.y + a.y * b.x);
 }
 
 // q^n, in double: n may be large
@@ -1034,335 +1036,472 @@ static __device__ float2 power(float2 base, int64_t n) {
     }
     return make_float2((float)re, (float)im);
 }
+// q^n for n below 8
+static __device__ float2 low_power(float2 q, int n) {
+    float2 result = make_float2(1, 0);
+    for (int bit = 1; bit < 8; bit *= 2, q = times(q, q)) result = n & bit ? times(result, q) : result;
+    return result;
+}
+static __device__ float2 power8(float2 q) {
+    float2 q2 = times(q, q), q4 = times(q2, q2);
+    return times(q4, q4);
+}
 
-// states (B, blocks, 2, N, D); start (B,2,N,D) or NULL: before the first block. back: the same from the last block, which
-// has `tail` tokens, to the first, with conj(q^T).
-static __global__ void cema_scan_kernel(float *states, const float *start, Coefs coefs, int back, int tail, int B,
-                                        int blocks, int D, int N) {
-    enum { AHEAD = 8 }; // blocks whose numbers are on their way
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, modes = (size_t)N * D, b = i / modes, mode = i % modes;
-    if (b >= (size_t)B) return;
-    float q_re = coefs.t_re[mode], q_im = back ? -coefs.t_im[mode] : coefs.t_im[mode];
-    float re = start ? start[b * 2 * modes + mode] : 0, im = start ? start[(b * 2 + 1) * modes + mode] : 0;
-    float *first = states + b * blocks * 2 * modes + mode;
-    for (int k0 = 0; k0 < blocks; k0 += AHEAD) {
-        float end_re[AHEAD], end_im[AHEAD];
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++) {
-            if (k0 + k >= blocks - 1) break; // behind the last block nothing comes
-            const float *at = first + (size_t)(back ? blocks - 1 - k0 - k : k0 + k) * 2 * modes;
-            end_re[k] = at[0], end_im[k] = at[modes];
-        }
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++) {
-            if (k0 + k >= blocks) break;
-            float *at = first + (size_t)(back ? blocks - 1 - k0 - k : k0 + k) * 2 * modes, old = re;
-            at[0] = re, at[modes] = im;
-            if (k0 + k == blocks - 1) break;
-            if (back && k0 + k == 0 && tail < CEMA_BLOCK) { // not a whole block's power
-                float2 q = power(make_float2(coefs.q_re[mode], -coefs.q_im[mode]), tail);
-                re = q.x * old - q.y * im + end_re[k];
-                im = q.x * im + q.y * old + end_im[k];
-                continue;
+typedef struct {
+    float p;
+    float2 q, g;
+} CemaMode;
+static __device__ CemaMode cema_mode(const Coefs &c, int n, int d, int D, int N) { // zeros behind the last
+    size_t i = (size_t)n * D + d;
+    if (n >= N) return CemaMode{0, make_float2(0, 0), make_float2(0, 0)};
+    return CemaMode{c.p[i], make_float2(c.q_re[i], c.q_im[i]), make_float2(c.g_re[i], c.g_im[i])};
+}
+
+// Tiles in shared memory, (CEMA_CHANNELS, CEMA_TILE): a channel's blocks one behind the other, two numbers at a time.
+// The first number of a block is that of its first token, its last one, or where it would end if it were whole.
+enum { FROM_FIRST, FROM_LAST, FROM_END };
+
+static __device__ const uint32_t cema_nothing[4] = {0, 0, 0, 0}; // what is read where there is no token
+
+// Copies a thread block's tokens into its tiles, or with `write` back from them. W channels of two tokens at a time;
+// COUNT threads. Ends before the tiles are complete.
+template <int W, int COUNT>
+static __device__ void cema_copy(act *x, Pair *tiles, bool write, int order, int B, int L, int D) {
+    enum { PIECES = CEMA_CHANNELS / W, PAIRS = CEMA_BLOCK / 2, AT_ONCE = 4 };
+    __shared__ int first[CEMA_COLUMNS], tokens[CEMA_COLUMNS]; // rows
+    const unsigned thread = threadIdx.y * WARP + threadIdx.x;
+    if (thread < CEMA_COLUMNS) {
+        int blocks = ceil_div(L, CEMA_BLOCK), at = blockIdx.y * CEMA_COLUMNS + thread, t0 = at % blocks * CEMA_BLOCK;
+        first[thread] = at / blocks * L + t0, tokens[thread] = at < B * blocks ? min_int(CEMA_BLOCK, L - t0) : 0;
+    }
+    __syncthreads();
+    for (unsigned i0 = thread; i0 < CEMA_COLUMNS * PAIRS * PIECES; i0 += AT_ONCE * COUNT) {
+        Vec<W> two[AT_ONCE][2];
+        Pair *tile[AT_ONCE];
+        for (int k = 0; k < AT_ONCE; k++) {
+            unsigned i = i0 + k * COUNT, c = i % PIECES * W, pair = i / PIECES % PAIRS, column = i / PIECES / PAIRS;
+            int d = blockIdx.x * CEMA_CHANNELS + c, T = d < D ? tokens[column] : 0;
+            tile[k] = tiles + c * CEMA_TILE + column * CEMA_PAIRS + pair;
+            if (write) {
+                for (int j = 0; j < W; j++) {
+                    Pair numbers = tile[k][j * CEMA_TILE];
+                    two[k][0].v[j] = numbers.v[0], two[k][1].v[j] = numbers.v[1];
+                }
             }
-            re = q_re * old - q_im * im + end_re[k];
-            im = q_re * im + q_im * old + end_im[k];
+            for (int u = 0; u < 2; u++) {
+                int t = order == FROM_FIRST ? 2 * pair + u : (order == FROM_LAST ? T : CEMA_BLOCK) - 1 - 2 * pair - u;
+                Vec<W> *at = (Vec<W> *)(x + (size_t)(unsigned)(first[column] + t) * (unsigned)D + d);
+                if (!write) two[k][u] = *(t >= 0 && t < T ? at : (const Vec<W> *)cema_nothing);
+                if (write && t >= 0 && t < T) *at = two[k][u];
+            }
+        }
+        for (int k = 0; k < AT_ONCE && !write; k++) {
+            for (int j = 0; j < W; j++) tile[k][j * CEMA_TILE] = Pair{{two[k][0].v[j], two[k][1].v[j]}};
         }
     }
 }
 
+// Of B = x, columns 8 j to 8 j + 7, rows 16 k to 16 k + 15.
+static __device__ void cema_tokens_tile(uint32_t b[2][ACT_PARTS], const Pair *x, int j, int k) {
+    const Pair *at = x + (8 * j + threadIdx.x / 4) * CEMA_PAIRS + 8 * k + threadIdx.x % 4;
+    split(b[0], at[0]), split(b[1], at[4]);
+}
+
+// states (D, columns, N), a column being a block of tokens of a sequence. A thread block has CEMA_CHANNELS channels of
+// CEMA_COLUMNS columns, here and below; modes are taken eight at a time: C has their real parts, then their imaginary ones.
+template <int W>
 static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
-    cema_forward_kernel(act *out, const float *h_blocks, const act *inp, Coefs coefs, const float *omega, int B, int L,
-                        int D, int N) {
-    extern __shared__ act cema_tiles[]; // (CEMA_WARPS, CEMA_BLOCK, WARP)
-    CemaPlace p = cema_place(blockIdx.y * CEMA_WARPS + threadIdx.y, B, L, D);
-    if (!p.inside) return;
-    act *x = cema_tiles + threadIdx.y * CEMA_BLOCK * WARP + threadIdx.x; // (CEMA_BLOCK), WARP apart: only this thread's
-    float y[CEMA_BLOCK], om = omega[p.d];
-#pragma unroll
-    for (int t = 0; t < CEMA_BLOCK; t++) {
-        float xt = t < p.T ? to_float(inp[(p.row + t) * D + p.d]) : 0;
-        set(&x[t * WARP], xt);
-        y[t] = om * xt;
-    }
-    for (int n = 0; n < N; n += CEMA_MODES) {
-        float q_re[CEMA_MODES], q_im[CEMA_MODES], pn[CEMA_MODES], g_re[CEMA_MODES], g_im[CEMA_MODES], re[CEMA_MODES],
-            im[CEMA_MODES];
-#pragma unroll
-        for (int u = 0; u < CEMA_MODES; u++) {
-            size_t at = (size_t)(n + u) * D + p.d, state = (size_t)p.at * 2 * N * D + at;
-            q_re[u] = q_im[u] = pn[u] = g_re[u] = g_im[u] = re[u] = im[u] = 0;
-            if (n + u >= N) continue;
-            q_re[u] = coefs.q_re[at], q_im[u] = coefs.q_im[at], pn[u] = coefs.p[at];
-            g_re[u] = coefs.g_re[at], g_im[u] = coefs.g_im[at];
-            re[u] = h_blocks[state], im[u] = h_blocks[state + (size_t)N * D];
-        }
-#pragma unroll
-        for (int t = 0; t < CEMA_BLOCK; t++) {
-            float xt = read_tile(&x[t * WARP]);
-#pragma unroll
-            for (int u = 0; u < CEMA_MODES; u++) {
-                float old = re[u];
-                re[u] = q_re[u] * old - q_im[u] * im[u] + pn[u] * xt;
-                im[u] = q_re[u] * im[u] + q_im[u] * old;
-                y[t] += g_re[u] * re[u] - g_im[u] * im[u];
+    cema_ends_kernel(float2 *states, const act *inp, Coefs coefs, int back, int B, int L, int D, int N) {
+    extern __shared__ Pair cema_tiles[];
+    const int row = threadIdx.x / 4, pair = threadIdx.x % 4, columns = B * ceil_div(L, CEMA_BLOCK);
+    cema_copy<W, WARP * CEMA_WARPS>((act *)inp, cema_tiles, false, back ? FROM_END : FROM_FIRST, B, L, D);
+    __syncthreads();
+    for (int i = 0; i < CEMA_CHANNELS / CEMA_WARPS; i++) {
+        int c = threadIdx.y * (CEMA_CHANNELS / CEMA_WARPS) + i, d = blockIdx.x * CEMA_CHANNELS + c;
+        if (d >= D) break;
+        const Pair *x = cema_tiles + c * CEMA_TILE;
+        for (int n0 = 0; n0 < N; n0 += 8) {
+            int n = n0 + row;
+            CemaMode m = cema_mode(coefs, n, d, D, N);
+            uint32_t P[CEMA_BLOCK / 16][4][SUM_PARTS];
+            float2 q8 = power8(m.q), in = back ? times(m.g, m.q) : make_float2(m.p, 0);
+            float2 second = times(in, low_power(m.q, 6 - 2 * pair)); // of two neighbours, from the block's end
+            for (int k = CEMA_BLOCK / 8 - 1; k >= 0; k--) {
+                float2 first = times(second, m.q);
+                split<SUM_PARTS>(P[k / 2][k % 2 * 2], first.x, second.x);
+                split<SUM_PARTS>(P[k / 2][k % 2 * 2 + 1], first.y, second.y);
+                second = times(second, q8);
+            }
+            float ends[CEMA_COLUMNS / 8][4] = {};
+            for (int k = 0; k < CEMA_BLOCK / 16; k++) {
+                for (int j = 0; j < CEMA_COLUMNS / 8; j++) {
+                    uint32_t b[2][ACT_PARTS];
+                    cema_tokens_tile(b, x, j, k);
+                    multiply<SUM_PARTS, ACT_PARTS>(ends[j], P[k], b);
+                }
+            }
+            for (int j = 0; j < CEMA_COLUMNS / 4; j++) {
+                int column = blockIdx.y * CEMA_COLUMNS + j / 2 * 8 + 2 * pair + j % 2;
+                if (n < N && column < columns)
+                    states[((size_t)d * columns + column) * N + n] =
+                        make_float2(ends[j / 2][j % 2], ends[j / 2][2 + j % 2]);
             }
         }
     }
-#pragma unroll
-    for (int t = 0; t < CEMA_BLOCK; t++) {
-        if (t < p.T) set(&out[(p.row + t) * D + p.d], y[t]);
+}
+
+// From ends to states; start (B,2,N,D) or NULL: before the first block. back: the same from the last block, which has
+// `tail` tokens, to the first, for conjugates.
+static __global__ void cema_scan_kernel(float2 *states, const float *start, Coefs coefs, int back, int tail, int B,
+                                        int blocks, int D, int N) {
+    enum { AHEAD = 8 }; // blocks whose numbers are on their way
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = i % N, b = i / N % B, d = i / N / B;
+    if (d >= (size_t)D) return;
+    size_t mode = n * D + d, re = b * 2 * N * D + mode, im = re + (size_t)N * D;
+    float2 q = make_float2(coefs.t_re[mode], coefs.t_im[mode]), h = make_float2(0, 0);
+    if (start) h = make_float2(start[re], back ? -start[im] : start[im]);
+    float2 *first = states + (d * B + b) * blocks * N + n;
+    for (int k0 = 0; k0 < blocks; k0 += AHEAD) {
+        float2 end[AHEAD];
+        for (int k = 0; k < AHEAD; k++) {
+            if (k0 + k >= blocks - 1) break; // behind the last block nothing comes
+            end[k] = first[(size_t)(back ? blocks - 1 - k0 - k : k0 + k) * N];
+        }
+        for (int k = 0; k < AHEAD; k++) {
+            if (k0 + k >= blocks) break;
+            first[(size_t)(back ? blocks - 1 - k0 - k : k0 + k) * N] = h;
+            if (k0 + k == blocks - 1) break;
+            bool short_one = back && k0 + k == 0 && tail < CEMA_BLOCK; // not a whole block's power
+            h = plus(times(short_one ? power(make_float2(coefs.q_re[mode], coefs.q_im[mode]), tail) : q, h), end[k]);
+        }
     }
+}
+
+// words[m]: k of row - 2 pair + 8 m and of one less, zero where that is negative. So tile (i,j) of the matrix k_(t-s), i >= j,
+// has the words [m], [m + 1], [m - 1], [m], m = 2 (i - j).
+static __device__ void cema_kernel_words(uint32_t words[CEMA_BLOCK / 8][OUT_PARTS], const Coefs &coefs, float omega,
+                                         int d, int D, int N) {
+    const int row = threadIdx.x / 4, pair = threadIdx.x % 4;
+    float k[CEMA_BLOCK / 8] = {}; // k of row + 8 m, first of every fourth mode
+#pragma unroll 4
+    for (int n0 = 0; n0 < N; n0 += 4) {
+        CemaMode m = cema_mode(coefs, n0 + pair, d, D, N);
+        float2 q8 = power8(m.q), v = times(times(m.p, m.g), low_power(m.q, row));
+        for (int i = 0; i < CEMA_BLOCK / 8; i++, v = times(v, q8)) k[i] += v.x;
+    }
+    float last[2] = {0, 0}; // of m - 1
+    for (int i = 0; i < CEMA_BLOCK / 8; i++) {
+        float lag[2];
+        k[i] += __shfl_xor_sync(~0u, k[i], 1);
+        k[i] += __shfl_xor_sync(~0u, k[i], 2);
+        if (i == 0 && row == 0) k[i] += omega;
+        for (int u = 0; u < 2; u++) {
+            int at = row - 2 * pair - u;
+            float here = __shfl_sync(~0u, k[i], (at & 7) * 4);
+            lag[u] = at < 0 ? last[u] : here, last[u] = here;
+        }
+        split<OUT_PARTS>(words[i], lag[0], lag[1]);
+    }
+}
+
+// Two products, k x and S h0, added up in y, then written over x. Modes as for ends.
+template <int W>
+static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
+    cema_tokens_kernel(act *out, const float2 *states, const act *inp, Coefs coefs, const float *omega, int back, int B,
+                       int L, int D, int N) {
+    extern __shared__ Pair cema_tiles[];
+    const int row = threadIdx.x / 4, pair = threadIdx.x % 4, columns = B * ceil_div(L, CEMA_BLOCK);
+    cema_copy<W, WARP * CEMA_WARPS>((act *)inp, cema_tiles, false, back ? FROM_LAST : FROM_FIRST, B, L, D);
+    __syncthreads();
+    for (int i = 0; i < CEMA_CHANNELS / CEMA_WARPS; i++) {
+        int c = threadIdx.y * (CEMA_CHANNELS / CEMA_WARPS) + i, d = blockIdx.x * CEMA_CHANNELS + c;
+        if (d >= D) break;
+        Pair *x = cema_tiles + c * CEMA_TILE;
+        float y[CEMA_COLUMNS / 8][CEMA_BLOCK / 16][4] = {};
+        uint32_t k[CEMA_BLOCK / 8][OUT_PARTS];
+        cema_kernel_words(k, coefs, omega[d], d, D, N);
+        for (int difference = 0; difference < CEMA_BLOCK / 16; difference++) { // of tiles' rows and columns
+            uint32_t a[4][OUT_PARTS];
+            for (int p = 0; p < OUT_PARTS; p++) {
+                a[0][p] = a[3][p] = k[2 * difference][p], a[1][p] = k[2 * difference + 1][p];
+                a[2][p] = difference > 0 ? k[2 * difference - 1][p] : 0;
+            }
+            for (int j = 0; j < CEMA_COLUMNS / 8; j++) {
+                for (int i = difference; i < CEMA_BLOCK / 16; i++) {
+                    uint32_t b[2][ACT_PARTS];
+                    cema_tokens_tile(b, x, j, i - difference);
+                    multiply<OUT_PARTS, ACT_PARTS>(y[j][i], a, b);
+                }
+            }
+        }
+        for (int n0 = 0; n0 < N; n0 += 8) { // a word of S is a mode's: real part, minus the imaginary one
+            int n = n0 + pair;
+            float2 h[CEMA_COLUMNS / 8][2]; // asked for early
+            for (int j = 0; j < CEMA_COLUMNS / 4; j++) {
+                int column = blockIdx.y * CEMA_COLUMNS + j / 2 * 8 + row, at = n + j % 2 * 4;
+                h[j / 2][j % 2] = make_float2(0, 0);
+                if (column < columns && at < N) h[j / 2][j % 2] = states[((size_t)d * columns + column) * N + at];
+            }
+            uint32_t S[CEMA_BLOCK / 16][4][OUT_PARTS];
+            for (int u = 0; u < 2; u++) {
+                CemaMode m = cema_mode(coefs, n + 4 * u, d, D, N);
+                float2 q8 = power8(m.q), from = back ? make_float2(m.p, 0) : times(m.g, m.q);
+                float2 v = times(from, low_power(m.q, row));
+                for (int i = 0; i < CEMA_BLOCK / 8; i++, v = times(v, q8))
+                    split<OUT_PARTS>(S[i / 2][i % 2 + 2 * u], v.x, -v.y);
+            }
+            for (int j = 0; j < CEMA_COLUMNS / 8; j++) {
+                uint32_t b[2][OUT_PARTS];
+                split<OUT_PARTS>(b[0], h[j][0].x, h[j][0].y), split<OUT_PARTS>(b[1], h[j][1].x, h[j][1].y);
+                for (int i = 0; i < CEMA_BLOCK / 16; i++) multiply<OUT_PARTS, OUT_PARTS>(y[j][i], S[i], b);
+            }
+        }
+        __syncwarp(); // all have read x, whose place y takes
+        for (int j = 0; j < CEMA_COLUMNS / 8; j++) {
+            for (int i = 0; i < CEMA_BLOCK / 16; i++) {
+                for (int u = 0; u < 4; u++) {
+                    int t = 16 * i + row + u / 2 * 8, column = 8 * j + 2 * pair + u % 2;
+                    set(&x[column * CEMA_PAIRS + t / 2].v[t % 2], y[j][i][u]);
+                }
+            }
+        }
+    }
+    __syncthreads();
+    cema_copy<W, WARP * CEMA_WARPS>(out, cema_tiles, true, back ? FROM_LAST : FROM_FIRST, B, L, D);
 }
 
 // The state after the last token. A thread has a mode of a channel of a sequence.
-static __global__ void cema_end_kernel(float *h_out, const float *h_blocks, const act *inp, Coefs coefs, int B, int L,
+static __global__ void cema_end_kernel(float *h_out, const float2 *states, const act *inp, Coefs coefs, int B, int L,
                                        int D, int N) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, modes = (size_t)N * D, b = i / modes, mode = i % modes;
     int blocks = ceil_div(L, CEMA_BLOCK);
     if (b >= (size_t)B) return;
-    const float *h = h_blocks + (b * blocks + blocks - 1) * 2 * modes + mode;
-    float q_re = coefs.q_re[mode], q_im = coefs.q_im[mode], p = coefs.p[mode], re = h[0], im = h[modes];
+    float2 h = states[((mode % D * B + b) * blocks + blocks - 1) * N + mode / D];
+    float2 q = make_float2(coefs.q_re[mode], coefs.q_im[mode]);
     for (int t = (blocks - 1) * CEMA_BLOCK; t < L; t++) {
-        float old = re;
-        re = q_re * old - q_im * im + p * to_float(inp[(b * L + t) * D + mode % D]);
-        im = q_re * im + q_im * old;
+        h = times(q, h);
+        h.x += coefs.p[mode] * to_float(inp[(b * L + t) * D + mode % D]);
     }
-    h_out[b * 2 * modes + mode] = re, h_out[(b * 2 + 1) * modes + mode] = im;
+    h_out[b * 2 * modes + mode] = h.x, h_out[(b * 2 + 1) * modes + mode] = h.y;
 }
 
-// h_blocks (B, blocks, 2, N, D): h before each block. h_in, h_out (B,2,N,D), or NULL; they may be the same. out NULL: only
+static dim3 cema_grid(int B, int L, int D) {
+    return dim3(ceil_div(D, CEMA_CHANNELS), ceil_div(B * ceil_div(L, CEMA_BLOCK), CEMA_COLUMNS));
+}
+static const size_t CEMA_TILES = CEMA_CHANNELS * CEMA_TILE * sizeof(Pair); // bytes
+
+// States before each block, or behind it. start (B,2,N,D), or NULL: before the first, or behind the last.
+static void cema_states(float2 *states, const float *start, const act *x, const Coefs *coefs, int back, int B, int L,
+                        int D, int N) {
+    int blocks = ceil_div(L, CEMA_BLOCK);
+    if (blocks > 1) {
+        auto kernel = D % VEC == 0 ? cema_ends_kernel<VEC> : cema_ends_kernel<1>;
+        allow_shared(kernel, CEMA_TILES);
+        kernel<<<cema_grid(B, L, D), dim3(WARP, CEMA_WARPS), CEMA_TILES>>>(states, x, *coefs, back, B, L, D, N);
+        LAUNCHED();
+    }
+    cema_scan_kernel<<<blocks_for((size_t)B * N * D, THREADS), THREADS>>>(
+        states, start, *coefs, back, L - (blocks - 1) * CEMA_BLOCK, B, blocks, D, N);
+    LAUNCHED();
+}
+
+static void cema_tokens(act *out, const float2 *states, const act *x, const Coefs *coefs, const float *omega, int back,
+                        int B, int L, int D, int N) {
+    auto kernel = D % VEC == 0 ? cema_tokens_kernel<VEC> : cema_tokens_kernel<1>;
+    allow_shared(kernel, CEMA_TILES);
+    kernel<<<cema_grid(B, L, D), dim3(WARP, CEMA_WARPS), CEMA_TILES>>>(out, states, x, *coefs, omega, back, B, L, D, N);
+    LAUNCHED();
+}
+
+// h_blocks (D,B,blocks,N,2): h before each block. h_in, h_out (B,2,N,D), or NULL; they may be the same. out NULL: only
 // the outgoing state.
 static void cema_forward(act *out, float *h_blocks, float *h_out, const act *inp, const Coefs *coefs,
                          const float *omega, const float *h_in, int B, int L, int D, int N) {
-    int blocks = ceil_div(L, CEMA_BLOCK);
-    dim3 grid(ceil_div(D, WARP), ceil_div(B * blocks, CEMA_WARPS)), threads(WARP, CEMA_WARPS);
-    unsigned modes = blocks_for((size_t)B * N * D, THREADS);
-    if (blocks > 1) {
-        cema_ends_kernel<<<grid, threads>>>(h_blocks, inp, *coefs, B, L, D, N);
-        LAUNCHED();
-    }
-    cema_scan_kernel<<<modes, THREADS>>>(h_blocks, h_in, *coefs, 0, CEMA_BLOCK, B, blocks, D, N);
-    LAUNCHED();
-    size_t shared = CEMA_WARPS * CEMA_BLOCK * WARP * sizeof(act);
-    allow_shared(cema_forward_kernel, shared);
-    if (out) {
-        cema_forward_kernel<<<grid, threads, shared>>>(out, h_blocks, inp, *coefs, omega, B, L, D, N);
-        LAUNCHED();
-    }
+    float2 *states = (float2 *)(void *)h_blocks;
+    cema_states(states, h_in, inp, coefs, 0, B, L, D, N);
+    if (out) cema_tokens(out, states, inp, coefs, omega, 0, B, L, D, N);
     if (h_out == NULL) return;
-    cema_end_kernel<<<modes, THREADS>>>(h_out, h_blocks, inp, *coefs, B, L, D, N);
+    cema_end_kernel<<<blocks_for((size_t)B * N * D, THREADS), THREADS>>>(h_out, states, inp, *coefs, B, L, D, N);
     LAUNCHED();
 }
 
-// Backward: G_t = conj(g) dy_t + conj(q) G_(t+1), dx_t = omega dy_t + sum_n p Re G_t, and the sums of megalodon.c for the
-// coefficients. The same three kernels, reversed: conj(q) G of a block's first token from zero after it; the scan; the
-// block once more. That one computes h again, forward for the whole block, keeping every CEMA_SUB-th, then from each of
-// these for CEMA_SUB tokens in registers. dx stays in registers over all modes.
-// Reads R*D, then 2 R*D; writes R*D; and the states as in the forward pass, twice.
-
-static __global__ void __launch_bounds__(WARP *CEMA_WARPS)
-    cema_futures_kernel(float *futures, const act *dout, Coefs coefs, int B, int L, int D, int N) {
-    CemaPlace p = cema_place(blockIdx.y * CEMA_WARPS + threadIdx.y, B, L, D);
-    if (!p.inside || p.t0 == 0) return; // before the first block there is none
-    float dy[CEMA_BLOCK];
-#pragma unroll
-    for (int t = 0; t < CEMA_BLOCK; t++) dy[t] = t < p.T ? to_float(dout[(p.row + t) * D + p.d]) : 0;
-    for (int n = 0; n < N; n += CEMA_MODES) {
-        float q_re[CEMA_MODES], q_im[CEMA_MODES], re[CEMA_MODES], im[CEMA_MODES]; // without conj(g), the same for all
-#pragma unroll
-        for (int u = 0; u < CEMA_MODES; u++) {
-            size_t at = (size_t)min_int(n + u, N - 1) * D + p.d;
-            q_re[u] = coefs.q_re[at], q_im[u] = coefs.q_im[at], re[u] = im[u] = 0;
+// Of A = x with columns as inner index, columns 16 k to 16 k + 15: number t of each, or with `last` number last[.] - t.
+static __device__ void cema_across(uint32_t near[ACT_PARTS], uint32_t far[ACT_PARTS], const Pair *x, int k, int t,
+                                   const int last[4]) {
+    for (int v = 0; v < 2; v++) {
+        Pair two = {};
+        for (int u = 0; u < 2; u++) {
+            int at = last ? last[2 * v + u] - t : t, column = 16 * k + 8 * v + 2 * (threadIdx.x % 4) + u;
+            if (at >= 0) two.v[u] = ((const act *)x)[column * 2 * CEMA_PAIRS + at];
         }
-#pragma unroll
-        for (int t = CEMA_BLOCK - 1; t >= 0; t--) {
-#pragma unroll
-            for (int u = 0; u < CEMA_MODES; u++) {
-                float G_re = re[u] + dy[t];
-                re[u] = q_re[u] * G_re + q_im[u] * im[u];
-                im[u] = q_re[u] * im[u] - q_im[u] * G_re;
-            }
-        }
-#pragma unroll
-        for (int u = 0; u < CEMA_MODES; u++) {
-            size_t at = (size_t)min_int(n + u, N - 1) * D + p.d, out = (size_t)p.at * 2 * N * D + at;
-            float g_re = coefs.g_re[at], g_im = coefs.g_im[at];
-            futures[out] = g_re * re[u] + g_im * im[u], futures[out + (size_t)N * D] = g_re * im[u] - g_im * re[u];
-        }
+        split(v == 0 ? near : far, two);
     }
 }
 
-// parts (gridDim.y, 5*N*D + D): p, q_re, q_im, g_re, g_im of the coefficients' gradients, then domega.
-// INJECT: the last block has fewer tokens, and something behind it: what comes from there enters at its last token.
-template <bool INJECT>
-static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 1)
-    cema_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp, const float *h_blocks,
-                         const float *futures, Coefs coefs, const float *omega, int B, int L, int D, int N) {
-    extern __shared__ float cema_shared[];
-    float *shared_sums = cema_shared; // (2, 5, CEMA_WARPS, WARP), in turn
-    act *tiles = (act *)(cema_shared + 2 * 5 * CEMA_WARPS * WARP);
-    act *x = tiles + threadIdx.y * CEMA_BLOCK * WARP + threadIdx.x; // (CEMA_BLOCK), WARP apart: only this thread's
-    act *dy = x + CEMA_WARPS * CEMA_BLOCK * WARP;
-    int tasks = B * ceil_div(L, CEMA_BLOCK), turn = 0;
-    float *part = parts + (size_t)blockIdx.y * (5 * N + 1) * D;
-    for (int task = blockIdx.y * CEMA_WARPS; task < tasks; task += gridDim.y * CEMA_WARPS) {
-        CemaPlace place = cema_place(task + threadIdx.y, B, L, D);
-        const int T = place.inside ? place.T : 0, first = task == (int)blockIdx.y * CEMA_WARPS;
-        float dx[CEMA_BLOCK], om = place.inside ? omega[place.d] : 0, dom = 0;
-#pragma unroll
-        for (int t = 0; t < CEMA_BLOCK; t++) {
-            size_t at = (place.row + t) * D + place.d;
-            float xt = t < T ? to_float(inp[at]) : 0, dyt = t < T ? to_float(dout[at]) : 0;
-            set(&x[t * WARP], xt), set(&dy[t * WARP], dyt);
-            dx[t] = om * dyt;
-            dom += xt * dyt;
+// What a lane adds to c(q) = sum_t c_t q^t, with c[m] = c_(row + 8 m), and to its slope: by Horner's rule value in z = q^8
+// and slope by z, which are still to be multiplied by q^row.
+typedef struct {
+    float2 value, slope;
+} Series;
+static __device__ Series evaluate(const float2 c[CEMA_BLOCK / 8], float2 z) {
+    Series s = {make_float2(0, 0), make_float2(0, 0)};
+    for (int m = CEMA_BLOCK / 8 - 1; m >= 0; m--) {
+        s.slope = plus_times(s.value, s.slope, z);
+        s.value = plus_times(c[m], s.value, z);
+    }
+    return s;
+}
+
+// parts (gridDim.y, 5*N*D + D): p, q_re, q_im, g_re, g_im of the coefficients' gradients, then domega. A warp has a
+// channel. CUT: last blocks have fewer tokens, and something behind them.
+template <int W, bool CUT>
+static __global__ void __launch_bounds__(WARP *CEMA_CHANNELS, 1)
+    cema_sums_kernel(float *parts, const act *dout, const act *inp, const float2 *states, const float2 *futures,
+                     Coefs coefs, int B, int L, int D, int N) {
+    extern __shared__ Pair cema_tiles[];
+    const int row = threadIdx.x / 4, pair = threadIdx.x % 4, blocks = ceil_div(L, CEMA_BLOCK), columns = B * blocks;
+    const int d = blockIdx.x * CEMA_CHANNELS + threadIdx.y, tail = L - (blocks - 1) * CEMA_BLOCK;
+    const Pair *x = cema_tiles + threadIdx.y * CEMA_TILE, *dy = x + CEMA_CHANNELS * CEMA_TILE;
+    float *part = parts + (size_t)blockIdx.y * (5 * N + 1) * D + d;
+    cema_copy<W, WARP * CEMA_CHANNELS>((act *)inp, cema_tiles, false, FROM_FIRST, B, L, D);
+    cema_copy<W, WARP * CEMA_CHANNELS>((act *)dout, cema_tiles + CEMA_CHANNELS * CEMA_TILE, false, FROM_FIRST, B, L, D);
+    __syncthreads();
+    if (d >= D) return;
+
+    // K: the matrix dy x', tiles of 16 x 8, those with the same lags added up
+    float tiles[CEMA_BLOCK / 8][4] = {};
+    for (int k = 0; k < CEMA_COLUMNS / 16; k++) {
+        uint32_t b[CEMA_BLOCK / 8][2][ACT_PARTS];
+        for (int j = 0; j < CEMA_BLOCK / 8; j++) cema_across(b[j][0], b[j][1], x, k, 8 * j + row, NULL);
+        for (int i = 0; i < CEMA_BLOCK / 16; i++) {
+            uint32_t a[4][ACT_PARTS];
+            cema_across(a[0], a[2], dy, k, 16 * i + row, NULL);
+            cema_across(a[1], a[3], dy, k, 16 * i + row + 8, NULL);
+            for (int j = 0; j <= 2 * i + 1; j++) multiply<ACT_PARTS, ACT_PARTS>(tiles[2 * i - j + 1], a, b[j]);
         }
-        for (int n = 0; n < N + CEMA_MODES; n += CEMA_MODES) { // the last time for domega
-            float sums[CEMA_MODES][5] = {};
-            if (n < N && place.inside) {
-                float p[CEMA_MODES], q_re[CEMA_MODES], q_im[CEMA_MODES], g_re[CEMA_MODES], g_im[CEMA_MODES];
-                float f_re[CEMA_MODES], f_im[CEMA_MODES], re[CEMA_MODES], im[CEMA_MODES];
-                float from_re[CEMA_MODES], from_im[CEMA_MODES]; // the gradient by h behind the block
-                float kept_re[CEMA_BLOCK / CEMA_SUB][CEMA_MODES], kept_im[CEMA_BLOCK / CEMA_SUB][CEMA_MODES];
-#pragma unroll
-                for (int u = 0; u < CEMA_MODES; u++) {
-                    size_t at = (size_t)(n + u) * D + place.d, state = (size_t)place.at * 2 * N * D + at;
-                    p[u] = q_re[u] = q_im[u] = g_re[u] = g_im[u] = f_re[u] = f_im[u] = re[u] = im[u] = 0;
-                    from_re[u] = from_im[u] = 0;
-                    if (n + u >= N) continue;
-                    p[u] = coefs.p[at], q_re[u] = coefs.q_re[at], q_im[u] = coefs.q_im[at];
-                    g_re[u] = coefs.g_re[at], g_im[u] = coefs.g_im[at];
-                    from_re[u] = futures[state], from_im[u] = futures[state + (size_t)N * D];
-                    if (!INJECT) f_re[u] = from_re[u], f_im[u] = from_im[u];
-                    re[u] = h_blocks[state], im[u] = h_blocks[state + (size_t)N * D];
-                }
-#pragma unroll
-                for (int t = 0; t < CEMA_BLOCK - CEMA_SUB + 1; t++) {
-                    float xt = read_tile(&x[t * WARP]);
-#pragma unroll
-                    for (int u = 0; u < CEMA_MODES; u++) {
-                        if (t % CEMA_SUB == 0) kept_re[t / CEMA_SUB][u] = re[u], kept_im[t / CEMA_SUB][u] = im[u];
-                        float old = re[u];
-                        re[u] = q_re[u] * old - q_im[u] * im[u] + p[u] * xt;
-                        im[u] = q_re[u] * im[u] + q_im[u] * old;
-                    }
-                }
-#pragma unroll
-                for (int sub = CEMA_BLOCK / CEMA_SUB - 1; sub >= 0; sub--) {
-                    float h_re[CEMA_SUB + 1][CEMA_MODES], h_im[CEMA_SUB + 1][CEMA_MODES]; // [t] is before token t
-#pragma unroll
-                    for (int u = 0; u < CEMA_MODES; u++) h_re[0][u] = kept_re[sub][u], h_im[0][u] = kept_im[sub][u];
-#pragma unroll
-                    for (int t = 0; t < CEMA_SUB; t++) {
-                        float xt = read_tile(&x[(sub * CEMA_SUB + t) * WARP]);
-#pragma unroll
-                        for (int u = 0; u < CEMA_MODES; u++) {
-                            h_re[t + 1][u] = q_re[u] * h_re[t][u] - q_im[u] * h_im[t][u] + p[u] * xt;
-                            h_im[t + 1][u] = q_re[u] * h_im[t][u] + q_im[u] * h_re[t][u];
-                        }
-                    }
-#pragma unroll
-                    for (int t = CEMA_SUB - 1; t >= 0; t--) {
-                        float xt = read_tile(&x[(sub * CEMA_SUB + t) * WARP]);
-                        float dyt = read_tile(&dy[(sub * CEMA_SUB + t) * WARP]);
-#pragma unroll
-                        for (int u = 0; u < CEMA_MODES; u++) {
-                            if (INJECT && sub * CEMA_SUB + t == T - 1) f_re[u] = from_re[u], f_im[u] = from_im[u];
-                            float G_re = g_re[u] * dyt + f_re[u], G_im = f_im[u] - g_im[u] * dyt;
-                            dx[sub * CEMA_SUB + t] += p[u] * G_re;
-                            sums[u][0] += xt * G_re;
-                            sums[u][1] += G_re * h_re[t][u] + G_im * h_im[t][u];
-                            sums[u][2] += G_im * h_re[t][u] - G_re * h_im[t][u];
-                            sums[u][3] += dyt * h_re[t + 1][u];
-                            sums[u][4] -= dyt * h_im[t + 1][u];
-                            f_re[u] = q_re[u] * G_re + q_im[u] * G_im;
-                            f_im[u] = q_re[u] * G_im - q_im[u] * G_re;
-                        }
-                    }
-                }
+    }
+    float2 lags[CEMA_BLOCK / 8]; // row + 8 m, from where that is row - 2 pair - u
+    for (int m = 0; m < CEMA_BLOCK / 8; m++) {
+        float sum = 0;
+        for (int u = 0; u < 2; u++) {
+            float here = tiles[m][2 + u] + (m < CEMA_BLOCK / 8 - 1 ? tiles[m + 1][u] : 0), next = 0;
+            if (m < CEMA_BLOCK / 8 - 1) next = tiles[m + 1][2 + u] + (m < CEMA_BLOCK / 8 - 2 ? tiles[m + 2][u] : 0);
+            sum += __shfl_sync(~0u, row - 2 * pair - u < 0 ? next : here, ((row + 2 * pair + u) & 7) * 4 + pair);
+        }
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        lags[m] = make_float2(sum, 0);
+    }
+    if (threadIdx.x == 0) part[(size_t)5 * N * D] = lags[0].x;
+
+    for (int n0 = 0; n0 < N; n0 += 8) {
+        float A[2][CEMA_BLOCK / 16][4] = {}, E[2][CEMA_BLOCK / 16][4] = {}; // real, imaginary parts; C has (t, mode)
+        float2 over = make_float2(0, 0), q = cema_mode(coefs, n0 + row, d, D, N).q; // over: of q^T, slope included
+        float2 whole = times(CEMA_BLOCK, times(low_power(q, 7), low_power(power8(q), 7))), cut = whole;
+        if (CUT) cut = times(tail, power(q, tail - 1));
+        for (int k = 0; k < CEMA_COLUMNS / 16; k++) {
+            int last[4]; // a column's last token
+            float2 h[4], f[4];
+            for (int v = 0; v < 4; v++) {
+                int column = blockIdx.y * CEMA_COLUMNS + 16 * k + v / 2 * 8 + 2 * pair + v % 2;
+                size_t at = ((size_t)d * columns + column) * N + n0 + row;
+                bool inside = column < columns && n0 + row < N, is_cut = CUT && (column + 1) % blocks == 0;
+                last[v] = is_cut ? tail - 1 : CEMA_BLOCK - 1;
+                h[v] = inside ? states[at] : make_float2(0, 0), f[v] = inside ? futures[at] : make_float2(0, 0);
+                over = plus_times(over, is_cut ? cut : whole, times(h[v], f[v]));
             }
-            if (n >= N) sums[0][0] = dom;
-#pragma unroll
-            for (int u = 0; u < CEMA_MODES; u++, turn ^= 1) { // the block's sums, of one mode after the other
-                if (n < N ? n + u >= N : u > 0) break;
-                float *mine = shared_sums + (turn * 5 * CEMA_WARPS + threadIdx.y) * WARP + threadIdx.x;
-#pragma unroll
-                for (int i = 0; i < 5; i++) mine[i * CEMA_WARPS * WARP] = sums[u][i];
-                __syncthreads(); // sums of the turn before are read before this one's next turn begins
-                for (int kind = threadIdx.y; kind < (n < N ? 5 : 1); kind += CEMA_WARPS) {
-                    const float *all = shared_sums + (turn * 5 + kind) * CEMA_WARPS * WARP + threadIdx.x;
-                    int d = blockIdx.x * WARP + threadIdx.x;
-                    float sum = 0;
-                    for (int w = 0; w < CEMA_WARPS; w++) sum += all[w * WARP];
-                    float *to = part + (n < N ? (size_t)kind * N + n + u : (size_t)5 * N) * D + d;
-                    if (d < D) *to = first ? sum : *to + sum;
-                }
+            uint32_t h_re[2][SUM_PARTS], h_im[2][SUM_PARTS], f_re[2][SUM_PARTS], f_im[2][SUM_PARTS];
+            for (int v = 0; v < 2; v++) {
+                split<SUM_PARTS>(h_re[v], h[2 * v].x, h[2 * v + 1].x);
+                split<SUM_PARTS>(h_im[v], h[2 * v].y, h[2 * v + 1].y);
+                split<SUM_PARTS>(f_re[v], f[2 * v].x, f[2 * v + 1].x);
+                split<SUM_PARTS>(f_im[v], f[2 * v].y, f[2 * v + 1].y);
+            }
+            for (int i = 0; i < CEMA_BLOCK / 16; i++) {
+                uint32_t a[4][ACT_PARTS];
+                cema_across(a[0], a[2], dy, k, 16 * i + row, NULL);
+                cema_across(a[1], a[3], dy, k, 16 * i + row + 8, NULL);
+                multiply<ACT_PARTS, SUM_PARTS>(A[0][i], a, h_re), multiply<ACT_PARTS, SUM_PARTS>(A[1][i], a, h_im);
+                cema_across(a[0], a[2], x, k, 16 * i + row, last);
+                cema_across(a[1], a[3], x, k, 16 * i + row + 8, last);
+                multiply<ACT_PARTS, SUM_PARTS>(E[0][i], a, f_re), multiply<ACT_PARTS, SUM_PARTS>(E[1][i], a, f_im);
             }
         }
-        int rows = D; // apart
-        asm volatile("" : "+r"(rows));
-#pragma unroll
-        for (int t = 0; t < CEMA_BLOCK; t++) {
-            if (t < T) set(&dinp[(place.row + t) * rows + place.d], dx[t]);
+        over = plus(over, make_float2(__shfl_xor_sync(~0u, over.x, 1), __shfl_xor_sync(~0u, over.y, 1)));
+        over = plus(over, make_float2(__shfl_xor_sync(~0u, over.x, 2), __shfl_xor_sync(~0u, over.y, 2)));
+        for (int u = 0; u < 2; u++) {
+            int n = n0 + 2 * pair + u;
+            CemaMode m = cema_mode(coefs, n, d, D, N);
+            float2 c[2][CEMA_BLOCK / 8];
+            for (int i = 0; i < CEMA_BLOCK / 8; i++) {
+                c[0][i] = make_float2(A[0][i / 2][i % 2 * 2 + u], A[1][i / 2][i % 2 * 2 + u]);
+                c[1][i] = make_float2(E[0][i / 2][i % 2 * 2 + u], E[1][i / 2][i % 2 * 2 + u]);
+            }
+            float2 z = power8(m.q), gp = times(m.p, m.g), gq = times(m.g, m.q);
+            Series K = evaluate(lags, z), a = evaluate(c[0], z), e = evaluate(c[1], z);
+            float2 to_row = low_power(m.q, row),
+                   before = row > 0 ? times(row, low_power(m.q, row - 1)) : make_float2(0, 0);
+            float2 value = plus(plus(times(gp, K.value), times(gq, a.value)), times(m.p, e.value));
+            float2 slope = plus(plus(times(gp, K.slope), times(gq, a.slope)), times(m.p, e.slope));
+            float2 dp = times(to_row, plus(times(m.g, K.value), e.value));
+            float2 dg = times(to_row, plus(times(m.p, K.value), times(m.q, a.value)));
+            float2 dq = plus(times(before, value), times(to_row, times(times(8, low_power(m.q, 7)), slope)));
+            dq = plus(dq, times(to_row, times(m.g, a.value)));
+            float sums[5] = {dp.x, dq.x, -dq.y, dg.x, -dg.y};
+            float from[5] = {0, __shfl_sync(~0u, over.x, 4 * (2 * pair + u)),
+                             -__shfl_sync(~0u, over.y, 4 * (2 * pair + u)), 0, 0};
+            for (int i = 0; i < 5; i++) {
+                for (int step = 4; step < WARP; step *= 2) sums[i] += __shfl_xor_sync(~0u, sums[i], step);
+                if (row == 0 && n < N) part[((size_t)i * N + n) * D] = sums[i] + from[i];
+            }
         }
     }
 }
 
 // How many parts the sums over blocks of tokens have.
-static int cema_parts(int B, int L, int D) {
-    return min_int(ceil_div(B * ceil_div(L, CEMA_BLOCK), CEMA_WARPS), max_int(MOST_PARTS / ceil_div(D, WARP), 1));
-}
+static int cema_parts(int B, int L, int D) { return cema_grid(B, L, D).y; }
 
 // The gradient by h before the first token, from that behind the first block. A thread has a mode of a channel of a
 // sequence.
-static __global__ void cema_start_kernel(float *dh, const float *futures, const act *dout, Coefs coefs, int B, int L,
+static __global__ void cema_start_kernel(float *dh, const float2 *futures, const act *dout, Coefs coefs, int B, int L,
                                          int D, int N) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, modes = (size_t)N * D, b = i / modes, mode = i % modes;
     if (b >= (size_t)B) return;
-    const float *f = futures + b * ceil_div(L, CEMA_BLOCK) * 2 * modes + mode;
-    float q_re = coefs.q_re[mode], q_im = coefs.q_im[mode], re = f[0], im = f[modes];
-    for (int t = min_int(CEMA_BLOCK, L) - 1; t >= 0; t--) {
-        float dy = to_float(dout[(b * L + t) * D + mode % D]);
-        float G_re = coefs.g_re[mode] * dy + re, G_im = im - coefs.g_im[mode] * dy;
-        re = q_re * G_re + q_im * G_im, im = q_re * G_im - q_im * G_re;
-    }
-    dh[b * 2 * modes + mode] = re, dh[(b * 2 + 1) * modes + mode] = im;
+    float2 f = futures[(mode % D * B + b) * ceil_div(L, CEMA_BLOCK) * N + mode / D];
+    float2 q = make_float2(coefs.q_re[mode], coefs.q_im[mode]), g = make_float2(coefs.g_re[mode], coefs.g_im[mode]);
+    for (int t = min_int(CEMA_BLOCK, L) - 1; t >= 0; t--)
+        f = times(q, plus(times(to_float(dout[(b * L + t) * D + mode % D]), g), f));
+    dh[b * 2 * modes + mode] = f.x, dh[(b * 2 + 1) * modes + mode] = -f.y;
 }
 
-// The first two kernels. futures (B, blocks, 2, N, D): the gradient by h behind each block; dh (B,2,N,D), or NULL: by h
-// behind the last token. dh_in, or NULL, gets that by h before the first.
+// The first two kernels. futures (D,B,blocks,N,2): the conjugate of the gradient by h behind each block; dh (B,2,N,D), or
+// NULL: by h behind the last token. dh_in, or NULL, gets that by h before the first.
 static void cema_futures(float *futures, float *dh_in, const act *dout, const float *dh, const Coefs *coefs, int B,
                          int L, int D, int N) {
-    int blocks = ceil_div(L, CEMA_BLOCK);
-    unsigned modes = blocks_for((size_t)B * N * D, THREADS);
-    if (blocks > 1) {
-        cema_futures_kernel<<<dim3(ceil_div(D, WARP), ceil_div(B * blocks, CEMA_WARPS)), dim3(WARP, CEMA_WARPS)>>>(
-            futures, dout, *coefs, B, L, D, N);
-        LAUNCHED();
-    }
-    cema_scan_kernel<<<modes, THREADS>>>(futures, dh, *coefs, 1, L - (blocks - 1) * CEMA_BLOCK, B, blocks, D, N);
-    LAUNCHED();
+    float2 *states = (float2 *)(void *)futures;
+    cema_states(states, dh, dout, coefs, 1, B, L, D, N);
     if (dh_in == NULL) return;
-    cema_start_kernel<<<modes, THREADS>>>(dh_in, futures, dout, *coefs, B, L, D, N);
+    cema_start_kernel<<<blocks_for((size_t)B * N * D, THREADS), THREADS>>>(dh_in, states, dout, *coefs, B, L, D, N);
     LAUNCHED();
 }
 
-// All three. dcoefs, whose arrays lie one behind the other, is set. futures and parts are scratch.
+// All four. dcoefs, whose arrays lie one behind the other, is set. futures and parts are scratch.
 static void cema_backward(act *dinp, Coefs *dcoefs, float *domega, const float *dh, const act *dout, const act *inp,
                           const float *h_blocks, const Coefs *coefs, const float *omega, float *futures, float *parts,
                           int B, int L, int D, int N) {
-    int P = cema_parts(B, L, D);
+    const float2 *states = (const float2 *)(const void *)h_blocks, *behind = (const float2 *)(const void *)futures;
+    dim3 grid = cema_grid(B, L, D);
     size_t width = (size_t)(5 * N + 1) * D;
-    size_t shared = 2 * CEMA_WARPS * WARP * (5 * sizeof(float) + CEMA_BLOCK * sizeof(act));
     cema_futures(futures, NULL, dout, dh, coefs, B, L, D, N);
-    auto kernel = dh && L % CEMA_BLOCK > 0 ? cema_backward_kernel<true> : cema_backward_kernel<false>;
-    allow_shared(kernel, shared);
-    kernel<<<dim3(ceil_div(D, WARP), P), dim3(WARP, CEMA_WARPS), shared>>>(dinp, parts, dout, inp, h_blocks, futures,
-                                                                           *coefs, omega, B, L, D, N);
+    cema_tokens(dinp, behind, dout, coefs, omega, 1, B, L, D, N);
+    auto kernel = D % VEC > 0                ? cema_sums_kernel<1, true>
+                  : dh && L % CEMA_BLOCK > 0 ? cema_sums_kernel<VEC, true>
+                                             : cema_sums_kernel<VEC, false>;
+    allow_shared(kernel, 2 * CEMA_TILES);
+    kernel<<<grid, dim3(WARP, CEMA_CHANNELS), 2 * CEMA_TILES>>>(parts, dout, inp, states, behind, *coefs, B, L, D, N);
     LAUNCHED();
-    sum_parts(dcoefs->p, NULL, 0, parts, P, width, (size_t)5 * N * D, 0);
-    sum_parts(domega, NULL, 1, parts + (size_t)5 * N * D, P, width, D, 0);
+    sum_parts(dcoefs->p, NULL, 0, parts, (int)grid.y, width, (size_t)5 * N * D, 0);
+    sum_parts(domega, NULL, 1, parts + (size_t)5 * N * D, (int)grid.y, width, D, 0);
 }
 
 // Pieces of one sequence, see megalodon.c. all (pieces,B,2,N,D): each piece alone. h (B,2,N,D): h before the whole
@@ -2308,9 +2447,9 @@ static void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, s
 
 typedef struct {
     float p, q_re, q_im, g_re, g_im, re, im;
-} CemaMode;
-static __device__ CemaMode cema_mode(Coefs c, const float *h, size_t at, size_t modes) {
-    return CemaMode{c.p[at], c.q_re[at], c.q_im[at], c.g_re[at], c.g_im[at], h[at], h[modes + at]};
+} DecodeMode;
+static __device__ DecodeMode decode_mode(Coefs c, const float *h, size_t at, size_t modes) {
+    return DecodeMode{c.p[at], c.q_re[at], c.q_im[at], c.g_re[at], c.g_im[at], h[at], h[modes + at]};
 }
 
 static __global__ void decode_norm_kernel(act *xt, act *ema, double *mean, double *m2, float *h, const act *inp,
@@ -2320,9 +2459,9 @@ static __global__ void decode_norm_kernel(act *xt, act *ema, double *mean, doubl
     int g = D / G, lane = threadIdx.x, b = blockIdx.y, pair = b * G + blockIdx.x, d0 = blockIdx.x * g;
     size_t row = (size_t)b * D, modes = (size_t)N * D, mine = (size_t)threadIdx.y * D + d0 + lane;
     const act *x = inp + row + d0;
-    CemaMode mode = {};
+    DecodeMode mode = {};
     if (h) h += b * 2 * modes;
-    if (h && lane < g && (int)threadIdx.y < N) mode = cema_mode(coefs, h, mine, modes);
+    if (h && lane < g && (int)threadIdx.y < N) mode = decode_mode(coefs, h, mine, modes);
     double n = (double)g * (double)count[b];
     Moments before = {mean[pair], m2[pair]};
     wait_for_last();
@@ -2341,7 +2480,7 @@ static __global__ void decode_norm_kernel(act *xt, act *ema, double *mean, doubl
         float v = to_float(rounded), y = 0;
         for (int k = threadIdx.y; h && i < g && k < N; k += blockDim.y) {
             size_t at = (size_t)k * D + d0 + i;
-            if (at != mine) mode = cema_mode(coefs, h, at, modes); // the first one is there
+            if (at != mine) mode = decode_mode(coefs, h, at, modes); // the first one is there
             float re = mode.q_re * mode.re - mode.q_im * mode.im + mode.p * v;
             float im = mode.q_re * mode.im + mode.q_im * mode.re;
             h[at] = re, h[modes + at] = im;
@@ -2654,7 +2793,7 @@ typedef struct {                 // used by every layer in turn; what begins wit
     act *dq, *dk, *dz;           // (B,L,Z)
     act *do_, *dr_in, *dv;       // (B,L,E)
     act *dscores;                // as scores
-    float *futures;              // (B, L/CEMA_BLOCK, 2, N, D)
+    float *futures;              // (D, B, L/CEMA_BLOCK, N, 2)
     Coefs dcoefs;                // one behind the other
     float *parts;                // of sums over rows
     act *hidden, *dhidden, *df1; // (B,L,F) of the FFN sub-layer

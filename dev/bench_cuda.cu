@@ -203,26 +203,29 @@ static void list_attention(const LayerActs *a, bool backward) {
 
 // CEMA's kernels, as cema_forward or cema_backward launches them.
 static void list_cema(const LayerActs *a, const LayerParams *w, const Coefs coefs, double states, bool backward) {
-    const int blocks = ceil_div(L, CEMA_BLOCK), strips = ceil_div(D, WARP),
-              modes = blocks_for((size_t)B * N * D, THREADS);
-    const dim3 grid(strips, ceil_div(B * blocks, CEMA_WARPS)), threads(WARP, CEMA_WARPS);
-    const size_t tile = CEMA_WARPS * CEMA_BLOCK * WARP * sizeof(act), sums = 2 * CEMA_WARPS * WARP * 5 * sizeof(float);
-    part(backward ? "  futures" : "  ends", 0, acts(D) + states, [=] {
-        if (backward) cema_futures_kernel<<<grid, threads>>>(s->futures, s->dema, coefs, B, L, D, N);
-        if (!backward) cema_ends_kernel<<<grid, threads>>>(a->h, a->xt, coefs, B, L, D, N);
+    const int blocks = ceil_div(L, CEMA_BLOCK);
+    const dim3 grid = cema_grid(B, L, D), threads(WARP, CEMA_WARPS);
+    float2 *h = (float2 *)(void *)(backward ? s->futures : a->h);
+    const float2 *before = (const float2 *)(const void *)a->h;
+    const act *x = backward ? s->dema : a->xt;
+    const bool vectors = D % VEC == 0;
+    part(backward ? "  ends back" : "  ends", 0, acts(D) + states, [=] {
+        auto kernel = vectors ? cema_ends_kernel<VEC> : cema_ends_kernel<1>;
+        kernel<<<grid, threads, CEMA_TILES>>>(h, x, coefs, backward, B, L, D, N);
         LAUNCHED();
     });
     part(backward ? "  scan back" : "  scan", 0, 2 * states, [=] {
-        cema_scan_kernel<<<modes, THREADS>>>(backward ? s->futures : a->h, NULL, coefs, backward, CEMA_BLOCK, B, blocks,
-                                             D, N);
+        cema_scan_kernel<<<blocks_for((size_t)B * N * D, THREADS), THREADS>>>(h, NULL, coefs, backward, CEMA_BLOCK, B,
+                                                                              blocks, D, N);
         LAUNCHED();
     });
-    part(backward ? "  tokens back" : "  tokens", 0, backward ? acts(3 * D) + 2 * states : acts(2 * D) + states, [=] {
-        if (backward)
-            cema_backward_kernel<false><<<dim3(strips, cema_parts(B, L, D)), threads, sums + 2 * tile>>>(
-                s->dxt, s->parts, s->dema, a->xt, a->h, s->futures, coefs, w->cema_omega, B, L, D, N);
-        if (!backward)
-            cema_forward_kernel<<<grid, threads, tile>>>(a->ema, a->h, a->xt, coefs, w->cema_omega, B, L, D, N);
+    part(backward ? "  tokens back" : "  tokens", 0, acts(2 * D) + states,
+         [=] { cema_tokens(backward ? s->dxt : a->ema, h, x, &coefs, w->cema_omega, backward, B, L, D, N); });
+    if (!backward) return;
+    part("  sums", 0, acts(2 * D) + 2 * states, [=] {
+        auto kernel = vectors ? cema_sums_kernel<VEC, false> : cema_sums_kernel<1, true>;
+        kernel<<<grid, dim3(WARP, CEMA_CHANNELS), 2 * CEMA_TILES>>>(s->parts, s->dema, a->xt, before, h, coefs, B, L, D,
+                                                                    N);
         LAUNCHED();
     });
 }

@@ -5,7 +5,7 @@
 P GPUs in machines of 8 and in groups of K. A group has a sequence at a time, each of its GPUs a piece; the groups have
 different sequences. For every P and length the fastest K is taken that fits into memory, with or without --recompute.
 Next to it, the same split where pieces wait for the state of the one before, as in the released code. What the model
-knows and what it leaves out: dev/notes/parallel.md, "How far it goes". No run on several GPUs has checked it.
+knows and what it leaves out: dev/notes/parallel.md, "How far it goes". Two GPUs are the most that have checked it.
 Prints a table, draws the picture. Needs matplotlib.
 """
 import argparse
@@ -20,20 +20,21 @@ import matplotlib.pyplot as plt
 
 HERE = 8  # GPUs of a machine
 LENGTHS, GPUS, POWERS = {"32K": 2**15, "128K": 2**17, "1M": 2**20}, [8, 32, 128, 512, 1024], [2**k for k in range(11)]
-MODELS = {  # as in megalodon.h; batch: tokens of a step, however many GPUs
+# As in megalodon.h. batch: tokens of a step, however many GPUs. token: us of forward and backward, measured: parallel.md
+MODELS = {
     "mega1.3B": SimpleNamespace(layers=24, D=2048, Z=512, E=4096, H=2, F=4864, N=16, C=2048, V=32000, G=64,
-                                n=1342832640, batch=2**21),
+                                n=1342832640, batch=2**21, token=16.8),
     "mega7.1B": SimpleNamespace(layers=32, D=4096, Z=1024, E=8192, H=4, F=11264, N=16, C=2048, V=32000, G=64,
-                                n=7117381632, batch=2**22),
+                                n=7117381632, batch=2**22, token=74.3),
 }
 OPTIONS = [  # name, default, unit and where it is from
-    ("step", 169.4, "ms, mega1.3B, 2 x 4096 tokens, one GPU; measured: dev/notes/test-cuda.txt"),
+    ("fixed", 0.8, "ms a layer, forward and backward, however few tokens; measured: dev/notes/parallel.md"),
     ("hbm", 4222, "GB/s of AdamW; measured: dev/notes/bench-cuda.txt"),
     ("nvlink", 360, "GB/s, one direction; data sheet: NVLink 4, 450; assumed: 80 %% of it"),
-    ("pcie", 50, "GB/s, one direction; data sheet: 5.0 x16, 63; assumed: 80 %%"),
+    ("pcie", 55, "GB/s, one direction; measured: copies from and to pinned memory, either way"),
     ("network", 40, "GB/s a GPU; assumed: 400 Gb/s for each, 80 %%"),
     ("host-memory", 490, "GB/s a machine; data sheet: two sockets of 8 DDR5-4800, 614; assumed: 80 %%"),
-    ("host-sum", 8.2, "GB/s of float32 that a process adds to others; measured: MPI_Reduce_local, 2^18 floats, a core"),
+    ("host-sum", 32, "GB/s of float32 that a process adds up; measured: two threads, messages of 2^18"),
     ("mpi-latency", 3, "us a message between machines; assumed"),
     ("gpu-latency", 20, "us until processes' GPUs, or a GPU and its host, have waited for each other; assumed"),
     ("memory", 141, "GB of a GPU; data sheet"),
@@ -41,7 +42,7 @@ OPTIONS = [  # name, default, unit and where it is from
 # us of mega200M's parts in dev/notes/bench-cuda.txt, 8 x 2048 tokens, all layers, and shares of its step without update
 BENCH = SimpleNamespace(tokens=16384, layers=12, D=1024, norm=738, norm_back=1695, cema=3209, cema_back=8079,
                         ends=923, scan=403, scan_back=167, again=0.28, backward=0.63)
-PARTS = ["computation", "norms, scans, blocks again", "states between pieces", "gradients, not hidden",
+PARTS = ["computation", "small, or done again", "states between pieces", "gradients, not hidden",
          "parameters back", "update"]
 COLORS = ["#4c72b0", "#8fb1dd", "#c44e52", "#dd8452", "#8172b3", "#937860"]  # of these
 DASHED = "mega1.3B"
@@ -49,21 +50,9 @@ DASHED = "mega1.3B"
 
 # ---- one GPU
 
-def flops(c):
-    """Of products, a token's step: forward once, backward twice; the causal half of a chunk's attention."""
-    weights = c.layers * c.D * (3 * c.E + c.Z + c.D + 2 * c.F) + c.V * c.D
-    return 6 * weights + 3 * c.layers * c.C * (c.Z + c.E)
-
-
 def update_time(c, o, P):
     """Norm and AdamW of n/P parameters, 34 bytes each; zeroing all gradients; rounding what others have updated."""
     return (34 * c.n / P + 4 * c.n + (6 * c.n if P > 1 else 0)) / o.hbm
-
-
-def token_time(c, o):
-    """Forward and backward. mega7.1B has not been measured: as many operations a second as mega1.3B does."""
-    measured = MODELS["mega1.3B"]
-    return (o.step - update_time(measured, o, 1)) / 8192 * flops(c) / flops(measured)
 
 
 def norm_time(c, us):  # a token's, in one layer, from that of mega200M, by the channels
@@ -146,9 +135,10 @@ def step_parts(c, o, P, L, K, recompute, serial=False):
         B //= 2
         if B == 0:
             return None
-    times, token, back = rows // B, token_time(c, o), BENCH.backward + BENCH.again * recompute
+    times, token, back = rows // B, c.token * 1e-6, BENCH.backward + BENCH.again * recompute
     once = B * piece  # tokens that a GPU has at a time
-    compute, again, gathers = rows * piece * token, rows * piece * token * BENCH.again * recompute, 0
+    compute, gathers = rows * piece * token, 0
+    again = compute * BENCH.again * recompute + times * c.layers * o.fixed * (1 + BENCH.again * recompute)
     state, moments, sums = 8 * c.N * c.D * B, 16 * c.G * B, 24 * c.G * B
     if serial and K > 1:
         norm, norm_back = once * norm_time(c, BENCH.norm), once * norm_time(c, BENCH.norm_back)

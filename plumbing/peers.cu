@@ -17,6 +17,9 @@ extern "C" {
 #include "peers.h"
 #include "plumbing.h"
 }
+#ifdef OPEN_MPI
+#include <mpi-ext.h> // defines: MPIX_CUDA_AWARE_SUPPORT, MPIX_Query_cuda_support
+#endif
 
 enum { BLOCK = 256 }; // threads
 
@@ -156,25 +159,56 @@ void peers_sum(Range range) {
     CUDA(cudaGetLastError());
 }
 
+// Does MPI take pointers to device memory? It may say so, or the environment does.
+static int cuda_aware(void) {
+    const char *said = getenv("MEGALODON_CUDA_AWARE");
+    if (said != NULL) return atoi(said);
+#if defined(MPIX_CUDA_AWARE_SUPPORT) && MPIX_CUDA_AWARE_SUPPORT
+    return MPIX_Query_cuda_support();
+#else
+    return 0;
+#endif
+}
+
+float *peers_memory(size_t n) {
+    void *memory = NULL;
+    const size_t bytes = n * sizeof(float);
+    if ((cuda_aware() ? cudaMalloc(&memory, bytes) : cudaMallocHost(&memory, bytes)) != cudaSuccess)
+        fatal("out of memory for messages of %zu bytes", bytes);
+    return (float *)memory;
+}
+
+void peers_release(float *memory) { CUDA(cuda_aware() ? cudaFree(memory) : cudaFreeHost(memory)); }
+
 void peers_read(Model *model, Range r, float *dst) {
     const float *src = megalodon_block(model, GRADS) + r.first;
-    CUDA(cudaMemcpyAsync(dst, src, r.count * sizeof *dst, cudaMemcpyDeviceToHost, aside));
+    CUDA(cudaMemcpyAsync(dst, src, r.count * sizeof *dst, cudaMemcpyDefault, aside));
     CUDA(cudaStreamSynchronize(aside));
 }
 
 void peers_write(Model *model, Range r, const float *src) {
     float *dst = megalodon_block(model, GRADS) + r.first;
-    CUDA(cudaMemcpyAsync(dst, src, r.count * sizeof *dst, cudaMemcpyHostToDevice, aside));
+    CUDA(cudaMemcpyAsync(dst, src, r.count * sizeof *dst, cudaMemcpyDefault, aside));
     CUDA(cudaStreamSynchronize(aside));
 }
 
-float *peers_memory(size_t n) {
-    float *memory = NULL;
-    if (cudaMallocHost((void **)&memory, n * sizeof *memory) != cudaSuccess) fatal("out of memory for messages");
-    return memory;
+// A thread has a number.
+static __global__ void add_kernel(float *sum, int others, size_t n) {
+    size_t i = (size_t)blockIdx.x * BLOCK + threadIdx.x;
+    if (i >= n) return;
+    float s = sum[i];
+    for (int f = 1; f <= others; f++) s += sum[(size_t)f * n + i];
+    sum[i] = s;
 }
 
-void peers_release(float *memory) { CUDA(cudaFreeHost(memory)); }
+int peers_add(float *sum, int others, size_t n) {
+    if (!cuda_aware()) return 0;
+    add_kernel<<<(unsigned)((n + BLOCK - 1) / BLOCK), BLOCK, 0, aside>>>(sum, others, n);
+    CUDA(cudaGetLastError());
+    return 1;
+}
+
+void peers_wait(void) { CUDA(cudaStreamSynchronize(0)); }
 
 void peers_finish(void) {
     CUDA(cudaEventRecord(summed, aside));
@@ -209,8 +243,13 @@ static void windows_close(void) {
     room = 0;
 }
 
-static void gather_by_host(MPI_Comm comm, const void *mine, void *all, size_t bytes) {
+static void gather_by_mpi(MPI_Comm comm, const void *mine, void *all, size_t bytes) {
     int n;
+    if (cuda_aware()) {
+        CUDA(cudaStreamSynchronize(0));
+        MPI_Allgather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, comm);
+        return;
+    }
     MPI_Comm_size(comm, &n);
     if (host_bytes < bytes * (size_t)(n + 1)) {
         CUDA(cudaFreeHost(host));
@@ -224,7 +263,7 @@ static void gather_by_host(MPI_Comm comm, const void *mine, void *all, size_t by
 
 void peers_gather(MPI_Comm comm, int near, const void *mine, void *all, size_t bytes) {
     if (!near) {
-        gather_by_host(comm, mine, all, bytes);
+        gather_by_mpi(comm, mine, all, bytes);
         return;
     }
     if (group.n == 0) circle_open(&group, comm);

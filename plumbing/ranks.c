@@ -45,6 +45,8 @@ static void peers_read(Model *model, Range r, real *dst) { megalodon_read(model,
 static void peers_write(Model *model, Range r, const real *src) {
     megalodon_write(model, GRADS, r.first, r.count, src);
 }
+static int peers_add(const real *sum, int others, size_t n) { return (void)sum, (void)others, (void)n, 0; }
+static void peers_wait(void) {}
 static real *peers_memory(size_t n) { return allocate(n, sizeof(real)); }
 static void peers_release(real *memory) { free(memory); }
 static void peers_gather(MPI_Comm comm, int reached, const void *mine, void *all, size_t bytes) {
@@ -173,7 +175,8 @@ static void sum_between_circles(Model *model, int segment) {
         }
         count((size_t)circles * n * sizeof *out);
         MPI_Alltoall(out, (int)n, real_type(), in, (int)n, real_type(), far);
-        for (int f = 1; f < circles; f++) {
+        const int host = !peers_add(in, circles - 1, n);
+        for (int f = 1; f < circles && host; f++) {
 #pragma omp parallel for simd schedule(static)
             for (size_t i = 0; i < n; i++) in[i] += in[(size_t)f * n + i];
         }
@@ -204,6 +207,7 @@ void ranks_share_params(Model *model) {
             const Range r = piece_of(circle, s, done);
             if (r.count > 0) megalodon_read(model, PARAMS, r.first, r.count, out);
             count(n * sizeof *out);
+            peers_wait();
             MPI_Allgather(out, (int)n, real_type(), in, (int)n, real_type(), far);
             for (int f = 0; f < circles; f++) {
                 const Range there = piece_of(f, s, done);

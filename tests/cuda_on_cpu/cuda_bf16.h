@@ -26,4 +26,11 @@ inline __nv_bfloat16 __float2bfloat16(float x) {
     return __nv_bfloat16{(uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
+struct __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return __nv_bfloat162{__float2bfloat16(x), __float2bfloat16(y)};
+}
+
 #endif

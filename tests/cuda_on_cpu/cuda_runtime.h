@@ -102,6 +102,11 @@ inline double2 make_double2(double x, double y) { return double2{x, y}; }
 
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
+inline float __uint_as_float(unsigned x) {
+    float f;
+    memcpy(&f, &x, sizeof f);
+    return f;
+}
 inline double rsqrt(double x) { return 1 / sqrt(x); }
 
 inline thread_local uint3 threadIdx, blockIdx;
@@ -137,7 +142,8 @@ struct EmuWarp {
     struct {
         unsigned turn; // at which it was written, + 1
         uint64_t bits;
-    } slots[2][warpSize]; // of this shuffle and the one before, whose readers may be late
+    } slots[2][warpSize];           // of this shuffle and the one before, whose readers may be late
+    uint32_t words[2][warpSize][6]; // of matrix products, in the same way
 };
 
 // All that a core needs to run a block.
@@ -353,6 +359,32 @@ template <typename T> inline T __shfl_up_sync(unsigned mask, T x, unsigned step)
 template <typename T> inline T __shfl_down_sync(unsigned mask, T x, unsigned step) {
     int from = emu_lane() + (int)step;
     return emu_shuffle(mask, x, from < warpSize ? from : emu_lane());
+}
+
+// mma.m16n8k16 of bfloat16: C (16,8) += A (16,16) B (16,8), of which a lane has the numbers that the PTX manual says. In
+// double, rounded once; a tensor core keeps fewer bits.
+inline void emu_mma(float &c0, float &c1, float &c2, float &c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                    uint32_t b0, uint32_t b1) {
+    EmuWarp *warp = emu_whole_warp(~0u);
+    auto *words = warp->words[warp->barrier.turn % 2];
+    const int row = emu_lane() / 4, column = emu_lane() % 4 * 2;
+    const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
+    memcpy(words[emu_lane()], mine, sizeof mine);
+    emu_wait(&warp->barrier);
+    auto number = [&](int lane, int word, int upper) { // of a pair
+        const uint32_t bits = upper ? words[lane][word] & 0xffff0000 : words[lane][word] << 16;
+        float x;
+        memcpy(&x, &bits, sizeof x);
+        return (double)x;
+    };
+    float *c[4] = {&c0, &c1, &c2, &c3};
+    for (int i = 0; i < 4; i++) {
+        double sum = *c[i];
+        for (int k = 0; k < 16; k++)
+            sum += number(row * 4 + k % 8 / 2, i / 2 + k / 8 * 2, k % 2) *
+                   number((column + i % 2) * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+        *c[i] = (float)sum;
+    }
 }
 
 // ----------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 # Lines keep their numbers, and messages name the .cu file.
 #     kernel<<<grid, block, shared>>>(args)   ->  emu_launch("kernel", __LINE__, kernel, grid, block, shared)(args)
 #     extern __shared__ T name[];             ->  T *name = (T *)emu_shared();
+#     asm("mma..." : "+f"(c) : "r"(a));       ->  emu_mma((c), (a));
 #     __shared__ T name[N];                   ->  the same and, behind it, an assertion that it fits
 { text = text $0 "\n" }
 
-END { printf "#line 1 \"%s\"\n%s", file, static_shared(dynamic_shared(launches(text))) }
+END { printf "#line 1 \"%s\"\n%s", file, static_shared(dynamic_shared(launches(products(text)))) }
 
 function launches(text, out, at, before, end, kernel) {
     while ((at = index(text, "<<<")) > 0) {
@@ -20,6 +21,24 @@ function launches(text, out, at, before, end, kernel) {
         out = out substr(before, 1, RSTART - 1) "emu_launch(\"" kernel "\", __LINE__, " kernel ", " \
             substr(text, 1, end - 1) ")"
         text = substr(text, end + 3)
+    }
+    return out text
+}
+
+# Lines of the instruction itself become empty ones.
+function products(text, out, end, operands, lines) {
+    while (match(text, /asm\("mma/)) {
+        out = out substr(text, 1, RSTART - 1) "emu_mma("
+        text = substr(text, RSTART)
+        match(text, /: "/)
+        end = index(text, "));")
+        operands = substr(text, RSTART + 1, end - RSTART - 1)
+        lines = substr(text, 1, RSTART)
+        gsub(/[^\n]/, "", lines)
+        sub(/:/, ",", operands)
+        gsub(/"[+]?[a-z]"/, "", operands)
+        out = out lines operands
+        text = substr(text, end)
     }
     return out text
 }
