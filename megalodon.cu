@@ -17,7 +17,8 @@ order, and the parts are added in a fixed order. cuBLASLt repeats itself as long
 
 What differs from megalodon.c, to move fewer bytes: qk_* are RMSNorm, scale and rotation in one kernel, so that neither
 z's norm nor q and k before the rotation are kept; gates and silu compute their own output again in the backward pass;
-residuals are added by the product or kernel before them; timestep_norm_* and cema_* work on blocks of tokens at once.
+residuals are added by the product or kernel before them; timestep_norm_* and cema_* work on blocks of tokens at once;
+a single token of a few sequences has kernels of its own (decoding).
 */
 #include <assert.h>
 #include <math.h>
@@ -59,6 +60,8 @@ enum {
     CEMA_PAIRS = CEMA_BLOCK / 2 + 4,           // pairs of numbers of a block in shared memory, and
     CEMA_TILE = CEMA_COLUMNS * CEMA_PAIRS + 2, // of a channel: so many that threads meet in few banks
     QUERY_ROWS = 512,                          // queries of a chunk whose scores exist at a time
+    FEW_ROWS = 8,                              // rows that are decoded at once
+    VALUE_COLUMNS = 16,                        // columns of values that a block of decode_values_kernel owns
     SCORES = 1 << 24,                          // scores that exist at a time
     LOGITS = 1 << 27, // logits that exist at a time, in whole positions; at least LOGIT_ROWS of these
     LOGIT_ROWS = 128,
@@ -79,6 +82,7 @@ static __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 
 static struct {
     int open, devices; // devices of this machine
+    int early;         // a kernel can start before the one before it has ended
     char name[300];
     size_t used, peak; // bytes of device memory
     cublasLtHandle_t lt;
@@ -137,6 +141,7 @@ static void gpu_open(void) {
     CUDA(cudaGetDeviceProperties(&properties, number % count));
     snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s", properties.name, properties.major, properties.minor,
              sizeof(act) == 4 ? "float32" : "bfloat16");
+    gpu.early = properties.major >= 9;
     BLAS(cublasLtCreate(&gpu.lt));
     gpu.workspace = device_new(WORKSPACE);
     if (gpu.workspace == NULL) {
@@ -1756,29 +1761,35 @@ static __device__ int position(const int64_t *count, int row, int L, int C) {
     return (past + row % L) % C;
 }
 
-static __global__ void qk_forward_kernel(act *q, act *k, const act *z, const float *gamma, const float *beta,
-                                         const float2 *table, const int64_t *count, int R, int L, int Z, int dz, int C,
-                                         float eps) {
-    int H = Z / dz, pairs = dz / 2, task = blockIdx.x * ROW_WARPS + threadIdx.y, row = task / H, h = task % H;
+// A warp's head: q, k, z, gamma and beta begin there; k's gamma and beta are Z further on.
+static __device__ void qk_head(act *q, act *k, const act *z, const float *gamma, const float *beta, const float2 *turns,
+                               int Z, int dz, float eps) {
+    const float *gamma1 = gamma + Z, *beta1 = beta + Z;
     float squares = 0, scale = 1 / sqrtf((float)dz);
-    if (row >= R) return;
-    size_t at = (size_t)row * Z + h * dz;
-    const float2 *turns = table ? table + (size_t)position(count, row, L, C) * pairs : NULL;
-    for (int j = threadIdx.x; j < pairs; j += WARP) {
-        float2 x = load_pair(z + at + 2 * j);
+    for (int j = threadIdx.x; j < dz / 2; j += WARP) {
+        float2 x = load_pair(z + 2 * j);
         squares += x.x * x.x + x.y * x.y;
     }
     float s = 1 / sqrtf(warp_sum(squares) / dz + eps);
-    for (int j = threadIdx.x; j < pairs; j += WARP) {
-        int c = h * dz + 2 * j;
-        float2 n = load_pair(z + at + 2 * j), by = turns ? turns[j] : make_float2(1, 0);
+    for (int j = threadIdx.x; j < dz / 2; j += WARP) {
+        int c = 2 * j;
+        float2 n = load_pair(z + c), by = turns ? turns[j] : make_float2(1, 0);
         n.x *= s * scale, n.y *= s * scale;
         float2 qj = make_float2(n.x * (gamma[c] + 1) + beta[c], n.y * (gamma[c + 1] + 1) + beta[c + 1]);
-        const float *gamma1 = gamma + Z, *beta1 = beta + Z;
         float2 kj = make_float2(n.x * (gamma1[c] + 1) + beta1[c], n.y * (gamma1[c + 1] + 1) + beta1[c + 1]);
-        store_pair(q + at + 2 * j, turn(qj, by, 1));
-        store_pair(k + at + 2 * j, turn(kj, by, 1));
+        store_pair(q + c, turn(qj, by, 1));
+        store_pair(k + c, turn(kj, by, 1));
     }
+}
+
+static __global__ void qk_forward_kernel(act *q, act *k, const act *z, const float *gamma, const float *beta,
+                                         const float2 *table, const int64_t *count, int R, int L, int Z, int dz, int C,
+                                         float eps) {
+    int H = Z / dz, task = blockIdx.x * ROW_WARPS + threadIdx.y, row = task / H, h = task % H;
+    if (row >= R) return;
+    size_t at = (size_t)row * Z + h * dz;
+    const float2 *turns = table ? table + (size_t)position(count, row, L, C) * (dz / 2) : NULL;
+    qk_head(q + at, k + at, z + at, gamma + h * dz, beta + h * dz, turns, Z, dz, eps);
 }
 
 static void qk_forward(act *q, act *k, const act *z, const float *gamma, const float *beta, const float2 *table,
@@ -2407,6 +2418,345 @@ static void output_loss(double *total, float *losses, act *dx, float *doutput, a
 }
 
 // ----------------------------------------------------------------------------
+// decoding: one token of each of B sequences, at most FEW_ROWS, that goes on from a state. Little is to be computed: what
+// takes time is reading every weight and the unfinished chunk once, and waiting for one kernel after the other, so these
+// are as few as the data's way through a layer allows: seven. Places are read from the state on the device, so that the
+// host waits for nothing. A kernel starts while the one before it ends, if the GPU can do that, and loads weights and what
+// the token before left in the state; what other kernels of this token wrote is there only behind wait_for_last.
+
+static __device__ void wait_for_last(void) {
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion(); // now the next one may start
+#endif
+}
+
+template <typename... Parameters, typename... Arguments>
+static void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Arguments... arguments) {
+    cudaLaunchAttribute early;
+    cudaLaunchConfig_t config = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared;
+    config.attrs = &early, config.numAttrs = gpu.early;
+    CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+// 1. TimestepNorm and, if h is there, CEMA. A block has a group of a row: every warp finds its moments, then a lane has a
+// channel, and the warps take its modes in turns. Reads and writes 2*N*D floats of h (2,N,D) a row, reads 5*N*D of coefs.
+
+typedef struct {
+    float p, q_re, q_im, g_re, g_im, re, im;
+} DecodeMode;
+static __device__ DecodeMode decode_mode(Coefs c, const float *h, size_t at, size_t modes) {
+    return DecodeMode{c.p[at], c.q_re[at], c.q_im[at], c.g_re[at], c.g_im[at], h[at], h[modes + at]};
+}
+
+static __global__ void decode_norm_kernel(act *xt, act *ema, double *mean, double *m2, float *h, const act *inp,
+                                          const float *weight, const float *bias, Coefs coefs, const float *omega,
+                                          const int64_t *count, int D, int G, int N, double eps) {
+    __shared__ float sums[VALUE_COLUMNS][WARP];
+    int g = D / G, lane = threadIdx.x, b = blockIdx.y, pair = b * G + blockIdx.x, d0 = blockIdx.x * g;
+    size_t row = (size_t)b * D, modes = (size_t)N * D, mine = (size_t)threadIdx.y * D + d0 + lane;
+    const act *x = inp + row + d0;
+    DecodeMode mode = {};
+    if (h) h += b * 2 * modes;
+    if (h && lane < g && (int)threadIdx.y < N) mode = decode_mode(coefs, h, mine, modes);
+    double n = (double)g * (double)count[b];
+    Moments before = {mean[pair], m2[pair]};
+    wait_for_last();
+    float first = to_float(x[0]), s1 = 0, s2 = 0;
+    for (int i = lane; i < g; i += WARP) {
+        float d = to_float(x[i]) - first;
+        s1 += d, s2 += d * d;
+    }
+    s1 = warp_sum(s1), s2 = warp_sum(s2);
+    Moments own = {(double)first + s1 / g, fmaxf(s2 - s1 * s1 / g, 0)};
+    Moments all = merge(n, before, g, own);
+    float shift = (float)all.mean, rstd = (float)(1 / sqrt(all.m2 / (n + g) + eps));
+    for (int i = lane; i - lane < g; i += WARP) {
+        act rounded = {};
+        if (i < g) set(&rounded, (to_float(x[i]) - shift) * rstd * (weight[d0 + i] + 1) + bias[d0 + i]);
+        float v = to_float(rounded), y = 0;
+        for (int k = threadIdx.y; h && i < g && k < N; k += blockDim.y) {
+            size_t at = (size_t)k * D + d0 + i;
+            if (at != mine) mode = decode_mode(coefs, h, at, modes); // the first one is there
+            float re = mode.q_re * mode.re - mode.q_im * mode.im + mode.p * v;
+            float im = mode.q_re * mode.im + mode.q_im * mode.re;
+            h[at] = re, h[modes + at] = im;
+            y += mode.g_re * re - mode.g_im * im;
+        }
+        sums[threadIdx.y][lane] = y;
+        __syncthreads(); // all have read the state, too
+        if (threadIdx.y == 0 && i < g) {
+            xt[row + d0 + i] = rounded;
+            for (int w = 1; w < VALUE_COLUMNS; w++) y += sums[w][lane];
+            if (h) set(&ema[row + d0 + i], y + omega[d0 + i] * v);
+        }
+        __syncthreads(); // the sums have been read
+    }
+    if (lane == 0 && threadIdx.y == 0) mean[pair] = all.mean, m2[pair] = all.m2;
+}
+
+// 2., 5., 6., 7. Products: out (R,M) = inp (R,K) weight' + bias, then silu, then times scale (M), plus add (R,M). What is
+// NULL is left out. With gate (M,K): out = silu(inp weight') * inp gate'. norm: inp is normalised first. A launch has up
+// to four, which share K. `split` warps have an output of all rows and go through its row of weights together; the first
+// numbers of it are on their way before anything is waited for.
+
+typedef struct {
+    act *out;
+    const act *inp, *weight, *bias, *gate, *add;
+    const float *scale, *norm_weight, *norm_bias;
+    int M, silu, norm; // NO_NORM, ..
+} Linear;
+typedef struct {
+    Linear of[4]; // M 0: none
+} Linears;
+enum { NO_NORM, RMS_NORM, LAYER_NORM };
+enum { FEW_WARPS = 16, FEW_THREADS = FEW_WARPS * WARP, FEW_LOADS = 4 }; // of a block; loads of a thread at once
+
+// A load, kept as it came: unpacked, numbers of 16 bits would take registers of 32.
+template <int W> struct Loaded { uint4 bits; };
+template <> struct Loaded<1> { act bits; };
+
+template <int W> static __device__ void few_load(Loaded<W> w[FEW_LOADS], const act *weight, int k0, int step, int K) {
+#pragma unroll
+    for (int i = 0; i < FEW_LOADS; i++) {
+        if (k0 + i * step < K) w[i] = *(const Loaded<W> *)(weight + k0 + i * step);
+    }
+}
+
+// Rows of x times a row of weights, whose first numbers are in w: columns k0, k0 + step, .. , W at each.
+template <int R, int W>
+static __device__ void few_dots(float sum[R], Loaded<W> w[FEW_LOADS], const act *weight, const act *x, int k0, int step,
+                                int B, int K) {
+#pragma unroll
+    for (int r = 0; r < R; r++) sum[r] = 0;
+#pragma unroll 1
+    for (; k0 < K; k0 += FEW_LOADS * step) {
+#pragma unroll
+        for (int i = 0; i < FEW_LOADS; i++) {
+            if (k0 + i * step >= K) break;
+            float unpacked[W], y[W];
+            load<W>(unpacked, (const act *)&w[i]);
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                load<W>(y, x + (size_t)min_int(r, B - 1) * K + k0 + i * step);
+#pragma unroll
+                for (int u = 0; u < W; u++) sum[r] += unpacked[u] * y[u];
+            }
+        }
+        few_load<W>(w, weight, k0 + FEW_LOADS * step, step, K);
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++) sum[r] = warp_sum(sum[r]);
+}
+
+static __device__ float norm_scale(const Linear &l, int k, int K) {
+    return l.norm_weight && k < K ? l.norm_weight[k] + 1 : 1;
+}
+static __device__ float norm_shift(const Linear &l, int k, int K) { return l.norm_bias && k < K ? l.norm_bias[k] : 0; }
+
+// rows (B,K): inp, normalised. Every block does this again; a thread has a column, or several.
+static __device__ void few_norms(act *rows, const Linear &l, int B, int K, float eps) {
+    enum { AHEAD = 2 };
+    float scale[AHEAD], shift[AHEAD];
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) {
+        int k = threadIdx.x + u * FEW_THREADS;
+        scale[u] = norm_scale(l, k, K), shift[u] = norm_shift(l, k, K);
+    }
+    wait_for_last();
+    for (int r = 0; r < B; r++) {
+        const act *inp = l.inp + (size_t)r * K;
+        float from = l.norm == LAYER_NORM ? to_float(inp[0]) : 0;
+        RowSums sums = {};
+#pragma unroll 2
+        for (int k = threadIdx.x; k < K; k += FEW_THREADS) {
+            float d = to_float(inp[k]) - from;
+            sums.x[0] += d, sums.x[1] += d * d;
+        }
+        sums = block_sum(sums);
+        float mean = l.norm == LAYER_NORM ? sums.x[0] / K : 0;
+        float s = 1 / sqrtf(fmaxf(sums.x[1] / K - mean * mean, 0) + eps);
+#pragma unroll 1
+        for (int k0 = threadIdx.x; k0 < K; k0 += AHEAD * FEW_THREADS) {
+#pragma unroll
+            for (int u = 0; u < AHEAD; u++) {
+                int k = k0 + u * FEW_THREADS;
+                if (k >= K) break;
+                if (K > AHEAD * FEW_THREADS) scale[u] = norm_scale(l, k, K), shift[u] = norm_shift(l, k, K);
+                set(&rows[(size_t)r * K + k], (to_float(inp[k]) - from - mean) * s * scale[u] + shift[u]);
+            }
+        }
+    }
+    __syncthreads();
+}
+
+template <int R, int W>
+static __global__ void __launch_bounds__(FEW_THREADS, R < 3 ? 4 - R : 1) // so many blocks find registers
+    few_rows_kernel(const __grid_constant__ Linears all, int split, int B, int K, float eps) {
+    extern __shared__ float4 few_shared[]; // (B,K) acts, if there is a norm
+    __shared__ float dots[2][FEW_WARPS][R];
+    int block = blockIdx.x, each = FEW_WARPS / split, warp = threadIdx.x / WARP; // each: outputs of a block
+    const Linear *l = all.of;
+    while (block >= ceil_div(l->M, each)) block -= ceil_div(l++->M, each); // whose blocks come one behind the other
+    int k0 = (warp % split * WARP + threadIdx.x % WARP) * W, step = split * WARP * W;
+    size_t at = (size_t)min_int(block * each + warp / split, l->M - 1) * K; // the last output more than once
+    Loaded<W> w[FEW_LOADS];
+    few_load<W>(w, l->weight + at, k0, step, K);
+    int r = threadIdx.x % R, o = threadIdx.x / R, m = block * each + o; // what the thread writes in the end
+    bool writes = o < each && m < l->M && r < B;
+    float bias = writes && l->bias ? to_float(l->bias[m]) : 0, scale = writes && l->scale ? l->scale[m] : 1;
+    float sum[R], gate[R] = {};
+    act *rows = (act *)few_shared;
+    if (l->norm)
+        few_norms(rows, *l, B, K, eps);
+    else
+        wait_for_last();
+    float more = writes && l->add ? to_float(l->add[(size_t)r * l->M + m]) : 0;
+    const act *x = l->norm ? rows : l->inp;
+    few_dots<R, W>(sum, w, l->weight + at, x, k0, step, B, K);
+    if (l->gate) {
+        few_load<W>(w, l->gate + at, k0, step, K);
+        few_dots<R, W>(gate, w, l->gate + at, x, k0, step, B, K);
+    }
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        if (threadIdx.x % WARP == 0) dots[0][warp][i] = sum[i], dots[1][warp][i] = gate[i];
+    }
+    __syncthreads();
+    if (!writes) return;
+    float y = bias, times = 0;
+    for (int i = o * split; i < (o + 1) * split; i++) y += dots[0][i][r], times += dots[1][i][r];
+    if (l->silu) y *= sigmoid(y);
+    if (l->gate) y *= times;
+    set(&l->out[(size_t)r * l->M + m], y * scale + more);
+}
+
+static size_t few_shared_bytes(int B, int K) { return (size_t)B * K * sizeof(act); }
+
+static void few_rows(Linears all, int B, int K, double eps) {
+    enum { WARPS = 4096 }; // enough to keep a large GPU's memory busy
+    int blocks = 0, norm = 0, outputs = 0, split = 1, W = K % VEC == 0 ? VEC : 1;
+    for (const Linear &l : all.of) {
+        outputs += l.M, norm |= l.norm;
+        if (alignment(l.weight) < 16 || alignment(l.gate) < 16) W = 1; // NULL is aligned
+    }
+    while (split < FEW_WARPS && outputs * split < WARPS) split *= 2;
+    for (const Linear &l : all.of) blocks += ceil_div(l.M, FEW_WARPS / split);
+#define FEW(W)                                                                                                         \
+    (B == 1   ? few_rows_kernel<1, W>                                                                                  \
+     : B == 2 ? few_rows_kernel<2, W>                                                                                  \
+     : B <= 4 ? few_rows_kernel<4, W>                                                                                  \
+              : few_rows_kernel<FEW_ROWS, W>)
+    auto kernel = W == VEC ? FEW(VEC) : FEW(1);
+    size_t shared = norm ? few_shared_bytes(B, K) : 0;
+    allow_shared(kernel, shared + (2 << 10)); // what is declared in the kernel counts, too
+    launch_early(kernel, blocks, FEW_THREADS, shared, all, split, B, K, (float)eps);
+}
+
+// 3. Scores (B,H,C) of one query against the keys of its chunk so far, cached as floats. A warp has a key. The one of this
+// token comes from z, as the query does, and goes to the cache. Reads Z floats a key.
+
+enum { KEY_LOADS = 8 };
+static __device__ void key_load(float x[KEY_LOADS], const float *key, int from, int dz) {
+#pragma unroll
+    for (int i = 0; i < KEY_LOADS; i++) x[i] = from + i * WARP < dz ? key[from + i * WARP] : 0;
+}
+
+static __global__ void decode_scores_kernel(float *scores, float *cache_k, const act *z, const float *gamma,
+                                            const float *beta, const float2 *table, const int64_t *count, int Z, int dz,
+                                            int C, float eps) {
+    extern __shared__ float4 decode_shared[];
+    act *q = (act *)decode_shared, *k = q + dz;
+    int h = blockIdx.y, b = blockIdx.z, c = h * dz, last = position(count, b, 1, C);
+    int first = blockIdx.x * ROW_WARPS, j = min_int(first + threadIdx.y, last); // the last one more than once
+    if (first > last) return;                                                   // the grid is for a whole chunk
+    float *key = cache_k + ((size_t)b * C + j) * Z + c, x[KEY_LOADS], sum = 0;
+    key_load(x, key, threadIdx.x, dz);
+    wait_for_last();
+    if (threadIdx.y == 0)
+        qk_head(q, k, z + (size_t)b * Z + c, gamma + c, beta + c, table + (size_t)last * (dz / 2), Z, dz, eps);
+    __syncthreads();
+    for (int i0 = threadIdx.x; i0 < dz; i0 += KEY_LOADS * WARP) {
+        if (i0 >= KEY_LOADS * WARP) key_load(x, key, i0, dz);
+#pragma unroll
+        for (int u = 0; u < KEY_LOADS; u++) {
+            int i = i0 + u * WARP;
+            if (i >= dz) break;
+            if (j == last) key[i] = x[u] = to_float(k[i]);
+            sum += to_float(q[i]) * x[u];
+        }
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) scores[((size_t)b * gridDim.y + h) * C + j] = sum;
+}
+
+// 4. gated = o silu(r), o = softmax(scores) v. A block has VALUE_COLUMNS columns and as many warps; a lane a column of
+// every WARP-th key, with a softmax of its own, which are joined at the end, when a warp has a column. Reads E floats a
+// key.
+static __global__ void __launch_bounds__(WARP *VALUE_COLUMNS)
+    decode_values_kernel(act *gated, float *cache_v, const float *scores, const act *v, const act *r_in,
+                         const int64_t *count, int E, int C) {
+    enum { AT_ONCE = 16 };
+    __shared__ float tops[WARP], sums[WARP], values[VALUE_COLUMNS][WARP + 1];
+    int h = blockIdx.y, b = blockIdx.z, H = gridDim.y, dv = E / H, last = position(count, b, 1, C);
+    int column = threadIdx.x % VALUE_COLUMNS, turn = (threadIdx.y * WARP + threadIdx.x) / VALUE_COLUMNS;
+    int c = h * dv + min_int(blockIdx.x * VALUE_COLUMNS + column, dv - 1); // the last one more than once
+    float *cached = cache_v + (size_t)b * C * E + c, top = -INFINITY, sum = 0, o = 0;
+    scores += ((size_t)b * H + h) * C;
+    wait_for_last();
+    int mine = min_int(blockIdx.x * VALUE_COLUMNS + threadIdx.y, dv - 1); // the column this warp has in the end
+    float r = to_float(r_in[(size_t)b * E + h * dv + mine]);
+    if (last % WARP == turn) cached[(size_t)last * E] = to_float(v[(size_t)b * E + c]);
+    for (int j0 = turn; j0 <= last; j0 += AT_ONCE * WARP) {
+        float s[AT_ONCE], x[AT_ONCE], most = top;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            int j = j0 + i * WARP;
+            s[i] = j <= last ? scores[j] : -INFINITY, x[i] = j <= last ? cached[(size_t)j * E] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) most = fmaxf(most, s[i]);
+        float old = exp_act(top - most);
+        sum *= old, o *= old, top = most;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            float p = exp_act(s[i] - top);
+            sum += p, o += p * x[i];
+        }
+    }
+    tops[turn] = top, sums[turn] = sum, values[column][turn] = o;
+    __syncthreads();
+    top = tops[threadIdx.x];
+    float most = top;
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+    float share = exp_act(top - most);
+    sum = warp_sum(share * sums[threadIdx.x]);
+    o = warp_sum(share * values[mine - blockIdx.x * VALUE_COLUMNS][threadIdx.x]) / sum;
+    if (threadIdx.x == 0) set(&gated[(size_t)b * E + h * dv + mine], o * r * sigmoid(r));
+}
+
+static void decode_norm(act *xt, act *ema, double *mean, double *m2, float *h, const act *inp, const float *weight,
+                        const float *bias, Coefs coefs, const float *omega, const int64_t *count, int B, int D, int G,
+                        int N, double eps) {
+    launch_early(decode_norm_kernel, dim3(G, B), dim3(WARP, VALUE_COLUMNS), 0, xt, ema, mean, m2, h, inp, weight, bias,
+                 coefs, omega, count, D, G, N, eps);
+}
+
+static void decode_attention(act *gated, float *cache_k, float *cache_v, float *scores, const act *z, const act *v,
+                             const act *r_in, const float *gamma, const float *beta, const float2 *table,
+                             const int64_t *count, int B, int C, int H, int Z, int E, double eps) {
+    size_t shared = 2 * (size_t)(Z / H) * sizeof(act);
+    launch_early(decode_scores_kernel, dim3(ceil_div(C, ROW_WARPS), H, B), dim3(WARP, ROW_WARPS), shared, scores,
+                 cache_k, z, gamma, beta, table, count, Z, Z / H, C, (float)eps);
+    launch_early(decode_values_kernel, dim3(ceil_div(E / H, VALUE_COLUMNS), H, B), dim3(WARP, VALUE_COLUMNS), 0, gated,
+                 cache_v, scores, v, r_in, count, E, C);
+}
+
+// ----------------------------------------------------------------------------
 // activations
 
 typedef struct {                  // of one layer: what its backward pass reads
@@ -2438,6 +2788,7 @@ typedef struct {                 // used by every layer in turn; what begins wit
     act *v, *gated;              // (B,L,E)
     act *scores;                 // (chunks_at_once, score_rows, score_columns)
     act *chunk_k, *chunk_v;      // (C,Z), (C,E) a chunk that began before
+    float *decode_scores;        // (B,H,C), B at most FEW_ROWS
     act *dema;                   // (B,L,D)
     act *dq, *dk, *dz;           // (B,L,Z)
     act *do_, *dr_in, *dv;       // (B,L,E)
@@ -2559,6 +2910,7 @@ static void scratch_take(Scratch *s, Arena *arena, const Config *c, Mode mode, i
     take(&s->v, arena, R * E), take(&s->gated, arena, R * E);
     take(&s->scores, arena, scores);
     take(&s->chunk_k, arena, C * Z), take(&s->chunk_v, arena, C * E);
+    take(&s->decode_scores, arena, backward ? 0 : (size_t)min_int(B, FEW_ROWS) * c->num_heads * C);
     if (backward) {
         take(&s->dema, arena, R * D);
         take(&s->dq, arena, R * Z), take(&s->dk, arena, R * Z), take(&s->dz, arena, R * Z);
@@ -2883,6 +3235,46 @@ static void block_forward(Model *m, int layer, const State *in, State *out, int 
     m->acts_layer = layer;
 }
 
+static Linear linear_of(const Model *m, act *out, const act *inp, const float *weight, const float *bias, int M) {
+    Linear l;
+    memset(&l, 0, sizeof l);
+    l.out = out, l.inp = inp, l.weight = rounded(m, weight), l.bias = bias ? rounded(m, bias) : NULL, l.M = M;
+    return l;
+}
+
+// The same for a token of each of few sequences, in place of mega_forward and nffn_forward.
+static void block_decode(Model *m, int layer, const State *state, int B) {
+    const Config *c = &m->config;
+    const LayerParams *w = &m->params.layers[layer];
+    LayerActs *a = &m->acts[layer];
+    Scratch *s = &m->scratch;
+    const act *x = m->x[layer];
+    int D = c->model_dim, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim, C = c->chunk_size;
+    int G = c->norm_num_groups, N = c->cema_ndim;
+    size_t row = (size_t)layer * B;
+    decode_norm(a->xt, a->ema, state->mean + row * G, state->m2 + row * G, state->h + row * 2 * N * D, x,
+                w->timenorm_weight, w->timenorm_bias, m->coefs[layer], w->cema_omega, state->count, B, D, G, N,
+                c->norm_eps);
+    Linears first = {
+        {linear_of(m, s->v, a->xt, w->wv, w->wv_bias, E), linear_of(m, a->r_in, a->ema, w->wr, w->wr_bias, E),
+         linear_of(m, a->y, a->ema, w->wh1, w->wh1_bias, D), linear_of(m, a->z, a->ema, w->wz, w->wz_bias, Z)}};
+    first.of[0].silu = 1, first.of[2].add = x;
+    for (int i = 1; i < 4; i++) first.of[i].norm = RMS_NORM, first.of[i].norm_weight = w->rmsnorm_weight;
+    few_rows(first, B, D, c->norm_eps);
+    decode_attention(s->gated, state->k + row * C * Z, state->v + row * C * E, s->decode_scores, a->z, s->v, a->r_in,
+                     w->gamma, w->beta, m->rope, state->count, B, C, c->num_heads, Z, E, c->norm_eps);
+    Linears wh2 = {{linear_of(m, a->y, s->gated, w->wh2, NULL, D)}},
+            fc1 = {{linear_of(m, s->hidden, a->y, w->fc1, NULL, F)}};
+    wh2.of[0].add = a->y;
+    few_rows(wh2, B, E, c->norm_eps);
+    fc1.of[0].norm = LAYER_NORM, fc1.of[0].norm_weight = w->norm_weight, fc1.of[0].norm_bias = w->norm_bias;
+    fc1.of[0].silu = 1, fc1.of[0].gate = w->fc3 ? rounded(m, w->fc3) : NULL;
+    few_rows(fc1, B, D, c->norm_eps);
+    Linears fc2 = {{linear_of(m, m->x[layer + 1], s->hidden, w->fc2, NULL, D)}};
+    fc2.of[0].add = x, fc2.of[0].scale = w->alpha;
+    few_rows(fc2, B, F, c->norm_eps);
+}
+
 // A block's forward again, for its activations.
 static void block_again(Model *m, int layer) {
     if (m->mode != MEGALODON_TRAIN && m->acts_layer != layer)
@@ -2927,6 +3319,10 @@ static __global__ void advance_kernel(int64_t *count, int B, int64_t L) {
     int b = blockIdx.x * blockDim.x + threadIdx.x;
     if (b < B) count[b] += L;
 }
+static void advance(int64_t *count, int B, int64_t L) {
+    advance_kernel<<<blocks_for(B, THREADS), THREADS>>>(count, B, L);
+    LAUNCHED();
+}
 
 // Keeps what the backward pass, or a block's forward again, needs of the incoming state. Of a piece, layer after layer
 // makes its own of it.
@@ -2947,8 +3343,26 @@ static void remember(Model *m, const State *state, int B) {
         CUDA(cudaMemsetAsync(s->h, 0, h));
     }
     if (m->pieces.pieces == 1) return;
-    advance_kernel<<<blocks_for(B, THREADS), THREADS>>>(s->count, B, m->start);
-    LAUNCHED();
+    advance(s->count, B, m->start);
+}
+
+// Of whole chunks a state has no keys and values. What shared memory has no room for is left to the general way.
+static int can_decode(const Model *m, const State *state, int B, int L) {
+    return L == 1 && B <= FEW_ROWS && state && state->k && m->mode == MEGALODON_INFER && m->pieces.pieces == 1 &&
+           !m->dropping && few_shared_bytes(B, m->config.model_dim) <= 200 << 10 &&
+           few_shared_bytes(2, m->config.z_dim) <= 48 << 10;
+}
+
+static void decode_token(Model *m, const State *state, int B) {
+    const Config *c = &m->config;
+    int D = c->model_dim, G = c->norm_num_groups, layers = c->num_layers;
+    size_t row = (size_t)layers * B;
+    embedding_forward(m->x[0], m->tokens, rounded(m, m->params.embed), embedding_scale(c), B, D);
+    for (int l = 0; l < layers; l++) block_decode(m, l, state, B);
+    decode_norm(m->final, NULL, state->mean + row * G, state->m2 + row * G, NULL, m->x[layers],
+                m->params.final_norm_weight, m->params.final_norm_bias, Coefs{}, NULL, state->count, B, D, G, 0,
+                c->norm_eps);
+    advance(state->count, B, 1);
 }
 
 void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int L) {
@@ -2959,14 +3373,15 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
     for (size_t i = 0; i < R; i++) assert(tokens[i] >= 0 && tokens[i] < c->vocab_size);
     m->B = B, m->L = L, m->acts_layer = -1;
     upload(m->tokens, tokens, R * sizeof *tokens);
-    memset(m->host_count, 0, (size_t)B * sizeof *m->host_count);
-    if (state) CUDA(cudaMemcpy(m->host_count, state->count, B * sizeof *m->host_count, cudaMemcpyDeviceToHost));
-    for (int b = 0; b < B; b++) m->past[b] = (int)(m->host_count[b] % c->chunk_size);
     for (int l = 0; l < layers && !m->coefs_valid; l++) {
         const LayerParams *w = &m->params.layers[l];
         cema_coefs_forward(&m->coefs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, c->cema_ndim);
     }
     m->coefs_valid = 1;
+    if (can_decode(m, state, B, L)) return decode_token(m, state, B);
+    memset(m->host_count, 0, (size_t)B * sizeof *m->host_count);
+    if (state) CUDA(cudaMemcpy(m->host_count, state->count, B * sizeof *m->host_count, cudaMemcpyDeviceToHost));
+    for (int b = 0; b < B; b++) m->past[b] = (int)(m->host_count[b] % c->chunk_size);
     if (m->mode != MEGALODON_INFER || piece) remember(m, state, B);
     const State *in = piece ? &m->before : state;
     m->joining = piece;
@@ -2983,8 +3398,7 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
                       m->params.final_norm_bias, in, state);
     m->joining = 0;
     if (!state) return;
-    advance_kernel<<<blocks_for(B, THREADS), THREADS>>>(state->count, B, piece ? m->whole : L);
-    LAUNCHED();
+    advance(state->count, B, piece ? m->whole : L);
 }
 
 double megalodon_loss(Model *m, const int32_t *targets, double grad_scale, int64_t *counted, real *losses) {
@@ -3026,8 +3440,11 @@ void megalodon_logits(Model *m, size_t first, size_t rows, real *dst) {
     assert(first + rows <= (size_t)m->B * m->L);
     for (size_t r = 0; r < rows; r += most) {
         int some = rows - r < (size_t)most ? (int)(rows - r) : most;
-        linear_forward(m->scratch.logits, NULL, m->final + (first + r) * D, rounded(m, m->params.output), NULL, some, D,
-                       V);
+        const act *x = m->final + (first + r) * D;
+        if (some <= FEW_ROWS)
+            few_rows(Linears{{linear_of(m, m->scratch.logits, x, m->params.output, NULL, V)}}, some, D, 0);
+        else
+            linear_forward(m->scratch.logits, NULL, x, rounded(m, m->params.output), NULL, some, D, V);
         download(dst + r * V, m->scratch.logits, (size_t)some * V);
     }
 }

@@ -1,17 +1,19 @@
 // Where the time of a training step on a GPU goes, beside what this GPU can do: a large copy, a large matrix product.
-//     build/gpu/bench --preset mega200M --batch-size 8 --seq-len 2048
+//     build/gpu/bench_cuda --preset mega200M --batch-size 8 --seq-len 2048
+// With --decode: how long one token more takes, of --batch-size texts (1).
 // megalodon.cu is included, since layers are static. Parts are timed on the buffers of a real step, all layers one
 // after another; what the parts do not add up to is said in the last line. Everything takes turns, once a round, so
 // that a GPU that slows down does so for all of it.
 #include "../megalodon.cu"
 
 #include <algorithm>
+#include <chrono>
 #include <functional>
 #include <string>
 #include <vector>
 
 static const char *preset = "enwik8";
-static int batch_size = 64, seq_len = 512, repeats = 20, brief;
+static int batch_size, seq_len = 512, repeats = 20, brief, decoding;
 
 static void stop(int status, const char *what, const char *which) {
     fprintf(stderr, "error: %s%s\n", what, which);
@@ -24,14 +26,17 @@ static void read_options(int argc, char **argv) { // plumbing.h is C
         int *number = flag == "--batch-size" ? &batch_size : flag == "--seq-len" ? &seq_len : &repeats;
         if (flag == "--brief") {
             brief = 1;
+        } else if (flag == "--decode") {
+            decoding = 1;
         } else if (i + 1 == argc || (number == &repeats && flag != "--repeats" && flag != "--preset")) {
-            stop(2, "flags: --preset NAME --batch-size N --seq-len N --repeats N --brief, not ", argv[i]);
+            stop(2, "flags: --preset NAME --batch-size N --seq-len N --repeats N --brief --decode, not ", argv[i]);
         } else if (flag == "--preset") {
             preset = argv[++i];
         } else if ((*number = atoi(argv[++i])) < 1 || *number > 1 << 20) {
             stop(2, "too small, too large or no number: ", argv[i]);
         }
     }
+    if (batch_size == 0) batch_size = decoding ? 1 : 64;
     if ((int64_t)batch_size * seq_len > 1 << 28) stop(2, "--batch-size times --seq-len is at most 2^28", "");
 }
 
@@ -413,6 +418,59 @@ static void time_lines(void) {
     CUDA(cudaEventDestroy(to));
 }
 
+// ----------------------------------------------------------------------------
+// decoding: a token of each text read, their logits on the host, over and over
+
+// Milliseconds a token for `count` tokens from place `from` of a chunk on, whose keys and values are all there.
+static std::vector<float> time_tokens(State *state, int64_t from, int count) {
+    static std::vector<float> logits((size_t)B * V);
+    std::vector<int64_t> counts(B, from);
+    std::vector<float> ms;
+    for (int round = -1; round < repeats; round++) {
+        state_write(state, 0, B * sizeof(int64_t), counts.data());
+        for (int i = 0; i < count; i++) {
+            const auto start = std::chrono::steady_clock::now();
+            megalodon_forward(m, state, &tokens[(size_t)i * B], B, 1);
+            megalodon_logits(m, 0, B, logits.data());
+            const std::chrono::duration<float, std::milli> time = std::chrono::steady_clock::now() - start;
+            if (round >= 0) ms.push_back(time.count());
+        }
+    }
+    std::sort(ms.begin(), ms.end());
+    return ms;
+}
+
+// Floor: the layers' and the output's weights and the chunk's keys and values, read once at the rate of a copy.
+static void bench_decode(void) {
+    const int count = min_int(256, C / 4);
+    State *state = state_new(&m->config, B, 0);
+    if (state == NULL) stop(1, "no room on the GPU for the state: ", "a smaller --batch-size may help");
+    for (int t = 0; t < C; t += seq_len) megalodon_forward(m, state, tokens.data(), B, min_int(seq_len, C - t));
+    list_machine();
+    time_lines();
+    const double rate = lines[0].bytes / median(lines[0]);
+    const double layer = D * (3.0 * E + Z + D + (2.0 + m->config.swiglu) * F);
+    const double weights = sizeof(act) * (layers * layer + (double)D * V);
+    printf("%s\na copy of %zu MiB: %.0f GB/s, read and write\n", megalodon_backend(), COPIED >> 20, rate / 1e9);
+    printf("decoding, %s, %d texts, medians of %d rounds of %d tokens\n", preset, B, repeats, count);
+    const struct {
+        const char *what;
+        int64_t from;
+    } places[] = {{"a chunk's start", 0},
+                  {"its middle", C / 2 - count / 2},
+                  {"its end", C - count},
+                  {"the end of chunk 1000", (int64_t)1000 * C - count}};
+    for (const auto &place : places) {
+        const std::vector<float> ms = time_tokens(state, place.from, count);
+        const double token = ms[ms.size() / 2] / 1e3;
+        const double cache = sizeof(float) * B * layers * (place.from % C + count / 2.0) * (Z + E);
+        const double floor = (weights + cache) / rate;
+        printf("    %-22s %.3f ms, %.0f tokens/s; floor %.3f ms (%.1f MB of weights, %.1f MB of keys and values)\n",
+               place.what, token * 1e3, B / token, floor * 1e3, weights / 1e6, cache / 1e6);
+    }
+    state_free(state);
+}
+
 static void print_lines(double step, double product_rate, double copy_rate) {
     double sum = 0;
     printf("\n%-28s %9s %7s %15s %16s %13s\n", "part, all layers", "us", "share", "it must do", "so it does",
@@ -444,8 +502,9 @@ int main(int argc, char **argv) {
     Z = c->z_dim, E = c->value_dim, C = c->chunk_size, F = c->ffn_hidden_dim, G = c->norm_num_groups, V = c->vocab_size;
     eps = c->norm_eps;
     const double room = (double)megalodon_room(1);
-    const MemoryPlan p = megalodon_memory(c, MEGALODON_TRAIN, B, L);
-    m = megalodon_new(c, MEGALODON_TRAIN, B, L);
+    const Mode mode = decoding ? MEGALODON_INFER : MEGALODON_TRAIN;
+    const MemoryPlan p = megalodon_memory(c, mode, B, L);
+    m = megalodon_new(c, mode, B, L);
     if (m == NULL) stop(1, "no room on the GPU for the model: ", "a smaller --batch-size may help");
     s = &m->scratch;
     for (int i = 0; i < m->num_tensors; i++) {
@@ -453,10 +512,15 @@ int main(int argc, char **argv) {
         megalodon_init(values.data(), &m->tensors[i], c, 1);
         megalodon_write(m, PARAMS, m->tensors[i].offset, m->tensors[i].size, values.data());
     }
-    for (int i = 0; i < R; i++) {
+    for (int i = 0; i < max_int(R, 256 * B); i++) {
         uint32_t words[4];
         megalodon_philox(words, 1, STREAM_DATA, 0, 0, (uint32_t)i);
         tokens.push_back((int32_t)(words[0] % V)), targets.push_back((int32_t)(words[1] % V));
+    }
+    if (decoding) {
+        bench_decode();
+        megalodon_free(m);
+        return 0;
     }
     run_step();
     const double taken = room - (double)megalodon_room(1);

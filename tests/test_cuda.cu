@@ -667,6 +667,129 @@ static void test_output_loss(void) {
 }
 
 // ----------------------------------------------------------------------------
+// decoding: a token of each of B sequences
+
+static void decode_norm_case(int B, int D, int G, int N) {
+    begin("decode_norm, B %d D %d G %d N %d", B, D, G, N);
+    size_t n = (size_t)D * N, width = (size_t)B * D;
+    Acts x = acts(width, 1.7, 0.5), xt = acts_out(width), ema = acts_out(width), alone = acts_out(width);
+    Floats weight = floats(D, 1, 0), bias = floats(D, 1, 0), omega = floats(D, 1, 0), h = floats(2 * n * B, 1, 0);
+    Floats alpha = floats(n, 1, 0), delta = floats(n, 1, 0), theta = floats(D, 1, -1), gamma = floats(2 * n, 1, 0);
+    Floats all = floats_out(7 * n), means = floats_out((size_t)B * G), rstds = floats_out((size_t)B * G);
+    Past in = past_of(B, D, G, 0.5);
+    Doubles mean = doubles_out((size_t)B * G), m2 = doubles_out((size_t)B * G);
+    double *same_mean = copied(in.mean.host, mean.n), *same_m2 = copied(in.m2.host, m2.n);
+    Coefs c = coefs_at(all.device, n, 1);
+    cpu_cema_coefs_forward(all.host, alpha.host, delta.host, theta.host, gamma.host, D, N);
+    cema_coefs_forward(&c, alpha.device, delta.device, theta.device, gamma.device, D, N);
+    cpu_timestep_norm_forward(xt.host, means.host, rstds.host, mean.host, m2.host, x.host, weight.host, bias.host,
+                              in.mean.host, in.m2.host, in.count, B, 1, D, G, EPS);
+    memcpy(alone.host, xt.host, width * sizeof *xt.host);
+    cpu_cema_forward(ema.host, h.host, xt.host, all.host, omega.host, h.host, B, 1, D, N);
+    decode_norm(xt.device, ema.device, in.mean.device, in.m2.device, h.device, x.device, weight.device, bias.device, c,
+                omega.device, in.device_count, B, D, G, N, EPS);
+    mean.device = in.mean.device, m2.device = in.m2.device;
+    compare("xt", xt, FORWARD), compare("ema", ema, FORWARD), compare("h", h, FORWARD);
+    compare("mean", mean, FLOAT_FORWARD), compare("m2", m2, FLOAT_FORWARD);
+    decode_norm(alone.device, NULL, same_mean, same_m2, NULL, x.device, weight.device, bias.device, Coefs{}, NULL,
+                in.device_count, B, D, G, 0, EPS);
+    mean.device = same_mean;
+    compare("without CEMA", alone, FORWARD), compare("its mean", mean, FLOAT_FORWARD);
+    finish();
+}
+static void test_decode_norm(void) {
+    decode_norm_case(1, 1, 1, 1), decode_norm_case(3, 30, 2, 3), decode_norm_case(2, 132, 132, 16);
+    decode_norm_case(4, 200, 2, 33); // groups of more channels than lanes, more modes than warps
+    decode_norm_case(1, 1024, 32, 16), decode_norm_case(8, 384, 32, 8); // mega200M's, enwik8's
+}
+
+// A launch of three: everything, of one kind of norm; nothing but a bias; silu alone.
+static void few_rows_case(int B, int K, int M, int M2, int norm, int affine) {
+    begin("few_rows, B %d K %d M %d and %d%s%s", B, K, M, M2,
+          norm == NO_NORM    ? ""
+          : norm == RMS_NORM ? ", RMS"
+                             : ", LN",
+          affine ? ", affine" : "");
+    size_t n = (size_t)B * M, n2 = (size_t)B * M2;
+    Acts inp = acts((size_t)B * K, 1, 0.3), weight = acts((size_t)M * K, 1 / sqrt((double)K), 0), bias = acts(M, 1, 0);
+    Acts gate = acts(weight.n, 1 / sqrt((double)K), 0), add = acts(n, 1, 0), out = copy_of(add), bias2 = acts(M2, 1, 0);
+    Acts weight2 = acts((size_t)M2 * K, 1 / sqrt((double)K), 0), out2 = acts_out(n2), out3 = acts_out(n2);
+    Floats scale = floats(M, 1, 0), norm_weight = {}, norm_bias = {}, mean = floats_out(B), rstd = floats_out(B);
+    float *x = on_host<float>(inp.n), *times = on_host<float>(n);
+    if (affine) norm_weight = floats(K, 1, 0);
+    if (affine && norm == LAYER_NORM) norm_bias = floats(K, 1, 0);
+    memcpy(x, inp.host, inp.n * sizeof *x);
+    if (norm == RMS_NORM) cpu_rmsnorm_forward(x, rstd.host, inp.host, norm_weight.host, B, K, EPS);
+    if (norm == LAYER_NORM)
+        cpu_layernorm_forward(x, mean.host, rstd.host, inp.host, norm_weight.host, norm_bias.host, B, K, EPS);
+    cpu_linear_forward(out.host, 0, x, weight.host, bias.host, B, K, M);
+    cpu_linear_forward(times, 0, x, gate.host, NULL, B, K, M);
+    cpu_linear_forward(out2.host, 0, inp.host, weight2.host, bias2.host, B, K, M2);
+    cpu_linear_forward(out3.host, 0, inp.host, weight2.host, NULL, B, K, M2);
+    for (size_t i = 0; i < n2; i++) out3.host[i] /= 1 + expf(-out3.host[i]);
+    for (size_t i = 0; i < n; i++) {
+        float y = out.host[i] / (1 + expf(-out.host[i])) * times[i];
+        out.host[i] = y * scale.host[i % M] + add.host[i];
+    }
+    Linears all;
+    memset((void *)&all, 0, sizeof all);
+    Linear *l = all.of;
+    for (int i = 0; i < 3; i++) l[i].inp = inp.device, l[i].M = i ? M2 : M;
+    l[0].out = out.device, l[0].add = out.device, l[0].weight = weight.device, l[0].bias = bias.device; // in place
+    l[0].gate = gate.device, l[0].scale = scale.device, l[0].silu = 1, l[0].norm = norm;
+    l[0].norm_weight = norm_weight.device, l[0].norm_bias = norm_bias.device;
+    l[1].out = out2.device, l[1].weight = l[2].weight = weight2.device, l[1].bias = bias2.device;
+    l[2].out = out3.device, l[2].silu = 1;
+    few_rows(all, B, K, EPS);
+    compare("everything", out, FORWARD), compare("a bias", out2, FORWARD), compare("silu", out3, FORWARD);
+    finish();
+}
+static void test_few_rows(void) {
+    for (int i = 0; i < 6; i++) {
+        int norm = i % 3, affine = i / 3;
+        few_rows_case(1, 1, 1, 1, norm, affine), few_rows_case(3, 45, 37, 5, norm, affine);
+        few_rows_case(2, 64, 9, 33, norm, affine), few_rows_case(8, 384, 100, 7, norm, affine);
+        few_rows_case(5, 1000, 11, 13, norm, affine); // two rounds of loads
+        few_rows_case(1, 2560, 1024, 3, norm, affine), few_rows_case(4, 5000, 3, 2, norm, affine); // and of columns
+        few_rows_case(1, 40, 5000, 3, norm, affine);                                               // a warp an output
+    }
+}
+
+static void decode_attention_case(int B, int C, int H, int dz, int dv, int shift) {
+    begin("decode_attention, B %d C %d H %d dz %d dv %d, %d", B, C, H, dz, dv, shift);
+    const double base = 1e4, forward = sizeof(act) < 4 ? 1e-2 : FORWARD; // q and k are rounded
+    const int64_t before[4] = {C - 1, 0, C / 2, 1000003};
+    size_t Z = (size_t)H * dz, E = (size_t)H * dv;
+    double size = sqrt(3 / sqrt((double)dz));
+    Acts z = acts(B * Z, 1, 0.2), v = acts(B * E, 1, 0.1), r = acts(B * E, 3, 0), gated = acts_out(B * E);
+    Floats gamma = floats(2 * Z, sqrt((double)dz), 0), beta = floats(2 * Z, 0.5, 0), lse = floats_out((size_t)B * H);
+    Floats cache_k = rounded_floats(B * C * Z, size, 0), cache_v = rounded_floats(B * C * E, 1, 0);
+    float *q = on_host<float>(B * Z), *k = on_host<float>(B * Z), *o = on_host<float>(B * E);
+    float2 *table = on_device<float2>((size_t)C * (dz / 2));
+    int64_t *count = on_host<int64_t>(B);
+    for (int b = 0; b < B; b++) count[b] = before[(b + shift) % 4];
+    rope_table(table, C, dz, base);
+    cpu_qk_forward(q, k, z.host, gamma.host, beta.host, count, B, 1, (int)Z, dz, C, base, EPS);
+    cpu_attention_forward(o, lse.host, cache_k.host, cache_v.host, q, k, v.host, count, 0, 0, 0, 0, 0, 0, B, 1, C, H,
+                          (int)Z, (int)E);
+    cpu_gate_forward(gated.host, o, r.host, B * E);
+    decode_attention(gated.device, cache_k.device, cache_v.device, on_device<float>((size_t)B * H * C), z.device,
+                     v.device, r.device, gamma.device, beta.device, table, copied(count, B), B, C, H, (int)Z, (int)E,
+                     EPS);
+    compare("gated", gated, forward);
+    if (C > 1) compare("cached k", cache_k, FORWARD), compare("cached v", cache_v, 1e-30); // else there is no need
+    finish();
+}
+static void test_decode_attention(void) {
+    for (int shift = 0; shift < 4; shift++) {
+        decode_attention_case(1, 1, 1, 2, 1, shift), decode_attention_case(4, 5, 3, 6, 3, shift);
+        decode_attention_case(3, 70, 2, 34, 33, shift), decode_attention_case(2, 600, 1, 4, 16, shift);
+        decode_attention_case(1, 40, 2, 300, 17, shift); // more of a key than is loaded at once
+    }
+    decode_attention_case(1, 2048, 1, 256, 100, 0), decode_attention_case(8, 256, 3, 64, 128, 0);
+}
+
+// ----------------------------------------------------------------------------
 // the optimizer, on a model that has nothing else
 
 static void optimizer_case(size_t n) {
@@ -723,6 +846,9 @@ int main(int argc, char **argv) {
                  {"rescale", test_rescale},
                  {"add", test_add},
                  {"output_loss", test_output_loss},
+                 {"decode_norm", test_decode_norm},
+                 {"few_rows", test_few_rows},
+                 {"decode_attention", test_decode_attention},
                  {"optimizer", test_optimizer}};
     printf("%s\n%-48s %9s  %6s\n", megalodon_backend(), "", "rel. L2", "tol");
     for (const auto &test : tests) {

@@ -60,6 +60,7 @@ CUDA_ON_CPU_REVERSE=1 in the environment threads take turns the other way round,
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static thread_local
 
 struct uint3 {
@@ -672,6 +673,25 @@ template <typename... Parameters>
 inline EmuLaunch<Parameters...> emu_launch(const char *name, int line, void (*kernel)(Parameters...), dim3 grid,
                                            dim3 block, size_t shared = 0, cudaStream_t = 0) {
     return EmuLaunch<Parameters...>{name, line, kernel, grid, block, shared};
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    struct {
+        int programmaticStreamSerializationAllowed;
+    } val;
+};
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaLaunchAttribute *attrs;
+    unsigned numAttrs;
+};
+template <typename... Parameters>
+inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *c, void (*kernel)(Parameters...), Parameters... p) {
+    emu_launch("a kernel", 0, kernel, c->gridDim, c->blockDim, c->dynamicSmemBytes)(p...);
+    return cudaGetLastError();
 }
 
 #endif
