@@ -39,7 +39,7 @@ OPTIONS = [  # name, default, unit and where it is from
     ("gpu-latency", 20, "us until processes' GPUs, or a GPU and its host, have waited for each other; assumed"),
     ("memory", 141, "GB of a GPU; data sheet"),
 ]
-# us of mega200M's parts in dev/notes/bench-cuda.txt, 8 x 2048 tokens, all layers, and shares of its step without update
+# us of mega200M's parts at commit f3d813b (bench-cuda.txt then), 8 x 2048 tokens, all layers, and shares of its step without update
 BENCH = SimpleNamespace(tokens=16384, layers=12, D=1024, norm=738, norm_back=1695, cema=3209, cema_back=8079,
                         ends=923, scan=403, scan_back=167, again=0.28, backward=0.63)
 PARTS = ["computation", "small, or done again", "states between pieces", "gradients, not hidden",
