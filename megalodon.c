@@ -1913,25 +1913,12 @@ void megalodon_write(Model *m, Block block, size_t first, size_t n, const real *
 
 State *state_new(const Config *c, int B, int whole_chunks) {
     State *s = calloc(1, sizeof *s);
-    if (!s) return NULL;
-    size_t layers = (size_t)c->num_layers, rows = (size_t)B, G = c->norm_num_groups;
-    size_t counts = (rows + 7) / 8 * 8, moments = (layers + 1) * rows * G;
-    size_t chunk = whole_chunks ? 0 : layers * rows * c->chunk_size;
-    size_t h = layers * rows * 2 * c->cema_ndim * c->model_dim, k = chunk * c->z_dim, v = chunk * c->value_dim;
-    s->B = B, s->layers = c->num_layers, s->G = c->norm_num_groups, s->modes = (size_t)2 * c->cema_ndim * c->model_dim;
-    s->bytes = counts * sizeof *s->count + 2 * moments * sizeof *s->mean + (h + k + v) * sizeof(real);
-    s->memory = zeros(s->bytes);
-    if (!s->memory) {
-        free(s);
+    void *memory = zeros(state_bytes(c, B, whole_chunks));
+    if (!s || !memory) {
+        free(s), free(memory);
         return NULL;
     }
-    s->count = s->memory;
-    s->mean = (double *)(void *)(s->count + counts);
-    s->m2 = s->mean + moments;
-    s->h = (real *)(void *)(s->m2 + moments);
-    if (whole_chunks) return s;
-    s->k = s->h + h;
-    s->v = s->k + k;
+    *s = state_point(memory, c, B, whole_chunks);
     return s;
 }
 

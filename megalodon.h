@@ -266,8 +266,12 @@ typedef struct {
     real *k, *v;         // (num_layers, B, C, Z), (num_layers, B, C, E) the unfinished chunk's, k rotated
 } State;
 
-// Fresh: nothing read yet. whole_chunks: every call will end where a chunk ends, so k and v are never needed
-// and are NULL. NULL when memory is out.
+// whole_chunks: every call will end where a chunk ends, so k and v are never needed and are NULL.
+size_t state_bytes(const Config *config, int B, int whole_chunks); // SIZE_MAX if they exceed SIZE_MAX / 2
+// A state whose tensors lie in `memory` (state_bytes() long), one after another.
+State state_point(void *memory, const Config *config, int B, int whole_chunks);
+
+// Allocates a fresh state: nothing read yet. NULL when memory is out.
 State *state_new(const Config *config, int B, int whole_chunks);
 void state_free(State *state);
 void state_reset(State *state, int row); // makes one row fresh again

@@ -4,7 +4,9 @@
 #include <string.h> // defines: strcmp, strncmp, strlen, strcspn, strtok
 #include "plumbing.h"
 
-static const char *const kind_names[] = {"", "", "", "", "an integer", "an integer", "a number", ""};
+static const char *const kind_names[] = {"", "", "", "", "an integer", "an integer", "a number", "", ""};
+
+static bool is_text(const Option *o) { return o->kind == OPT_TEXT || o->kind == OPT_PATH; }
 
 void write_number(FILE *out, double value) {
     char text[32];
@@ -16,7 +18,7 @@ void write_number(FILE *out, double value) {
 }
 
 static void print_value(FILE *out, const Option *o) {
-    if (o->kind == OPT_TEXT)
+    if (is_text(o))
         fputs(*(const char **)o->value, out);
     else if (o->kind == OPT_REAL)
         write_number(out, *(double *)o->value);
@@ -27,13 +29,13 @@ static void print_value(FILE *out, const Option *o) {
 }
 
 static bool has_value(const Option *o) {
-    return o->kind != OPT_HEADING && (o->kind != OPT_TEXT || *(const char **)o->value != NULL);
+    return o->kind != OPT_HEADING && (!is_text(o) || *(const char **)o->value != NULL);
 }
 
 static void print_help(const Option *options, const char *about) {
     printf("%s", about);
     for (const Option *o = options; o->kind != OPT_END; o++) {
-        const char *arg = o->kind == OPT_TEXT ? o->arg : o->kind == OPT_REAL ? "X" : o->kind >= OPT_INT ? "N" : "";
+        const char *arg = is_text(o) ? o->arg : o->kind == OPT_REAL ? "X" : o->kind >= OPT_INT ? "N" : "";
         int n = o->kind == OPT_HEADING ? printf("\n%s", o->help)
                                        : printf("  --%s%s %s", o->kind == OPT_BOOL ? "[no-]" : "", o->name, arg);
         if (o->kind != OPT_HEADING) printf("%*s  %s", n < 26 ? 26 - n : 0, "", o->help);
@@ -94,7 +96,7 @@ static bool set_value(const Option *o, const char *text) {
     double number = 0;
     int64_t whole = 0;
     errno = 0;
-    if (o->kind == OPT_TEXT) {
+    if (is_text(o)) {
         *(const char **)o->value = text;
         return true;
     }
@@ -138,6 +140,8 @@ void options_parse(Option *options, int argc, char **argv, const char *about) {
         }
         const char *value = equals != NULL ? equals + 1 : i + 1 < argc ? argv[++i] : NULL;
         if (value == NULL) usage_error("--%s needs a value", o->name);
+        if (o->kind == OPT_PATH && (value[0] == 0 || strchr(value, '\n') != NULL))
+            usage_error("--%s '%s': not the name of a file or directory", o->name, value);
         if (!set_value(o, value))
             usage_error("--%s %s: not %s from %.10g to %.10g", o->name, value, kind_names[o->kind], o->min, o->max);
     }

@@ -32,6 +32,25 @@ void settle_threads(char **argv, int threads); // threads: as asked for, 0 for a
 void beside_executable(char *path, size_t size, const char *name);
 
 // ----------------------------------------------------------------------------
+// outputs.c: a refused command changes nothing, and no output overwrites an input or a file that is not ours. A program
+// first claims its inputs, then its outputs, does all that can be refused, and then calls keep_created().
+
+enum { PATH_SIZE = 4096 };
+
+// Declares that `path` is read for --flag. A file that is claimed as an output already is a usage error.
+void claim_input(const char *flag, const char *path);
+// The flag for which a file was claimed as an input, NULL if it is none.
+const char *claimed_as_input(const char *path);
+// Declares that `path` (and path.tmp meanwhile) will be written for --flag, and checks that it can be: it is no input
+// and no other output, its directory can be written to, and if it exists it is a regular file, writable, and empty or
+// is_ours(path); `what` names such files in the message, "a dump". Nothing is created or changed.
+void claim_output(const char *flag, const char *path, const char *what, bool (*is_ours)(const char *path));
+
+void remove_if_refused(const char *path); // a file or an empty directory that this command has created
+void remove_created(void);                // does so; fatal() and usage_error() call it
+void keep_created(void);                  // the command is accepted: nothing will be removed
+
+// ----------------------------------------------------------------------------
 // ranks.c: processes that train one model together. Groups of them have different sequences of a batch (data parallel),
 // the processes of a group have consecutive pieces of the same ones (chunk parallel). All have all parameters, and each
 // updates its own range of them. ./train is linked with MPI if there is one; a process alone is one group of one piece,
@@ -81,7 +100,8 @@ typedef enum {
     OPT_INT,     // int
     OPT_INT64,   // int64_t
     OPT_REAL,    // double
-    OPT_TEXT     // const char *
+    OPT_TEXT,    // const char *
+    OPT_PATH     // the same, the name of a file or directory: not empty, no line break
 } OptionKind;
 
 typedef struct {
@@ -220,8 +240,6 @@ void state_copy(const State *from, int i, State *to, int j, const Config *config
 // ----------------------------------------------------------------------------
 // run.c: a run's directory: lock, options.txt (the kept options), step-XXXXXXXX/{model,optimizer}.safetensors, and
 // with --carry-state state-0.safetensors, ... there
-
-enum { PATH_SIZE = 4096 };
 
 // Makes and locks the directory. One with checkpoints is refused unless resume; overwrite deletes them.
 void run_claim(const char *dir, const Option *options, bool resume, bool overwrite);

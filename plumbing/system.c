@@ -17,6 +17,7 @@ static void print_error(const char *format, va_list args) {
     fputs("error: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
+    remove_created();
 }
 
 void fatal(const char *format, ...) {

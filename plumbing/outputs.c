@@ -1,0 +1,114 @@
+// Outputs are claimed before the work begins: no output may be an input, another output or a file that is not ours,
+// and a command that is refused removes what it had created.
+#include <errno.h>    // defines: errno, ENOENT
+#include <fcntl.h>    // defines: open
+#include <stdlib.h>   // defines: free, realloc
+#include <string.h>   // defines: strerror, strrchr
+#include <sys/stat.h> // defines: stat
+#include <unistd.h>   // defines: access, rmdir, unlink
+#include "plumbing.h"
+
+// A file by what does not depend on how its path is written: device and inode, and, since it may not exist yet, its
+// directory's device and inode with its last name.
+typedef struct {
+    const char *flag; // without the dashes
+    char *path;
+    bool output;
+} Claim;
+
+static Claim *claims;
+static int num_claims;
+static char **created; // in the order of creation
+static int num_created;
+
+static void remember(const char *flag, const char *path, bool output) {
+    claims = realloc(claims, (size_t)(num_claims + 1) * sizeof *claims);
+    char *copy = strdup(path);
+    if (claims == NULL || copy == NULL) fatal("out of memory");
+    claims[num_claims++] = (Claim){flag, copy, output};
+}
+
+// The directory part of a path, "." if it has none.
+static void folder_of(char folder[PATH_SIZE], const char *path) {
+    const char *slash = strrchr(path, '/');
+    const int length = slash == NULL ? 1 : slash == path ? 1 : (int)(slash - path);
+    snprintf(folder, PATH_SIZE, "%.*s", length, slash == NULL ? "." : path);
+}
+
+static bool same_file(const char *a, const char *b) {
+    struct stat x, y;
+    char folder[PATH_SIZE];
+    if (stat(a, &x) == 0 && stat(b, &y) == 0) return x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+    const char *a_name = strrchr(a, '/'), *b_name = strrchr(b, '/');
+    if (strcmp(a_name ? a_name + 1 : a, b_name ? b_name + 1 : b) != 0) return false;
+    folder_of(folder, a);
+    if (stat(folder, &x) != 0) return false;
+    folder_of(folder, b);
+    return stat(folder, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+static const Claim *find_claim(const char *path) {
+    for (const Claim *c = claims; c < claims + num_claims; c++) {
+        if (same_file(c->path, path)) return c;
+    }
+    return NULL;
+}
+
+void claim_input(const char *flag, const char *path) {
+    const Claim *c = find_claim(path);
+    if (c != NULL && c->output) usage_error("--%s %s: --%s writes this file", flag, path, c->flag);
+    remember(flag, path, false);
+}
+
+const char *claimed_as_input(const char *path) {
+    const Claim *c = find_claim(path);
+    return c != NULL && !c->output ? c->flag : NULL;
+}
+
+// Refuses one name of an output: that of the file, or of the temporary file that becomes it.
+static void claim_name(const char *flag, const char *path) {
+    const Claim *c = find_claim(path);
+    if (c != NULL)
+        usage_error("--%s %s: is what --%s %s; give another name", flag, path, c->flag, c->output ? "writes" : "reads");
+    remember(flag, path, true);
+}
+
+void claim_output(const char *flag, const char *path, const char *what, bool (*is_ours)(const char *path)) {
+    struct stat info;
+    char tmp[PATH_SIZE];
+    if (snprintf(tmp, sizeof tmp, "%s.tmp", path) >= PATH_SIZE) fatal("--%s %s: name too long", flag, path);
+    claim_name(flag, path);
+    claim_name(flag, tmp);
+    const bool exists = stat(path, &info) == 0;
+    if (!exists && errno != ENOENT) fatal("--%s %s: %s", flag, path, strerror(errno));
+    if (exists && !S_ISREG(info.st_mode)) fatal("--%s %s: cannot write: not a regular file", flag, path);
+    if (exists && info.st_size > 0 && !is_ours(path))
+        fatal("--%s %s: exists and is not %s; give another name or remove it", flag, path, what);
+    if (exists && access(path, W_OK) != 0) fatal("--%s %s: %s", flag, path, strerror(errno));
+    const int fd = open(tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (fd < 0 && errno == EEXIST)
+        fatal("--%s %s: %s exists, perhaps left by a command that was killed; remove it", flag, path, tmp);
+    if (fd < 0) fatal("--%s %s: cannot write: %s", flag, path, strerror(errno));
+    close(fd);
+    unlink(tmp);
+}
+
+void remove_if_refused(const char *path) {
+    created = realloc(created, (size_t)(num_created + 1) * sizeof *created);
+    if (created == NULL || (created[num_created++] = strdup(path)) == NULL) fatal("out of memory");
+}
+
+static void forget_created(void) {
+    for (int i = 0; i < num_created; i++) free(created[i]);
+    free(created);
+    created = NULL, num_created = 0;
+}
+
+void remove_created(void) {
+    for (int i = num_created - 1; i >= 0; i--) {
+        if (unlink(created[i]) != 0) rmdir(created[i]); // a directory only if it is empty
+    }
+    forget_created();
+}
+
+void keep_created(void) { forget_created(); }
