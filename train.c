@@ -8,34 +8,52 @@
 #include <errno.h>  // defines: errno
 #include "plumbing/plumbing.h"
 
+// TEMP begin
+enum { FINGERPRINT_SIZE = 64 };
+typedef int DataFormat;
+static bool find_data_format(const char *name, DataFormat *f) {
+    *f = 0;
+    return !strcmp(name, "auto") || !strcmp(name, "bytes");
+}
+static void tokens_fingerprint(const Tokens *t, char text[FINGERPRINT_SIZE]) {
+    uint64_t h = 14695981039346656037u;
+    for (size_t i = 0; i < t->count * (size_t)t->width; i++) h = (h ^ t->bytes[i]) * 1099511628211u;
+    snprintf(text, FINGERPRINT_SIZE, "%zu bytes, checksum %016llx", t->count * (size_t)t->width, (unsigned long long)h);
+}
+static size_t reader_bytes(const Reader *r) { return r->count * sizeof *r->documents; }
+// TEMP end
 // ----------------------------------------------------------------------------
 // settings
 
 enum { MOST_SKIPPED = 3 }; // steps in a row whose loss or gradient is not finite; then the run ends
 
 // clang-format off
-static struct {
+typedef struct {
     Config config; // what the model flags say
     const char *preset, *config_file, *init, *resume, *data, *val_data, *batch, *schedule, *out, *log, *dump;
-    const char *init_mode;
+    const char *init_mode, *data_format, *tokenizer;
+    const char *data_print, *val_data_print; // tokens_fingerprint() of both files, to notice that one has changed
     int batch_size, seq_len, grad_accum, eot, carry_state, recompute, threads, chunk_parallel, eval, overwrite;
-    int64_t steps, warmup, seed, val_every, val_batches, sample_every, save_every;
+    int64_t steps, warmup, seed, print_every, val_every, val_batches, sample_every, save_every;
     double lr, lr_init_ratio, lr_end_ratio, grad_clip;
     AdamW adamw;
-} s = {
-    .batch_size = 8, .seq_len = 256, .grad_accum = 1, .eot = -1, .seed = 1, .chunk_parallel = 1,
+} Settings;
+
+static Settings s = {
+    .batch_size = 8, .seq_len = 256, .grad_accum = 1, .eot = -1, .seed = 1, .chunk_parallel = 1, .data_format = "auto",
     .steps = 300, .lr = 3e-3, .schedule = "cosine", .warmup = 20, .lr_init_ratio = 1e-4, .lr_end_ratio = 0.1,
     .adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1}, .grad_clip = 1,
-    .val_every = 100, .val_batches = 20, .save_every = 1000,
+    .print_every = 1, .val_every = 100, .val_batches = 20, .save_every = 1000,
 };
+static Settings recorded; // those of the run that --resume continues, before this command's flags
 
 static Option options[] = {
     {OPT_HEADING, .help = "Model (a checkpoint brings its own)"},
     {OPT_TEXT, "preset", &s.preset, .arg = "NAME",
      .help = "demo, enwik8, mega200M, mega1.3B, mega1.3B_pg19, mega7.1B, mega7.3B, paper7B"},
-    {OPT_TEXT, "config", &s.config_file, .arg = "FILE.json", .help = "configuration, released field names"},
+    {OPT_PATH, "config", &s.config_file, .arg = "FILE.json", .help = "configuration, released field names"},
     {OPT_INT, "num-layers", &s.config.num_layers, 1, MAX_LAYERS, .help = "blocks"},
-    {OPT_INT, "vocab-size", &s.config.vocab_size, 1, MAX_DIM, .help = "tokens there are"},
+    {OPT_INT, "vocab-size", &s.config.vocab_size, 1, MAX_DIM, .help = "vocabulary size"},
     {OPT_INT, "model-dim", &s.config.model_dim, 1, MAX_DIM, .help = "width of the residual stream"},
     {OPT_INT, "num-heads", &s.config.num_heads, 1, MAX_DIM, .help = "attention heads"},
     {OPT_INT, "z-dim", &s.config.z_dim, 1, MAX_DIM, .help = "width of queries and keys, all heads together"},
@@ -58,9 +76,13 @@ static Option options[] = {
     {OPT_TEXT, "init-mode", &s.init_mode, .arg = "NAME", .help = "linear weights begin as he, gaussian, xavier, bert"},
 
     {OPT_HEADING, .help = "Data", .kept = true},
-    {OPT_TEXT, "data", &s.data, .arg = "FILE", .help = "raw bytes, or a .bin token file (dev/data/demo.txt)"},
-    {OPT_TEXT, "val-data", &s.val_data, .arg = "FILE", .help = "to validate on (the last tenth of --data)"},
-    {OPT_TEXT, "batch", &s.batch, .arg = "FILE", .help = "a dump, whose input is that of every step"},
+    {OPT_PATH, "data", &s.data, .arg = "FILE", .help = "raw bytes, or a .bin token file (dev/data/demo.txt)"},
+    {OPT_PATH, "val-data", &s.val_data, .arg = "FILE", .help = "to validate on (the last tenth of --data)"},
+    {OPT_TEXT, "data-format", &s.data_format, .arg = "NAME",
+     .help = "of --data and --val-data: bytes; uint16, tokens without a header; auto: bytes, or .bin by its header"},
+    {OPT_TEXT, "data-fingerprint", &s.data_print, .help = NULL},
+    {OPT_TEXT, "val-data-fingerprint", &s.val_data_print, .help = NULL},
+    {OPT_PATH, "batch", &s.batch, .arg = "FILE", .help = "a dump, whose input is that of every step"},
     {OPT_INT, "batch-size", &s.batch_size, 1, 1 << 16, .help = "sequences of a batch"},
     {OPT_INT, "seq-len", &s.seq_len, 1, 1 << 28, .help = "tokens of a sequence"},
     {OPT_INT, "grad-accum", &s.grad_accum, 1, 1 << 14, .help = "batches of a step"},
@@ -68,12 +90,12 @@ static Option options[] = {
     {OPT_SWITCH, "carry-state", &s.carry_state, .help = "a row goes on where it ended the step before, with its state"},
 
     {OPT_HEADING, .help = "Optimization", .kept = true},
-    {OPT_INT64, "steps", &s.steps, 1, 1e9, .help = "updates in all, those before --resume included"},
+    {OPT_INT64, "steps", &s.steps, 0, 1e9, .help = "updates in all, those before --resume included; 0: save at once"},
     {OPT_REAL, "lr", &s.lr, 0, 1e6, .help = "peak learning rate"},
     {OPT_TEXT, "schedule", &s.schedule, .arg = "NAME", .help = "after warm-up: constant, linear, cosine"},
     {OPT_INT64, "warmup", &s.warmup, 0, 1e9, .help = "steps of rising rate"},
-    {OPT_REAL, "lr-init-ratio", &s.lr_init_ratio, 0, 1, .help = "first rate as a multiple of --lr"},
-    {OPT_REAL, "lr-end-ratio", &s.lr_end_ratio, 0, 1, .help = "last rate as a multiple of --lr"},
+    {OPT_REAL, "lr-init-ratio", &s.lr_init_ratio, 0, 1, .help = "rate of the first step, a multiple of --lr"},
+    {OPT_REAL, "lr-end-ratio", &s.lr_end_ratio, 0, 1, .help = "rate after the last step, a multiple of --lr"},
     {OPT_REAL, "weight-decay", &s.adamw.weight_decay, 0, 1e6, .help = "of every parameter, times the rate"},
     {OPT_REAL, "beta1", &s.adamw.beta1, 0, 0.999999, .help = "AdamW's decay of the mean gradient"},
     {OPT_REAL, "beta2", &s.adamw.beta2, 0, 0.999999, .help = "AdamW's decay of the mean square"},
@@ -83,19 +105,21 @@ static Option options[] = {
     {OPT_SWITCH, "recompute", &s.recompute, .help = "keep block inputs only: less memory, more time"},
 
     {OPT_HEADING, .help = "Reports", .kept = true},
+    {OPT_INT64, "print-every", &s.print_every, 1, 1e9, .help = "steps between lines of progress"},
     {OPT_INT64, "val-every", &s.val_every, 0, 1e9, .help = "steps between validations (and at saves); 0: no"},
     {OPT_INT64, "val-batches", &s.val_batches, 0, 1e9, .help = "batches to validate on; 0: all there are"},
     {OPT_INT64, "sample-every", &s.sample_every, 0, 1e9, .help = "steps between samples; 0: one at the end"},
     {OPT_INT64, "save-every", &s.save_every, 0, 1e9, .help = "steps between checkpoints; 0: one at the end"},
-    {OPT_TEXT, "log", &s.log, .arg = "FILE.csv", .help = "a row for every step"},
+    {OPT_PATH, "tokenizer", &s.tokenizer, .arg = "FILE", .help = "tokenizer.bin, to print samples as text"},
+    {OPT_PATH, "log", &s.log, .arg = "FILE.csv", .help = "a row for every step"},
 
     {OPT_HEADING, .help = "This run"},
-    {OPT_TEXT, "init", &s.init, .arg = "FILE", .help = "start from a checkpoint, or a run's newest"},
-    {OPT_TEXT, "out", &s.out, .arg = "DIR", .help = "save here (out; nowhere with --batch or --dump)"},
+    {OPT_PATH, "init", &s.init, .arg = "FILE", .help = "start from a checkpoint, or a run's newest"},
+    {OPT_PATH, "out", &s.out, .arg = "DIR", .help = "save here (out; nowhere with --batch or --dump)"},
     {OPT_SWITCH, "overwrite", &s.overwrite, .help = "replace the run that --out holds"},
-    {OPT_TEXT, "resume", &s.resume, .arg = "DIR", .help = "continue the run in DIR, with its own settings"},
-    {OPT_SWITCH, "eval", &s.eval, .help = "only validate"},
-    {OPT_TEXT, "dump", &s.dump, .arg = "FILE", .help = "tensors of the last step, for ./compare"},
+    {OPT_PATH, "resume", &s.resume, .arg = "DIR", .help = "continue the run in DIR, with its own settings"},
+    {OPT_SWITCH, "eval", &s.eval, .help = "only validate; writes nothing"},
+    {OPT_PATH, "dump", &s.dump, .arg = "FILE", .help = "tensors of the last step, for ./compare"},
     {OPT_INT, "threads", &s.threads, 0, 1024, .help = "of the CPU; 0: all"},
     {OPT_INT, "chunk-parallel", &s.chunk_parallel, 1, 1 << 16, .help = "processes (mpirun's) that share each sequence"},
     {OPT_END, .help = NULL},
@@ -133,21 +157,74 @@ static Reader open_reader(const Tokens *tokens, const char *purpose, int rows, b
     return r;
 }
 
-// The configuration: that of the checkpoint which --resume or --init names, and flags may not contradict it;
-// otherwise the preset's, then --config's fields, then single flags.
-static Config configure(StFile *init) {
+// ----------------------------------------------------------------------------
+// before the first step, in the order of main(): everything that can be refused is refused before anything changes
+
+static char resumed[PATH_SIZE]; // with --resume: the newest whole checkpoint's model
+
+// Parses the command line. With --resume the run's own settings come first and those of the command line over them.
+static void read_settings(int argc, char **argv) {
+    static const char about[] =
+        "usage: ./train [options]\n\nTrains a Megalodon language model. Without options: a small "
+        "model of bytes on dev/data/demo.txt.\nDefaults in parentheses.\n";
+    char err[ST_ERR];
+    bool is_run;
+    s.config = *find_preset("demo");
+    options_parse(options, argc, argv, about);
+    recorded = s;
+    if (s.resume == NULL) return;
+    const int64_t newest = run_newest(s.resume, &is_run);
+    if (!is_run) fatal("--resume %s: holds no run", s.resume);
+    if (newest < 0) fatal("--resume %s: every checkpoint is damaged", s.resume);
+    run_model(resumed, s.resume, newest);
+    char *text = run_options(s.resume);
+    if (text == NULL) return;
+    if (!options_read(options, text, err)) fatal("%s/options.txt: %s", s.resume, err);
+    recorded = s;
+    options_parse(options, argc, argv, about);
+}
+
+// What the flags alone show to be wrong.
+static void check_settings(void) {
+    DataFormat format;
+    if (s.resume && (s.init || s.overwrite)) usage_error("--resume does not go with --init or --overwrite");
+    if (s.resume && s.out && strcmp(s.out, s.resume) != 0) usage_error("--out: --resume DIR saves to the same DIR");
+    if (s.eval && (s.out || s.overwrite || s.dump)) usage_error("--eval does not go with --out, --overwrite, --dump");
+    if (strcmp(s.schedule, "constant") != 0 && strcmp(s.schedule, "linear") != 0 && strcmp(s.schedule, "cosine") != 0)
+        usage_error("--schedule %s: it is constant, linear or cosine", s.schedule);
+    if (!find_data_format(s.data_format, &format))
+        usage_error("--data-format %s: it is auto, bytes or uint16", s.data_format);
+    if (s.batch && (s.eval || s.data || s.val_data || s.eot >= 0 || s.carry_state))
+        usage_error("--batch does not go with --data, --val-data, --eval, --eot, --carry-state");
+    if (s.dump && s.steps == 0) usage_error("--dump: with --steps 0 there is no step to dump");
+    if (s.eval || s.resume == NULL) return;
+    if (s.seed != recorded.seed)
+        usage_error("--seed %lld: the run in %s has seed %lld, and data and dropout masks follow from it; leave it out",
+                    (long long)s.seed, s.resume, (long long)recorded.seed);
+    if (s.carry_state != recorded.carry_state)
+        usage_error("--carry-state: the run in %s was begun without it; start another one with --init %s --out DIR",
+                    s.resume, s.resume);
+    if (s.carry_state && (s.batch_size != recorded.batch_size || s.grad_accum != recorded.grad_accum))
+        usage_error("--batch-size %d --grad-accum %d: the run in %s carries the states of %d x %d rows; leave them out",
+                    s.batch_size, s.grad_accum, s.resume, recorded.batch_size, recorded.grad_accum);
+}
+
+// The configuration: that of the checkpoint which --resume or --init names (left open in *file), and flags may not
+// contradict it; otherwise the preset's, then --config's fields, then single flags.
+static Config configure(StFile *file) {
     char err[ST_ERR];
     const char *owner = s.resume ? s.resume : s.init;
     const bool named = s.preset != NULL || s.config_file != NULL;
     Config asked = s.config_file && !s.preset ? config_defaults() : *find_preset(s.preset ? s.preset : "demo");
-    if (s.config_file) config_from_file(&asked, s.config_file);
+    if (s.config_file) claim_input("config", s.config_file), config_from_file(&asked, s.config_file);
     Config config = asked;
-    if (s.resume)
-        run_open(s.resume, options, &config);
-    else if (s.init && !checkpoint_open(init, &config, s.init))
+    if (owner != NULL && !checkpoint_open(file, &config, s.resume ? resumed : s.init)) {
+        if (s.resume || !named)
+            fatal("%s: says no configuration; %s", file->path,
+                  s.resume ? "it is no checkpoint of ./train" : "give it with --config or --preset");
         owner = NULL;
-    if (s.init && owner == NULL && !named)
-        fatal("--init %s: says no configuration; give it with --config or --preset", s.init);
+    }
+    if (s.init) claim_input("init", file->path);
     if (owner != NULL && named && !config_equal(&asked, &config))
         usage_error("--%s contradicts the configuration in %s; leave it out", s.preset ? "preset" : "config", owner);
     config_apply(&config, &s.config, options, owner);
@@ -158,13 +235,35 @@ static Config configure(StFile *init) {
         usage_error("--init-mode contradicts the configuration in %s; leave it out", owner);
     config.init_mode = mode;
     if (!config_check(&config, err)) usage_error("the model's configuration: %s", err);
+    if (s.eot >= config.vocab_size) usage_error("--eot %d: the vocabulary has %d tokens", s.eot, config.vocab_size);
+    if (s.carry_state && s.seq_len % config.chunk_size != 0)
+        usage_error("--carry-state: --seq-len %d is no multiple of --chunk-size %d", s.seq_len, config.chunk_size);
     return config;
 }
 
+// Opens a token file and notes its fingerprint. A run goes on with the data that it began with, unless the flag is
+// given again.
+static Tokens open_tokens(const char *flag, const char **path, const char **print, const char *recorded_print, int V) {
+    DataFormat format;
+    find_data_format(s.data_format, &format);
+    claim_input(flag, *path);
+    const Tokens tokens = tokens_open(*path, V);
+    char *now = allocate(FINGERPRINT_SIZE, 1);
+    tokens_fingerprint(&tokens, now);
+    if (s.resume && recorded_print && !option_given(options, path) && strcmp(now, recorded_print) != 0)
+        fatal("%s: has changed since the run began (it had %s, it has %s); bring the old file back, or give --%s again "
+              "to go on with this one",
+              *path, recorded_print, now, flag);
+    *print = now;
+    return tokens;
+}
+
+// Opens the data and finds out which part of each batch this process has.
 static Data open_data(const Config *c) {
     static char demo[PATH_SIZE];
     Data d = {0};
     if (s.batch != NULL) {
+        claim_input("batch", s.batch);
         read_batch(s.batch, c->vocab_size, &d.B, &d.L, &d.inputs, &d.targets);
         if ((option_given(options, &s.batch_size) && s.batch_size != d.B) ||
             (option_given(options, &s.seq_len) && s.seq_len != d.L))
@@ -180,30 +279,38 @@ static Data open_data(const Config *c) {
         return d;
     }
     beside_executable(demo, sizeof demo, "dev/data/demo.txt");
-    if (s.eot >= c->vocab_size) usage_error("--eot %d: the vocabulary has %d tokens", s.eot, c->vocab_size);
-    const int rows = d.B * s.grad_accum;
     Tokens train = {0}, val = {0};
     if (!s.eval || s.val_data == NULL) {
-        train = tokens_open(s.data ? s.data : demo, c->vocab_size);
+        if (s.data == NULL) s.data = demo;
+        train = open_tokens("data", &s.data, &s.data_print, recorded.data_print, c->vocab_size);
         size_t tenth = s.val_data ? 0 : train.count / 10;
         val = tokens_part(&train, train.count - tenth, tenth);
         train.count -= tenth;
     }
-    if (s.val_data != NULL) val = tokens_open(s.val_data, c->vocab_size);
+    if (s.val_data != NULL)
+        val = open_tokens("val-data", &s.val_data, &s.val_data_print, recorded.val_data_print, c->vocab_size);
     d.train.tokens = train;
     if (!s.eval) d.train = open_reader(&train, "training", s.batch_size * s.grad_accum, s.carry_state);
     if (s.eval || s.val_every > 0) d.val = open_reader(&val, "validation", s.batch_size, false);
-    d.inputs = allocate((size_t)rows * (size_t)d.L, sizeof *d.inputs);
-    d.targets = allocate((size_t)rows * (size_t)d.L, sizeof *d.targets);
-    d.fresh = allocate((size_t)rows, sizeof *d.fresh);
-    if (!s.carry_state || s.eval) return d;
-    if (s.seq_len % c->chunk_size != 0)
-        usage_error("--carry-state: --seq-len %d is no multiple of --chunk-size %d", s.seq_len, c->chunk_size);
-    d.states = allocate((size_t)s.grad_accum, sizeof(State *));
-    for (int a = 0; a < s.grad_accum; a++) {
-        if ((d.states[a] = state_new(c, d.B, 1)) == NULL) fatal("out of memory for the states of --carry-state");
-    }
     return d;
+}
+
+static size_t batch_bytes(const Data *d) { // inputs, targets, fresh
+    const size_t rows = (size_t)d->B * (size_t)s.grad_accum;
+    return rows * ((size_t)d->L * 2 * sizeof(int32_t) + sizeof(bool));
+}
+
+static void allocate_batches(Data *d, const Config *c) {
+    const size_t rows = (size_t)d->B * (size_t)s.grad_accum;
+    if (s.batch != NULL) return;
+    d->inputs = allocate(rows * (size_t)d->L, sizeof *d->inputs);
+    d->targets = allocate(rows * (size_t)d->L, sizeof *d->targets);
+    d->fresh = allocate(rows, sizeof *d->fresh);
+    if (!s.carry_state || s.eval) return;
+    d->states = allocate((size_t)s.grad_accum, sizeof(State *));
+    for (int a = 0; a < s.grad_accum; a++) {
+        if ((d->states[a] = state_new(c, d->B, 1)) == NULL) fatal("out of memory for the states of --carry-state");
+    }
 }
 
 static size_t count_parameters(const Config *c) {
@@ -295,14 +402,15 @@ static void print_header(const Config *c, const Data *d, const MemoryPlan *p) {
 // ----------------------------------------------------------------------------
 // training
 
-// Of update k = 0, 1, ..: up from lr_init_ratio * lr during the warm-up, then down to lr_end_ratio * lr.
-static double learning_rate(int64_t k) {
-    const double W = (double)s.warmup, i = s.lr_init_ratio, e = s.lr_end_ratio;
-    if (k < s.warmup) return s.lr * (i + (double)k * (1 - i) / W);
-    const double t = ((double)k - W) / ((double)s.steps - W), pi = 3.14159265358979323846;
-    if (strcmp(s.schedule, "linear") == 0) return s.lr * (t * e + 1 - t);
-    if (strcmp(s.schedule, "cosine") == 0) return s.lr * (e + (1 - e) * (1 + cos(pi * t)) / 2);
-    return s.lr;
+// Of update k = 0, 1, ..: up from lr_init_ratio * lr during the warm-up, then down to lr_end_ratio * lr, which it has
+// after the last step.
+static double learning_rate(const Settings *x, int64_t k) {
+    const double W = (double)x->warmup, i = x->lr_init_ratio, e = x->lr_end_ratio, pi = 3.14159265358979323846;
+    if (k < x->warmup) return x->lr * (i + (double)k * (1 - i) / W);
+    const double t = k < x->steps ? ((double)k - W) / ((double)x->steps - W) : 1;
+    if (strcmp(x->schedule, "linear") == 0) return x->lr * (t * e + 1 - t);
+    if (strcmp(x->schedule, "cosine") == 0) return x->lr * (e + (1 - e) * (1 + cos(pi * t)) / 2);
+    return x->lr;
 }
 
 static Pieces pieces; // of the sequences, see ranks_deal
@@ -339,6 +447,17 @@ static double accumulate(Model *model, Data *d, int64_t step) {
     return sum / d->counted;
 }
 
+// The loss of the model as it is now, after the update, on the step's last batch from fresh states; not finite if the
+// model has diverged.
+static double loss_now(Model *model, const Data *d) {
+    const size_t first = s.batch == NULL ? (size_t)(s.grad_accum - 1) * (size_t)d->B * (size_t)d->L : 0;
+    int64_t counted;
+    megalodon_forward(model, NULL, d->inputs + first, d->B, d->L);
+    double loss = megalodon_loss(model, d->targets + first, 0, &counted, NULL);
+    ranks_sum(&loss, 1);
+    return isnan(loss) ? NAN : loss; // without the sign that a NaN may have
+}
+
 // After a step that was not finite its states may not be, either: rows begin anew.
 static void forget(Data *d) {
     for (int a = 0; a < s.grad_accum && d->states != NULL; a++) {
@@ -370,12 +489,12 @@ static double validate(Model *model, const Data *d) {
 }
 
 // Writes what the model makes of a newline, or of the first token of the data.
-static void write_sample(Model *model, State *state, const Data *d, int V) {
+static void write_sample(Model *model, State *state, const Data *d, int V, const Tokenizer *tokenizer) {
     enum { LENGTH = 256 };
     const Sampling how = {.temperature = 0.9, .top_p = 0.95};
     const bool bytes = d->train.tokens.width == 1;
-    int32_t token = s.eot >= 0 ? s.eot : bytes ? '\n' : token_at(&d->train.tokens, 0);
-    if (token >= V) token = 0;
+    const int start = s.eot >= 0 ? s.eot : bytes ? '\n' : token_at(&d->train.tokens, 0);
+    int32_t token = start < V ? start : 0;
     real *logits = allocate((size_t)V, sizeof *logits);
     state_reset(state, 0);
     join_pieces(model, false); // one token is whole
@@ -385,7 +504,11 @@ static void write_sample(Model *model, State *state, const Data *d, int V) {
         megalodon_logits(model, 0, 1, logits);
         token = sample_token(logits, V, &how, sample_uniform((uint64_t)s.seed, i, 0));
         const bool shown = token == '\n' || token == '\t' || (token >= 32 && token < 256 && token != 127);
-        if (bytes)
+        size_t length = 0;
+        const unsigned char *piece = tokenizer ? tokenizer_piece(tokenizer, token, i == 0, &length) : NULL;
+        if (piece)
+            fwrite(piece, 1, length, stdout);
+        else if (bytes)
             putchar(shown ? token : '?');
         else
             printf("%d ", token);
@@ -396,8 +519,9 @@ static void write_sample(Model *model, State *state, const Data *d, int V) {
 }
 
 // With --carry-state, the states of all processes together, in the first one: (grad_accum), of batch_size rows. All
-// pieces of a sequence have the same state, so a group's first one speaks for it.
+// pieces of a sequence have the same state, so a group's first one speaks for it. A process alone has them already.
 static State **gather_states(const Data *d, const Config *c) {
+    if (ranks.size == 1) return d->states;
     State **all = allocate((size_t)s.grad_accum, sizeof *all);
     for (int a = 0; a < s.grad_accum; a++) {
         const size_t bytes = d->states[a]->bytes;
@@ -421,108 +545,141 @@ static void free_states(State **states) {
     free(states);
 }
 
-static void save(const char *out, Model *model, const Data *d, const Config *c, int64_t step, double val_loss) {
+// Bytes of the states of --carry-state, with the copies that gather_states makes.
+static double carried_bytes(const Data *d, const Config *c) {
+    if (!s.carry_state || s.eval) return 0;
+    const double own = (double)state_bytes(c, d->B, 1), all = (double)state_bytes(c, s.batch_size, 1);
+    return s.grad_accum * own + (ranks.size > 1 ? s.grad_accum * all + 2 * own : 0);
+}
+
+static void save(const char *out, Model *model, const Data *d, const Config *c, int64_t step, double val_loss,
+                 bool stopped_here) {
     State **states = d->states ? gather_states(d, c) : NULL;
-    run_save(out, model, states, states ? s.grad_accum : 0, c, s.seed, step, val_loss);
-    free_states(states);
+    run_save(out, model, states, states ? s.grad_accum : 0, c, s.seed, step, val_loss, stopped_here);
+    if (states != d->states) free_states(states);
 }
 
 // Takes up the run in DIR; each process its rows of the states.
 static int64_t load(const char *dir, Model *model, const Data *d, const Config *c) {
     State **states = d->states ? gather_states(d, c) : NULL;
     const int64_t step = run_load(dir, model, states, states ? s.grad_accum : 0, c, s.seed);
-    for (int a = 0; a < s.grad_accum && states != NULL; a++) {
+    if (states == d->states) return step;
+    for (int a = 0; a < s.grad_accum; a++) {
         for (int b = 0; b < d->B; b++) state_copy(states[a], ranks.row + b, d->states[a], b, c);
     }
     free_states(states);
     return step;
 }
 
+static const char log_header[] = "step,loss,grad_norm,lr,ms,tokens_per_s,val_loss\n";
+
+static bool is_log(const char *path) {
+    char line[512] = "";
+    FILE *f = fopen(path, "r");
+    const bool ok = f != NULL && fgets(line, sizeof line, f) != NULL && strcmp(line, log_header) == 0;
+    if (f != NULL) fclose(f);
+    return ok;
+}
+
 // The log, with the rows of the steps before `step` that an earlier part of this run wrote.
 static FILE *open_log(int64_t step) {
-    static const char header[] = "step,loss,grad_norm,lr,ms,tokens_per_s,val_loss\n";
     char line[512] = "", tmp[PATH_SIZE];
     FILE *old = step > 0 ? fopen(s.log, "r") : NULL;
     snprintf(tmp, sizeof tmp, "%s%s", s.log, old ? ".tmp" : "");
-    if (old != NULL && fgets(line, sizeof line, old) != NULL && strcmp(line, header) != 0)
-        fatal("--log %s: its first line is not that of our logs; give another name", s.log);
     FILE *file = fopen(tmp, "w");
     if (file == NULL) fatal("--log %s: %s", s.log, strerror(errno));
-    fputs(header, file);
+    fputs(log_header, file);
+    if (old != NULL && fgets(line, sizeof line, old) == NULL) line[0] = 0; // its header
     while (old != NULL && fgets(line, sizeof line, old) != NULL) {
         if (strtoll(line, NULL, 10) <= step && strchr(line, '\n') != NULL) fputs(line, file); // whole rows only
     }
-    if (old != NULL && (fflush(file) != 0 || ferror(file) || fclose(old) != 0 || rename(tmp, s.log) != 0))
+    if (fflush(file) != 0 || ferror(file) || (old != NULL && (fclose(old) != 0 || rename(tmp, s.log) != 0)))
         fatal("--log %s: %s", tmp, strerror(errno)); // the old one is as it was
     return file;
+}
+
+// A whole step in the log. False if it could not be written.
+static bool log_step(FILE *file, int64_t step, double loss, double norm, double lr, double time, double speed,
+                     double val_loss) {
+    fprintf(file, "%lld,%.9g,%.9g,%.9g,%.9g,%.9g,", (long long)step, loss, norm, lr, time * 1e3, speed);
+    if (!isnan(val_loss)) fprintf(file, "%.9g", val_loss);
+    return fputc('\n', file) != EOF && fflush(file) == 0;
 }
 
 static volatile sig_atomic_t stopped; // the signal that asks to finish, 0 until then
 static void on_signal(int number) { stopped = number; }
 
-int main(int argc, char **argv) {
-    guard_streams();
-    ranks_start();
-    signal(SIGPIPE, SIG_IGN); // nobody reads the progress any more: no reason to lose the run
-    s.config = *find_preset("demo");
-    options_parse(options, argc, argv,
-                  "usage: ./train [options]\n\nTrains a Megalodon language model. Without options: a small model of "
-                  "bytes on dev/data/demo.txt.\nDefaults in parentheses.\n");
-    if (!ranks.started) settle_threads(argv, s.threads); // mpirun says where its processes run
-    if (s.resume && (s.init || s.overwrite)) usage_error("--resume does not go with --init or --overwrite");
-    if (s.resume && s.out && strcmp(s.out, s.resume) != 0) usage_error("--out: --resume DIR saves to the same DIR");
-    StFile init = {0};
-    const Config config = configure(&init);
-    if (strcmp(s.schedule, "constant") != 0 && strcmp(s.schedule, "linear") != 0 && strcmp(s.schedule, "cosine") != 0)
-        usage_error("--schedule %s: it is constant, linear or cosine", s.schedule);
-    if (s.batch && (s.eval || s.data || s.val_data || s.eot >= 0 || s.carry_state))
-        usage_error("--batch does not go with --data, --val-data, --eval, --eot, --carry-state");
-    if (s.threads > 0) megalodon_threads(s.threads);
+// What the run will take, refused if there is less memory: nothing large is allocated before.
+static MemoryPlan plan_memory(const Config *c, Mode mode, const Data *d) {
+    const bool samples = !s.eval && !s.batch;
+    const double V = c->vocab_size, largest = V * c->model_dim; // initial values are drawn a tensor at a time
+    const double states = carried_bytes(d, c) + (samples ? (double)state_bytes(c, 1, 0) : 0);
+    const double host = (double)batch_bytes(d) + (double)reader_bytes(&d->train) + (double)reader_bytes(&d->val) +
+                        fmax(fmax(samples ? V * sizeof(real) : 0, s.init || s.resume ? 0 : largest * sizeof(real)),
+                             s.dump ? (double)dump_bytes(c, d->B, d->L) : 0);
+    return check_memory(c, mode, d->B, d->L, (size_t)fmin(states + host, (double)(SIZE_MAX / 2)));
+}
 
-    // data, then memory, then the directory: everything that can be refused comes before the first step
-    Data data = open_data(&config);
-    agree(&config, &data, NULL, 0);
-    megalodon_shard(ranks.part, ranks.size);
-    pieces = (Pieces){.piece = ranks.piece, .pieces = ranks.pieces, .lengths = ranks.lengths, .gather = ranks_gather};
-    const Mode mode = s.eval ? MEGALODON_INFER : s.recompute ? MEGALODON_RECOMPUTE : MEGALODON_TRAIN;
-    State *state = s.eval || s.batch ? NULL : state_new(&config, 1, 0); // for samples
-    const MemoryPlan plan = check_memory(&config, mode, data.B, data.L, state ? state->bytes : 0);
-    Model *model = megalodon_new(&config, mode, data.B, data.L);
-    if (model == NULL || (state == NULL && !s.eval && !s.batch)) fatal("out of memory");
-    const char *out = s.resume ? s.resume : s.out ? s.out : s.batch || s.dump ? NULL : "out";
-    ranks_open(model, &config);
-    join_pieces(model, true);
-    if (out != NULL && !s.eval && ranks.rank == 0) run_claim(out, options, s.resume != NULL, s.overwrite);
-    print_header(&config, &data, &plan);
-    int64_t step = 0;
-    if (s.resume)
-        step = load(s.resume, model, &data, &config);
-    else if (s.init)
-        checkpoint_load(&init, model, &config);
-    else
-        fill_model(model, &config);
-    agree(&config, &data, model, step);
-    const int64_t end = s.eval ? step : s.steps;
-    if (s.eval && !isfinite(validate(model, &data))) fatal("the validation loss is not finite");
-    if (!s.eval && step >= end)
-        printf("step %lld of %lld: nothing left to do; --steps is the total\n", (long long)step, (long long)end);
-    FILE *log_file = s.log && step < end && ranks.rank == 0 ? open_log(step) : NULL;
-    // a second signal ends the program at once
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
+// Locks the run's directory and claims all that will be written.
+static void claim_outputs(const char *out) {
+    if (s.tokenizer) claim_input("tokenizer", s.tokenizer);
+    if (ranks.rank > 0) return;
+    if (out) run_claim(out, s.resume != NULL, s.overwrite);
+    if (s.log && !s.eval) claim_output("log", s.log, "a log of ./train", is_log);
+    if (s.dump) claim_output("dump", s.dump, "a dump of ./train", is_dump);
+}
 
-    const double begin = seconds();
-    bool halt = false; // at the end of this step
+// Says how other settings than the run's own change the learning rate.
+static void print_new_rate(int64_t step) {
+    const double before = learning_rate(&recorded, step), now = learning_rate(&s, step);
+    if (before == now) return;
+    printf("schedule    the next learning rate is %.2e; with the run's settings so far it would be %.2e (--steps %lld, "
+           "was %lld)\n",
+           now, before, (long long)s.steps, (long long)recorded.steps);
+}
+
+static void print_step(int64_t step, double loss, double norm, double lr, double time, double positions, double counted,
+                       int64_t skipped) {
+    printf("step %5lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.1fk tok/s", (long long)step,
+           (long long)s.steps, loss, norm, lr, time * 1e3, positions / time / 1e3);
+    if (s.eot >= 0 || s.carry_state) printf(" | %.0f%% ignored", 100 - 100 * counted / positions);
+    if (skipped > 0) printf(" | not finite: skipped, %lld so far", (long long)skipped);
+    printf("\n");
+}
+
+// The checkpoint of the model as it is now, unless it has diverged: then the older ones stay, and this is an error.
+static void save_if_finite(const char *out, Model *model, const Data *d, const Config *c, int64_t step, double val_loss,
+                           bool stopped_here) {
+    const double loss = loss_now(model, d);
+    if (isfinite(loss) && (isnan(val_loss) || isfinite(val_loss))) {
+        save(out, model, d, c, step, val_loss, stopped_here);
+        return;
+    }
+    bool is_run;
+    const int64_t newest = run_newest(out, &is_run);
+    char kept[64] = "no checkpoint was saved before";
+    if (newest >= 0) snprintf(kept, sizeof kept, "the newest checkpoint is that of step %lld", (long long)newest);
+    fatal(
+        "step %lld: the model has diverged (its loss is %g) and is not saved; in %s %s. What helps: a smaller --lr, a "
+        "longer --warmup, --grad-clip 1",
+        (long long)step, loss, out, kept);
+}
+
+// Steps from `step` on, to the last one or a signal. Returns the number of steps done; *failed: what could not be written.
+static int64_t train(Model *model, State *state, Data *d, const Config *c, const Tokenizer *tokenizer, const char *out,
+                     FILE *log_file, int64_t step, bool *failed) {
+    const double positions = (double)s.batch_size * s.seq_len * s.grad_accum;
+    const int64_t begun = step;
     int64_t skipped = 0;
     int skipped_now = 0; // in a row
-    while (step < end && !halt) {
-        const double start = seconds(), lr = learning_rate(step);
-        double sums[3] = {accumulate(model, &data, step)};
-        sums[1] = pow(megalodon_grad_norm(model), 2), sums[2] = stopped != 0;
-        ranks_sum(sums, 3);
-        const double loss = sums[0], norm = sqrt(sums[1]);
-        halt = sums[2] > 0;
+    bool halt = false;   // at the end of this step
+    while (step < s.steps && !halt) {
+        const double start = seconds(), lr = learning_rate(&s, step);
+        double sums[4] = {accumulate(model, d, step)};
+        sums[1] = pow(megalodon_grad_norm(model), 2), sums[2] = stopped != 0, sums[3] = *failed;
+        ranks_sum(sums, 4);
+        const double loss = isnan(sums[0]) ? NAN : sums[0], norm = isnan(sums[1]) ? NAN : sqrt(sums[1]);
+        halt = sums[2] > 0 || sums[3] > 0;
         const bool good = isfinite(loss) && isfinite(norm);
         skipped += !good, skipped_now = good ? 0 : skipped_now + 1;
         if (skipped_now == MOST_SKIPPED)
@@ -530,43 +687,116 @@ int main(int argc, char **argv) {
                 "step %lld: loss %g, gradient norm %g, and so the %d steps before it: nothing was saved after the last "
                 "checkpoint. What helps: a smaller --lr, a longer --warmup, --grad-clip 1",
                 (long long)step + 1, loss, norm, MOST_SKIPPED - 1);
-        if (s.dump && step + 1 == end) {
-            const size_t last = s.batch == NULL ? (size_t)(s.grad_accum - 1) * (size_t)data.B * (size_t)data.L : 0;
-            write_dump(s.dump, model, &config, data.inputs + last, data.targets + last, data.B, data.L, loss);
+        if (s.dump && step + 1 == s.steps) {
+            char err[ST_ERR];
+            const size_t last = s.batch == NULL ? (size_t)(s.grad_accum - 1) * (size_t)d->B * (size_t)d->L : 0;
+            if (!write_dump(s.dump, model, c, d->inputs + last, d->targets + last, d->B, d->L, loss, err)) {
+                fprintf(stderr, "error: --dump %s\n", err); // the step is still to be saved
+                *failed = true;
+            }
         }
         const double scale = s.grad_clip > 0 ? fmin(1, s.grad_clip / (norm + 1e-6)) : 1;
         if (good) {
             megalodon_update(model, &s.adamw, lr, scale, step);
             ranks_share_params(model);
         } else {
-            forget(&data);
+            forget(d);
         }
         step++;
-        const double positions = (double)s.batch_size * s.seq_len * s.grad_accum;
-        const double time = seconds() - start, speed = positions / time;
-        printf("step %5lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.1fk tok/s", (long long)step,
-               (long long)end, loss, norm, lr, time * 1e3, speed / 1e3);
-        if (s.eot >= 0) printf(" | %.0f%% ignored", 100 - 100 * data.counted / positions);
-        if (!good) printf(" | not finite: skipped, %lld so far", (long long)skipped);
-        printf("\n");
+        const double time = seconds() - start;
+        const bool last = step == s.steps;
+        if (step % s.print_every == 0 || step == begun + 1 || last || halt || !good)
+            print_step(step, loss, norm, lr, time, positions, d->counted, good ? 0 : skipped);
 
-        const bool last = step == end;
-        const bool saves = out && (last || halt || (good && s.save_every > 0 && step % s.save_every == 0));
+        // A signal changes nothing of what this step does; it only adds a checkpoint if the step saves none.
+        const bool scheduled = last || (good && s.save_every > 0 && step % s.save_every == 0);
         double val_loss = NAN;
-        if (!s.batch && s.val_every > 0 && !halt && (last || saves || step % s.val_every == 0))
-            val_loss = validate(model, &data);
-        if (log_file != NULL) {
-            fprintf(log_file, "%lld,%.9g,%.9g,%.9g,%.9g,%.9g,", (long long)step, loss, norm, lr, time * 1e3, speed);
-            if (!isnan(val_loss)) fprintf(log_file, "%.9g", val_loss);
-            if (fputc('\n', log_file) == EOF || fflush(log_file) != 0) fatal("--log %s: %s", s.log, strerror(errno));
+        if (!s.batch && s.val_every > 0 && (last || (out && scheduled) || step % s.val_every == 0))
+            val_loss = validate(model, d);
+        if (log_file != NULL && !*failed &&
+            !log_step(log_file, step, loss, norm, lr, time, positions / time, val_loss)) {
+            fprintf(stderr, "error: --log %s: %s; the run stops after the next step\n", s.log, strerror(errno));
+            *failed = true;
         }
-        if (saves) save(out, model, &data, &config, step, val_loss);
+        if (out && (scheduled || halt)) save_if_finite(out, model, d, c, step, val_loss, !scheduled);
         if (!s.batch && !halt && ranks.rank == 0 && (last || (s.sample_every > 0 && step % s.sample_every == 0)))
-            write_sample(model, state, &data, config.vocab_size);
+            write_sample(model, state, d, c->vocab_size, tokenizer);
         fflush(stdout);
     }
+    return step;
+}
+
+int main(int argc, char **argv) {
+    guard_streams();
+    ranks_start();
+    signal(SIGPIPE, SIG_IGN); // nobody reads the progress any more: no reason to lose the run
+
+    // 1. flags
+    read_settings(argc, argv);
+    if (!ranks.started) settle_threads(argv, s.threads); // mpirun says where its processes run
+    check_settings();
+    if (s.threads > 0) megalodon_threads(s.threads);
+
+    // 2. headers
+    StFile init = {0};
+    const Config config = configure(&init);
+    Tokenizer *tokenizer = s.tokenizer ? tokenizer_open(s.tokenizer, config.vocab_size) : NULL;
+    Data data = open_data(&config);
+    agree(&config, &data, NULL, 0);
+
+    // 3. memory
+    const Mode mode = s.eval ? MEGALODON_INFER : s.recompute ? MEGALODON_RECOMPUTE : MEGALODON_TRAIN;
+    megalodon_shard(ranks.part, ranks.size);
+    const MemoryPlan plan = plan_memory(&config, mode, &data);
+
+    // 4. outputs: locked, and checked to be writable, but not changed yet
+    const char *out = s.eval ? NULL : s.resume ? s.resume : s.out ? s.out : s.batch || s.dump ? NULL : "out";
+    claim_outputs(out);
+
+    // 5. the model
+    allocate_batches(&data, &config);
+    Model *model = megalodon_new(&config, mode, data.B, data.L);
+    State *state = s.eval || s.batch ? NULL : state_new(&config, 1, 0); // for samples
+    if (model == NULL || (state == NULL && !s.eval && !s.batch)) fatal("out of memory");
+    ranks_open(model, &config);
+    pieces = (Pieces){.piece = ranks.piece, .pieces = ranks.pieces, .lengths = ranks.lengths, .gather = ranks_gather};
+    join_pieces(model, true);
+    print_header(&config, &data, &plan);
+    int64_t step = 0;
+    if (s.resume && !s.eval) {
+        st_close(&init);
+        step = load(s.resume, model, &data, &config);
+    } else if (s.resume || s.init) {
+        checkpoint_load(&init, model, &config);
+    } else {
+        fill_model(model, &config);
+    }
+    agree(&config, &data, model, step);
+    if (s.resume && !s.eval) print_new_rate(step);
+    const bool nothing_left = !s.eval && s.resume && step >= s.steps;
+    if (nothing_left)
+        printf("step %lld of %lld: nothing left to do; --steps is the total\n", (long long)step, (long long)s.steps);
+
+    // 6. nothing is refused any more
+    keep_created();
+    if (out != NULL && ranks.rank == 0 && !nothing_left) run_begin(out, options, s.overwrite);
+    FILE *log_file = s.log && !s.eval && !nothing_left && ranks.rank == 0 ? open_log(step) : NULL;
+    // a second signal ends the program at once
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+
+    const double begin = seconds();
+    bool failed = false;
+    if (s.eval && !isfinite(validate(model, &data))) fatal("the validation loss is not finite");
+    if (!s.eval && s.steps == 0) {
+        const double val_loss = !s.batch && s.val_every > 0 ? validate(model, &data) : NAN;
+        if (out) save(out, model, &data, &config, 0, val_loss, false);
+    }
+    if (!s.eval) step = train(model, state, &data, &config, tokenizer, out, log_file, step, &failed);
+    const bool halted = !s.eval && step < s.steps;
     if (!s.eval)
-        printf("%s at step %lld after %.1f s, peak memory %.0f MiB%s%s\n", halt ? "stopped" : "done", (long long)step,
+        printf("%s at step %lld after %.1f s, peak memory %.0f MiB%s%s\n", halted ? "stopped" : "done", (long long)step,
                seconds() - begin, (double)megalodon_peak() / 1048576, out ? "; saved in " : "", out ? out : "");
     if (ranks.started)
         printf("process 0 took part in %lld exchanges and gave %lld bytes to them\n", (long long)ranks.exchanges,
@@ -579,5 +809,7 @@ int main(int argc, char **argv) {
     ranks_close();
     megalodon_free(model);
     state_free(state);
-    return halt ? 128 + (stopped ? stopped : SIGTERM) : 0;
+    if (tokenizer) tokenizer_free(tokenizer);
+    if (failed) return 1;
+    return halted ? 128 + (stopped ? stopped : SIGTERM) : 0;
 }

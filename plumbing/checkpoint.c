@@ -209,13 +209,13 @@ bool load_model(StFile *f, Model *m, const Config *c, char *err) {
 
 bool checkpoint_open(StFile *f, Config *config, const char *path) {
     char file[PATH_SIZE], err[ST_ERR];
-    bool ok = false;
-    int i = 0;
-    for (; !ok && run_model(file, path, i); i++) {
+    bool is_run, ok;
+    const int64_t step = run_newest(path, &is_run);
+    if (is_run && step < 0) fatal("%s: every checkpoint is damaged", path);
+    if (is_run) {
+        run_model(file, path, step);
         ok = st_open(f, file, err);
-        if (!ok) fprintf(stderr, "warning: passed over a checkpoint: %s\n", err);
-    }
-    if (i == 0) { // no run: one of a run's own directories, or a file
+    } else { // one of a run's own directories, or a file
         snprintf(file, sizeof file, "%s/model.safetensors", path);
         ok = st_open(f, file, err) || st_open(f, path, err);
     }
@@ -325,21 +325,23 @@ static bool put(StWriter *w, const void *data, size_t bytes, char *err) {
     return ranks.rank > 0 || st_write(w, data, bytes, err);
 }
 
+enum { DUMP_TOKENS = 256 }; // whose numbers are fetched and written at a time
+
 // The rows of the whole batch, `bytes` a token; this process's own are in mine. NULL: logits, made as they are needed.
-static bool put_rows(StWriter *w, Model *m, const void *mine, size_t bytes, char *err) {
-    enum { TOKENS = 256 }; // at a time
-    void *values = allocate(TOKENS, bytes);
-    bool ok = true;
+// Nothing is written once `ok` is false. Returns whether all was written so far.
+static bool put_rows(StWriter *w, Model *m, const void *mine, size_t bytes, bool ok, char *err) {
+    void *values = allocate(DUMP_TOKENS, bytes);
     for (int b = 0; b < ranks.rows * ranks.groups; b++) {
         for (int p = 0; p < ranks.pieces; p++) {
             const size_t length = (size_t)ranks.lengths[p];
             const int owner = b / ranks.rows * ranks.pieces + p;
-            for (size_t t = 0; t < length && ok; t += TOKENS) {
-                const size_t n = length - t < TOKENS ? length - t : TOKENS, at = (size_t)(b % ranks.rows) * length + t;
+            for (size_t t = 0; t < length; t += DUMP_TOKENS) {
+                const size_t n = length - t < DUMP_TOKENS ? length - t : DUMP_TOKENS,
+                             at = (size_t)(b % ranks.rows) * length + t;
                 if (owner == ranks.rank && mine != NULL) memcpy(values, (const char *)mine + at * bytes, n * bytes);
                 if (owner == ranks.rank && mine == NULL) megalodon_logits(m, at, n, values);
                 ranks_fetch(values, values, n * bytes, owner);
-                ok = put(w, values, n * bytes, err);
+                ok = ok && put(w, values, n * bytes, err);
             }
         }
     }
@@ -347,31 +349,50 @@ static bool put_rows(StWriter *w, Model *m, const void *mine, size_t bytes, char
     return ok;
 }
 
-void write_dump(const char *path, Model *m, const Config *c, const int32_t *inputs, const int32_t *targets, int B,
-                int L, double loss) {
-    const size_t room = (size_t)B * (size_t)L * (size_t)(c->model_dim + c->z_dim + c->value_dim) + PIECE;
-    const real loss_value = (real)loss;
+// Elements of the buffer that holds any activation, or a piece of the gradients.
+static size_t dump_room(const Config *c, int B, int L) {
+    return (size_t)B * (size_t)L * (size_t)(c->model_dim + c->z_dim + c->value_dim) + PIECE;
+}
+
+size_t dump_bytes(const Config *c, int B, int L) {
+    return (dump_room(c, B, L) + (size_t)DUMP_TOKENS * (size_t)(c->vocab_size + c->value_dim)) * sizeof(real);
+}
+
+bool is_dump(const char *path) {
+    StFile f;
     char err[ST_ERR];
+    if (!st_open(&f, path, err)) return false;
+    const bool ok = st_find(&f, "input.tokens") != NULL && st_find(&f, "loss") != NULL;
+    st_close(&f);
+    return ok;
+}
+
+bool write_dump(const char *path, Model *m, const Config *c, const int32_t *inputs, const int32_t *targets, int B,
+                int L, double loss, char *err) {
+    const real loss_value = (real)loss;
     StWriter w;
     int whole = 0; // tokens of a row
     for (int p = 0; p < ranks.pieces; p++) whole += (int)ranks.lengths[p];
     Layout a = dump_layout(m, c, ranks.rows * ranks.groups, whole);
-    real *values = allocate(room, sizeof *values); // any activation, a piece of the gradients
-    bool ok = (ranks.rank > 0 || st_create(&w, path, NULL, a.list, a.n, err)) &&
-              put_rows(&w, m, inputs, sizeof *inputs, err) && put_rows(&w, m, targets, sizeof *targets, err);
-    for (int i = 0, layer; i <= c->num_layers * NUM_ACTIVATIONS && ok; i++) {
+    real *values = allocate(dump_room(c, B, L), sizeof *values);
+    bool ok = ranks.rank > 0 || st_create(&w, path, NULL, a.list, a.n, err);
+    // after a failure process 0 goes on with the others, without writing
+    ok = put_rows(&w, m, inputs, sizeof *inputs, ok, err);
+    ok = put_rows(&w, m, targets, sizeof *targets, ok, err);
+    for (int i = 0, layer; i <= c->num_layers * NUM_ACTIVATIONS; i++) {
         const char *name = activation(c, i, &layer);
         size_t width = (size_t)megalodon_activation(m, layer, name, values);
-        ok = put_rows(&w, m, values, width * sizeof *values, err);
+        ok = put_rows(&w, m, values, width * sizeof *values, ok, err);
     }
-    ok = ok && put_rows(&w, m, NULL, (size_t)c->vocab_size * sizeof *values, err);
+    ok = put_rows(&w, m, NULL, (size_t)c->vocab_size * sizeof *values, ok, err);
     ok = ok && put(&w, &loss_value, sizeof loss_value, err);
-    for (size_t first = 0; first < a.size && ok; first += PIECE) {
+    for (size_t first = 0; first < a.size; first += PIECE) {
         size_t piece = a.size - first < PIECE ? a.size - first : PIECE;
         ranks_read(m, GRADS, first, piece, values);
-        ok = put(&w, values, piece * sizeof *values, err);
+        ok = ok && put(&w, values, piece * sizeof *values, err);
     }
-    if (!ok || (ranks.rank == 0 && !st_finish(&w, err))) fatal("--dump %s", err);
+    ok = ok && (ranks.rank > 0 || st_finish(&w, err));
     free(values);
     layout_free(&a);
+    return ok;
 }

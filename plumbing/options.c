@@ -1,7 +1,7 @@
 #include <errno.h>  // defines: errno, ERANGE
 #include <math.h>   // defines: isfinite
-#include <stdlib.h> // defines: strtod, strtoll
-#include <string.h> // defines: strcmp, strncmp, strlen, strcspn, strtok
+#include <stdlib.h> // defines: free, realpath, strtod, strtoll
+#include <string.h> // defines: strcmp, strncmp, strlen, strcspn, strrchr, strtok
 #include "plumbing.h"
 
 static const char *const kind_names[] = {"", "", "", "", "an integer", "an integer", "a number", "", ""};
@@ -15,6 +15,19 @@ void write_number(FILE *out, double value) {
         if (strtod(text, NULL) == value) break;
     }
     fputs(text, out);
+}
+
+// A path from the root, so that it means the same in another working directory. The file itself need not exist.
+static void write_absolute(FILE *out, const char *path) {
+    char folder[PATH_SIZE];
+    const char *slash = strrchr(path, '/'), *name = slash == NULL ? path : slash + 1;
+    snprintf(folder, sizeof folder, "%.*s", slash == NULL ? 1 : (int)(slash - path) + 1, slash == NULL ? "." : path);
+    char *real_folder = realpath(folder, NULL);
+    if (real_folder == NULL)
+        fputs(path, out);
+    else
+        fprintf(out, "%s/%s", strcmp(real_folder, "/") == 0 ? "" : real_folder, name);
+    free(real_folder);
 }
 
 static void print_value(FILE *out, const Option *o) {
@@ -36,6 +49,7 @@ static void print_help(const Option *options, const char *about) {
     printf("%s", about);
     for (const Option *o = options; o->kind != OPT_END; o++) {
         const char *arg = is_text(o) ? o->arg : o->kind == OPT_REAL ? "X" : o->kind >= OPT_INT ? "N" : "";
+        if (o->help == NULL) continue;
         int n = o->kind == OPT_HEADING ? printf("\n%s", o->help)
                                        : printf("  --%s%s %s", o->kind == OPT_BOOL ? "[no-]" : "", o->name, arg);
         if (o->kind != OPT_HEADING) printf("%*s  %s", n < 26 ? 26 - n : 0, "", o->help);
@@ -73,7 +87,8 @@ __attribute__((noreturn)) static void refuse_unknown(const Option *options, cons
     snprintf(name, sizeof name, "%.*s", (int)strcspn(arg, "="), arg + strspn(arg, "-"));
     const char *nearest = "help";
     for (const Option *o = options; o->kind != OPT_END; o++) {
-        if (o->kind != OPT_HEADING && distance(name, o->name) < distance(name, nearest)) nearest = o->name;
+        if (o->kind != OPT_HEADING && o->help != NULL && distance(name, o->name) < distance(name, nearest))
+            nearest = o->name;
     }
     usage_error("unknown option '%s'; the nearest is --%s", arg, nearest);
 }
@@ -131,7 +146,7 @@ void options_parse(Option *options, int argc, char **argv, const char *about) {
         bool off;
         size_t length = equals != NULL ? (size_t)(equals - arg) : strlen(arg);
         Option *o = find(options, arg + 2, length - 2, &off);
-        if (o == NULL) refuse_unknown(options, arg);
+        if (o == NULL || o->help == NULL) refuse_unknown(options, arg);
         o->given = true;
         if (o->kind == OPT_SWITCH || o->kind == OPT_BOOL) {
             if (equals != NULL) usage_error("--%s takes no value", o->name);
@@ -158,7 +173,10 @@ void options_write(const Option *options, FILE *out) {
     for (const Option *o = options; o->kind != OPT_END; o++) {
         if (!o->kept || !has_value(o)) continue;
         fprintf(out, "%s ", o->name);
-        print_value(out, o);
+        if (o->kind == OPT_PATH)
+            write_absolute(out, *(const char **)o->value);
+        else
+            print_value(out, o);
         fputc('\n', out);
     }
 }
@@ -168,7 +186,7 @@ bool options_read(Option *options, char *text, char *err) {
     for (char *line = strtok(text, "\n"); line != NULL; line = strtok(NULL, "\n")) {
         size_t length = strcspn(line, " ");
         Option *o = find(options, line, length, &off);
-        bool ok = o != NULL && o->kept && line[length] == ' ' && (o->given || set_value(o, line + length + 1));
+        bool ok = o != NULL && o->kept && line[length] == ' ' && set_value(o, line + length + 1);
         if (!ok) return snprintf(err, ST_ERR, "'%.100s' is no option", line), false;
     }
     return true;

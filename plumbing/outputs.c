@@ -78,6 +78,7 @@ void claim_output(const char *flag, const char *path, const char *what, bool (*i
     char tmp[PATH_SIZE];
     if (snprintf(tmp, sizeof tmp, "%s.tmp", path) >= PATH_SIZE) fatal("--%s %s: name too long", flag, path);
     claim_name(flag, path);
+    if (is_ours == NULL) return;
     claim_name(flag, tmp);
     const bool exists = stat(path, &info) == 0;
     if (!exists && errno != ENOENT) fatal("--%s %s: %s", flag, path, strerror(errno));

@@ -43,7 +43,8 @@ void claim_input(const char *flag, const char *path);
 const char *claimed_as_input(const char *path);
 // Declares that `path` (and path.tmp meanwhile) will be written for --flag, and checks that it can be: it is no input
 // and no other output, its directory can be written to, and if it exists it is a regular file, writable, and empty or
-// is_ours(path); `what` names such files in the message, "a dump". Nothing is created or changed.
+// is_ours(path); `what` names such files in the message, "a dump". is_ours NULL: only the name is claimed. Nothing is
+// created or changed.
 void claim_output(const char *flag, const char *path, const char *what, bool (*is_ours)(const char *path));
 
 void remove_if_refused(const char *path); // a file or an empty directory that this command has created
@@ -110,7 +111,7 @@ typedef struct {
     void *value;      // its default stands there already
     double min, max;  // of a number; both allowed
     const char *arg;  // what --help calls a text: FILE, NAME
-    const char *help; // one line, with the unit
+    const char *help; // one line, with the unit; NULL: kept with a run, but not on the command line
     bool kept;        // belongs to a run: --resume takes it from there
     bool given;       // on the command line
 } Option;
@@ -120,8 +121,9 @@ typedef struct {
 void options_parse(Option *options, int argc, char **argv, const char *about);
 const Option *option_given(const Option *options, const void *value); // by where its value lies; NULL if not
 
-void options_write(const Option *options, FILE *out); // the kept ones, a line each: name, space, value
-// Takes options from such a text, except those that were given. The text must stay: values point into it.
+// The kept ones, a line each: name, space, value. Names of files become absolute.
+void options_write(const Option *options, FILE *out);
+// Takes options from such a text. The text must stay: values point into it.
 bool options_read(Option *options, char *text, char *err);
 void write_number(FILE *out, double value); // with as many digits as bring the same number back
 
@@ -205,7 +207,7 @@ void read_batch(const char *path, int vocab_size, int *B, int *L, int32_t **inpu
 // ----------------------------------------------------------------------------
 // checkpoint.c: models, optimizers and dumps in safetensors files
 
-// Opens a checkpoint FILE, or the newest in a run's DIR that opens. If it says its configuration, that goes,
+// Opens a checkpoint FILE, or the newest whole one in a run's DIR. If it says its configuration, that goes,
 // checked, into *config; otherwise *config stays and the result is false.
 bool checkpoint_open(StFile *file, Config *config, const char *path);
 // Fills the model's parameters from it and closes it. Anything wrong is fatal, with the tensor's name.
@@ -220,9 +222,11 @@ void lend_optimizer(Model *model, const Config *config); // what other processes
 bool load_optimizer(StFile *file, Model *model, const Config *config, int64_t seed, int64_t step, char *err);
 
 // Writes inputs, activations, logits, loss and gradients of the last forward and backward: of all processes, each of
-// which gives its own B x L tokens.
-void write_dump(const char *path, Model *model, const Config *config, const int32_t *inputs, const int32_t *targets,
-                int B, int L, double loss);
+// which gives its own B x L tokens. False, with err, if it cannot be written.
+bool write_dump(const char *path, Model *model, const Config *config, const int32_t *inputs, const int32_t *targets,
+                int B, int L, double loss, char *err);
+size_t dump_bytes(const Config *config, int B, int L); // of memory that write_dump takes
+bool is_dump(const char *path);                        // does such a file lie there?
 
 // ----------------------------------------------------------------------------
 // state.c: state files
@@ -241,19 +245,23 @@ void state_copy(const State *from, int i, State *to, int j, const Config *config
 // run.c: a run's directory: lock, options.txt (the kept options), step-XXXXXXXX/{model,optimizer}.safetensors, and
 // with --carry-state state-0.safetensors, ... there
 
-// Makes and locks the directory. One with checkpoints is refused unless resume; overwrite deletes them.
-void run_claim(const char *dir, const Option *options, bool resume, bool overwrite);
+// The step of the newest whole checkpoint, -1 if there is none: one whose model and optimizer open. Damaged ones are
+// named on stderr. is_run: are there any, whole or damaged?
+int64_t run_newest(const char *dir, bool *is_run);
+void run_model(char path[PATH_SIZE], const char *dir, int64_t step); // the path of that checkpoint's model
+char *run_options(const char *dir);                                  // text for options_read; NULL, with a warning
+// Makes the directory, if there is none, and locks it. Nothing in it changes. Refused: a directory that holds a run
+// (unless resume or overwrite), one that holds other files and no run, one that another run has locked.
+void run_claim(const char *dir, bool resume, bool overwrite);
+// Once nothing can be refused any more: writes options.txt and removes what killed runs left; overwrite: the older run.
+void run_begin(const char *dir, const Option *options, bool overwrite);
 // Writes the checkpoint of `step` updates; val_loss NaN if unknown; states (num_states), those that a run carries on.
-// Keeps the newest two and the best.
+// Keeps the newest two and the best. stopped: only a signal causes this checkpoint, and the next one replaces it.
 void run_save(const char *dir, Model *model, State *const *states, int num_states, const Config *config, int64_t seed,
-              int64_t step, double val_loss);
-// Options and configuration, for setting up; then parameters and moments from the newest checkpoint that
-// loads: returns its step. Those that do not load are named on stderr.
-void run_open(const char *dir, Option *options, Config *config);
+              int64_t step, double val_loss, bool stopped);
+// Parameters, moments and states from the newest checkpoint that loads; returns its step.
 int64_t run_load(const char *dir, Model *model, State *const *states, int num_states, const Config *config,
                  int64_t seed);
-// The path of the model of a run's checkpoint i, 0 the newest; false if there are not as many.
-bool run_model(char path[PATH_SIZE], const char *dir, int i);
 
 // ----------------------------------------------------------------------------
 // sampler.c

@@ -3,11 +3,15 @@
 #include <fcntl.h>    // defines: open
 #include <math.h>     // defines: isfinite
 #include <stdlib.h>   // defines: free, qsort
-#include <string.h>   // defines: strcmp, strerror
+#include <string.h>   // defines: strcmp, strerror, strlen, strstr
 #include <sys/file.h> // defines: flock
 #include <sys/stat.h> // defines: mkdir
-#include <unistd.h>   // defines: unlink, rmdir
+#include <unistd.h>   // defines: access, close, fsync, unlink
 #include "plumbing.h"
+
+// An empty file in a checkpoint that only a signal caused. The uninterrupted run has no such checkpoint, so it does not
+// count among the newest two, and the next one replaces it.
+static const char STOPPED[] = "stopped";
 
 // DIR/step-XXXXXXXX and what follows it.
 static void step_path(char path[PATH_SIZE], const char *dir, int64_t step, const char *rest) {
@@ -40,22 +44,49 @@ static int64_t *list_steps(const char *dir, const char *suffix, int *count) {
     return steps;
 }
 
-bool run_model(char path[PATH_SIZE], const char *dir, int i) {
-    int count;
-    int64_t *steps = list_steps(dir, "", &count);
-    if (i < count) step_path(path, dir, steps[i], "/model.safetensors");
-    free(steps);
-    return i < count;
+static bool opens(const char *path, char *err) {
+    StFile f;
+    if (!st_open(&f, path, err)) return false;
+    st_close(&f);
+    return true;
 }
 
-// Removes step-XXXXXXXX, or step-XXXXXXXX.tmp, with what we write there: model, optimizer, states, and their .tmp.
+// Do both files of a checkpoint open? A truncated one does not.
+static bool is_whole(const char *dir, int64_t step, char *err) {
+    char path[PATH_SIZE];
+    step_path(path, dir, step, "/model.safetensors");
+    if (!opens(path, err)) return false;
+    step_path(path, dir, step, "/optimizer.safetensors");
+    return opens(path, err);
+}
+
+int64_t run_newest(const char *dir, bool *is_run) {
+    char err[ST_ERR];
+    int count;
+    int64_t *steps = list_steps(dir, "", &count), newest = -1;
+    for (int i = 0; i < count && newest < 0; i++) {
+        if (is_whole(dir, steps[i], err))
+            newest = steps[i];
+        else
+            fprintf(stderr, "warning: passed over a checkpoint: %s\n", err);
+    }
+    *is_run = count > 0;
+    free(steps);
+    return newest;
+}
+
+void run_model(char path[PATH_SIZE], const char *dir, int64_t step) {
+    step_path(path, dir, step, "/model.safetensors");
+}
+
+// Removes step-XXXXXXXX, or step-XXXXXXXX.tmp, with what we write there: model, optimizer, states, their .tmp, STOPPED.
 static void remove_step(const char *dir, int64_t step, const char *suffix) {
     char path[PATH_SIZE];
     step_path(path, dir, step, suffix);
     DIR *d = opendir(path);
     for (struct dirent *e; d != NULL && (e = readdir(d)) != NULL;) {
         char rest[512];
-        if (strstr(e->d_name, ".safetensors") == NULL) continue;
+        if (strstr(e->d_name, ".safetensors") == NULL && strcmp(e->d_name, STOPPED) != 0) continue;
         snprintf(rest, sizeof rest, "%s/%s", suffix, e->d_name);
         step_path(path, dir, step, rest);
         if (remove(path) != 0) fprintf(stderr, "warning: cannot remove %s: %s\n", path, strerror(errno));
@@ -81,56 +112,133 @@ static void keep_options(const char *dir, const Option *options) {
     fatal("%s: cannot write: %s", path, strerror(reason));
 }
 
-void run_claim(const char *dir, const Option *options, bool resume, bool overwrite) {
+// Makes DIR and its parents. What did not exist is removed again if the command is refused.
+static void make_folders(const char *dir) {
     char path[PATH_SIZE];
-    if (snprintf(path, sizeof path, "%s/lock", dir) >= PATH_SIZE) fatal("--out %s: name too long", dir);
-    for (char *p = path + 1; *p != 0; p++) { // its parents, then itself
+    snprintf(path, sizeof path, "%s/", dir);
+    for (char *p = path + 1; *p != 0; p++) {
         if (*p != '/') continue;
         *p = 0;
-        if (mkdir(path, 0777) != 0 && errno != EEXIST) fatal("--out %s: %s: %s", dir, path, strerror(errno));
+        if (mkdir(path, 0777) == 0)
+            remove_if_refused(path);
+        else if (errno != EEXIST)
+            fatal("--out %s: %s: %s", dir, path, strerror(errno));
         *p = '/';
     }
-    int lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666); // stays open, and locked, until the program ends
+}
+
+// The lock stays until the program ends. File systems that have no locks get a warning.
+static void lock_folder(const char *dir) {
+    char path[PATH_SIZE];
+    snprintf(path, sizeof path, "%s/lock", dir);
+    int lock = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (lock >= 0)
+        remove_if_refused(path);
+    else if (errno == EEXIST)
+        lock = open(path, O_RDWR | O_CLOEXEC);
     if (lock < 0) fatal("--out %s: %s", path, strerror(errno));
-    if (flock(lock, LOCK_EX | LOCK_NB) != 0)
-        fatal("--out %s: %s", dir, errno == EWOULDBLOCK ? "another run is writing there now" : strerror(errno));
+    if (flock(lock, LOCK_EX | LOCK_NB) == 0) return;
+    if (errno == EWOULDBLOCK) fatal("--out %s: another run is writing there now", dir);
+    fprintf(stderr, "warning: %s: this file system has no locks (%s); nothing prevents a second run in %s\n", path,
+            strerror(errno), dir);
+}
+
+// Does a directory hold files, other than hidden ones and a lock, but no settings of a run?
+static bool is_strange(const char *dir) {
+    char path[PATH_SIZE];
+    int files = 0;
+    DIR *d = opendir(dir);
+    for (struct dirent *e; d != NULL && (e = readdir(d)) != NULL;)
+        files += e->d_name[0] != '.' && strcmp(e->d_name, "lock") != 0;
+    if (d != NULL) closedir(d);
+    snprintf(path, sizeof path, "%s/options.txt", dir);
+    return files > 0 && access(path, F_OK) != 0;
+}
+
+// --overwrite must not delete what this command reads.
+static void refuse_to_overwrite_inputs(const char *dir, int64_t step) {
+    char folder[PATH_SIZE], path[PATH_SIZE];
+    step_path(folder, dir, step, "");
+    DIR *d = opendir(folder);
+    for (struct dirent *e; d != NULL && (e = readdir(d)) != NULL;) {
+        if (e->d_name[0] == '.' || snprintf(path, sizeof path, "%s/%s", folder, e->d_name) >= PATH_SIZE) continue;
+        const char *flag = claimed_as_input(path);
+        if (flag != NULL)
+            usage_error("--overwrite: would delete %s, which --%s reads; choose another --out", path, flag);
+    }
+    if (d != NULL) closedir(d);
+}
+
+void run_claim(const char *dir, bool resume, bool overwrite) {
+    static const char *const names[] = {"lock", "options.txt", "options.txt.tmp"};
+    char path[PATH_SIZE];
     int count;
-    int64_t *steps = list_steps(dir, ".tmp", &count); // what a run that was killed had not finished
+    if (strlen(dir) > PATH_SIZE - 100) fatal("--out %s: name too long", dir);
+    int64_t *steps = list_steps(dir, "", &count);
+    if (count == 0 && is_strange(dir))
+        fatal("--out %s: holds files but no run; choose a directory that is new, empty or a run's", dir);
+    if (count > 0 && !resume && !overwrite)
+        fatal("--out %s: holds a run, at step %lld. Continue it with --resume %s, replace it with --overwrite, or "
+              "choose another --out",
+              dir, (long long)steps[0], dir);
+    for (int i = 0; i < count && overwrite; i++) refuse_to_overwrite_inputs(dir, steps[i]);
+    free(steps);
+    make_folders(dir);
+    for (int i = 0; i < 3; i++) {
+        snprintf(path, sizeof path, "%s/%s", dir, names[i]);
+        claim_output("out", path, NULL, NULL);
+    }
+    lock_folder(dir);
+}
+
+void run_begin(const char *dir, const Option *options, bool overwrite) {
+    int count;
+    keep_options(dir, options);
+    int64_t *steps = list_steps(dir, ".tmp", &count); // left by a run that was killed
     for (int i = 0; i < count; i++) remove_step(dir, steps[i], ".tmp");
     free(steps);
     steps = list_steps(dir, "", &count);
-    if (count > 0 && !resume && !overwrite)
-        fatal("--out %s: holds a run, at step %lld. Continue it with --resume %s, replace it with "
-              "--overwrite, or "
-              "choose another --out",
-              dir, (long long)steps[0], dir);
     for (int i = 0; i < count && overwrite; i++) remove_step(dir, steps[i], "");
     free(steps);
-    keep_options(dir, options);
 }
 
-// The validation loss that a checkpoint remembers; infinite if it has none.
+// The validation loss that a checkpoint remembers; infinite if it has none or is damaged.
 static double step_loss(const char *dir, int64_t step) {
     StFile f;
     char path[PATH_SIZE], err[ST_ERR];
     double loss = INFINITY;
     step_path(path, dir, step, "/optimizer.safetensors");
-    if (!st_open(&f, path, err)) return INFINITY;
+    if (!is_whole(dir, step, err) || !st_open(&f, path, err)) return INFINITY;
     const StTensor *t = st_find(&f, "val_loss");
     if (t != NULL && st_count(t) == 1) st_read(&f, t, 0, 1, &loss, ST_F64, err);
     st_close(&f);
     return isfinite(loss) ? loss : INFINITY;
 }
 
-static void prune(const char *dir) {
-    int count, best = 0;
+static bool is_stopped(const char *dir, int64_t step) {
+    char path[PATH_SIZE], rest[16];
+    snprintf(rest, sizeof rest, "/%s", STOPPED);
+    step_path(path, dir, step, rest);
+    return access(path, F_OK) == 0;
+}
+
+// Keeps the newest two whole checkpoints and the best by validation; of those that only a signal caused, this one.
+static void prune(const char *dir, int64_t step) {
+    char err[ST_ERR];
+    int count, whole = 0;
+    int64_t *steps = list_steps(dir, "", &count), best = -1;
     double lowest = INFINITY, loss;
-    int64_t *steps = list_steps(dir, "", &count);
     for (int i = 0; i < count; i++) {
-        if ((loss = step_loss(dir, steps[i])) < lowest) best = i, lowest = loss;
+        if (!is_stopped(dir, steps[i]) && (loss = step_loss(dir, steps[i])) < lowest) best = steps[i], lowest = loss;
     }
-    for (int i = 2; i < count; i++) {
-        if (i != best) remove_step(dir, steps[i], "");
+    for (int i = 0; i < count; i++) {
+        if (is_stopped(dir, steps[i])) {
+            if (steps[i] != step) remove_step(dir, steps[i], "");
+        } else if (whole >= 2) {
+            if (steps[i] != best) remove_step(dir, steps[i], "");
+        } else {
+            whole += is_whole(dir, steps[i], err);
+        }
     }
     free(steps);
 }
@@ -142,7 +250,7 @@ static void state_path(char path[PATH_SIZE], const char *dir, int64_t step, cons
 }
 
 void run_save(const char *dir, Model *model, State *const *states, int num_states, const Config *config, int64_t seed,
-              int64_t step, double val_loss) {
+              int64_t step, double val_loss, bool stopped) {
     char tmp[PATH_SIZE], path[PATH_SIZE], err[ST_ERR];
     if (ranks.rank > 0) {
         lend_optimizer(model, config);
@@ -159,15 +267,23 @@ void run_save(const char *dir, Model *model, State *const *states, int num_state
         state_path(path, dir, step, ".tmp", i);
         ok = save_state(path, states[i], config, seed, NULL, err);
     }
+    if (ok && stopped) {
+        char rest[32];
+        snprintf(rest, sizeof rest, ".tmp/%s", STOPPED);
+        step_path(path, dir, step, rest);
+        const int mark = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+        if (mark < 0) ok = false, snprintf(err, ST_ERR, "%.200s: %s", path, strerror(errno));
+        if (mark >= 0) close(mark);
+    }
     if (!ok) { // a disk that is full: what is there already must not stay
         remove_step(dir, step, ".tmp");
         fatal("%s", err);
     }
-    remove_step(dir, step, ""); // one that did not load
+    remove_step(dir, step, ""); // a damaged one
     step_path(path, dir, step, "");
     if (rename(tmp, path) != 0) fatal("%s: cannot rename it: %s", tmp, strerror(errno));
     if (!st_sync_folder(path, err)) fatal("%s", err);
-    prune(dir);
+    prune(dir, step);
 }
 
 static bool read_model(const char *dir, int64_t step, Model *m, State *const *states, int num_states, const Config *c,
@@ -190,28 +306,27 @@ static bool read_model(const char *dir, int64_t step, Model *m, State *const *st
     return ok;
 }
 
-void run_open(const char *dir, Option *options, Config *config) {
-    char path[PATH_SIZE], err[ST_ERR], *text;
-    StFile f;
-    if (!run_model(path, dir, 0)) fatal("--resume %s: holds no run", dir);
-    if (!checkpoint_open(&f, config, dir)) fatal("%s: says no configuration", f.path);
-    st_close(&f);
+char *run_options(const char *dir) {
+    char path[PATH_SIZE], err[ST_ERR];
     snprintf(path, sizeof path, "%s/options.txt", dir);
-    if ((text = read_text(path, err)) == NULL)
-        fprintf(stderr, "warning: no settings but the command line's: %s\n", err);
-    else if (!options_read(options, text, err))
-        fatal("%s: %s", path, err);
+    char *text = read_text(path, err);
+    if (text == NULL) fprintf(stderr, "warning: no settings but the command line's: %s\n", err);
+    return text;
 }
 
 int64_t run_load(const char *dir, Model *model, State *const *states, int num_states, const Config *config,
                  int64_t seed) {
     char err[ST_ERR];
     int count, i = 0;
-    int64_t *steps = list_steps(dir, "", &count), step = 0;
-    for (; i < count && !read_model(dir, steps[i], model, states, num_states, config, seed, err); i++)
-        fprintf(stderr, "warning: passed over a checkpoint: %s\n", err);
-    if (i == count) fatal("--resume %s: no checkpoint loads", dir);
-    step = steps[i];
+    int64_t *steps = list_steps(dir, "", &count), step = -1;
+    for (; i < count && step < 0; i++) {
+        if (!is_whole(dir, steps[i], err)) continue; // run_newest has said so
+        if (read_model(dir, steps[i], model, states, num_states, config, seed, err))
+            step = steps[i];
+        else
+            fprintf(stderr, "warning: passed over a checkpoint: %s\n", err);
+    }
+    if (step < 0) fatal("--resume %s: no checkpoint loads", dir);
     free(steps);
     return step;
 }

@@ -176,12 +176,19 @@ check "  a fourth and more is ignored" grep -q 'step .* | [3-9][0-9]% ignored$' 
 
 # ---------------------------------------------------------------- steps that are not finite
 
-check "a step that is not finite" fails quiet $small --out nan --steps 60 --save-every 1 --val-every 0 --lr 1e6 \
-    --lr-init-ratio 0.0000001 --warmup 30 --grad-clip 0
+wild="--val-every 0 --lr 1e6 --lr-init-ratio 0.0000001 --warmup 30 --grad-clip 0"
+check "a step that is not finite" fails quiet $small $wild --out skip --steps 60 --save-every 0
 check "  is skipped and counted" grep -q 'step .* | not finite: skipped, 1 so far' quiet.out
 check "  three in a row end the run" grep -q 'error: step .* and so the 2 steps before it' quiet.out
+check "a model that has diverged" fails quiet $small $wild --out nan --steps 60 --save-every 1
+check "  is not saved" grep -q 'error: step 3: the model has diverged (its loss is nan) and is not saved; in nan the newest checkpoint is that of step 2' quiet.out
 check "  what was saved before loads" quiet --resume nan --steps 1
-check "    and is of the last step that was finite" grep -q "step 3 of 1: nothing left to do" quiet.out
+check "    and is of the last step that was finite" grep -q "step 2 of 1: nothing left to do" quiet.out
+check "    and can be sampled" "${train%train}sample" --threads 1 --model nan --num-tokens 3
+check "a model that diverges in its last steps" fails quiet $small --out nan2 --lr 1e6 --warmup 0 --schedule constant \
+    --weight-decay 1e6 --grad-clip 0 --steps 3
+check "  is not saved either" [ "$(steps_in nan2)" = "" ]
+check "    and says so" grep -q 'error: step 3: the model has diverged.* in nan2 no checkpoint was saved before' quiet.out
 
 # ---------------------------------------------------------------- what is refused
 
@@ -190,7 +197,7 @@ refused 2 "the nearest is --seq-len" --seqlen 12
 refused 2 "'12'" 12
 refused 2 "--steps needs a value" --steps
 refused 2 "--steps 1.5: not an integer" --steps 1.5
-refused 2 "--steps 0: not an integer from 1 to" --steps 0
+refused 2 "--steps -1: not an integer from 0 to" --steps -1
 refused 2 "--lr x: not a number" --lr x
 refused 2 "--lr -1: not a number from 0 to" --lr=-1
 refused 2 "--lr nan" --lr nan
@@ -212,8 +219,7 @@ refused 2 "norm_num_groups 16" --norm-num-groups 16
 refused 2 "--model-dim contradicts the configuration in a" --init a --model-dim 32
 refused 2 "--preset contradicts the configuration in a" --init a --preset enwik8
 refused 2 "--resume does not go with" --resume a --init a --out a
-refused 1 "no checkpoint loads" --resume a --out a --seed 3
-check "  and the seed named" grep -q "is of seed 1 and step 12, not of --seed 3" err.txt
+refused 2 "--seed 3: the run in a has seed 1" --resume a --out a --seed 3
 refused 2 "--out: --resume DIR saves to the same DIR" --resume a
 refused 1 "no-such-file: No such file" --data no-such-file
 refused 1 "use a smaller --seq-len" --seq-len 20000

@@ -1,0 +1,222 @@
+# A command that is refused changes nothing, no output overwrites an input or a file that is not ours, and a stopped run
+# keeps what the uninterrupted one keeps. Run from the repository's root.
+train=$PWD/train sample=$PWD/sample
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$folder" || exit 1
+passed=0 failed=0
+
+check() { # NAME COMMAND...: the command must succeed
+    name=$1
+    shift
+    if "$@" > check.out 2>&1; then
+        echo "ok    $name"
+        passed=$((passed + 1))
+    else
+        echo "FAIL  $name"
+        sed 's/^/      /' check.out | tail -n 5
+        failed=$((failed + 1))
+    fi
+}
+fails() { ! "$@"; }
+quiet() { "$train" --threads 1 "$@" > ../quiet.out 2>&1; }
+
+# Everything in the working directory, names and contents.
+snapshot() {
+    find . | sort
+    find . -type f | sort | xargs cksum
+}
+
+refused() { # STATUS TEXT OPTIONS...: ./train ends with that status, says the text, and changes no file
+    status=$1 text=$2
+    shift 2
+    snapshot > ../before
+    "$train" --threads 1 "$@" > ../out 2> ../err
+    got=$?
+    snapshot > ../after
+    if [ $got -eq "$status" ] && grep -q -F -e "$text" ../err ../out && cmp -s ../before ../after; then
+        echo "ok    refused, nothing changed: $*"
+        passed=$((passed + 1))
+    else
+        echo "FAIL  refused, nothing changed: $* (status $got, expected $status and '$text')"
+        { cat ../err; diff ../before ../after; } | sed 's/^/      /' | tail -n 8
+        failed=$((failed + 1))
+    fi
+}
+
+mkdir work && cd work || exit 1
+model="--num-layers 1 --model-dim 16 --num-heads 1 --z-dim 8 --value-dim 16 --ffn-hidden-dim 16 --cema-ndim 2"
+model="$model --chunk-size 16 --norm-num-groups 4 --batch-size 2 --seq-len 32"
+awk 'BEGIN { for (i = 0; i < 600; i++) printf "%d squared is %d\n", i, i * i }' > text
+small="$model --data text --val-every 0"
+newest() { ls -d "$1"/step-*[0-9] | tail -n 1; }
+
+# ---------------------------------------------------------------- a run that is to go on
+
+check "a run" quiet $small --steps 4 --out A
+check "a run that carries states" quiet $small --steps 4 --out C --carry-state
+: > empty-log && echo "my notes" > notes && mkdir folder && echo "my thesis" > folder/thesis
+refused 2 "--seed 5: the run in A has seed 1" --resume A --seed 5 --steps 6
+refused 2 "--carry-state: the run in A was begun without it" --resume A --carry-state --steps 6
+refused 2 "the run in C carries the states of 2 x 1 rows" --resume C --batch-size 4 --steps 6
+refused 2 "the run in C carries the states of 2 x 1 rows" --resume C --grad-accum 2 --steps 6
+refused 2 "--lr x" --resume A --lr x
+refused 2 "--schedule step" --resume A --schedule step
+refused 2 "--eot 256" --resume A --eot 256
+refused 2 "--model-dim contradicts" --resume A --model-dim 32
+refused 1 "--log nowhere/log: " --resume A --log nowhere/log --steps 6
+refused 1 "--log folder: cannot write: not a regular file" --resume A --log folder --steps 6
+refused 1 "--log notes: exists and is not a log of ./train" --resume A --log notes --steps 6
+refused 1 "--dump nowhere/dump: " --resume A --dump nowhere/dump --steps 6
+refused 1 "no-such-file: No such file" --resume A --data no-such-file --steps 6
+refused 1 "MiB" --resume A --batch-size 65536 --seq-len 9000 --steps 6
+refused 0 "step 4 of 2: nothing left to do" --resume A --steps 2
+refused 0 "step 4 of 4: nothing left to do" --resume A
+refused 2 "--overwrite: would delete A/step-00000004/model.safetensors, which --init reads" --init A --out A --overwrite --data text
+refused 1 "--out A: holds a run, at step 4" $small --out A
+cp -r A bad && printf '\000\000\300\177' | dd of=bad/step-00000004/model.safetensors bs=1 conv=notrunc \
+    seek=$(($(wc -c < bad/step-00000004/model.safetensors) - 4)) 2> ../dd.out
+cp bad/step-00000004/model.safetensors nan.safetensors
+head -c 3000 nan.safetensors > short.safetensors
+refused 1 "'output.output.weight' is not finite" --init nan.safetensors --data text --seq-len 32 --out A --overwrite
+refused 1 "'output.output.weight' is not finite" --init nan.safetensors --data text --seq-len 32 --out new/folder
+refused 1 "short.safetensors" --init short.safetensors --data text --seq-len 32 --out A --overwrite
+refused 1 "no checkpoint loads" --resume bad --steps 6
+check "after all that, the run goes on" quiet --resume A --steps 6
+check "  and so does the one that carries states" quiet --resume C --steps 6
+
+# ---------------------------------------------------------------- outputs are checked before the work
+
+refused 1 "--dump nowhere/dump: cannot write" $small --steps 2 --dump nowhere/dump
+refused 1 "--dump folder: cannot write: not a regular file" $small --steps 2 --dump folder
+refused 1 "--dump notes: exists and is not a dump of ./train" $small --steps 2 --dump notes
+refused 1 "--log nowhere/log: cannot write" $small --steps 2 --out new --log nowhere/log
+refused 1 "--log notes: exists and is not a log of ./train" $small --steps 2 --out new --log notes
+refused 1 "--out notes/run" $small --steps 2 --out notes/run
+refused 2 "--out '': not the name" $small --steps 2 --out ''
+refused 2 "--log '': not the name" $small --steps 2 --out new --log ''
+refused 1 "--out folder: holds files but no run" $small --steps 2 --out folder
+refused 1 "--out folder: holds files but no run" $small --steps 2 --out folder --overwrite
+refused 2 "--eval does not go with" $small --eval --out new
+refused 2 "--dump: with --steps 0" $small --steps 0 --dump dump
+refused 1 "MiB" $small --batch-size 65536 --seq-len 9000 --out new
+refused 1 "MiB" --preset paper7B --data text --vocab-size 32000 --seq-len 1024 --batch-size 64 --out new
+if [ "$(id -u)" -ne 0 ]; then # root may write everywhere
+    mkdir locked && chmod 555 locked
+    refused 1 "--out locked/run" $small --steps 2 --out locked/run
+    refused 1 "--log locked/log" $small --steps 2 --out new --log locked/log
+fi
+: > stale.tmp
+refused 1 "stale.tmp exists, perhaps left by a command that was killed" $small --steps 2 --dump stale
+check "an empty file may become a log" quiet $small --steps 2 --out E --log empty-log
+check "  a log a log" quiet $small --steps 2 --out E --overwrite --log empty-log
+check "  with a row a step" [ "$(wc -l < empty-log)" -eq 3 ]
+check "an empty directory may become a run" eval "mkdir fresh && quiet $small --steps 2 --out fresh"
+check "a dump" quiet $small --steps 2 --dump dump
+check "  may replace an older one" quiet $small --steps 2 --dump dump
+
+# ---------------------------------------------------------------- no output is an input
+
+cp text other && ln other linked && ln -s other symbolic && cp other other.tmp
+refused 2 "--log other: is what --data reads" $model --val-every 0 --data other --log other --out new
+refused 2 "--dump other: is what --data reads" $model --val-every 0 --data other --dump other --steps 1
+refused 2 "--dump ./other: is what --data reads" $model --val-every 0 --data other --dump ./other --steps 1
+refused 2 "--dump linked: is what --data reads" $model --val-every 0 --data other --dump linked --steps 1
+refused 2 "--log symbolic: is what --data reads" $model --val-every 0 --data other --log symbolic --out new
+refused 2 "--log other: is what --val-data reads" $model --data text --val-data other --log other --out new
+refused 2 "is what --data reads" $model --val-every 0 --data other.tmp --dump other --steps 1
+refused 2 "--dump same: is what --log writes" $small --steps 1 --log same --dump same
+refused 2 "--log dump: is what --batch reads" $model --batch dump --log dump --steps 1
+refused 2 "--dump dump: is what --batch reads" $model --batch dump --dump dump --steps 1
+refused 2 "--log nan.safetensors: is what --init reads" --init nan.safetensors --data text --seq-len 32 --log nan.safetensors --out new
+refused 2 "--log new/options.txt: is what --out writes" $small --steps 2 --out new --log new/options.txt
+refused 2 "--log new/lock: is what --out writes" $small --steps 2 --out new --log new/lock
+echo '{"num_layers": 1, "model_dim": 8, "z_dim": 4, "value_dim": 4, "ffn_hidden_dim": 4, "norm_num_groups": 2,
+       "chunk_size": 16, "vocab_size": 256}' > c.json
+refused 2 "--log c.json: is what --config reads" --config c.json --data text --seq-len 32 --log c.json --out new
+
+# ---------------------------------------------------------------- a run is measured where it is
+
+snapshot > ../before
+check "--resume DIR --eval measures" quiet --resume A --eval
+check "  with the run's own data and sizes" grep -q '^val loss [0-9.]* nats = .* of 32$' ../quiet.out
+snapshot > ../after
+check "  and changes nothing" cmp ../before ../after
+check "--eval of the same checkpoint" quiet --init A --data text --batch-size 2 --seq-len 32 --eval
+check "  says the same" eval 'grep "^val loss" ../quiet.out > ../val && quiet --resume A --eval && grep -q -F -f ../val ../quiet.out'
+
+# ---------------------------------------------------------------- data that move or change
+
+check "a run from another directory" eval "(cd folder && quiet --resume ../A --steps 8)"
+cp text moving && check "a run on data that will change" quiet $model --val-every 0 --data moving --out M --steps 2
+sed 's/squared/sqvared/' text > moving
+refused 1 "moving: has changed since the run began" --resume M --steps 4
+check "  goes on if the file is named again" quiet --resume M --data moving --steps 4
+check "  and from then on by itself" quiet --resume M --steps 5
+mv moving moved
+refused 1 "moving: No such file" --resume M --steps 6
+cp text held && check "a run with --val-data" quiet $model --data text --val-data held --val-batches 1 --out V --steps 2
+echo more >> held
+refused 1 "held: has changed since the run began" --resume V --steps 4
+
+# ---------------------------------------------------------------- damaged checkpoints
+
+check "a run with three checkpoints" quiet $small --steps 6 --save-every 2 --out D
+truncate() { head -c 900 "$1" > cut && mv cut "$1"; }
+truncate D/step-00000006/optimizer.safetensors
+check "a damaged optimizer: ./sample takes the checkpoint before" eval '"$sample" --threads 1 --model D --num-tokens 2 > ../out 2> ../err'
+check "  and says so" grep -q "passed over a checkpoint: D/step-00000006/optimizer.safetensors" ../err
+check "  ./train --init, too" quiet --init D --data text --seq-len 32 --steps 1 --out fromD
+check "  the run goes on from step 4" quiet --resume D --steps 5
+check "  and does not count the damaged one among the newest two" [ "$(ls D | grep -c 'step-0000000[45]')" -eq 2 ]
+check "  a dump of the whole run's step 6 equals that of the damaged one's" eval 'quiet --resume D --steps 6 --save-every 2 &&
+    quiet $small --steps 6 --save-every 2 --out D2 && cmp D/step-00000006/model.safetensors D2/step-00000006/model.safetensors'
+truncate D/step-00000006/model.safetensors && truncate D/step-00000005/optimizer.safetensors && truncate D/step-00000004/model.safetensors
+rm -rf D/step-00000002
+refused 1 "--resume D: every checkpoint is damaged" --resume D --steps 8
+
+# ---------------------------------------------------------------- a stop by a signal changes no file that is kept
+
+long="$model --data text --val-every 15 --val-batches 1 --steps 600 --save-every 30 --lr 0.1 --schedule constant"
+check "an uninterrupted run" quiet $long --out whole --log whole.csv
+stops=0
+for trial in 1 2 3 4 5 6; do
+    rm -rf stop stop.csv
+    status=143
+    set -- $long --out stop --log stop.csv
+    while [ $status -eq 143 ]; do
+        "$train" --threads 1 "$@" > ../stop.out 2>&1 &
+        sleep "0.$trial"
+        kill -TERM $! 2> ../kill.out
+        wait $!
+        status=$?
+        [ $status -ne 143 ] || stops=$((stops + 1))
+        set -- --resume stop
+    done
+    cut -d, -f1-4,7 whole.csv > ../log1 && cut -d, -f1-4,7 stop.csv > ../log2
+    check "a run stopped again and again, $stops stops so far, keeps the same checkpoints" diff -r -x options.txt whole stop
+    check "  and the same log" cmp ../log1 ../log2
+done
+check "there were stops" [ $stops -gt 0 ]
+every="$model --data text --val-every 0 --steps 300 --save-every 1 --lr 0.1 --schedule constant"
+check "an uninterrupted run that saves every step" quiet $every --out whole1
+check "the same" eval '"$train" --threads 1 $every --out stop1 > ../stop.out 2>&1 & sleep 0.2; kill -TERM $!; wait $!; [ $? -eq 143 ]'
+check "  resumed" quiet --resume stop1
+check "  keeps the same checkpoints" diff -r -x options.txt whole1 stop1
+
+# ---------------------------------------------------------------- the schedule, the lines, no steps
+
+check "longer than planned" quiet $small --steps 4 --out S --lr 0.01 --warmup 0
+check "  tells how the learning rate changes" eval 'quiet --resume S --steps 8 &&
+    grep -q "the next learning rate is 5.50e-03; with the run.s settings so far it would be 1.00e-03 (--steps 8, was 4)" ../quiet.out'
+check "  tells nothing where nothing changes" eval 'quiet $small --steps 8 --out S2 --save-every 4 && rm -r S2/step-00000008 &&
+    quiet --resume S2 && ! grep -q "the next learning rate" ../quiet.out'
+check "--print-every" quiet $small --steps 10 --print-every 4 --out P
+check "  prints the first, every fourth and the last step" [ "$(sed -n 's,^step *\([0-9]*\)/.*,\1,p' ../quiet.out | tr '\n' ' ')" = "1 4 8 10 " ]
+check "--steps 0" quiet $small --steps 0 --out Z
+check "  saves the initial checkpoint" [ -f Z/step-00000000/model.safetensors ]
+check "  from which a run goes on as from the start" eval 'quiet --resume Z --steps 3 && quiet $small --steps 3 --out Z3 &&
+    cmp Z/step-00000003/model.safetensors Z3/step-00000003/model.safetensors'
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]
