@@ -171,6 +171,7 @@ static void read_settings(int argc, char **argv) {
     bool is_run;
     s.config = *find_preset("demo");
     options_parse(options, argc, argv, about);
+    if (!ranks.started) settle_threads(argv, s.threads); // mpirun says where its processes run
     recorded = s;
     if (s.resume == NULL) return;
     const int64_t newest = run_newest(s.resume, &is_run);
@@ -675,11 +676,11 @@ static int64_t train(Model *model, State *state, Data *d, const Config *c, const
     bool halt = false;   // at the end of this step
     while (step < s.steps && !halt) {
         const double start = seconds(), lr = learning_rate(&s, step);
-        double sums[4] = {accumulate(model, d, step)};
-        sums[1] = pow(megalodon_grad_norm(model), 2), sums[2] = stopped != 0, sums[3] = *failed;
-        ranks_sum(sums, 4);
+        double sums[3] = {accumulate(model, d, step)};
+        sums[1] = pow(megalodon_grad_norm(model), 2), sums[2] = stopped != 0 || *failed;
+        ranks_sum(sums, 3);
         const double loss = isnan(sums[0]) ? NAN : sums[0], norm = isnan(sums[1]) ? NAN : sqrt(sums[1]);
-        halt = sums[2] > 0 || sums[3] > 0;
+        halt = sums[2] > 0;
         const bool good = isfinite(loss) && isfinite(norm);
         skipped += !good, skipped_now = good ? 0 : skipped_now + 1;
         if (skipped_now == MOST_SKIPPED)
@@ -733,7 +734,6 @@ int main(int argc, char **argv) {
 
     // 1. flags
     read_settings(argc, argv);
-    if (!ranks.started) settle_threads(argv, s.threads); // mpirun says where its processes run
     check_settings();
     if (s.threads > 0) megalodon_threads(s.threads);
 

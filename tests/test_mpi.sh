@@ -207,6 +207,7 @@ check "refused: a batch that cannot be divided" refused 2 "--batch-size 7 cannot
 check "refused: an unknown option" refused 2 "'--lrr'" 3 --lrr 1
 check "refused: no such file" refused 1 "nowhere: No such file" 2 --data nowhere
 check "refused: a folder that holds a run" refused 1 "--out one: holds a run" 2 --out one
+check "  and nothing was created or changed" [ ! -e refused ]
 check "refused: settings that differ" refused 1 "has other settings" 1 : -n 1 "$train" $small --lr 1
 check "refused: a file that only one process has" refused 1 "nowhere: No such file" 1 : -n 1 "$train" $small --data nowhere
 "$train" --chunk-parallel 2 > out.txt 2> err.txt
