@@ -1,23 +1,108 @@
 #include <errno.h>    // defines: errno
 #include <fcntl.h>    // defines: open
+#include <signal.h>   // defines: sigaction
 #include <stdlib.h>   // defines: free
-#include <string.h>   // defines: memcpy, strerror
+#include <string.h>   // defines: memcpy, strcmp, strerror, strlen
 #include <sys/mman.h> // defines: mmap
 #include <sys/stat.h> // defines: fstat
-#include <unistd.h>   // defines: close
+#include <unistd.h>   // defines: _exit, close, read, write
 #include "plumbing.h"
 
 // llm.c's token files: a header of 256 int32, magic, version, number of tokens; then uint16 tokens.
 enum { HEADER = 256 * 4, MAGIC = 20240520, MAGIC_UINT32 = 20240801, VERSION = 1 };
 
+bool find_data_format(const char *name, DataFormat *format) {
+    static const char *const names[] = {[FORMAT_AUTO] = "auto", [FORMAT_BYTES] = "bytes", [FORMAT_UINT16] = "uint16"};
+    for (int i = 0; i < 3; i++) {
+        if (strcmp(name, names[i]) != 0) continue;
+        *format = (DataFormat)i;
+        return true;
+    }
+    return false;
+}
+
+// ----------------------------------------------------------------------------
+// A mapped file that is truncated: reading beyond its new end raises SIGBUS. file_check() finds most truncations by the
+// file's size. The handler is the last resort: it writes a message and ends the program, with async-signal-safe calls
+// only.
+
+enum { MAX_MAPPED = 4 }; // the files opened last; ./train opens two
+static Tokens mapped[MAX_MAPPED];
+
+static void put_text(const char *text) {
+    if (write(STDERR_FILENO, text, strlen(text)) < 0) return; // no other place for it
+}
+
+static void put_number(size_t n) {
+    char digits[24] = "", *p = digits + sizeof digits - 1;
+    for (; p > digits && (n > 0 || digits[sizeof digits - 2] == 0); n /= 10) *--p = (char)('0' + n % 10);
+    put_text(p);
+}
+
+static void on_sigbus(int number, siginfo_t *info, void *context) {
+    (void)context;
+    const uintptr_t address = (uintptr_t)info->si_addr;
+    for (const Tokens *t = mapped; t < mapped + MAX_MAPPED; t++) {
+        struct stat now;
+        const uintptr_t first = (uintptr_t)t->memory;
+        if (address < first || address - first >= t->size) continue;
+        put_text("error: "), put_text(t->path);
+        if (fstat(t->file, &now) == 0 && (size_t)now.st_size < t->size) {
+            put_text(": truncated while it was read: "), put_number(t->size), put_text(" bytes when it was opened, ");
+            put_number((size_t)now.st_size), put_text(" now\n");
+        } else {
+            put_text(": cannot be read any more (an error of its disk or network)\n");
+        }
+        _exit(1);
+    }
+    signal(number, SIG_DFL); // not ours: the instruction is repeated and ends the program
+}
+
+static void watch(const Tokens *t) {
+    static int count;
+    struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO};
+    mapped[count++ % MAX_MAPPED] = *t;
+    sigaction(SIGBUS, &action, NULL);
+}
+
+// Ends the program if the file is shorter than when it was opened.
+static void file_check(const Tokens *t) {
+    struct stat now;
+    if (t->file < 0 || fstat(t->file, &now) != 0 || (size_t)now.st_size >= t->size) return;
+    fatal("%s: truncated while it was read: %zu bytes when it was opened, %zu now. Checkpoints that were saved stay; "
+          "restore the file, then continue with --resume",
+          t->path, t->size, (size_t)now.st_size);
+}
+
+// ----------------------------------------------------------------------------
+// opening
+
+// The whole file in memory, for file systems that cannot map it.
+static unsigned char *read_whole(const char *path, int fd, size_t size) {
+    unsigned char *memory = allocate(size, 1);
+    for (size_t done = 0; done < size;) {
+        const ssize_t n = read(fd, memory + done, size - done);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) fatal("%s: %s", path, strerror(errno));
+        if (n == 0) fatal("%s: truncated while it was read: %zu bytes, %zu now", path, size, done);
+        done += (size_t)n;
+    }
+    return memory;
+}
+
+static bool cannot_map(int error) {
+    return error == ENODEV || error == ENOTSUP || error == EOPNOTSUPP || error == ENOSYS || error == EINVAL ||
+           error == EACCES;
+}
+
 // Turns t, so far the whole file as bytes, into the tokens of a .bin file if it is one.
-static void read_header(Tokens *t) {
+static bool read_header(Tokens *t) {
     int32_t header[3] = {0};
     if (t->count >= sizeof header) memcpy(header, t->bytes, sizeof header);
     if (header[0] == MAGIC_UINT32)
         fatal("%s: a .bin file of 32-bit tokens (magic %d); only 16-bit ones are read (magic %d)", t->path,
               MAGIC_UINT32, MAGIC);
-    if (header[0] != MAGIC) return;
+    if (header[0] != MAGIC) return false;
     if (header[1] != VERSION)
         fatal("%s: a .bin token file of version %d; only version %d is read", t->path, header[1], VERSION);
     size_t size = t->count;
@@ -27,21 +112,66 @@ static void read_header(Tokens *t) {
     t->bytes += HEADER;
     t->width = 2;
     t->count = (size_t)header[2];
+    return true;
 }
 
-Tokens tokens_open(const char *path, int vocab_size) {
+// A control character that texts do not have; they do have backspaces, tabs, line and page ends, and escape sequences.
+static bool is_control(unsigned char byte) {
+    return (byte < 32 && !(byte >= 8 && byte <= 13) && byte != 27) || byte == 127;
+}
+
+// Do these bytes look like uint16 tokens without a header (numpy's tofile, nanoGPT's train.bin)? Tokenizers give small
+// numbers to frequent tokens, so that, in a sample of the file,
+//   1. nearly all values are below the vocabulary size,
+//   2. many bytes are control characters, which no text has in any encoding but UTF-16 and UTF-32,
+//   3. the high bytes are smaller than the low bytes. Those of compressed data, sound or programs are not.
+// UTF-16 and UTF-32 are recognized by their byte order mark. With at most 256 tokens, a file can only be bytes.
+static bool looks_like_uint16(const Tokens *t, int vocab_size) {
+    enum { BLOCKS = 64, BLOCK = 4096 };
+    const unsigned char *bytes = t->bytes;
+    const size_t step = t->size <= (size_t)BLOCKS * BLOCK ? BLOCK : t->size / BLOCKS / 2 * 2;
+    size_t values = 0, inside = 0, controls = 0, low = 0, high = 0;
+    if (vocab_size <= 256 || t->size % 2 != 0 || (bytes[0] == 0xFF && bytes[1] == 0xFE)) return false;
+    for (size_t at = 0; at < t->size; at += step) {
+        for (size_t i = at; i < at + BLOCK && i < t->size; i += 2) {
+            values++;
+            inside += (bytes[i] | bytes[i + 1] << 8) < vocab_size;
+            controls += (size_t)is_control(bytes[i]) + (size_t)is_control(bytes[i + 1]);
+            low += bytes[i], high += bytes[i + 1];
+        }
+    }
+    return inside >= values * 9 / 10 && controls > values / 25 && high < low * 7 / 8;
+}
+
+Tokens tokens_open_as(const char *path, int vocab_size, DataFormat format) {
     struct stat info;
-    int fd = open(path, O_RDONLY | O_NONBLOCK);
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0 || fstat(fd, &info) != 0) fatal("%s: %s", path, strerror(errno));
     if (!S_ISREG(info.st_mode)) fatal("%s: not a regular file", path);
     if (info.st_size == 0) fatal("%s: empty", path);
-    Tokens t = {.path = path, .width = 1, .count = (size_t)info.st_size};
-    void *memory = mmap(NULL, t.count, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (memory == MAP_FAILED) fatal("%s: %s", path, strerror(errno));
-    close(fd);
-    t.bytes = memory;
-    read_header(&t);
-    if (t.width == 1 && vocab_size >= 256) return t;
+    Tokens t = {.path = path, .width = 1, .count = (size_t)info.st_size, .size = (size_t)info.st_size, .file = fd};
+    void *memory = mmap(NULL, t.size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (memory == MAP_FAILED && !cannot_map(errno)) fatal("%s: %s", path, strerror(errno));
+    if (memory == MAP_FAILED) {
+        if (ranks.rank == 0)
+            fprintf(stderr, "warning: %s: its file system cannot map files (%s); all %zu bytes are read into memory\n",
+                    path, strerror(errno), t.size);
+        memory = read_whole(path, fd, t.size);
+        close(fd);
+        t.file = -1;
+    }
+    t.bytes = t.memory = memory;
+    if (t.file >= 0) watch(&t);
+    const bool header = format != FORMAT_BYTES && read_header(&t);
+    if (!header && format == FORMAT_AUTO && looks_like_uint16(&t, vocab_size))
+        fatal("%s: looks like uint16 tokens without a header. --data-format uint16 reads it so; --data-format bytes "
+              "reads each byte as a token",
+              path);
+    if (!header && format == FORMAT_UINT16) {
+        if (t.size % 2 != 0) fatal("%s: %zu bytes are not a whole number of uint16 tokens", path, t.size);
+        t.width = 2, t.count /= 2;
+    }
+    if (vocab_size >= (t.width == 1 ? 256 : 65536)) return t;
     for (size_t i = 0; i < t.count; i++) {
         if (token_at(&t, i) >= vocab_size)
             fatal("%s: token %zu is %d, but the vocabulary has %d: use --vocab-size %d or more, or other data", path, i,
@@ -49,6 +179,8 @@ Tokens tokens_open(const char *path, int vocab_size) {
     }
     return t;
 }
+
+Tokens tokens_open(const char *path, int vocab_size) { return tokens_open_as(path, vocab_size, FORMAT_AUTO); }
 
 Tokens tokens_part(const Tokens *t, size_t first, size_t count) {
     Tokens part = *t;
@@ -59,51 +191,117 @@ Tokens tokens_part(const Tokens *t, size_t first, size_t count) {
 }
 
 // ----------------------------------------------------------------------------
+// XXH64 with seed 0 (Collet, xxhash.com): four lanes of 8 bytes, then the rest, then a finalizer
+
+static const uint64_t P1 = 0x9E3779B185EBCA87u, P2 = 0xC2B2AE3D27D4EB4Fu, P3 = 0x165667B19E3779F9u,
+                      P4 = 0x85EBCA77C2B2AE63u, P5 = 0x27D4EB2F165667C5u;
+
+static uint64_t rotate(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
+
+static uint64_t hash_round(uint64_t lane, const unsigned char *p) {
+    uint64_t word;
+    memcpy(&word, p, sizeof word);
+    return rotate(lane + word * P2, 31) * P1;
+}
+
+static uint64_t xxh64(const unsigned char *p, size_t size) {
+    const unsigned char *end = p + size;
+    uint64_t lanes[4] = {P1 + P2, P2, 0, -P1}, h = P5;
+    if (size >= 32) {
+        for (; end - p >= 32; p += 32) {
+            for (int i = 0; i < 4; i++) lanes[i] = hash_round(lanes[i], p + 8 * i);
+        }
+        h = rotate(lanes[0], 1) + rotate(lanes[1], 7) + rotate(lanes[2], 12) + rotate(lanes[3], 18);
+        for (int i = 0; i < 4; i++) h = (h ^ rotate(lanes[i] * P2, 31) * P1) * P1 + P4;
+    }
+    h += size;
+    for (; end - p >= 8; p += 8) h = rotate(h ^ hash_round(0, p), 27) * P1 + P4;
+    if (end - p >= 4) {
+        uint32_t word;
+        memcpy(&word, p, sizeof word);
+        h = rotate(h ^ word * P1, 23) * P2 + P3;
+        p += 4;
+    }
+    for (; p < end; p++) h = rotate(h ^ *p * P5, 11) * P1;
+    h = (h ^ h >> 33) * P2;
+    h = (h ^ h >> 29) * P3;
+    return h ^ h >> 32;
+}
+
+void tokens_fingerprint(const Tokens *t, char text[FINGERPRINT_SIZE]) {
+    const uint64_t hash = xxh64(t->memory, t->size);
+    file_check(t);
+    snprintf(text, FINGERPRINT_SIZE, "%zu bytes, xxh64 %016llx", t->size, (unsigned long long)hash);
+}
+
+// ----------------------------------------------------------------------------
 // rows of a batch
 
-// Without --eot all is one document. With it each EOT ends a document, and the next one begins there, too, so that a
-// model learns how documents begin. Those without any other token are left out.
-static void find_documents(Reader *r) {
+// Index of the first `token` from i on; count if there is none.
+static size_t find_token(const Tokens *t, size_t i, int token) {
+    if (t->width == 1) {
+        const void *found = token < 0 || token > 255 ? NULL : memchr(t->bytes + i, token, t->count - i);
+        return found == NULL ? t->count : (size_t)((const unsigned char *)found - t->bytes);
+    }
+    while (i < t->count && token_at(t, i) != token) i++;
+    return i;
+}
+
+// Documents of the tokens, written to `documents` unless it is NULL; returns their number. Without --eot there is one.
+// With it each EOT ends a document, and the next one begins with that EOT, so that a model learns how documents begin.
+// Documents without any other token are left out.
+static size_t find_documents(const Reader *r, Document *documents) {
     const Tokens *t = &r->tokens;
-    size_t room = 0;
-    if (r->eot < 0) {
-        r->documents = allocate(1, sizeof *r->documents);
-        r->documents[r->count++] = (Document){0, t->count - 1};
-        return;
+    size_t count = 0, rows = 0;
+    for (size_t start = 0, next; start + 1 < t->count; start = next) {
+        next = find_token(t, start + 1, r->eot);
+        const size_t end = next < t->count ? next : t->count - 1;
+        if (next == start + 1 && token_at(t, start) == r->eot) continue;
+        if (documents != NULL) documents[count] = (Document){start, end, rows};
+        rows += (end - start + (size_t)r->L - 1) / (size_t)r->L;
+        count++;
     }
-    for (size_t start = 0, i = 1; i < t->count; i++) {
-        const bool ends = token_at(t, i) == r->eot;
-        if (!ends && i + 1 < t->count) continue;
-        if (i > start + 1 || token_at(t, start) != r->eot || !ends) {
-            if (r->count == room) {
-                r->documents = realloc(r->documents, (room = 2 * room + 1024) * sizeof *r->documents);
-                if (r->documents == NULL) fatal("out of memory for the documents of %s", t->path);
-            }
-            r->documents[r->count++] = (Document){start, i};
-        }
-        start = i;
-    }
-    if (r->count == 0) fatal("--eot %d: %s has no document, nothing but that token", r->eot, t->path);
+    return count;
 }
 
 Reader reader_new(const Tokens *t, const char *purpose, uint64_t seed, int rows, int L, int eot, bool carry) {
     Reader r = {.tokens = *t, .seed = seed, .rows = rows, .L = L, .eot = eot, .carry = carry};
     r.batch = r.here = rows, r.length = L;
-    const size_t need = eot < 0 ? (size_t)L + 1 : 2;
+    const size_t need = eot >= 0 ? 2 : (carry ? (size_t)rows : 1) * (size_t)L + 1;
+    const char *other = t->first > 0 ? "--val-data FILE" : "a longer file";
+    if (t->count < need && eot < 0 && carry)
+        fatal("%s: %zu tokens for %s, but --carry-state divides them into %d streams (--batch-size x --grad-accum) of "
+              "--seq-len %d or more, which needs %zu: use smaller ones or %s",
+              t->path, t->count, purpose, rows, L, need, other);
     if (t->count < need)
         fatal("%s: %zu tokens for %s, but --seq-len %d needs %zu: use a smaller --seq-len or %s", t->path, t->count,
-              purpose, L, need, t->first > 0 ? "--val-data FILE" : "a longer file");
-    find_documents(&r);
-    r.places = allocate((size_t)rows, sizeof *r.places);
+              purpose, L, need, other);
+    r.count = find_documents(&r, NULL);
+    if (r.count == 0) fatal("--eot %d: %s has no document, nothing but that token", eot, t->path);
+    if (eot >= 0 && carry && r.count < (size_t)rows)
+        fatal("%s: %zu documents for %s, but --carry-state reads %d at a time (--batch-size x --grad-accum): use "
+              "smaller ones, more documents, or leave out --eot",
+              t->path, r.count, purpose, rows);
+    r.documents = allocate(r.count, sizeof *r.documents);
+    find_documents(&r, r.documents);
+    r.next = r.count; // before the first pass
+    r.places = allocate(eot >= 0 && carry ? (size_t)rows : 0, sizeof *r.places);
+    file_check(t);
     return r;
 }
 
 void reader_free(Reader *r) { free(r->documents), free(r->places); }
 
+size_t reader_bytes(const Reader *r) {
+    const size_t file = r->tokens.file < 0 ? r->tokens.size : 0;
+    const size_t places = r->eot >= 0 && r->carry ? (size_t)r->rows : 0;
+    return r->count * sizeof *r->documents + places * sizeof *r->places + file;
+}
+
 // 64 random bits as a fraction of 2^64, times n: 0 .. n-1, with a bias below n / 2^64.
-static size_t draw(const Reader *r, int64_t number, uint32_t purpose, int row, size_t n) {
+static size_t draw(const Reader *r, int64_t number, uint32_t purpose, size_t index, size_t n) {
     uint32_t words[4];
-    megalodon_philox(words, r->seed, STREAM_DATA, (uint32_t)number, purpose, (uint32_t)row);
+    megalodon_philox(words, r->seed, STREAM_DATA, (uint32_t)number, purpose, (uint32_t)index);
     uint64_t random = (uint64_t)words[1] << 32 | words[0];
     return (size_t)((unsigned __int128)random * n >> 64);
 }
@@ -113,56 +311,89 @@ static bool is_here(const Reader *r, int row) {
     return place >= r->row && place < r->row + r->here;
 }
 
-// Row n of this process: tokens from start on, and after each the next one as target, as far as `end`; then nothing:
-// EOT without target.
+// Row n of this process: inputs from start on, each with the next token as target, as far as `end`. After that, inputs
+// are EOT (or 0) and targets are -1.
 static void fill_row(const Reader *r, size_t start, size_t end, int n, int32_t *inputs, int32_t *targets) {
     const size_t length = (size_t)r->length, at = (size_t)n * length;
+    const int32_t padding = r->eot >= 0 ? r->eot : 0;
     start += (size_t)r->from;
     for (size_t i = 0; i < length; i++) {
         const bool inside = start + i < end;
-        inputs[at + i] = inside ? token_at(&r->tokens, start + i) : r->eot;
+        inputs[at + i] = inside ? token_at(&r->tokens, start + i) : padding;
         targets[at + i] = inside ? token_at(&r->tokens, start + i + 1) : -1;
     }
 }
 
-// A stream of documents in a row: the piece after the one of the step before, or a newly drawn document's first.
-static void move_on(const Reader *r, Place *p, int row) {
+// The document that has row k of all documents' rows: the last one that does not begin after it.
+static Document document_of(const Reader *r, size_t k) {
+    size_t first = 0, count = r->count;
+    while (count > 1) {
+        const size_t half = count / 2;
+        if (r->documents[first + half].row <= k)
+            first += half, count -= half;
+        else
+            count = half;
+    }
+    return r->documents[first];
+}
+
+// Fisher-Yates shuffle of the documents, starting from the order of the pass before.
+static void shuffle(Reader *r) {
+    for (size_t i = r->count; i > 1; i--) {
+        const size_t other = draw(r, r->pass, 1, i, i);
+        const Document d = r->documents[i - 1];
+        r->documents[i - 1] = r->documents[other], r->documents[other] = d;
+    }
+    r->pass++, r->next = 0;
+}
+
+// A row of carried documents: the next part of its document, or the next document of the pass.
+static void move_on(Reader *r, Place *p) {
     if (p->at + (size_t)r->L < p->end) {
         p->at += (size_t)r->L;
         return;
     }
-    const Document d = r->documents[draw(r, p->drawn++, 1, row, r->count)];
+    if (r->next == r->count) shuffle(r);
+    const Document d = r->documents[r->next++];
     p->start = p->at = d.start, p->end = d.end;
 }
 
 void reader_step(Reader *r, int64_t step, int32_t *inputs, int32_t *targets, bool *fresh) {
-    const size_t L = (size_t)r->L, windows = (r->tokens.count - 1) / L;
+    const size_t L = (size_t)r->L, predicted = r->tokens.count - 1;
+    file_check(&r->tokens);
+    for (; r->eot >= 0 && r->carry && r->step <= step; r->step++) {
+        for (int row = 0; row < r->rows; row++) move_on(r, &r->places[row]);
+    }
     for (int row = 0, n = 0; row < r->rows; row++) {
-        size_t start, end = r->tokens.count - 1;
+        size_t start, end = predicted;
         if (!is_here(r, row)) continue;
         fresh[n] = true;
         if (r->eot < 0 && !r->carry) { // anywhere; the last start still has a token after its row
-            start = draw(r, step, 0, row, r->tokens.count - L);
-        } else if (r->eot < 0) { // window after window, from a drawn one on, round and round
-            size_t window = (draw(r, 0, 0, row, windows) + (size_t)step) % windows;
-            start = window * L;
-            fresh[n] = step == 0 || window == 0;
-        } else if (!r->carry) {
-            const Document d = r->documents[draw(r, step, 0, row, r->count)];
-            start = d.start, end = d.end;
+            start = draw(r, step, 0, (size_t)row, r->tokens.count - L);
+        } else if (r->eot < 0) { // the next window of stream `row`, round and round
+            const size_t begin = (size_t)((unsigned __int128)predicted * (size_t)row / (size_t)r->rows);
+            end = (size_t)((unsigned __int128)predicted * ((size_t)row + 1) / (size_t)r->rows);
+            start = begin + (size_t)step % ((end - begin + L - 1) / L) * L;
+            fresh[n] = start == begin;
+        } else if (!r->carry) { // one of all documents' rows
+            const Document last = r->documents[r->count - 1];
+            const size_t k = draw(r, step, 0, (size_t)row, last.row + (last.end - last.start + L - 1) / L);
+            const Document d = document_of(r, k);
+            start = d.start + (k - d.row) * L, end = d.end;
         } else {
-            Place *p = &r->places[row];
-            for (; p->next <= step; p->next++) move_on(r, p, row);
+            const Place *p = &r->places[row];
             start = p->at, end = p->end;
             fresh[n] = start == p->start;
         }
         fill_row(r, start, end, n++, inputs, targets);
     }
+    file_check(&r->tokens); // what was read beyond a new end is zeros
 }
 
 int read_windows(const Reader *r, Cursor *c, int B, int32_t *inputs, int32_t *targets) {
     const size_t L = (size_t)r->L;
     int b = 0;
+    file_check(&r->tokens);
     while (b < B && c->document < r->count) {
         const Document d = r->documents[c->document];
         const size_t start = d.start + c->piece++ * L;
@@ -173,6 +404,7 @@ int read_windows(const Reader *r, Cursor *c, int B, int32_t *inputs, int32_t *ta
             c->document++, c->piece = 0;
         }
     }
+    file_check(&r->tokens);
     return b;
 }
 
@@ -192,7 +424,8 @@ void read_batch(const char *path, int vocab_size, int *B, int *L, int32_t **inpu
         int32_t *values = allocate((size_t)st_count(t), sizeof *values);
         if (!st_read(&f, t, 0, st_count(t), values, ST_I32, err)) fatal("--batch %s", err);
         for (int64_t n = 0; n < st_count(t); n++) {
-            if (values[n] < -i || values[n] >= vocab_size) // a target may be -1: not counted
+            const bool ignored = i == 1 && (values[n] == -1 || values[n] == -100);
+            if ((values[n] < 0 && !ignored) || values[n] >= vocab_size)
                 fatal("--batch %s: '%s' has %d at row %d, position %d; the vocabulary has %d", path, names[i],
                       values[n], (int)(n / *L), (int)(n % *L), vocab_size);
         }

@@ -149,41 +149,67 @@ bool config_equal(const Config *a, const Config *b);
 void config_apply(Config *config, const Config *flags, const Option *options, const char *owner);
 
 // ----------------------------------------------------------------------------
-// data.c: token files, mapped into memory as they are
+// data.c: token files, mapped into memory, and the rows that training and validation read
+
+typedef enum {
+    FORMAT_AUTO,  // a .bin file by its header, otherwise bytes; what looks like uint16 tokens is refused
+    FORMAT_BYTES, // each byte a token, whatever the file looks like
+    FORMAT_UINT16 // little-endian uint16 tokens, with the header of a .bin file or without
+} DataFormat;
+bool find_data_format(const char *name, DataFormat *format); // auto, bytes, uint16; false if it is none of these
 
 typedef struct {
-    const char *path;
-    const unsigned char *bytes; // little-endian
-    int width;                  // bytes a token: 1 raw, 2 from a .bin file
-    size_t count, first;        // tokens here; place of the first one in the file
+    const char *path;            // the caller's; must stay
+    const unsigned char *bytes;  // of the first token, little-endian
+    int width;                   // bytes per token, 1 or 2
+    size_t count, first;         // number of tokens; index of the first one in the file
+    const unsigned char *memory; // the whole file, header included
+    size_t size;                 // bytes of the whole file
+    int file;                    // descriptor, to notice a truncation; -1 if memory is a copy
 } Tokens;
 
-// Opens a raw file, each byte a token, or a .bin token file. Every token is checked against vocab_size.
-Tokens tokens_open(const char *path, int vocab_size);
+// Opens a file of tokens. Every token is checked against vocab_size. Where the file system cannot map files, it is read
+// into memory, with a warning. A file that is truncated while it is read ends the program with a message.
+Tokens tokens_open_as(const char *path, int vocab_size, DataFormat format);
+Tokens tokens_open(const char *path, int vocab_size); // FORMAT_AUTO
 static inline int32_t token_at(const Tokens *t, size_t i) {
     return t->width == 1 ? t->bytes[i] : t->bytes[2 * i] | t->bytes[2 * i + 1] << 8;
 }
 Tokens tokens_part(const Tokens *t, size_t first, size_t count); // shares the memory
 
+// "254368 bytes, xxh64 0123456789abcdef": size and XXH64 of the whole file, of which t may be a part. Reads all of it.
+enum { FINGERPRINT_SIZE = 64 };
+void tokens_fingerprint(const Tokens *t, char text[FINGERPRINT_SIZE]);
+
 typedef struct {
-    size_t start, end; // of a document: its first token, and the last that is predicted
+    size_t start, end; // index of its first input, and of its last target
+    size_t row;        // number of rows that the documents before it are cut into
 } Document;
 typedef struct {
-    int64_t next, drawn;   // the step it goes to next, the documents drawn so far
-    size_t start, at, end; // of the document, of the piece
-} Place;                   // of a row's stream of documents
+    size_t start, at, end; // of the document; `at` is where the row of this step starts
+} Place;
 
-// What a run reads: all rows of a step's batch, L tokens and after each the next one as target. Drawn from (seed,
-// step, row) alone, so that ranks and resumed runs agree.
+// Rows of a step's batch: L inputs, each with the next token as target. A position without a target has -1. All is
+// determined by (seed, step, row), so that ranks and resumed runs agree. Four orders:
+//   neither eot nor carry: row starts are drawn uniformly from all positions.
+//   carry: positions are divided into `rows` streams of equal length. Row r reads stream r window by window, the last
+//       one padded, and then again from its start, fresh. The seed has no influence.
+//   eot: documents are cut into rows of L, and each row is drawn uniformly from the rows of all documents, so that
+//       every token is equally likely to be trained on. The rest of a document's last row is padded.
+//   eot and carry: a row reads a document from its start to its end, and then takes the next one, in an order that is
+//       shuffled anew for each pass over all documents. Each is read once before any is read again.
 typedef struct {
     Tokens tokens;
     uint64_t seed;
     int rows, L;
-    int eot;    // a row starts where a document starts; behind its end targets are -1. -1: no documents
+    int eot;    // token that ends a document; -1: none
     bool carry; // a row goes on where it ended the step before
+    // 24 bytes per document, in order; shuffled if eot and carry. A document has 2 tokens or more.
     Document *documents;
-    size_t count;  // of them
-    Place *places; // (rows)
+    size_t count;       // number of documents
+    Place *places;      // (rows), if eot and carry, as of the step before `step`
+    int64_t step, pass; // the next step of places, the next pass over the documents
+    size_t next;        // document that is taken next
     // what this process has: of each `batch` rows `here` from `row` on, and of these `length` tokens from `from` on
     int batch, row, here, from, length;
 } Reader;
@@ -191,7 +217,8 @@ typedef struct {
 // Refused if there are too few tokens for `purpose`. This process has all of it, until those fields say otherwise.
 Reader reader_new(const Tokens *t, const char *purpose, uint64_t seed, int rows, int L, int eot, bool carry);
 void reader_free(Reader *reader);
-// fresh (rows): does the row begin without a past? Steps must not go back if it carries documents.
+size_t reader_bytes(const Reader *reader); // memory that it has allocated, the copy of a file included
+// fresh (rows): does the row begin from a fresh state? Steps must not go back if eot and carry.
 void reader_step(Reader *reader, int64_t step, int32_t *inputs, int32_t *targets, bool *fresh);
 
 // Validation: up to B windows of L, one after another from the cursor (at first 0) on, each document's from its
@@ -201,7 +228,8 @@ typedef struct {
 } Cursor;
 int read_windows(const Reader *reader, Cursor *cursor, int B, int32_t *inputs, int32_t *targets);
 
-// input.tokens and input.targets (B,L) of a dump, allocated; every one is checked against vocab_size.
+// input.tokens and input.targets (B,L) of a dump, allocated; every one is checked against vocab_size. Targets of -1 and
+// -100 are ignored; they stay as they are, so that a dump of the batch equals the file.
 void read_batch(const char *path, int vocab_size, int *B, int *L, int32_t **inputs, int32_t **targets);
 
 // ----------------------------------------------------------------------------

@@ -342,10 +342,20 @@ bool st_finish(StWriter *w, char *err) {
 }
 
 bool st_sync_folder(const char *path, char *err) {
+    static bool warned;
     const char *slash = strrchr(path, '/');
     char *folder = slash == NULL ? strdup(".") : strndup(path, (size_t)(slash - path) + 1);
-    int fd = folder == NULL ? -1 : open(folder, O_RDONLY);
-    bool ok = fd >= 0 && (fsync(fd) == 0 || errno == EINVAL); // EINVAL: this file system does not sync folders
+    int fd = folder == NULL ? -1 : open(folder, O_RDONLY | O_CLOEXEC);
+    bool ok = fd >= 0 && fsync(fd) == 0;
+    // network and container file systems may not sync folders
+    const bool unsupported = fd >= 0 && (errno == EINVAL || errno == ENOTSUP || errno == EOPNOTSUPP ||
+                                         errno == ENOSYS || errno == ENODEV || errno == EBADF);
+    if (!ok && unsupported && !warned)
+        fprintf(stderr,
+                "warning: %s: its file system cannot sync folders (%s): a power failure may lose what was "
+                "saved last\n",
+                folder, strerror(errno));
+    if (!ok && unsupported) ok = warned = true;
     if (!ok) fail(err, path, NULL, "cannot sync its folder: %s", strerror(errno));
     if (fd >= 0) close(fd);
     free(folder);

@@ -213,13 +213,13 @@ static void run_batch(const char *path, const uint8_t *bytes, size_t size) {
     free(inputs), free(targets);
 }
 
-// A vocabulary of 300 refuses some of what 16 bits can say, and no bytes.
+// A vocabulary of 300 refuses some of what 16 bits can say, and no bytes. Every format.
 static void run_tokens(const char *path, const uint8_t *bytes, size_t size) {
     (void)bytes;
     enum { L = 4 };
     int32_t inputs[2 * L], targets[2 * L];
     bool fresh[2];
-    const Tokens t = tokens_open(path, 300);
+    const Tokens t = tokens_open_as(path, 300, (DataFormat)(size / 4 % 3));
     const int eot = size % 2 == 0 ? 0 : -1;
     Reader r = reader_new(&t, "fuzzing", 1, 2, L, eot, size % 4 < 2);
     for (int step = 0; step < 5; step++) {
@@ -229,6 +229,7 @@ static void run_tokens(const char *path, const uint8_t *bytes, size_t size) {
     Cursor cursor = {0};
     for (int i = 0; i < 1000 && read_windows(&r, &cursor, 2, inputs, targets) > 0; i++) {}
     reader_free(&r);
+    close_file(t.file);
 }
 
 static void run_tokenizer(const char *path, const uint8_t *bytes, size_t size) {
