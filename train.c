@@ -8,20 +8,6 @@
 #include <errno.h>  // defines: errno
 #include "plumbing/plumbing.h"
 
-// TEMP begin
-enum { FINGERPRINT_SIZE = 64 };
-typedef int DataFormat;
-static bool find_data_format(const char *name, DataFormat *f) {
-    *f = 0;
-    return !strcmp(name, "auto") || !strcmp(name, "bytes");
-}
-static void tokens_fingerprint(const Tokens *t, char text[FINGERPRINT_SIZE]) {
-    uint64_t h = 14695981039346656037u;
-    for (size_t i = 0; i < t->count * (size_t)t->width; i++) h = (h ^ t->bytes[i]) * 1099511628211u;
-    snprintf(text, FINGERPRINT_SIZE, "%zu bytes, checksum %016llx", t->count * (size_t)t->width, (unsigned long long)h);
-}
-static size_t reader_bytes(const Reader *r) { return r->count * sizeof *r->documents; }
-// TEMP end
 // ----------------------------------------------------------------------------
 // settings
 
@@ -248,7 +234,7 @@ static Tokens open_tokens(const char *flag, const char **path, const char **prin
     DataFormat format;
     find_data_format(s.data_format, &format);
     claim_input(flag, *path);
-    const Tokens tokens = tokens_open(*path, V);
+    const Tokens tokens = tokens_open_as(*path, V, format);
     char *now = allocate(FINGERPRINT_SIZE, 1);
     tokens_fingerprint(&tokens, now);
     if (s.resume && recorded_print && !option_given(options, path) && strcmp(now, recorded_print) != 0)
