@@ -22,9 +22,8 @@ bool find_data_format(const char *name, DataFormat *format) {
 }
 
 // ----------------------------------------------------------------------------
-// A mapped file that is truncated: reading beyond its new end raises SIGBUS. file_check() finds most truncations by the
-// file's size. The handler is the last resort: it writes a message and ends the program, with async-signal-safe calls
-// only.
+// Truncation of a mapped file. file_check() finds it by the file's size. Reading beyond the new end before that raises
+// SIGBUS, whose handler writes a message and ends the program; it may use async-signal-safe functions only.
 
 enum { MAX_MAPPED = 4 }; // the files opened last; ./train opens two
 static Tokens mapped[MAX_MAPPED];
@@ -124,7 +123,7 @@ static bool is_control(unsigned char byte) {
 // numbers to frequent tokens, so that, in a sample of the file,
 //   1. nearly all values are below the vocabulary size,
 //   2. many bytes are control characters, which no text has in any encoding but UTF-16 and UTF-32,
-//   3. the high bytes are smaller than the low bytes. Those of compressed data, sound or programs are not.
+//   3. the high bytes are smaller than the low bytes, unlike those of compressed data or sound.
 // UTF-16 and UTF-32 are recognized by their byte order mark. With at most 256 tokens, a file can only be bytes.
 static bool looks_like_uint16(const Tokens *t, int vocab_size) {
     enum { BLOCKS = 64, BLOCK = 4096 };
@@ -209,7 +208,7 @@ static uint64_t xxh64(const unsigned char *p, size_t size) {
     uint64_t lanes[4] = {P1 + P2, P2, 0, -P1}, h = P5;
     if (size >= 32) {
         for (; end - p >= 32; p += 32) {
-            for (int i = 0; i < 4; i++) lanes[i] = hash_round(lanes[i], p + 8 * i);
+            for (size_t i = 0; i < 4; i++) lanes[i] = hash_round(lanes[i], p + 8 * i);
         }
         h = rotate(lanes[0], 1) + rotate(lanes[1], 7) + rotate(lanes[2], 12) + rotate(lanes[3], 18);
         for (int i = 0; i < 4; i++) h = (h ^ rotate(lanes[i] * P2, 31) * P1) * P1 + P4;
@@ -358,21 +357,27 @@ static void move_on(Reader *r, Place *p) {
     p->start = p->at = d.start, p->end = d.end;
 }
 
+// Where stream `row` starts, and stream row - 1 ends.
+static size_t stream_start(const Reader *r, size_t row) {
+    const unsigned __int128 predicted = r->tokens.count - 1, rows = (unsigned)r->rows;
+    return (size_t)(predicted * row / rows);
+}
+
 void reader_step(Reader *r, int64_t step, int32_t *inputs, int32_t *targets, bool *fresh) {
-    const size_t L = (size_t)r->L, predicted = r->tokens.count - 1;
+    const size_t L = (size_t)r->L;
     file_check(&r->tokens);
     for (; r->eot >= 0 && r->carry && r->step <= step; r->step++) {
         for (int row = 0; row < r->rows; row++) move_on(r, &r->places[row]);
     }
     for (int row = 0, n = 0; row < r->rows; row++) {
-        size_t start, end = predicted;
+        size_t start, end = r->tokens.count - 1;
         if (!is_here(r, row)) continue;
         fresh[n] = true;
         if (r->eot < 0 && !r->carry) { // anywhere; the last start still has a token after its row
             start = draw(r, step, 0, (size_t)row, r->tokens.count - L);
         } else if (r->eot < 0) { // the next window of stream `row`, round and round
-            const size_t begin = (size_t)((unsigned __int128)predicted * (size_t)row / (size_t)r->rows);
-            end = (size_t)((unsigned __int128)predicted * ((size_t)row + 1) / (size_t)r->rows);
+            const size_t begin = stream_start(r, (size_t)row);
+            end = stream_start(r, (size_t)row + 1);
             start = begin + (size_t)step % ((end - begin + L - 1) / L) * L;
             fresh[n] = start == begin;
         } else if (!r->carry) { // one of all documents' rows

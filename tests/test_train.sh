@@ -164,6 +164,15 @@ check "a stream of two batches a step" quiet $carry --batch-size 1 --grad-accum 
 check "  gives the same losses" close carry2.csv whole.csv
 check "a stream, recomputing" quiet $carry --recompute --out carry3 --steps 12 --log carry3.csv
 check "  gives the same losses" close carry3.csv whole.csv
+head -c 150 text > short # 135 bytes to train on: two streams of five windows, the last of 3 tokens
+streams="$small --data short --seq-len 16 --carry-state --val-every 0 --schedule constant"
+check "streams of a text without documents" quiet $streams --out streams --steps 12 --save-every 5 --log streams.csv
+cp streams.csv whole.csv && cp -r streams/step-00000012 streamed && rm -r streams/step-00000012
+check "  resumed at step 10" quiet --resume streams
+check "    the same model" same streams/step-00000012 streamed
+check "    the same log" same_log streams.csv whole.csv
+check "  two batches a step" quiet $streams --batch-size 1 --grad-accum 2 --out streams2 --steps 12 --log streams2.csv
+check "    give the same losses" close streams2.csv whole.csv
 alone() { # SEQ_LEN: is a step of a stream what its batch would be without a state?
     rm -rf stream && quiet $carry --seq-len "$1" --out stream --steps 4 && quiet --resume stream --steps 5 --dump s.safetensors &&
         "$train" --threads 1 --init stream/step-00000004/model.safetensors --batch s.safetensors --steps 1 --dump b.safetensors > alone.out 2>&1 &&
@@ -209,6 +218,7 @@ refused 2 "--init-mode zero: it is he, gaussian, xavier or bert" --init-mode zer
 refused 2 "--init-mode contradicts" --init a --init-mode bert
 refused 2 "--hidden-dropout contradicts" --init a --hidden-dropout 0.5
 refused 2 "--dropout 1:" --dropout 1
+refused 1 "text: 11365 tokens for training, but --carry-state divides them into 400 streams" --carry-state --seq-len 32 --batch-size 400
 refused 2 "--carry-state: --seq-len 12 is no multiple of --chunk-size 8" --carry-state
 refused 2 "--eot 256: the vocabulary has 256 tokens" --eot 256
 refused 2 "--batch does not go with" --batch dump.safetensors --carry-state
