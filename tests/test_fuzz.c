@@ -238,7 +238,7 @@ static void run_tokenizer(const char *path, const uint8_t *bytes, size_t size) {
     size_t count, length;
     Tokenizer *t = tokenizer_read(bytes, size, TOKENS, err);
     if (t == NULL) return;
-    int32_t *tokens = tokenizer_encode(t, bytes, size < 500 ? size : 500, &count);
+    int32_t *tokens = tokenizer_encode(t, bytes, size < 500 ? size : 500, size % 2 == 0, &count);
     for (size_t i = 0; i < count; i++) {
         demand(tokens[i] >= 0 && tokens[i] < TOKENS);
         const unsigned char *piece = tokenizer_piece(t, tokens[i], i == 0, &length);

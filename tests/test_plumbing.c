@@ -100,12 +100,12 @@ static void test_sampler(void) {
     // 0.5, 0.3, 0.06, 0.05, and a tail of 0.09, none of which is among the fewest that make up 0.9
     const double first[4] = {0.5, 0.3, 0.06, 0.05};
     for (int i = 0; i < V; i++) tail[V - 1 - i] = (real)log(i < 4 ? first[i] : 0.09 / (V - 4));
-    static const Sampling ways[] = {{1, 1, 0, 0},   {0.5, 1, 0, 0},   {1, 1, 0, 1},   {1, 1, 0, 2},
-                                    {1, 1, 0, 7},   {1, 1, 0, V},     {1, 0, 0, 0},   {1, 0.3, 0, 0},
-                                    {1, 0.9, 0, 0}, {2, 0.99, 0, 0},  {1, 1, 0.1, 0}, {1, 1, 1, 0},
-                                    {1, 0.9, 0, 5}, {1, 0.9, 0.2, 0}, {1, 1, 0.3, 9}, {1, 0.8, 0.4, 9}};
+    static const Sampling ways[] = {{1, 1, 0, 0, 0},   {0.5, 1, 0, 0, 0},   {1, 1, 0, 1, 0},   {1, 1, 0, 2, 0},
+                                    {1, 1, 0, 7, 0},   {1, 1, 0, V, 0},     {1, 0, 0, 0, 0},   {1, 0.3, 0, 0, 0},
+                                    {1, 0.9, 0, 0, 0}, {2, 0.99, 0, 0, 0},  {1, 1, 0.1, 0, 0}, {1, 1, 1, 0, 0},
+                                    {1, 0.9, 0, 5, 0}, {1, 0.9, 0.2, 0, 0}, {1, 1, 0.3, 9, 0}, {1, 0.8, 0.4, 9, 0}};
     for (size_t i = 0; i < sizeof ways / sizeof ways[0]; i++) check_draws(logits, V, ways[i]);
-    check_draws(tail, V, (Sampling){1, 0.9, 0, 0});
+    check_draws(tail, V, (Sampling){1, 0.9, 0, 0, 0});
     const Sampling all = {.temperature = 1, .top_p = 1}, greedy = {.temperature = 0};
     int best = 0, same = 1;
     for (int i = 0; i < V; i++) best = logits[i] > logits[best] ? i : best;
@@ -113,6 +113,22 @@ static void test_sampler(void) {
     check_true("sampler: temperature 0 gives the likeliest", same);
     check_true("sampler: the ends of [0,1)",
                sample_token(logits, V, &all, 0) == 0 && sample_token(logits, V, &all, 1 - 0x1p-53) == V - 1);
+    // of a padded vocabulary the tokens from 256 on are never drawn, NaN or not, but for the EOT, as often as it should be
+    enum { TEXT = 256, EOT = 280 };
+    const Sampling ends = {.temperature = 1, .top_p = 1, .eot = EOT}, ends_greedy = {.temperature = 0, .eot = EOT};
+    int drawn[V] = {0}, padding = 0;
+    double sum = 0, exact = 0;
+    for (int i = TEXT; i < V; i++) tail[i] = i == EOT ? logits[7] : (real)NAN;
+    for (int i = 0; i < TEXT; i++) tail[i] = logits[i];
+    for (int i = 0; i < TEXT; i++) sum += exp((double)tail[i]);
+    exact = exp((double)tail[EOT]) / (sum + exp((double)tail[EOT]));
+    for (int n = 0; n < DRAWS; n++) drawn[sample_token(tail, TEXT, &ends, (n + 0.5) / DRAWS)]++;
+    for (int i = TEXT; i < V; i++) padding += i != EOT ? drawn[i] : 0;
+    check_true("sampler: padding is never drawn, the EOT is",
+               padding == 0 && fabs(drawn[EOT] - DRAWS * exact) <= 1.001);
+    tail[EOT] = 100;
+    check_true("sampler: an EOT beyond the text's tokens can be the likeliest",
+               sample_token(tail, TEXT, &ends_greedy, 0.5) == EOT && sample_token(tail, TEXT, &ends, 0.5) == EOT);
     double mean = 0, together = 0;
     for (int64_t i = 0; i < DRAWS; i++) {
         const double u = sample_uniform(3, i, 0), other_row = sample_uniform(3, i, 1);
