@@ -29,7 +29,7 @@ static Option options[] = {
     {OPT_INT, "eot", &eot, -1, MAX_DIM,
      .help = "the token between documents: a text begins with it, and ends where it would be written; -1: none"},
     {OPT_INT, "bos", &bos, -1, MAX_DIM,
-     .help = "begin texts with this token, not with --eot's; -1, if given: with none"},
+     .help = "begin texts with this token instead (with a tokenizer, no prompt and no --eot: 1); given as -1: none"},
     {OPT_INT, "num-tokens", &num_tokens, 0, INT32_MAX, .help = "tokens to write"},
     {OPT_INT, "num-samples", &num_samples, 1, PIECE,
      .help = "samples, at once; each under a line '---- sample 2 of 8'"},
@@ -187,7 +187,7 @@ static int32_t *prompt_tokens(const Prompt *p, const Config *c, size_t *count) {
     if (hidden) tokens[0] = start;
     for (size_t i = 0; i < *count; i++) {
         tokens[hidden + i] = tokenizer ? text[i] : bytes[i];
-        if (tokens[hidden + i] >= c->vocab_size)
+        if (!tokenizer && bytes[i] >= c->vocab_size)
             fatal("the prompt's byte %d is not among the model's %d tokens", bytes[i], c->vocab_size);
     }
     free(text);
