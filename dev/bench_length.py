@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 
+from outputs import begins_with, check_output
+
 
 def available():
     """MiB that a program could get now; infinite where /proc does not say."""
@@ -111,6 +113,7 @@ def main():
     parser.add_argument("--steps", type=int, default=4, help="at least, the first of which does not count")
     parser.add_argument("--csv", default="build/length.csv")
     args = parser.parse_args()
+    check_output(args.csv, [], "a table of this program", lambda path: begins_with(path, b"series,tokens,"))
     for program in ("./train", "build/bench"):
         if not os.path.exists(program):
             sys.exit(f"{program} is not here: run this in the repository's root, after make all build/bench")

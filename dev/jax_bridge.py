@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from megalodon_jax import MegalodonConfig, MegalodonForCausalLM, load_checkpoint, save_checkpoint
 from megalodon_jax.checkpoint import apply_model_state_dict, model_state_dict
+from outputs import check_output
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -154,6 +155,13 @@ def write_checkpoint(path, config, tensors):
     save_file(tensors | derived_tensors(config, tensors), path, metadata=metadata)
 
 
+def is_safetensors(path):
+    """A header's length, which is below 100 MB, and its first character."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[4:] == b"\0\0\0\0{"
+
+
 def to_jax(source, target):
     save_checkpoint(from_released(*read_checkpoint(source)), target)
 
@@ -185,6 +193,8 @@ def main():
     args = parser.parse_args()
     if len(args.files) != (1 if args.command == "check" else 2):
         parser.error("check takes one file, to-jax and from-jax take IN and OUT")
+    if args.command != "check":
+        check_output(args.files[1], args.files[:1], "a safetensors file", is_safetensors)
     jax.config.update("jax_platforms", "cpu")
     try:
         {"to-jax": to_jax, "from-jax": from_jax, "check": check}[args.command](*args.files)

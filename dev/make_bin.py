@@ -13,15 +13,19 @@ train_000000.bin and so on, each but the last of N tokens.
 
 A file has 256 int32, of which the first are 20240520, the version 1 and the number of tokens, and then the tokens as
 uint16, so there are at most 65536 different ones. It is written under another name, *.tmp, and renamed when complete.
+An older .bin token file of that name is replaced; any other file, and one that is read, is not.
 """
 
 import argparse
+import glob
 import os
+import re
 import struct
 import sys
 import time
 
 import numpy as np
+from outputs import begins_with, check_output
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256
 MOST = 2**31 - 1  # the header's number of tokens is an int32
@@ -106,10 +110,24 @@ class Writer:
         self.path, self.limit, self.numbered = path, shard_tokens or MOST, shard_tokens is not None
         self.file, self.shards, self.total, self.here = None, 0, 0, 0
 
-    def open(self):
+    def shard(self, number):
         stem, ending = os.path.splitext(self.path)
-        self.name = f"{stem}_{self.shards:06d}{ending}" if self.numbered else self.path
-        self.file = open(self.name + ".tmp", "wb")
+        return f"{stem}_{number}{ending}"
+
+    def check(self, inputs):
+        """Refuses all names that may be written: that of the file, or those of existing shards and the first one."""
+        names = {self.shard("000000")} if self.numbered else {self.path}
+        if self.numbered:
+            stem, ending = map(glob.escape, os.path.splitext(self.path))
+            pattern = re.escape(self.shard("NUMBER")).replace("NUMBER", "[0-9]{6,}")
+            names |= {name for name in glob.glob(f"{stem}_*{ending}") if re.fullmatch(pattern, name)}
+        for name in sorted(names):
+            check_output(name, inputs, "a .bin token file", lambda path: begins_with(path, struct.pack("<i", MAGIC)),
+                         name + ".tmp")
+
+    def open(self):
+        self.name = self.shard(f"{self.shards:06d}") if self.numbered else self.path
+        self.file = open(self.name + ".tmp", "xb")
         self.file.write(bytes(4 * HEADER))
         self.shards += 1
         self.here = 0
@@ -198,6 +216,7 @@ def encode_files(args, tokenizer, writer):
 
 
 def run(args):
+    Writer(args.out, args.shard_tokens).check(args.texts + [args.tokenizer] * bool(args.tokenizer))
     tokenizer = BinTokenizer(args.tokenizer) if args.tokenizer else ByteTokenizer()
     vocab_size = max(tokenizer.count, (args.eot or 0) + 1)
     if vocab_size > 65536:

@@ -11,7 +11,8 @@ two of the repository's), and the file is written only if their token ids are eq
 
 The file: int32, the longest token's length; then for each token float32 score, int32 length, and its bytes,
 little-endian, with spaces for the mark. Of tokens with equal bytes the first one counts. Control tokens are written as
-llama2.c does, those behind token 258 as empty: no text contains them and they print nothing.
+llama2.c does, those behind token 258 as empty: no text contains them and they print nothing. An older tokenizer.bin is
+replaced; any other file, and one that is read, is not.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import subprocess
 import sys
 
 import numpy as np
+from outputs import check_output
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXTS = [os.path.join(ROOT, "tests/data/tokenizer.txt"), os.path.join(ROOT, "dev/data/demo.txt")]
@@ -160,6 +162,13 @@ def from_hugging_face(path):
     return pieces, scores, encode
 
 
+def is_tokenizer(path):
+    """The longest token's length, and the first byte's token behind <unk>, <s> and </s>."""
+    with open(path, "rb") as f:
+        start = f.read(128)
+    return start[2:4] == b"\0\0" and b"<0x00>" in start
+
+
 def write(path, pieces, scores):
     data = [p.replace(MARK, " ").encode() for p in SPECIAL + pieces[3:]]
     with open(path, "wb") as f:
@@ -188,6 +197,8 @@ def main():
     parser.add_argument("--text", metavar="FILE", help="compare the token ids of this text")
     args = parser.parse_args()
     temporary = args.out + ".tmp"
+    check_output(args.out, [args.source, *([args.text] if args.text else TEXTS)], "a tokenizer.bin", is_tokenizer,
+                 temporary)
     try:
         with open(args.source, "rb") as f:
             is_json = f.read(64).lstrip()[:1] == b"{"

@@ -162,14 +162,16 @@ bool save_model(const char *path, Model *m, const Config *c, char *err) {
 // Checks what is no parameter: PRIOR is 0, ROPE_FREQS what the configuration makes it, TIED the embedding.
 static bool check_derived(StFile *f, const StTensor *t, Kind kind, const Config *c, char *err) {
     static double values[PIECE], embed[PIECE];
-    const double tolerance = kind != ROPE_FREQS ? 0 : t->type == ST_BF16 ? 0x1p-8 : 2e-6;
+    const bool half = t->type == ST_BF16 || t->type == ST_F16;
+    const double tolerance = kind != ROPE_FREQS ? 0 : half ? 0x1p-8 : 2e-6;
+    const double subnormal = kind == ROPE_FREQS && t->type == ST_F16 ? 0x1p-25 : 0; // half of F16's smallest step
     for (int64_t done = 0; done < st_count(t); done += PIECE) {
         int64_t piece = st_count(t) - done < PIECE ? st_count(t) - done : PIECE;
         if (!st_read(f, t, done, piece, values, ST_F64, err)) return false;
         if (kind == TIED && !st_read(f, st_find(f, "embed.weight"), done, piece, embed, ST_F64, err)) return false;
         for (int64_t i = 0; i < piece; i++) {
             double wanted = kind == PRIOR ? 0 : kind == TIED ? embed[i] : rope_frequency(c, done + i);
-            if (!(fabs(values[i] - wanted) <= tolerance * wanted))
+            if (!(fabs(values[i] - wanted) <= tolerance * wanted + subnormal))
                 return fail(err, "%.200s: tensor '%s' is %g at element %" PRId64 " and should be %g%s", f->path,
                             t->name, values[i], done + i, wanted, kind == TIED ? " as embed.weight is" : "");
         }

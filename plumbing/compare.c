@@ -11,6 +11,7 @@ static const char help[] = "usage: ./compare A.safetensors B.safetensors [--tole
                            "Compares B's tensors with A's of the same names, in data-flow order. One passes\n"
                            "if |A - B| / |A|, L2 norms, is at most 5e-6 (grad.*: 2e-5, train.*: 2e-6), or X;\n"
                            "integers must be equal. NaN fails, and act.*, grad.* or loss that B misses.\n"
+                           "F64, F32, F16, BF16, I64 and I32 are compared, other types are listed.\n"
                            "Exit status: 0 all passed, 1 some failed, 2 wrong usage or an unreadable file.\n";
 
 // The data flow. Names are matched by their beginning; "*" stands for "layers.i."; layers stay together.
@@ -57,6 +58,11 @@ static Kind kind_of(const char *name) {
     }
     return OTHER;
 }
+
+// printf writes some NaNs as "-nan", but a NaN has no sign worth showing.
+static double shown(double value) { return isnan(value) ? (double)NAN : value; }
+
+static bool readable(const StTensor *t) { return t->type != ST_OTHER; }
 
 static bool required(Kind kind) { return kind == ACT || kind == LOSS || kind == GRAD; }
 
@@ -136,7 +142,9 @@ static char *tuple(char text[200], const StTensor *t, int64_t element) {
     return text;
 }
 
+// A scalar has the shape of a vector of one element: some write the loss as the one, some as the other.
 static bool same_shape(const StTensor *a, const StTensor *b) {
+    if (a->ndim <= 1 && b->ndim <= 1) return st_count(a) == st_count(b);
     bool same = a->ndim == b->ndim;
     for (int i = 0; same && i < a->ndim; i++) same = a->shape[i] == b->shape[i];
     return same;
@@ -148,16 +156,21 @@ static void print_row(const Row *r, int name_width, int shape_width) {
     if (r->note[0] != 0) {
         printf("%7s  %7s  %9s  %-*s", "-", "-", "-", shape_width + 32, r->note);
     } else {
-        printf("%7.1e  %7.1e  %9.7f  %-*s", r->max_abs, r->relative, r->cosine, shape_width,
+        printf("%7.1e  %7.1e  %9.7f  %-*s", shown(r->max_abs), shown(r->relative), shown(r->cosine), shape_width,
                tuple(place, r->a, r->worst));
-        printf("  %14.8g  %14.8g", r->worst_a, r->worst_b);
+        printf("  %14.8g  %14.8g", shown(r->worst_a), shown(r->worst_b));
     }
     printf("  %s%s%s\n", r->passed ? green : red, r->passed ? "ok" : "FAIL", plain);
 }
 
-// Judges and prints all rows; returns how many failed, -1 if a file could not be read.
-static int print_table(StFile *fa, StFile *fb, Row *rows, int count, double tolerance, char *err) {
-    int failed = 0, names = 4, shapes = 8; // widths
+typedef struct {
+    int compared, failed; // of the compared ones
+    int unmeasured;       // missing in B, or of a shape or type there that cannot be compared: they fail, too
+} Counts;
+
+// Judges and prints all rows; false if a file could not be read.
+static bool print_table(StFile *fa, StFile *fb, Row *rows, int count, double tolerance, Counts *n, char *err) {
+    int names = 4, shapes = 8; // widths
     bool marked = false;
     char shape[200];
     for (const Row *r = rows; r < rows + count; r++) {
@@ -168,66 +181,90 @@ static int print_table(StFile *fa, StFile *fb, Row *rows, int count, double tole
     printf("%s%-*s  %-*s  max abs   rel L2     cosine  ", bold, names, "name", shapes, "shape");
     printf("%-*s  %14s  %14s%s\n", shapes, "worst at", "A", "B", plain);
     for (Row *r = rows; r < rows + count; r++) {
-        const bool measurable = r->b != NULL && same_shape(r->a, r->b);
+        const bool measurable = r->b != NULL && readable(r->b) && same_shape(r->a, r->b);
         r->tolerance = tolerance >= 0 ? tolerance : kinds[r->kind].tolerance;
         if (r->b == NULL)
             snprintf(r->note, sizeof r->note, "B misses it");
+        else if (!readable(r->b))
+            snprintf(r->note, sizeof r->note, "B has type %s", r->b->dtype);
         else if (!measurable)
             snprintf(r->note, sizeof r->note, "B has shape %s", tuple(shape, r->b, -1));
         else if (!measure(fa, fb, r, err))
-            return -1;
+            return false;
         if (r == rows || r[-1].kind != r->kind) printf("\n");
         print_row(r, names, shapes);
-        failed += !r->passed;
-        if (marked || r->passed || !measurable) continue;
-        printf("%s<-- first over tolerance%s in data-flow order: ", red, plain);
-        printf("%.2g is not <= %.2g\n", r->relative, r->tolerance);
+        *(measurable ? &n->compared : &n->unmeasured) += 1;
+        n->failed += measurable && !r->passed;
+        if (marked || r->passed) continue;
+        printf("%s<-- first %s%s in data-flow order: ", red, measurable ? "over tolerance" : "failure", plain);
+        if (measurable)
+            printf("%.2g is not <= %.2g\n", shown(r->relative), r->tolerance);
+        else
+            printf("%s\n", r->note);
         marked = true;
     }
-    return failed;
+    return true;
 }
 
-// Lists the tensors of one file that the other misses and need not have.
-static void list_unmatched(const StFile *f, const StFile *other, bool reference) {
-    for (const StTensor *t = f->tensors; t < f->tensors + f->count; t++) {
-        if (st_find(other, t->name) != NULL || (reference && required(kind_of(t->name)))) continue;
-        printf("not compared, only in %s: %s\n", f->path, t->name);
+// Is the tensor of A in the table? Of those that must be in B, all that can be read; of the others, those that can be
+// read in both files.
+static bool in_table(const StTensor *a, const StTensor *b) {
+    return readable(a) && (required(kind_of(a->name)) || (b != NULL && readable(b)));
+}
+
+// Lists the tensors of A that are not in the table, then those of B that A does not have.
+static void list_others(const StFile *fa, const StFile *fb) {
+    for (const StTensor *a = fa->tensors; a < fa->tensors + fa->count; a++) {
+        const StTensor *b = st_find(fb, a->name);
+        if (in_table(a, b)) continue;
+        if (b == NULL)
+            printf("not compared, only in %s: %s\n", fa->path, a->name);
+        else
+            printf("not compared, of type %s in %s: %s\n", readable(a) ? b->dtype : a->dtype,
+                   readable(a) ? fb->path : fa->path, a->name);
+    }
+    for (const StTensor *b = fb->tensors; b < fb->tensors + fb->count; b++) {
+        if (st_find(fa, b->name) == NULL) printf("not compared, only in %s: %s\n", fb->path, b->name);
     }
 }
 
-static void print_summary(const Row *rows, int count, int failed) {
+static void print_summary(const Row *rows, int count, const Counts *n) {
     for (int k = 0; k < KINDS; k++) {
         const Row *worst = NULL; // the first NaN, if there is one
         for (const Row *r = rows; r < rows + count; r++) {
             if ((int)r->kind != k || r->note[0] != 0 || exact(r)) continue;
             if (worst == NULL || (!isnan(worst->relative) && !(r->relative <= worst->relative))) worst = r;
         }
-        if (worst != NULL) printf("worst %-13s  %.1e at %s\n", kinds[k].title, worst->relative, worst->a->name);
+        if (worst == NULL) continue;
+        printf("worst %-13s  %.1e at %s\n", kinds[k].title, shown(worst->relative), worst->a->name);
     }
-    const char *color = failed > 0 || count == 0 ? red : green;
-    printf("%s%d tensors compared, %d passed, %d failed%s\n", color, count, count - failed, failed, plain);
-    if (count == 0) printf("nothing was compared: the files have no tensor in common\n");
+    const bool good = n->compared > 0 && n->failed + n->unmeasured == 0;
+    printf("%s%d tensors compared, %d passed, %d failed%s", good ? green : red, n->compared, n->compared - n->failed,
+           n->failed, plain);
+    if (n->unmeasured > 0) printf("; %s%d not in B, or with another shape or type there%s", red, n->unmeasured, plain);
+    printf("\n");
+    if (n->compared == 0) printf("nothing was compared: the files have no tensor in common that could be\n");
 }
 
 // Returns the exit status.
 static int compare_files(StFile *fa, StFile *fb, double tolerance, char *err) {
     Row *rows = calloc((size_t)fa->count + 1, sizeof *rows);
     int count = 0;
+    Counts n = {0};
     if (rows == NULL) return snprintf(err, ST_ERR, "out of memory"), 2;
     for (const StTensor *t = fa->tensors; t < fa->tensors + fa->count; t++) {
         const StTensor *other = st_find(fb, t->name);
-        if (other != NULL || required(kind_of(t->name))) rows[count++] = make_row(t, other);
+        if (in_table(t, other)) rows[count++] = make_row(t, other);
     }
     qsort(rows, (size_t)count, sizeof *rows, by_data_flow);
-    int failed = print_table(fa, fb, rows, count, tolerance, err);
-    if (failed >= 0) {
+    const bool read = print_table(fa, fb, rows, count, tolerance, &n, err);
+    if (read) {
         printf("\n");
-        list_unmatched(fa, fb, true);
-        list_unmatched(fb, fa, false);
-        print_summary(rows, count, failed);
+        list_others(fa, fb);
+        print_summary(rows, count, &n);
     }
     free(rows);
-    return failed < 0 ? 2 : failed > 0 || count == 0;
+    return !read ? 2 : n.failed + n.unmeasured > 0 || n.compared == 0;
 }
 
 static int usage(const char *problem, const char *what) {
@@ -240,17 +277,20 @@ int main(int argc, char **argv) {
     double tolerance = -1; // by kind
     int given = 0;
     for (int i = 1; i < argc; i++) {
+        static const char name[] = "--tolerance";
+        const size_t length = sizeof name - 1;
+        const char *value = NULL;
         char *end = "";
-        if (strcmp(argv[i], "--help") == 0) {
+        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
             fputs(help, stdout);
             return 0;
-        } else if (strcmp(argv[i], "--tolerance") == 0) {
-            if (++i < argc) tolerance = strtod(argv[i], &end);
-            if (i == argc || end == argv[i] || *end != 0 || !(tolerance >= 0 && isfinite(tolerance))) {
-                return usage("--tolerance needs a number, 0 or more, not ", i < argc ? argv[i] : "nothing");
-            }
+        } else if (strncmp(argv[i], name, length) == 0 && (argv[i][length] == 0 || argv[i][length] == '=')) {
+            value = argv[i][length] == '=' ? argv[i] + length + 1 : i + 1 < argc ? argv[++i] : "nothing";
+            tolerance = strtod(value, &end);
+            if (end == value || *end != 0 || !(tolerance >= 0 && isfinite(tolerance)))
+                return usage("--tolerance needs a number, 0 or more, not ", value);
         } else if (argv[i][0] == '-' || given == 2) {
-            return usage(given == 2 ? "more than two files: " : "unknown option ", argv[i]);
+            return usage(argv[i][0] == '-' ? "unknown option " : "more than two files: ", argv[i]);
         } else {
             paths[given++] = argv[i];
         }

@@ -301,19 +301,28 @@ double sample_uniform(uint64_t seed, int64_t position, int row); // in [0,1), fr
 typedef struct {
     double temperature, top_p, min_p;
     int top_k;
+    int eot; // one more token that may be drawn, if it is V or above; 0: none
 } Sampling;
+// The logits beyond V, padding of the vocabulary for instance, are not looked at, but for that of how->eot.
 int sample_token(const real *logits, int V, const Sampling *how, double random);
+size_t sample_bytes(int V); // of memory that sample_token keeps
 
 // ----------------------------------------------------------------------------
 // tokenizer.c: llama2.c's tokenizer.bin, a SentencePiece BPE with byte fallback
 
 typedef struct Tokenizer Tokenizer;
 
-Tokenizer *tokenizer_open(const char *path, int vocab_size); // anything wrong is fatal
+// Anything wrong is fatal. The model's vocabulary may be larger, by padding: see tokenizer_count.
+Tokenizer *tokenizer_open(const char *path, int vocab_size);
 // The same from memory, which must stay; NULL and err if anything is wrong.
 Tokenizer *tokenizer_read(const unsigned char *bytes, size_t size, int vocab_size, char *err);
 void tokenizer_free(Tokenizer *tokenizer);
-// Any bytes as tokens, allocated; *count gets their number. None is put before or behind them.
-int32_t *tokenizer_encode(const Tokenizer *tokenizer, const unsigned char *text, size_t n, size_t *count);
-// The bytes of a token, *length of them; first: the one that begins a text, whose leading space is not the text's.
+// Of the following two, tokenizer may be NULL: tokens are bytes then, and those from 256 on are special.
+int tokenizer_count(const Tokenizer *tokenizer); // tokens from here on have no text: do not draw them
+// The bytes of a token, *length of them, 0 if it has no text; first: the text begins with it, so that a leading space
+// of the token is not the text's.
 const unsigned char *tokenizer_piece(const Tokenizer *tokenizer, int32_t token, bool first, size_t *length);
+// Any bytes as tokens, allocated; *count gets their number. No other token is put before or after them. first: the text
+// begins here, and SentencePiece puts a space before it; otherwise it goes on, within a word perhaps.
+int32_t *tokenizer_encode(const Tokenizer *tokenizer, const unsigned char *text, size_t n, bool first, size_t *count);
+size_t tokenizer_encode_bytes(size_t n); // of memory that tokenizer_encode takes at most

@@ -13,8 +13,16 @@
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "safetensors.c works on little-endian hosts only");
 
 enum { MAX_HEADER = 100000000, MAX_NAME = 256, PIECE = 8192 };
-static const char *const type_names[] = {"F64", "F32", "BF16", "I64", "I32"};
-static const size_t type_sizes[] = {8, 4, 2, 8, 4};
+static const char *const type_names[] = {"F64", "F32", "BF16", "F16", "I64", "I32"};
+static const size_t type_sizes[] = {8, 4, 2, 2, 8, 4, 0};
+
+// Types whose values are not read; bytes of an element. Those of less than a byte, F4 and F6, count as unknown.
+static const struct {
+    const char *name;
+    int size;
+} other_types[] = {{"BOOL", 1},    {"U8", 1},        {"I8", 1},          {"U16", 2},        {"I16", 2},
+                   {"U32", 4},     {"U64", 8},       {"C64", 8},         {"F8_E5M2", 1},    {"F8_E4M3", 1},
+                   {"F8_E8M0", 1}, {"F8_E4M3FN", 1}, {"F8_E4M3FNUZ", 1}, {"F8_E5M2FNUZ", 1}};
 
 // Puts "PATH: tensor 'NAME': ..." into err; t may be NULL.
 __attribute__((format(printf, 4, 5))) static bool fail(char *err, const char *path, const StTensor *t,
@@ -41,14 +49,24 @@ int64_t st_count(const StTensor *t) {
 
 // ---------------------------------------------------------------- reading
 
-static bool parse_type(Json *j, StType *type) {
-    char name[16];
-    if (!json_string(j, name, sizeof name)) return false;
-    for (int i = ST_F64; i <= ST_I32; i++) {
-        *type = (StType)i;
-        if (strcmp(name, type_names[i]) == 0) return true;
+// The type with the name in t->dtype.
+static bool parse_type(Json *j, StTensor *t) {
+    if (!json_string(j, t->dtype, sizeof t->dtype)) return false;
+    for (const char *p = t->dtype; *p != 0; p++) { // types get printed
+        if ((unsigned char)*p < 0x20 || *p == 0x7F) return json_fail(j, "control character in a dtype");
     }
-    return json_fail(j, "dtype %s is none of F64, F32, BF16, I64, I32", name);
+    int i = 0;
+    while (i < ST_OTHER && strcmp(t->dtype, type_names[i]) != 0) i++;
+    t->type = (StType)i;
+    return true;
+}
+
+// Bytes of an element, 0 if the type is unknown.
+static int64_t element_size(const StTensor *t) {
+    for (size_t i = 0; t->type == ST_OTHER && i < sizeof other_types / sizeof *other_types; i++) {
+        if (strcmp(t->dtype, other_types[i].name) == 0) return other_types[i].size;
+    }
+    return (int64_t)type_sizes[t->type];
 }
 
 // An array of at most max integers, none of them negative.
@@ -77,7 +95,7 @@ static bool parse_tensor(Json *j, StTensor *t) {
         while (i < 3 && strcmp(key, fields[i]) != 0) i++;
         if (i == 3 || seen[i]) return json_fail(j, i == 3 ? "unknown field '%s'" : "field '%s' twice", key);
         seen[i] = true;
-        if (i == 0) parse_type(j, &t->type);
+        if (i == 0) parse_type(j, t);
         if (i == 1) parse_sizes(j, t->shape, ST_DIMS, &t->ndim);
         if (i == 2) parse_sizes(j, range, 2, &two);
     }
@@ -86,13 +104,14 @@ static bool parse_tensor(Json *j, StTensor *t) {
         if (!seen[i]) return json_fail(j, "field '%s' is missing", fields[i]);
     }
     if (two != 2 || range[0] > range[1]) return json_fail(j, "data_offsets is not [begin, end]");
-    bytes = (int64_t)type_sizes[t->type];
+    const int64_t size = element_size(t);
+    bytes = size > 0 ? size : 1; // of an unknown type the number of elements must not overflow either
     for (int i = 0; i < t->ndim; i++) {
         if (__builtin_mul_overflow(bytes, t->shape[i], &bytes)) return json_fail(j, "shape overflows");
     }
     t->begin = (uint64_t)range[0];
     t->end = (uint64_t)range[1];
-    if (bytes == range[1] - range[0]) return true;
+    if (size == 0 || bytes == range[1] - range[0]) return true;
     return json_fail(j, "shape makes %" PRId64 " bytes, data_offsets %" PRId64, bytes, range[1] - range[0]);
 }
 
@@ -229,6 +248,16 @@ const StTensor *st_find(const StFile *f, const char *name) {
     return found == NULL ? NULL : *found;
 }
 
+// IEEE binary16: the sign, 5 bits of exponent with bias 15, 10 bits of mantissa. Exact; a NaN keeps its sign and payload.
+static float from_f16(uint32_t half) {
+    const uint32_t sign = half >> 15 << 31, exponent = half >> 10 & 0x1F, mantissa = half & 0x3FF;
+    uint32_t bits = sign | (exponent + 127 - 15) << 23 | mantissa << 13;
+    float value = (float)mantissa * 0x1p-24f; // a subnormal number's magnitude, or zero
+    if (exponent == 0x1F) bits = sign | 0x7F800000 | mantissa << 13;
+    if (exponent > 0) memcpy(&value, &bits, sizeof value);
+    return exponent == 0 && sign != 0 ? -value : value;
+}
+
 // Converts the element at p, which need not be aligned, to dst[i]; false if it does not fit.
 static bool convert(void *dst, size_t i, StType to, const unsigned char *p, StType from) {
     int64_t bits = 0; // shorter types fill the low bytes
@@ -238,6 +267,7 @@ static bool convert(void *dst, size_t i, StType to, const unsigned char *p, StTy
     if (from == ST_BF16) bits <<= 16; // the upper half of an F32
     memcpy(&f64, &bits, sizeof f64);
     memcpy(&f32, &bits, sizeof f32);
+    if (from == ST_F16) f32 = from_f16((uint32_t)bits);
     const int64_t whole = from == ST_I32 ? (int32_t)bits : bits;
     const double real = st_is_integer(from) ? (double)whole : from == ST_F64 ? f64 : (double)f32;
     if (to == ST_F64) ((double *)dst)[i] = real;
@@ -252,8 +282,9 @@ bool st_read(StFile *f, const StTensor *t, int64_t first, int64_t n, void *dst, 
     const StType from = t->type;
     const size_t size = type_sizes[from];
     const off_t start = (off_t)(f->data_start + t->begin + (uint64_t)first * size);
-    const bool possible = as == ST_F64 || (as != ST_BF16 && st_is_integer(from) == st_is_integer(as));
-    if (!possible) return fail(err, f->path, t, "is %s, not %s", type_names[from], type_names[as]);
+    const bool alike = st_is_integer(from) == st_is_integer(as) && as != ST_BF16 && as != ST_F16;
+    if (from == ST_OTHER || !(as == ST_F64 || alike))
+        return fail(err, f->path, t, "is %s, not %s", t->dtype, type_names[as]);
     if (first < 0 || n < 0 || first > st_count(t) - n) return fail(err, f->path, t, "is shorter than asked");
     if (fseeko(f->file, start, SEEK_SET) != 0) return fail(err, f->path, t, "%s", strerror(errno));
     for (int64_t done = 0; done < n; done += PIECE) {

@@ -6,7 +6,9 @@
 #include <stdio.h>   // defines: FILE, size_t
 
 enum { ST_ERR = 512, ST_DIMS = 8 };
-typedef enum { ST_F64, ST_F32, ST_BF16, ST_I64, ST_I32 } StType; // files with others are refused
+// Values of type ST_OTHER (BOOL, U8, F8_E4M3, ...) cannot be read. Their files can be opened: of types with a known size
+// offsets and shape must agree; of unknown types, the range must lie within the file.
+typedef enum { ST_F64, ST_F32, ST_BF16, ST_F16, ST_I64, ST_I32, ST_OTHER } StType;
 
 typedef struct {
     char *name;
@@ -14,6 +16,7 @@ typedef struct {
     int ndim; // 0: a scalar
     int64_t shape[ST_DIMS];
     uint64_t begin, end; // in bytes from the start of the data
+    char dtype[32];      // the type's name in a file that was read
 } StTensor;
 
 typedef struct {
@@ -35,7 +38,7 @@ int64_t st_count(const StTensor *t);                        // number of element
 bool st_is_integer(StType type);
 
 // Reads n elements from element first on, converted: floats to F32 or F64; integers to I64, F64, or I32
-// (refused if one does not fit). Values are not judged: NaN and infinity come through.
+// (refused if one does not fit). BF16 and F16 are read only. Values are not judged: NaN and infinity come through.
 bool st_read(StFile *f, const StTensor *t, int64_t first, int64_t n, void *dst, StType as, char *err);
 
 typedef struct {

@@ -64,17 +64,24 @@ static int keep_nucleus(Candidate *c, int n, double top_p) {
     return kept;
 }
 
+size_t sample_bytes(int V) { return ((size_t)V + 1) * sizeof(Candidate); }
+
 int sample_token(const real *logits, int V, const Sampling *s, double random) {
     static Candidate *c; // one allocation, not one a token
     static int room;
-    int best = 0, n = V;
-    for (int i = 0; i < V; i++) {
-        if (!isfinite(logits[i])) fatal("the model's logit of token %d is not finite", i);
-        if (logits[i] > logits[best]) best = i;
+    const int count = V + (s->eot >= V); // of the candidates, the last of which may be the EOT
+    int best = 0, n = count;
+    for (int i = 0; i < count; i++) {
+        const int token = i < V ? i : s->eot;
+        if (!isfinite(logits[token])) fatal("the model's logit of token %d is not finite", token);
+        if (logits[token] > logits[best]) best = token;
     }
     if (s->temperature == 0) return best;
-    if (c == NULL || room < V) free(c), c = allocate((size_t)V, sizeof *c), room = V;
-    for (int i = 0; i < V; i++) c[i] = (Candidate){exp((logits[i] - logits[best]) / s->temperature), i};
+    if (c == NULL || room < count) free(c), c = allocate((size_t)count, sizeof *c), room = count;
+    for (int i = 0; i < count; i++) {
+        const int token = i < V ? i : s->eot;
+        c[i] = (Candidate){exp((logits[token] - logits[best]) / s->temperature), token};
+    }
     if (s->top_k > 0 && s->top_k < n) {
         keep_first(c, n, s->top_k);
         n = s->top_k;

@@ -6,17 +6,25 @@
 #include "layout.h"
 #include "plumbing.h"
 
+// Tensors are copied in pieces through a buffer of this many bytes: a state is up to gigabytes large.
+enum { PIECE = 1 << 18 };
+
 static Layout state_layout(const Config *c, const State *s, bool logits) {
     const int64_t norms = c->num_layers + 1, layers = c->num_layers, C = c->chunk_size, B = s->B;
-    const StTensor wanted[] = {
-        {"state.count", ST_I64, 1, {B}, 0, 0},
-        {"state.mean", ST_F64, 3, {norms, B, c->norm_num_groups}, 0, 0},
-        {"state.m2", ST_F64, 3, {norms, B, c->norm_num_groups}, 0, 0},
-        {"state.h", REAL, 5, {layers, B, 2, c->cema_ndim, c->model_dim}, 0, 0},
-        {"state.k", REAL, 4, {layers, B, C, c->z_dim}, 0, 0},
-        {"state.v", REAL, 4, {layers, B, C, c->value_dim}, 0, 0},
-        {"state.seed", ST_I64, 0, {0}, 0, 0},
-        {"state.logits", REAL, 2, {B, c->vocab_size}, 0, 0},
+    const struct {
+        const char *name;
+        StType type;
+        int ndim;
+        int64_t shape[ST_DIMS];
+    } wanted[] = {
+        {"state.count", ST_I64, 1, {B}},
+        {"state.mean", ST_F64, 3, {norms, B, c->norm_num_groups}},
+        {"state.m2", ST_F64, 3, {norms, B, c->norm_num_groups}},
+        {"state.h", REAL, 5, {layers, B, 2, c->cema_ndim, c->model_dim}},
+        {"state.k", REAL, 4, {layers, B, C, c->z_dim}},
+        {"state.v", REAL, 4, {layers, B, C, c->value_dim}},
+        {"state.seed", ST_I64, 0, {0}},
+        {"state.logits", REAL, 2, {B, c->vocab_size}},
     };
     const bool present[] = {true, true, true, true, s->k != NULL, s->v != NULL, true, logits};
     Layout a = {0};
@@ -53,16 +61,21 @@ static size_t tensor_bytes(const StTensor *t) {
 
 bool save_state(const char *path, const State *state, const Config *c, int64_t seed, const real *logits, char *err) {
     char *json = config_to_json(c);
+    char *piece = allocate(PIECE, 1);
     StWriter w;
     Layout a = state_layout(c, state, logits != NULL);
     bool ok = st_create(&w, path, json, a.list, a.n, err);
     for (const StTensor *t = a.list; t < a.list + a.n && ok; t++) {
         const Where where = state_where(state, t->name, &seed, (real *)(uintptr_t)logits);
-        void *values = allocate(tensor_bytes(t), 1);
-        if (where.ours == NULL) state_read(state, where.offset, tensor_bytes(t), values);
-        ok = st_write(&w, where.ours ? where.ours : values, tensor_bytes(t), err);
-        free(values);
+        const size_t bytes = tensor_bytes(t);
+        if (where.ours != NULL) ok = st_write(&w, where.ours, bytes, err);
+        for (size_t done = 0; where.ours == NULL && done < bytes && ok; done += PIECE) {
+            const size_t n = bytes - done < PIECE ? bytes - done : PIECE;
+            state_read(state, where.offset + done, n, piece);
+            ok = st_write(&w, piece, n, err);
+        }
     }
+    free(piece);
     ok = ok && st_finish(&w, err);
     layout_free(&a);
     free(json);
@@ -78,18 +91,25 @@ static bool impossible(const char *name, double value, const State *s, const Con
 }
 
 static bool read_state_tensor(StFile *f, const StTensor *t, Where where, State *state, const Config *c, char *err) {
-    const size_t bytes = tensor_bytes(t);
-    void *values = allocate(bytes, 1);
-    bool ok = st_read(f, t, 0, st_count(t), values, t->type, err);
-    for (int64_t n = 0; n < st_count(t) && ok; n++) {
-        const double value = t->type == ST_I64   ? (double)((int64_t *)values)[n]
-                             : t->type == ST_F64 ? ((double *)values)[n]
-                                                 : (double)((float *)values)[n];
-        if (impossible(t->name, value, state, c))
-            ok = fail(err, "%.200s: tensor '%s' is %g at element %lld", f->path, t->name, value, (long long)n);
+    const size_t size = t->type == ST_F32 ? sizeof(float) : sizeof(double); // of F32, F64 and I64
+    const int64_t count = st_count(t), most = (int64_t)(PIECE / size);
+    void *values = allocate(PIECE, 1);
+    bool ok = true;
+    for (int64_t done = 0; done < count && ok; done += most) {
+        const int64_t n = count - done < most ? count - done : most;
+        ok = st_read(f, t, done, n, values, t->type, err);
+        for (int64_t i = 0; i < n && ok; i++) {
+            const double value = t->type == ST_I64   ? (double)((int64_t *)values)[i]
+                                 : t->type == ST_F64 ? ((double *)values)[i]
+                                                     : (double)((float *)values)[i];
+            if (impossible(t->name, value, state, c))
+                ok = fail(err, "%.200s: tensor '%s' is %g at element %lld", f->path, t->name, value,
+                          (long long)(done + i));
+        }
+        const size_t at = (size_t)done * size, bytes = (size_t)n * size;
+        if (ok && where.ours != NULL) memcpy((char *)where.ours + at, values, bytes);
+        if (ok && where.ours == NULL) state_write(state, where.offset + at, bytes, values);
     }
-    if (ok && where.ours != NULL) memcpy(where.ours, values, bytes);
-    if (ok && where.ours == NULL) state_write(state, where.offset, bytes, values);
     free(values);
     return ok;
 }
@@ -142,15 +162,20 @@ void state_copy(const State *from, int i, State *to, int j, const Config *c) {
                  {from->h, to->h, layers, from->modes * sizeof(real)},
                  {from->k, to->k, from->k ? layers : 0, C * (size_t)c->z_dim * sizeof(real)},
                  {from->v, to->v, from->v ? layers : 0, C * (size_t)c->value_dim * sizeof(real)}};
+    char *piece = allocate(PIECE, 1);
     for (size_t p = 0; p < sizeof parts / sizeof parts[0]; p++) {
         const size_t bytes = parts[p].bytes;
         const size_t first = (size_t)((const char *)parts[p].from - (const char *)from->memory);
         const size_t target = (size_t)((const char *)parts[p].to - (const char *)to->memory);
-        void *values = allocate(bytes, 1);
         for (size_t l = 0; l < parts[p].layers; l++) {
-            state_read(from, first + (l * (size_t)from->B + (size_t)i) * bytes, bytes, values);
-            state_write(to, target + (l * (size_t)to->B + (size_t)j) * bytes, bytes, values);
+            const size_t source = first + (l * (size_t)from->B + (size_t)i) * bytes;
+            const size_t place = target + (l * (size_t)to->B + (size_t)j) * bytes;
+            for (size_t done = 0; done < bytes; done += PIECE) {
+                const size_t n = bytes - done < PIECE ? bytes - done : PIECE;
+                state_read(from, source + done, n, piece);
+                state_write(to, place + done, n, piece);
+            }
         }
-        free(values);
     }
+    free(piece);
 }

@@ -11,6 +11,7 @@
 // The file: int32, the longest piece's length; then for each token float32 score, int32 length, and its bytes, in
 // which the word mark of SentencePiece is a space. All little-endian. How many tokens is not said.
 enum { MAX_PIECE = 1 << 16, FIRST_BYTE = 3 }; // <unk> <s> </s>, then <0x00> .. <0xFF>
+enum { MAX_PADDING = 1023 };                  // vocabularies are padded to a multiple of 64, 128, ..., at most 1024
 
 typedef struct {
     const unsigned char *bytes;
@@ -24,8 +25,7 @@ struct Tokenizer {
     size_t longest; // bytes of a piece
     int32_t *table; // pieces by their bytes: open addressing, -1 empty
     size_t slots;   // a power of 2
-    unsigned char single[256];
-    void *mapped; // the file, if tokenizer_open mapped it
+    void *mapped;   // the file, if tokenizer_open mapped it
     size_t size;
 };
 
@@ -78,8 +78,13 @@ static bool read_pieces(Tokenizer *t, const unsigned char *bytes, size_t size, c
         seen = p.length > seen ? p.length : seen;
         if (count < (size_t)t->count) t->pieces[count] = p;
     }
-    if (count != (size_t)t->count)
+    if (count > (size_t)t->count)
         return snprintf(err, ST_ERR, "holds %zu tokens, but the model has %d", count, t->count), false;
+    if ((size_t)t->count - count > MAX_PADDING)
+        return snprintf(err, ST_ERR, "holds %zu tokens, but the model has %d: %zu more, where at most %d are padding",
+                        count, t->count, (size_t)t->count - count, MAX_PADDING),
+               false;
+    t->count = (int)count;
     if (seen != longest)
         return snprintf(err, ST_ERR, "its longest piece has %d bytes, not %d as it says", seen, longest), false;
     t->longest = (size_t)longest;
@@ -106,7 +111,6 @@ Tokenizer *tokenizer_read(const unsigned char *bytes, size_t size, int vocab_siz
     for (t->slots = 16; t->slots < 2 * (size_t)vocab_size;) t->slots *= 2;
     t->table = allocate(t->slots, sizeof *t->table);
     for (size_t s = 0; s < t->slots; s++) t->table[s] = -1;
-    for (int b = 0; b < 256; b++) t->single[b] = (unsigned char)b;
     if (!read_pieces(t, bytes, size, err) || !check_bytes(t, err)) {
         tokenizer_free(t);
         return NULL;
@@ -129,6 +133,8 @@ Tokenizer *tokenizer_open(const char *path, int vocab_size) {
     t->mapped = memory, t->size = (size_t)info.st_size;
     return t;
 }
+
+int tokenizer_count(const Tokenizer *t) { return t != NULL ? t->count : 256; }
 
 void tokenizer_free(Tokenizer *t) {
     if (t->mapped != NULL) munmap(t->mapped, t->size);
@@ -155,7 +161,7 @@ typedef struct {
     const unsigned char *text;
     Symbol *symbols;
     Pair *heap; // the best one first
-    size_t pairs, room;
+    size_t pairs, room, most;
 } Encoder;
 
 static bool before(const Pair *a, const Pair *b) {
@@ -164,7 +170,7 @@ static bool before(const Pair *a, const Pair *b) {
 
 static void push(Encoder *e, Pair pair) {
     if (e->pairs == e->room) {
-        e->room = 2 * e->room + 256;
+        e->room = 2 * e->room + 256 < e->most ? 2 * e->room + 256 : e->most;
         e->heap = realloc(e->heap, e->room * sizeof *e->heap);
         if (e->heap == NULL) fatal("out of memory for a text's tokens");
     }
@@ -217,19 +223,25 @@ static void merge_all(Encoder *e) {
     }
 }
 
-int32_t *tokenizer_encode(const Tokenizer *t, const unsigned char *text, size_t n, size_t *count) {
+// Of n + 1 characters: the marked text, symbols, tokens. Each of at most n merges takes a pair from the heap and adds up
+// to two; at first there are up to n pairs.
+enum { ENCODER_BYTES = 1 + sizeof(Symbol) + sizeof(int32_t) + 2 * sizeof(Pair) };
+
+size_t tokenizer_encode_bytes(size_t n) { return (n + 1) * ENCODER_BYTES; }
+
+int32_t *tokenizer_encode(const Tokenizer *t, const unsigned char *text, size_t n, bool first, size_t *count) {
     *count = 0;
     if (n == 0) return allocate(1, sizeof(int32_t));
-    unsigned char *marked = allocate(n + 1, 1); // a text begins with a space that is not its own
+    unsigned char *marked = allocate(n + 1, 1);
     size_t size = 0;
-    marked[size++] = ' ';
+    if (first) marked[size++] = ' '; // a text begins with a space that is not its own
     for (size_t i = 0; i < n; i++) { // in it, too, SentencePiece's word mark U+2581 is a space
         const bool mark = n - i >= 3 && memcmp(text + i, "\xE2\x96\x81", 3) == 0;
         marked[size++] = mark ? ' ' : text[i];
         if (mark) i += 2;
     }
     n = size;
-    Encoder e = {.t = t, .text = marked, .symbols = allocate(n, sizeof *e.symbols)};
+    Encoder e = {.t = t, .text = marked, .symbols = allocate(n, sizeof *e.symbols), .most = 2 * n};
     int32_t *tokens = allocate(n, sizeof *tokens);
     size_t symbols = 0;
     for (size_t at = 0; at < n; at += e.symbols[symbols++].length) {
@@ -249,8 +261,18 @@ int32_t *tokenizer_encode(const Tokenizer *t, const unsigned char *text, size_t 
 }
 
 const unsigned char *tokenizer_piece(const Tokenizer *t, int32_t token, bool first, size_t *length) {
+    static unsigned char bytes[256];
+    const int first_byte = t != NULL ? FIRST_BYTE : 0;
+    if (token >= first_byte && token < first_byte + 256) {
+        unsigned char *byte = &bytes[token - first_byte];
+        *byte = (unsigned char)(token - first_byte);
+        *length = 1;
+        return byte;
+    }
+    *length = 0;
+    if (token < first_byte || token >= tokenizer_count(t)) return bytes;
     const Piece *p = &t->pieces[token];
-    const bool space = first && token >= FIRST_BYTE + 256 && p->length > 0 && p->bytes[0] == ' ';
-    *length = token < FIRST_BYTE ? 0 : token < FIRST_BYTE + 256 ? 1 : (size_t)p->length - space;
-    return token >= FIRST_BYTE && token < FIRST_BYTE + 256 ? &t->single[token - FIRST_BYTE] : p->bytes + space;
+    const bool space = first && p->length > 0 && p->bytes[0] == ' ';
+    *length = (size_t)p->length - space;
+    return p->bytes + space;
 }

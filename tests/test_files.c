@@ -85,6 +85,61 @@ static void test_round_trip(const char *label, StType type, StType as, const voi
     st_close(&f);
 }
 
+// Every number of 16 bits: exact, infinite, or NaN with its sign. There is no writer of F16: BF16 is written, and renamed.
+static void test_f16(void) {
+    static uint16_t halves[65536];
+    static double values[65536];
+    int same = 0;
+    StFile f = {0};
+    for (int i = 0; i < 65536; i++) halves[i] = (uint16_t)i;
+    bool ok = write_tensor(file_a, "x", ST_BF16, 32768, halves, sizeof halves);
+    FILE *file = fopen(file_a, "r+b");
+    char header[200] = "", *type;
+    ok = ok && fread(header + 1, 1, sizeof header - 2, file) > 0;
+    for (int i = 0; i < 9; i++) header[i] = ' '; // the length's bytes may be zero
+    type = ok ? strstr(header, "\"BF16\"") : NULL;
+    ok = type != NULL && fseek(file, type - header - 1, SEEK_SET) == 0 && fputs("\"F16\" ", file) >= 0;
+    fclose(file);
+    ok = ok && st_open(&f, file_a, err) && f.tensors->type == ST_F16 &&
+         st_read(&f, f.tensors, 0, 65536, values, ST_F64, err);
+    for (int i = 0; i < 65536 && ok; i++) {
+        const int exponent = i >> 10 & 31, mantissa = i & 1023;
+        const double size = exponent == 0 ? ldexp(mantissa, -24) : ldexp(1024 + mantissa, exponent - 25);
+        const double wanted = exponent < 31 ? size : mantissa == 0 ? INFINITY : NAN;
+        same += (i < 32768) == !signbit(values[i]) && (isnan(wanted) ? isnan(values[i]) : fabs(values[i]) == wanted);
+    }
+    check(ok && same == 65536, "all 65536 numbers of F16: %d as they should be", same);
+    float as_float[4];
+    ok = ok && st_read(&f, f.tensors, 0x3C00, 4, as_float, ST_F32, err) && as_float[0] == 1 &&
+         as_float[3] == 1 + 0x3p-10f;
+    check(ok, "F16 as F32");
+    st_close(&f);
+}
+
+// A file of other types opens, and says which tensor it is that cannot be read.
+static void test_other_types(void) {
+    static const char *const types[] = {"BOOL", "U8",      "I8",      "U16", "I16", "U32",
+                                        "U64",  "F8_E4M3", "F8_E5M2", "F4",  "Q3_K"};
+    static const int sizes[] = {4, 4, 4, 8, 8, 16, 32, 4, 4, 2, 7}; // of 4 elements
+    char header[200];
+    double values[4];
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+        StFile f = {0};
+        const uint64_t length =
+            (uint64_t)snprintf(header, sizeof header,
+                               "{\"x\":{\"dtype\":\"%s\",\"shape\":[4],\"data_offsets\":[0,%d]}}", types[i], sizes[i]);
+        FILE *out = fopen(file_b, "wb");
+        fwrite(&length, sizeof length, 1, out);
+        fprintf(out, "%s%.*s", header, sizes[i], "................................");
+        fclose(out);
+        const bool ok = st_open(&f, file_b, err) && f.tensors->type == ST_OTHER && st_count(f.tensors) == 4 &&
+                        !st_read(&f, f.tensors, 0, 4, values, ST_F64, err) && strstr(err, "'x'") &&
+                        strstr(err, types[i]);
+        check(ok, "a tensor of type %s: %s", types[i], err);
+        st_close(&f);
+    }
+}
+
 static void test_round_trips(void) {
     const double f64[4] = {0.5, -1.5, 1e300, 0x1p-1074}, small[4] = {0.5, -1.5, 3, -0.25}, whole[4] = {0, -1, 5, 7};
     const float f32[4] = {0.5f, -1.5f, 3, -0.25f};
@@ -163,7 +218,13 @@ static void test_refusals(void) {
         {"{" ENTRY("x", "F32", "2", "-8", "0") "}", 8, "negative size -8"},
         {"{" ENTRY("x", "F32", "2", "0", "4,8") "}", 8, "more than 2 sizes"},
         {"{" ENTRY("x", "F32", "0,9223372036854775807,9223372036854775807", "0", "8") "}", 8, "shape makes 0 bytes"},
-        {"{" ENTRY("x", "F16", "4", "0", "8") "}", 8, "dtype F16 is none of"},
+        {"{" ENTRY("x", "BOOL", "4", "0", "8") "}", 8, "shape makes 4 bytes"},
+        {"{" ENTRY("x", "U16", "4", "0", "9") "}", 9, "shape makes 8 bytes"},
+        {"{" ENTRY("x", "F8_E4M3", "4", "0", "5") "}", 5, "shape makes 4 bytes"},
+        {"{" ENTRY("x", "Q3", "4", "8", "0") "}", 8, "data_offsets is not"},
+        {"{" ENTRY("x", "Q3", "4", "0", "9") "}", 8, "ends after the file does"},
+        {"{" ENTRY("x", "Q3", "4294967296,4294967296", "0", "8") "}", 8, "shape overflows"},
+        {"{" ENTRY("x", "Q\\u001b", "4", "0", "8") "}", 8, "control character in a dtype"},
         {"{\"x\":{\"dtype\":[[[[[[[[]]]]]]]]}}", 0, "expected '\"'"},
         {"{" ENTRY("x", "F32", "2", "8", "0") "}", 8, "data_offsets is not"},
         {"{" ENTRY("x", "F32", "2", "0", "8") "," ENTRY("y", "F32", "2", "4", "12") "}", 12, "'y': overlaps 'x'"},
@@ -265,6 +326,82 @@ static void test_order(const char *program) {
           "compare: gradients from output to embedding, first marked");
 }
 
+// A file with the header that is given by its entries, and 64 bytes of data: floats 1, 2, 3, ...
+static void write_entries(const char *path, const char *entries) {
+    const uint64_t length = strlen(entries) + 2;
+    FILE *out = fopen(path, "wb");
+    fwrite(&length, sizeof length, 1, out);
+    fprintf(out, "{%s}", entries);
+    for (int i = 1; i <= 16; i++) {
+        const float value = (float)i;
+        fwrite(&value, sizeof value, 1, out);
+    }
+    fclose(out);
+}
+
+// Compares two such files: the status, and the words that must be printed; those behind a '!' must not.
+static void test_entries(const char *program, const char *a, const char *b, int status, const char *const *words) {
+    char command[512], output[8192];
+    write_entries(file_a, a), write_entries(file_b, b);
+    snprintf(command, sizeof command, "'%s' '%s' '%s' 2>&1", program, file_a, file_b);
+    FILE *pipe = popen(command, "r");
+    output[fread(output, 1, sizeof output - 1, pipe)] = 0;
+    const int got = WEXITSTATUS(pclose(pipe));
+    check(got == status, "compare returns %d: %s", got, words[0]);
+    for (; *words != NULL; words++) {
+        const bool absent = **words == '!';
+        const bool ok = (strstr(output, *words + absent) != NULL) != absent;
+        check(ok, "  and prints %s'%s'", absent ? "no " : "", *words + absent);
+        if (!ok) printf("%s", output);
+    }
+}
+
+static void test_types(const char *program) {
+    // other types are listed, and nothing else changes
+    test_entries(
+        program, ENTRY("act.a", "F32", "14", "0", "56") "," ENTRY("m", "BOOL", "8", "56", "64"),
+        ENTRY("act.a", "F32", "14", "0", "56") "," ENTRY("m", "BOOL", "8", "56", "64"), 0,
+        (const char *const[]){"1 tensors compared, 1 passed, 0 failed", "not compared, of type BOOL in ", ": m", NULL});
+    test_entries(program, ENTRY("act.a", "F32", "14", "0", "56") "," ENTRY("m", "Q3", "8", "56", "64"),
+                 ENTRY("act.a", "F32", "14", "0", "56") "," ENTRY("m", "F32", "2", "56", "64"), 0,
+                 (const char *const[]){"1 tensors compared, 1 passed, 0 failed", "not compared, of type Q3 in ", NULL});
+    // an activation that the reference has must be readable
+    test_entries(program, ENTRY("act.a", "F32", "14", "0", "56") "," ENTRY("act.b", "F32", "2", "56", "64"),
+                 ENTRY("act.a", "F32", "14", "0", "56") "," ENTRY("act.b", "I8", "8", "56", "64"), 1,
+                 (const char *const[]){"1 tensors compared, 1 passed, 0 failed; 1 not in B", "B has type I8",
+                                       "first failure in data-flow order: B has type I8", NULL});
+    test_entries(program, ENTRY("a", "U8", "64", "0", "64"), ENTRY("a", "U8", "64", "0", "64"), 1,
+                 (const char *const[]){"nothing was compared", "0 tensors compared", NULL});
+    // the loss as a scalar and as a vector of one
+    test_entries(program, ENTRY("loss", "F32", "", "0", "4") "," ENTRY("x", "F32", "15", "4", "64"),
+                 ENTRY("loss", "F32", "1", "0", "4") "," ENTRY("x", "F32", "15", "4", "64"), 0,
+                 (const char *const[]){"2 tensors compared, 2 passed, 0 failed", NULL});
+    test_entries(program, ENTRY("loss", "F32", "1", "0", "4") "," ENTRY("x", "F32", "15", "4", "64"),
+                 ENTRY("loss", "F32", "", "0", "4") "," ENTRY("x", "F32", "15", "4", "64"), 0,
+                 (const char *const[]){"2 tensors compared, 2 passed, 0 failed", NULL});
+    // what B misses, or has in another shape, is the first, and is not among those compared
+    test_entries(program, ENTRY("act.a", "F32", "15", "0", "60") "," ENTRY("loss", "F32", "1", "60", "64"),
+                 ENTRY("z", "F32", "15", "0", "60") "," ENTRY("loss", "F32", "1", "60", "64"), 1,
+                 (const char *const[]){"first failure in data-flow order: B misses it",
+                                       "1 tensors compared, 1 passed, 0 failed; 1 not in B", NULL});
+    test_entries(program, ENTRY("act.a", "F32", "15", "0", "60") "," ENTRY("loss", "F32", "1", "60", "64"),
+                 ENTRY("act.a", "F32", "3,5", "0", "60") "," ENTRY("loss", "F32", "1", "60", "64"), 1,
+                 (const char *const[]){"first failure in data-flow order: B has shape 3x5",
+                                       "1 tensors compared, 1 passed, 0 failed; 1 not in B", NULL});
+    // -NaN in A and B
+    const float minus[4] = {1, -NAN, 3, 4}, zero[4] = {0};
+    char command[512], output[4096];
+    bool ok = write_tensor(file_a, "act.x", ST_F32, 2, minus, 16) && write_tensor(file_b, "act.x", ST_F32, 2, zero, 16);
+    snprintf(command, sizeof command, "'%s' '%s' '%s' 2>&1; '%s' '%s' '%s' 2>&1", program, file_a, file_b, program,
+             file_b, file_a);
+    FILE *pipe = popen(command, "r");
+    output[fread(output, 1, sizeof output - 1, pipe)] = 0;
+    pclose(pipe);
+    ok = ok && strstr(output, "nan") && !strstr(output, "-nan");
+    check(ok, "compare: a NaN has no sign");
+    if (!ok) printf("%s", output);
+}
+
 static void test_compares(const char *program) {
     const float one[4] = {1, 2, 3, 4}, near[4] = {1, 2, 3, 4.00001f}, far[4] = {1, 2, 3, 4.001f}, none[4] = {0},
                 nan[4] = {1, NAN, 3, 4};
@@ -282,11 +419,19 @@ static void test_compares(const char *program) {
     test_compare(program, "", "x", one, "y", one, 1, "nothing was compared");
     test_compare(program, "--tolerance x", "x", one, "x", one, 2, "--tolerance");
     test_compare(program, "third", "x", one, "x", one, 2, "usage");
+    test_compare(program, "--tolerance=1e-3", "act.logits", one, "act.logits", far, 0, "1 passed");
+    test_compare(program, "--tolerance=", "x", one, "x", one, 2, "usage: ./compare");
+    test_compare(program, "--tolerance=-1", "x", one, "x", one, 2, "usage: ./compare");
+    test_compare(program, "--tolerance", "x", one, "x", one, 2, "usage: ./compare");
+    test_compare(program, "--tolerances=1", "x", one, "x", one, 2, "unknown option");
+    test_compare(program, "--help", "x", one, "x", one, 0, "usage: ./compare");
+    test_compare(program, "-h", "x", one, "x", one, 0, "usage: ./compare");
     char command[512];
     snprintf(command, sizeof command, "'%s' '%s' /nonexistent >/dev/null 2>&1", program, file_a);
     check(WEXITSTATUS(system(command)) == 2, "compare: an unreadable file");
 
     test_order(program);
+    test_types(program);
 }
 
 int main(int argc, char **argv) {
@@ -298,6 +443,8 @@ int main(int argc, char **argv) {
     snprintf(file_b, sizeof file_b, "%s/b.safetensors", folder);
     test_json();
     test_round_trips();
+    test_f16();
+    test_other_types();
     test_refusals();
     test_large();
     if (argc > 1) test_compares(argv[1]);

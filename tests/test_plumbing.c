@@ -100,12 +100,12 @@ static void test_sampler(void) {
     // 0.5, 0.3, 0.06, 0.05, and a tail of 0.09, none of which is among the fewest that make up 0.9
     const double first[4] = {0.5, 0.3, 0.06, 0.05};
     for (int i = 0; i < V; i++) tail[V - 1 - i] = (real)log(i < 4 ? first[i] : 0.09 / (V - 4));
-    static const Sampling ways[] = {{1, 1, 0, 0},   {0.5, 1, 0, 0},   {1, 1, 0, 1},   {1, 1, 0, 2},
-                                    {1, 1, 0, 7},   {1, 1, 0, V},     {1, 0, 0, 0},   {1, 0.3, 0, 0},
-                                    {1, 0.9, 0, 0}, {2, 0.99, 0, 0},  {1, 1, 0.1, 0}, {1, 1, 1, 0},
-                                    {1, 0.9, 0, 5}, {1, 0.9, 0.2, 0}, {1, 1, 0.3, 9}, {1, 0.8, 0.4, 9}};
+    static const Sampling ways[] = {{1, 1, 0, 0, 0},   {0.5, 1, 0, 0, 0},   {1, 1, 0, 1, 0},   {1, 1, 0, 2, 0},
+                                    {1, 1, 0, 7, 0},   {1, 1, 0, V, 0},     {1, 0, 0, 0, 0},   {1, 0.3, 0, 0, 0},
+                                    {1, 0.9, 0, 0, 0}, {2, 0.99, 0, 0, 0},  {1, 1, 0.1, 0, 0}, {1, 1, 1, 0, 0},
+                                    {1, 0.9, 0, 5, 0}, {1, 0.9, 0.2, 0, 0}, {1, 1, 0.3, 9, 0}, {1, 0.8, 0.4, 9, 0}};
     for (size_t i = 0; i < sizeof ways / sizeof ways[0]; i++) check_draws(logits, V, ways[i]);
-    check_draws(tail, V, (Sampling){1, 0.9, 0, 0});
+    check_draws(tail, V, (Sampling){1, 0.9, 0, 0, 0});
     const Sampling all = {.temperature = 1, .top_p = 1}, greedy = {.temperature = 0};
     int best = 0, same = 1;
     for (int i = 0; i < V; i++) best = logits[i] > logits[best] ? i : best;
@@ -113,6 +113,22 @@ static void test_sampler(void) {
     check_true("sampler: temperature 0 gives the likeliest", same);
     check_true("sampler: the ends of [0,1)",
                sample_token(logits, V, &all, 0) == 0 && sample_token(logits, V, &all, 1 - 0x1p-53) == V - 1);
+    // of a padded vocabulary the tokens from 256 on are never drawn, NaN or not, but for the EOT, as often as it should be
+    enum { TEXT = 256, EOT = 280 };
+    const Sampling ends = {.temperature = 1, .top_p = 1, .eot = EOT}, ends_greedy = {.temperature = 0, .eot = EOT};
+    int drawn[V] = {0}, padding = 0;
+    double sum = 0, exact = 0;
+    for (int i = TEXT; i < V; i++) tail[i] = i == EOT ? logits[7] : (real)NAN;
+    for (int i = 0; i < TEXT; i++) tail[i] = logits[i];
+    for (int i = 0; i < TEXT; i++) sum += exp((double)tail[i]);
+    exact = exp((double)tail[EOT]) / (sum + exp((double)tail[EOT]));
+    for (int n = 0; n < DRAWS; n++) drawn[sample_token(tail, TEXT, &ends, (n + 0.5) / DRAWS)]++;
+    for (int i = TEXT; i < V; i++) padding += i != EOT ? drawn[i] : 0;
+    check_true("sampler: padding is never drawn, the EOT is",
+               padding == 0 && fabs(drawn[EOT] - DRAWS * exact) <= 1.001);
+    tail[EOT] = 100;
+    check_true("sampler: an EOT beyond the text's tokens can be the likeliest",
+               sample_token(tail, TEXT, &ends_greedy, 0.5) == EOT && sample_token(tail, TEXT, &ends, 0.5) == EOT);
     double mean = 0, together = 0;
     for (int64_t i = 0; i < DRAWS; i++) {
         const double u = sample_uniform(3, i, 0), other_row = sample_uniform(3, i, 1);
@@ -194,6 +210,55 @@ static void refuse_header(Model *model, const char *good, size_t size, const cha
     check_refused("checkpoint", what, load(model, &config), reason);
 }
 
+// Writes the model at `path` with all floats in F16. The nearest F16 of a number of magnitude below 65504: its mantissa
+// rounded to 11 bits, or to a multiple of 2^-24.
+static void write_halves(void) {
+    StFile f;
+    StWriter w;
+    char copy[sizeof path + 4];
+    snprintf(copy, sizeof copy, "%s.f16", path);
+    if (!st_open(&f, path, err)) fatal("%s", err);
+    StTensor *list = allocate((size_t)f.count, sizeof *list);
+    for (int i = 0; i < f.count; i++) {
+        list[i] = f.tensors[i];
+        if (list[i].type == ST_F32) list[i].type = ST_F16;
+    }
+    st_create(&w, copy, f.config, list, f.count, err);
+    for (int i = 0; i < f.count; i++) {
+        const int64_t n = st_count(&f.tensors[i]);
+        double *values = allocate((size_t)n, sizeof *values);
+        uint16_t *halves = allocate((size_t)n, sizeof *halves);
+        st_read(&f, &f.tensors[i], 0, n, values, ST_F64, err);
+        for (int64_t k = 0; k < n; k++) {
+            int exponent;
+            frexp(values[k], &exponent);
+            exponent = exponent < -13 ? -13 : exponent;                          // the least one of a normal number
+            const int steps = (int)lrint(ldexp(fabs(values[k]), 11 - exponent)); // a carry goes into the exponent
+            halves[k] = (uint16_t)((values[k] < 0) << 15 | (steps + (steps >= 1024 ? (exponent + 13) * 1024 : 0)));
+        }
+        const bool whole = f.tensors[i].type == ST_I64; // zeros
+        st_write(&w, whole ? (void *)values : halves, (size_t)n * (whole ? 8 : 2), err);
+        free(values), free(halves);
+    }
+    if (!st_finish(&w, err)) fatal("%s", err);
+    st_close(&f);
+    rename(copy, path);
+    free(list);
+}
+
+static void test_halves(Model *model, const real *values, size_t n) {
+    real *loaded = allocate(n, sizeof *loaded);
+    double worst = 0;
+    write_halves();
+    const bool ok = load(model, &config);
+    megalodon_read(model, PARAMS, 0, n, loaded);
+    for (size_t i = 0; i < n; i++)
+        worst = fmax(worst, fabs((double)loaded[i] - (double)values[i]) / (fabs((double)values[i]) + 0x1p-14));
+    check_true("checkpoint: F16 is read", ok && worst > 0 && worst <= 0x1p-11);
+    if (!ok) printf("    %s\n", err);
+    free(loaded);
+}
+
 static void test_checkpoint(void) {
     const float nan = NAN, one = 1;
     const int64_t count = 1;
@@ -219,6 +284,10 @@ static void test_checkpoint(void) {
                   "'layers.1.mega.wr.bias' is missing");
     refuse_header(b, good, size, "rope.freqs", "rope.fraqs", "'rope.fraqs' is none");
     refuse_header(b, good, size, "\"shape\":[8,6]", "\"shape\":[6,8]", "'layers.0.mega.wh2.weight' has shape (6, 8)");
+    refuse_header(b, good, size, "F32", "U32", "'embed.weight': is U32, not F32");
+    refuse_header(b, good, size, "F32", "Q_1", "'embed.weight': is Q_1, not F32");
+    write_file(good, size);
+    test_halves(b, values, n);
     write_file(good, size - 1);
     check_true("refused: truncated checkpoint", !load(b, &config) && strstr(err, "truncated") != NULL);
     good[size] = 0;
@@ -285,6 +354,7 @@ static void test_damaged_states(State *s, const char *good, size_t size) {
     refuse_state_header(s, good, size, "[3,2,2]", "[2,3,2]", "'state.m");
     refuse_state_header(s, good, size, "\"I64\",\"shape\":[2]", "\"F64\",\"shape\":[2]",
                         "'state.count' has another type");
+    refuse_state_header(s, good, size, "\"F64\"", "\"U64\"", "'state.mean' has another type");
     refuse_state_header(s, good, size, "\\\"model_dim\\\": 8", "\\\"model_dim\\\": 4", "another configuration");
     write_file(good, size - 1);
     check_refused("state", "its end cut off", load_it(s, &config, &seed, logits), "truncated");

@@ -90,15 +90,15 @@ verdict $? "four samples interrupted: the same texts"
     2> /dev/null | cmp -s - "$tmp/whole"
 verdict $? "a prompt in two pieces: the same text"
 
-# --eot: the text up to the first space (token 32) that is drawn
+# --eot: the text up to the first space (token 32) that is drawn; it begins with none here
 prefix() { # file: a prefix of another one, without a space, which comes next there
     size=$(wc -c < "$1")
     cmp -s -n "$size" "$1" "$2" && ! tail -c +6 "$1" | grep -q ' ' && [ "$(tail -c +$((size + 1)) "$2" | head -c 1)" = " " ]
 }
-$s --prompt "int n" --num-tokens 200 --seed 5 --eot 32 > "$tmp/eot" 2> /dev/null
+$s --prompt "int n" --num-tokens 200 --seed 5 --eot 32 --bos -1 > "$tmp/eot" 2> /dev/null
 prefix "$tmp/eot" "$tmp/whole"
 verdict $? "--eot ends the text before that token, but not in the prompt"
-$s --prompt "int n" --num-tokens 200 --seed 5 --eot 32 --num-samples 4 --state-out "$tmp/state4" > "$tmp/eot4" 2> "$tmp/err"
+$s --prompt "int n" --num-tokens 200 --seed 5 --eot 32 --bos -1 --num-samples 4 --state-out "$tmp/state4" > "$tmp/eot4" 2> "$tmp/err"
 ended=0
 for r in 1 2 3 4; do
     sed -n "/^---- sample $r of 4\$/,/^---- sample $((r + 1)) of 4\$/p" "$tmp/eot4" | tail -c +20 > "$tmp/part"
@@ -114,6 +114,18 @@ verdict $? "samples that have ended stay so in the state, however long the other
 $s --eot 10 --num-tokens 0 2>&1 | grep -q "read 1 tokens" && $s --eot 10 --bos 7 --prompt "a
 b" --num-tokens 0 2> "$tmp/err" | od -c | grep -q 'a *.n *b *$' && grep -q "read 4 tokens" "$tmp/err"
 verdict $? "without a prompt --eot is the start; --bos goes before one, and neither is written"
+$s --eot 10 --prompt "" --num-tokens 5 2>&1 | grep -a -q "read 1 tokens" && $s --prompt "int n" --bos -1 --eot 10 --num-tokens 0 2>&1 | grep -q "read 5 tokens"
+verdict $? "--eot is the start of an empty prompt, too; --bos -1 is none"
+$s --prompt "int n" --eot 32 --num-tokens 30 > "$tmp/eot" 2> "$tmp/err"
+$s --prompt "int n" --eot 32 --bos 32 --num-tokens 30 2> /dev/null | cmp -s - "$tmp/eot" && grep -q "read 6 tokens" "$tmp/err"
+verdict $? "a prompt begins with --eot's token, as rows do in training"
+$s --prompt "int" --eot 32 --num-tokens 0 --state-out "$tmp/eot.state" > "$tmp/part" 2> /dev/null
+$s --state-in "$tmp/eot.state" --prompt " n" --eot 32 --num-tokens 30 --seed 1337 >> "$tmp/part" 2> "$tmp/err"
+cmp -s "$tmp/part" "$tmp/eot" && grep -q "read 2 tokens" "$tmp/err"
+verdict $? "but not what goes on from a state"
+
+(printf 'int'; sleep 0.3; printf ' n') | $s --prompt-file - --num-tokens 200 --seed 5 2> /dev/null | cmp -s - "$tmp/whole"
+verdict $? "--prompt-file - reads a pipe, in pieces perhaps"
 
 # signals and broken outputs
 $s --prompt "int n" --num-tokens 1000000 --seed 5 --state-out "$tmp/state" > "$tmp/part" 2> "$tmp/err" &
@@ -162,6 +174,115 @@ $t --score "$tmp/the" --bos 1 > "$tmp/score" 2> /dev/null
 awk '$1 == "all" { d = $2 * $3 / $10 - $5; ok = $2 == 5 && $10 == 8 && d < 1e-3 && d > -1e-3 } END { exit !ok }' "$tmp/score"
 verdict $? "--bos predicts all of them"
 
+$t --prompt "the th" --num-tokens 0 --state-out "$tmp/t.state" > "$tmp/part" 2> /dev/null
+$t --state-in "$tmp/t.state" --prompt "en" --num-tokens 20 --seed 3 >> "$tmp/part" 2> "$tmp/err"
+$t --prompt "the then" --num-tokens 20 --seed 3 2> /dev/null | cmp -s - "$tmp/part" && grep -a -q "read 2 tokens" "$tmp/err"
+verdict $? "a prompt after --state-in goes on within the word: the same tokens, the same text"
+
+# models of small vocabularies, on a text whose documents are all the same
+small="--threads 1 --num-layers 1 --model-dim 32 --num-heads 1 --z-dim 16 --value-dim 32 --ffn-hidden-dim 32 --cema-ndim 2
+       --chunk-size 16 --norm-num-groups 4 --val-every 0 --val-data tests/data/tokenizer.txt"
+byte() { printf "\\$(printf %03o "$1")"; }
+token_file() { # NUMBERS, a line each: a .bin file; only its shell is needed
+    set -- $(cat)
+    printf '\210\330\064\001\001\000\000\000'
+    byte $(($# % 256)); byte $(($# / 256)); printf '\000\000'
+    head -c 1012 /dev/zero
+    for n; do byte $((n % 256)); byte $((n / 256)); done
+}
+i=0
+while [ $i -lt 40 ]; do echo 256; printf 'Hello world.\n' | od -An -v -tu1 | tr -s ' ' '\n' | sed '/^$/d'; i=$((i + 1)); done > "$tmp/numbers"
+echo 256 >> "$tmp/numbers"
+token_file < "$tmp/numbers" > "$tmp/hello.bin"
+head -c 512 "$tmp/hello.bin" > "$tmp/hello.val"
+train257() { ./train $small --data "$tmp/hello.bin" --val-data "$tmp/hello.bin" --eot 256 --batch-size 4 --seq-len 16 --lr 1e-2 "$@" > "$tmp/log" 2>&1; }
+train257 --vocab-size 257 --steps 60 --out "$tmp/run257"
+verdict $? "a model of bytes and an EOT of its own"
+printf 'Hello world.\n' > "$tmp/hello"
+b="./sample --model $tmp/run257 --threads 1"
+$b --eot 256 --temperature 0 --num-tokens 50 2> "$tmp/err" | cmp -s - "$tmp/hello" && grep -q "read 1 tokens.* wrote 13," "$tmp/err"
+verdict $? "it writes a document from EOT to EOT"
+$b --eot 256 --temperature 0 --prompt "Hello wo" --num-tokens 50 2> "$tmp/err" | cmp -s - "$tmp/hello" && grep -q "read 9 tokens.* wrote 5," "$tmp/err"
+verdict $? "  goes on with a prompt, before which the EOT stands"
+[ "$($b --temperature 100 --top-p 1 --num-tokens 1000 --prompt x 2> "$tmp/err" | wc -c)" -eq 1001 ] && grep -q "wrote 1000," "$tmp/err"
+verdict $? "  and without --eot never draws it: 1000 tokens are 1000 bytes"
+$b --score "$tmp/hello" --eot 256 > "$tmp/score" 2> /dev/null && grep -q "bits per byte$" "$tmp/score" &&
+    awk '$1 == "all" { ok = $2 == 13 && $3 < 0.5 } END { exit !ok }' "$tmp/score"
+verdict $? "--score --eot predicts each byte, the first from the EOT, in bits per byte"
+$b --score "$tmp/hello" --eot 256 --bos -1 > "$tmp/score" 2> /dev/null && awk '$1 == "all" { ok = $2 == 12 } END { exit !ok }' "$tmp/score"
+verdict $? "  --bos -1: all but the first"
+$b --score "$tmp/hello.bin" --eot 256 > "$tmp/score" 2> /dev/null && grep -q "bits per token$" "$tmp/score" &&
+    awk '$1 == "all" { d = $2 * $3 - $5 * $10; ok = $2 == 560 && $10 == 520 && d < 0.1 && d > -0.1 } END { exit !ok }' "$tmp/score"
+verdict $? "  a file with EOTs: bits per token, and per byte of the 520 that are bytes; its first EOT is not doubled"
+train257 --vocab-size 320 --steps 1 --out "$tmp/run320" && ./sample --model "$tmp/run320" --threads 1 --eot 256 --temperature 100 \
+    --top-p 1 --num-tokens 50 --num-samples 64 > "$tmp/many" 2> "$tmp/err"
+wrote=$(sed -n 's/.* wrote \([0-9]*\),.*/\1/p' "$tmp/err")
+[ "$(wc -c < "$tmp/many")" -eq $((wrote + 9 * 20 + 55 * 21 + 63)) ] && [ "$wrote" -lt 3200 ]
+verdict $? "a vocabulary of bytes padded to 320: $wrote tokens, all of them bytes"
+./sample --model "$tmp/run320" --threads 1 --tokenizer "$tmp/tokenizer.bin" --prompt t --temperature 100 --top-p 1 --num-tokens 1000 2> "$tmp/err" > "$tmp/many"
+grep -q "265 tokens; the model's other 55 are taken for padding" "$tmp/err" && [ "$(wc -c < "$tmp/many")" -gt 950 ]
+verdict $? "padded beyond a tokenizer's 265: padding, which has no text, is not drawn: $(wc -c < "$tmp/many") bytes of 1000 tokens"
+./train $small --vocab-size 600 --steps 1 --batch-size 2 --seq-len 16 --data megalodon.h --out "$tmp/run600" > "$tmp/log" 2>&1
+./sample --model "$tmp/run600" --threads 1 --score "$tmp/hello" 2> /dev/null | grep -q "bits per token$"
+verdict $? "--score of a model of tokens without its tokenizer: bits per token"
+refused 1 "not bytes.*--tokenizer.*--eot N, from 256 to 319" --model "$tmp/run320"
+refused 1 "not bytes.*--tokenizer FILE$" --model "$tmp/run600" --eot 256
+
+# --prompt-file -: a pipe of more than one buffer, with every byte
+head -c 70000 sample > "$tmp/binary"
+$b --prompt-file "$tmp/binary" --num-tokens 5 > "$tmp/from.file" 2> "$tmp/err"
+cat "$tmp/binary" | $b --prompt-file - --num-tokens 5 2> "$tmp/err" | cmp -s - "$tmp/from.file" && grep -q "read 70000 tokens" "$tmp/err" &&
+    [ "$(wc -c < "$tmp/from.file")" -eq 70005 ] && cmp -s -n 70000 "$tmp/from.file" "$tmp/binary"
+verdict $? "--prompt-file - reads 70000 bytes of any value from a pipe"
+
+# --state-out is refused before anything is written, and nothing is lost
+model=$(ls "$tmp"/run257/step-*/model.safetensors)
+optimizer=$(ls "$tmp"/run257/step-*/optimizer.safetensors)
+$b --num-tokens 3 --state-out "$tmp/old.state" > /dev/null 2>&1
+ln -s "$model" "$tmp/link" && ln "$tmp/old.state" "$tmp/hard" && cp "$tmp/hello" "$tmp/text.txt"
+sums() { cat "$model" "$optimizer" "$tmp/old.state" "$tmp/tokenizer.bin" "$tmp/hello" "$tmp/text.txt" tests/data/jax_tied.init.safetensors | cksum; }
+before=$(sums)
+spared() { # status, word, arguments
+    status=$1 word=$2
+    shift 2
+    ./sample --threads 1 --num-tokens 3 "$@" > "$tmp/out" 2> "$tmp/err" < /dev/null
+    [ $? -eq "$status" ] && grep -q -e "$word" "$tmp/err" && [ ! -s "$tmp/out" ] && [ "$(sums)" = "$before" ]
+    verdict $? "nothing written, nothing changed, '$word': sample $*"
+}
+spared 2 "what --model reads; give another name" --model "$model" --state-out "$model"
+spared 2 "what --model reads" --model "$tmp/run257" --state-out "$tmp/link"
+spared 2 "what --state-in reads; give another name" --model "$tmp/run257" --state-in "$tmp/old.state" --state-out "$tmp/old.state"
+spared 2 "what --state-in reads" --model "$tmp/run257" --state-in "$tmp/old.state" --state-out "$tmp/hard"
+spared 2 "what --prompt-file reads" --model "$tmp/run257" --prompt-file "$tmp/hello" --state-out "$tmp/hello"
+spared 2 "what --tokenizer reads" --model "$tmp/run265" --tokenizer "$tmp/tokenizer.bin" --state-out "$tmp/tokenizer.bin"
+spared 1 "exists and is not a state of ./sample" --model "$tmp/run257" --state-out "$tmp/text.txt"
+spared 1 "exists and is not a state of ./sample" --model "$tmp/run257" --state-out "$optimizer"
+spared 1 "--state-out $tmp/none/state: cannot write" --model "$tmp/run257" --state-out "$tmp/none/state"
+spared 1 "not a regular file" --model "$tmp/run257" --state-out "$tmp"
+spared 2 "not the name of a file" --model "$tmp/run257" --state-out ""
+[ ! -e "$tmp/none" ] && ! ls "$tmp" | grep -q 'tmp$'
+verdict $? "  and nothing is left behind"
+(ulimit -f 1; $b --num-tokens 20 --state-out "$tmp/old.state" 2> "$tmp/err") | cat > "$tmp/out"
+[ "$(wc -c < "$tmp/out")" -ge 20 ] && grep -q -e '--state-out.*File too large' "$tmp/err" && [ "$(sums)" = "$before" ] && [ ! -e "$tmp/old.state.tmp" ]
+verdict $? "a full disk at the end: the text is there, an error says so, and the older state is as it was"
+$b --num-tokens 5 --state-out "$tmp/old.state" > /dev/null 2>&1 && $b --state-in "$tmp/old.state" --num-tokens 1 2>&1 | grep -a -q "wrote 1,"
+verdict $? "an older state is replaced"
+
+# plans of memory come before it is taken
+start=$(date +%s)
+./train $small --vocab-size 256 --chunk-size 16384 --value-dim 1024 --num-layers 4 --steps 1 --batch-size 1 --seq-len 16 --data megalodon.h --out "$tmp/wide" > "$tmp/log" 2>&1
+verdict $? "a model that remembers 260 MiB of each text"
+refused 1 "2048 samples: .* MiB, 260 MiB a text with its chunk of 16384 tokens.*: use a smaller --num-samples" --model "$tmp/wide" --num-samples 2048
+refused 1 "--num-samples 2048 --num-tokens 2000000000: .* needs [0-9]* MiB" --model "$tmp/run257" --num-samples 2048 --num-tokens 2000000000
+if dd if=/dev/null of="$tmp/huge" bs=1 seek=1000000000000 2> /dev/null; then
+    refused 1 "--prompt-file: 100000000000[01] bytes of text need [0-9]* MiB as tokens" --model "$tmp/run257" --prompt-file "$tmp/huge"
+    refused 1 "--score: 1000000000000 bytes of text need [0-9]* MiB as tokens" --model "$tmp/run265" --tokenizer "$tmp/tokenizer.bin" --score "$tmp/huge"
+else
+    echo "      skipped: no file of 1 TB can be made"
+fi
+[ $(($(date +%s) - start)) -lt 20 ]
+verdict $? "  in no time"
+
 # 128 bytes predicted from an empty state are the one validation window of a file of 129 bytes
 head -c 129 megalodon.c > "$tmp/text"
 $s --score "$tmp/text" > "$tmp/score" 2> /dev/null
@@ -194,6 +315,10 @@ refused 2 "num-samples 3 contradicts" --model "$tmp/run" --num-samples 3 --state
 refused 1 "state-out" --model "$tmp/run" --num-tokens 1 --state-out "$tmp/none/state"
 refused 2 "no samples" --model "$tmp/run" --score "$tmp/text" --num-samples 2
 refused 1 "tokenizer" --model "$tmp/run265"
+refused 1 "none: No such file" --model "$tmp/run" --prompt-file "$tmp/none"
+refused 1 "holds token numbers" --model "$tmp/run" --prompt-file "$tmp/hello.bin"
+refused 1 "--prompt-file is empty" --model "$tmp/run" --prompt-file "$tmp/empty"
+refused 1 "--prompt-file is empty" --model "$tmp/run" --prompt-file -
 refused 1 "$tmp/state4" --model "$tmp/run265" --tokenizer "$tmp/state4"
 refused 2 "eot 300" --model "$tmp/run" --eot 300
 refused 2 "min-p -0.1" --model "$tmp/run" --min-p -0.1

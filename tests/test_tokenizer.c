@@ -36,7 +36,7 @@ static Bytes read_data(const char *path) {
 
 static bool same_tokens(const Tokenizer *t, const unsigned char *text, size_t n, const Tokens *expected, size_t *at) {
     size_t count, i = 0;
-    int32_t *ids = tokenizer_encode(t, text, n, &count);
+    int32_t *ids = tokenizer_encode(t, text, n, true, &count);
     while (i < count && *at + i < expected->count && ids[i] == token_at(expected, *at + i)) i++;
     if (i < count) printf("    token %zu of %.40s is %d\n", i, (const char *)text, ids[i]);
     *at += i;
@@ -60,7 +60,7 @@ static void test_ids(const Tokenizer *t, Bytes text) {
 // The tokens' bytes put together are the text, but for U+2581, which is a space to SentencePiece.
 static bool survives(const Tokenizer *t, const unsigned char *text, size_t n) {
     size_t count, length, at = 0;
-    int32_t *ids = tokenizer_encode(t, text, n, &count);
+    int32_t *ids = tokenizer_encode(t, text, n, true, &count);
     bool ok = true;
     for (size_t i = 0; ok && i < count; i++) {
         const unsigned char *piece = tokenizer_piece(t, ids[i], i == 0, &length);
@@ -96,21 +96,37 @@ static void test_pieces(const Tokenizer *t) {
     for (int i = 0; i < 3; i++) tokenizer_piece(t, i, false, &length), control += length;
     check_true("control tokens print nothing", control == 0);
     check_true("<0x0A> prints a line break", *tokenizer_piece(t, 3 + 10, true, &length) == '\n' && length == 1);
-    int32_t *ids = tokenizer_encode(t, (const unsigned char *)"the the", 7, &count);
+    int32_t *ids = tokenizer_encode(t, (const unsigned char *)"the the", 7, true, &count);
     const bool ok =
         count == 2 && ids[0] == ids[1] && memcmp(tokenizer_piece(t, ids[0], false, &length), " the", 4) == 0;
     check_true("' the' is a token", ok && length == 4);
     check_true("without its space at a text's beginning",
                ok && memcmp(tokenizer_piece(t, ids[0], true, &length), "the", 3) == 0 && length == 3);
     free(ids);
-    ids = tokenizer_encode(t, (const unsigned char *)"\xC3 the\xE4 the", 10, &count);
+    ids = tokenizer_encode(t, (const unsigned char *)"\xC3 the\xE4 the", 10, true, &count);
     check_true("broken UTF-8 leaves its neighbours alone",
                count == 5 && ids[1] == 3 + 0xC3 && ids[2] == ids[4] && ids[3] == 3 + 0xE4);
     free(ids);
-    ids = tokenizer_encode(t, (const unsigned char *)"----------------", 16, &count);
+    ids = tokenizer_encode(t, (const unsigned char *)"----------------", 16, true, &count);
     check_true("the longest token is found", count == 2 && tokenizer_piece(t, ids[1], false, &length) && length == 16);
     free(ids);
-    free(tokenizer_encode(t, NULL, 0, &count));
+    // going on with a text: no space of SentencePiece's before it, so that a word can go on
+    ids = tokenizer_encode(t, (const unsigned char *)"the the", 7, false, &count);
+    const unsigned char *first = tokenizer_piece(t, ids[0], false, &length);
+    check_true("a text that goes on begins without a space",
+               count > 2 && length > 0 && first[0] == 't' &&
+                   memcmp(tokenizer_piece(t, ids[count - 1], false, &length), " the", 4) == 0);
+    free(ids);
+    ids = tokenizer_encode(t, (const unsigned char *)" the the", 8, false, &count);
+    check_true("  and its own space is enough", count == 2 && ids[0] == ids[1]);
+    free(ids);
+    // padding, and bytes where there is no tokenizer
+    const unsigned char *byte = tokenizer_piece(NULL, 200, true, &length);
+    check_true("without a tokenizer tokens are bytes", *byte == 200 && length == 1 && tokenizer_count(NULL) == 256);
+    tokenizer_piece(NULL, 256, true, &control), tokenizer_piece(t, VOCAB_SIZE, true, &length);
+    check_true("tokens beyond a vocabulary have no text",
+               control == 0 && length == 0 && tokenizer_count(t) == VOCAB_SIZE);
+    free(tokenizer_encode(t, NULL, 0, true, &count));
     check_true("an empty text has no tokens", count == 0);
 }
 
@@ -133,11 +149,11 @@ static void test_long(const Tokenizer *t, Bytes text) {
     uint64_t hash = 14695981039346656037u;
     Bytes b = longer(text);
     const double begun = seconds();
-    int32_t *ids = tokenizer_encode(t, b.bytes, b.size, &count);
+    int32_t *ids = tokenizer_encode(t, b.bytes, b.size, true, &count);
     const double took = seconds() - begun;
     memset(b.bytes, '-', b.size); // neighbours that merge everywhere
     const double again = seconds();
-    free(tokenizer_encode(t, b.bytes, b.size, &m));
+    free(tokenizer_encode(t, b.bytes, b.size, true, &m));
     const double one = seconds() - again;
     for (size_t i = 0; i < count; i++) hash = (hash ^ (uint64_t)ids[i]) * 1099511628211u;
     printf("%zu bytes to %zu tokens in %.3f s; one character again and again in %.3f s\n", b.size, count, took, one);
@@ -189,13 +205,18 @@ static void test_refusals(Bytes file) {
     const float nan = NAN, infinite = -INFINITY;
     int truncated = 0;
     int32_t longest;
+    // Cut between two tokens, a file is one of fewer tokens for a padded vocabulary, unless its longest piece is lost.
     for (size_t n = 0; n < file.size; n++) truncated += refused(file.bytes, n, VOCAB_SIZE);
-    check_true("refused: truncated anywhere", truncated == (int)file.size);
+    int whole = 0;
+    for (int i = 0; i < VOCAB_SIZE; i++) whole += !refused(file.bytes, offset_of(file, i), VOCAB_SIZE);
+    check_true("refused: truncated anywhere but between tokens", truncated == (int)file.size - whole && whole < 300);
     refuse((Bytes){file.bytes, 0}, VOCAB_SIZE, "no tokenizer of llama2.c");
-    refuse((Bytes){file.bytes, offset_of(file, 400)}, VOCAB_SIZE, "holds 400 tokens, but the model has 576");
     refuse((Bytes){file.bytes, file.size - 1}, VOCAB_SIZE, "token 575: ");
     refuse((Bytes){file.bytes, offset_of(file, 575) + 7}, VOCAB_SIZE, "ends within token 575");
-    refuse(file, VOCAB_SIZE + 1, "holds 576 tokens, but the model has 577");
+    refuse(file, VOCAB_SIZE + 1024,
+           "holds 576 tokens, but the model has 1600: 1024 more, where at most 1023 are padding");
+    check_true("padded by 1 and by 1023",
+               !refused(file.bytes, file.size, VOCAB_SIZE + 1) && !refused(file.bytes, file.size, VOCAB_SIZE + 1023));
     refuse(file, VOCAB_SIZE - 1, "holds 576 tokens, but the model has 575");
     refuse((Bytes){file.bytes, file.size + 1}, VOCAB_SIZE, "ends within token 576"); // read_data has room behind it
     damage(file, 0, &zero, 4, "the longest piece is said to have 0 bytes");
@@ -236,8 +257,8 @@ static void test_more_tokens(Bytes file) {
     Tokenizer *plain = tokenizer_read(file.bytes, file.size, VOCAB_SIZE, err);
     Tokenizer *larger = tokenizer_read(copy.bytes, copy.size, VOCAB_SIZE + MORE, err);
     if (plain == NULL || larger == NULL) fatal("test_more_tokens: %s", err);
-    int32_t *a = tokenizer_encode(plain, (const unsigned char *)text, 7, &n);
-    int32_t *b = tokenizer_encode(larger, (const unsigned char *)text, sizeof text - 1, &m);
+    int32_t *a = tokenizer_encode(plain, (const unsigned char *)text, 7, true, &n);
+    int32_t *b = tokenizer_encode(larger, (const unsigned char *)text, sizeof text - 1, true, &m);
     check_true("of tokens with equal bytes the first one counts", n == 2 && m > n && memcmp(a, b, n * sizeof *a) == 0);
     bool special = false;
     for (size_t i = 0; i < m; i++) special |= b[i] < 3 + 256;
@@ -250,7 +271,7 @@ static int encode_input(const char *path, int count) {
     size_t n;
     Tokenizer *t = tokenizer_open(path, count);
     Bytes text = read_all(stdin);
-    int32_t *ids = tokenizer_encode(t, text.bytes, text.size, &n);
+    int32_t *ids = tokenizer_encode(t, text.bytes, text.size, true, &n);
     const bool ok = fwrite(ids, sizeof *ids, n, stdout) == n && fflush(stdout) == 0;
     free(ids), free(text.bytes);
     tokenizer_free(t);

@@ -1,0 +1,77 @@
+# The Python tools of dev/ that write files: no output replaces an input or a file of another kind. They need python3;
+# what needs numpy, too, is tried where it is, in build/venv for instance. From the root of the repository.
+tmp=$(mktemp -d) || exit 1
+trap 'rm -rf "$tmp"' EXIT
+passed=0 failed=0
+python=python3
+if [ -x build/venv/bin/python ]; then python=build/venv/bin/python; fi
+if ! $python -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2> /dev/null; then
+    echo "skipped: no python3"
+    echo "0 passed, 0 failed"
+    exit 0
+fi
+export PYTHONDONTWRITEBYTECODE=1
+
+verdict() { # status, text
+    if [ "$1" -eq 0 ]; then passed=$((passed + 1)) word=ok; else failed=$((failed + 1)) word=FAIL; fi
+    printf '%-4s  %s\n' $word "$2"
+    [ "$1" -eq 0 ] || sed 's/^/      /' "$tmp/err"
+}
+# Stand-ins for the modules that a tool imports: a command must be refused before it uses any of them.
+for module in numpy equinox jax megalodon_jax safetensors; do
+    mkdir -p "$tmp/stubs/$module"
+    printf 'def __getattr__(name):\n    return type(name, (Exception,), {})\n' > "$tmp/stubs/$module/__init__.py"
+done
+for module in jax/numpy megalodon_jax/checkpoint safetensors/numpy; do cp "$tmp/stubs/numpy/__init__.py" "$tmp/stubs/$module.py"; done
+
+# Files of every kind, none of which may change.
+printf 'the first text\n' > "$tmp/a.txt"
+printf 'the second text\n' > "$tmp/b.txt"
+printf '\210\330\064\001\001\000\000\000\000\000\000\000' > "$tmp/old.bin"
+cp tests/data/tokenizer.bin "$tmp/tokenizer.bin"
+cp tests/data/jax_tied.init.safetensors "$tmp/model.safetensors"
+cp "$tmp/a.txt" "$tmp/c_000000.txt" && cp "$tmp/a.txt" "$tmp/d_000007.bin" && cp "$tmp/a.txt" "$tmp/e.bin.tmp"
+ln -s a.txt "$tmp/link.bin" && ln "$tmp/b.txt" "$tmp/hard.bin"
+sums() { (cd "$tmp" && ls && cat ./*.txt ./*.bin ./*.tmp ./*.safetensors) | cksum; }
+echo > "$tmp/err" && before=$(sums)
+refused() { # word, tool, arguments
+    word=$1 tool=$2
+    shift 2
+    PYTHONPATH="$tmp/stubs" $python "dev/$tool" "$@" > "$tmp/err" 2>&1
+    [ $? -eq 1 ] && grep -q -e "error: .*$word" "$tmp/err" && [ "$(sums)" = "$before" ]
+    verdict $? "refused with '$word': dev/$tool $*"
+}
+refused "b.txt); was the name of the output forgotten" make_bin.py "$tmp/b.txt" "$tmp/a.txt" "$tmp/b.txt"
+refused "exists and is not a .bin token file" make_bin.py "$tmp/a.txt" "$tmp/b.txt"
+refused "is also what is read" make_bin.py "$tmp/link.bin" "$tmp/a.txt"
+refused "is also what is read" make_bin.py "$tmp/hard.bin" "$tmp/a.txt" "$tmp/b.txt"
+refused "is also what is read" make_bin.py "$tmp/tokenizer.bin" "$tmp/a.txt" --tokenizer "$tmp/tokenizer.bin"
+refused "is also what is read" make_bin.py "$tmp/old.bin" "$tmp/a.txt" "$tmp/old.bin"
+refused "c_000000.txt: is also what is read" make_bin.py "$tmp/c.txt" "$tmp/a.txt" "$tmp/c_000000.txt" --shard-tokens 5
+refused "d_000007.bin: exists and is not a .bin token file" make_bin.py "$tmp/d.bin" "$tmp/a.txt" --shard-tokens 5
+refused "e.bin.tmp: exists" make_bin.py "$tmp/e.bin" "$tmp/a.txt"
+refused "not a regular file" make_bin.py "$tmp" "$tmp/a.txt"
+refused "cannot write" make_bin.py "$tmp/none/a.bin" "$tmp/a.txt"
+refused "is empty" make_bin.py "" "$tmp/a.txt"
+refused "is also what is read" make_tokenizer.py "$tmp/tokenizer.bin" "$tmp/tokenizer.bin"
+refused "exists and is not a tokenizer.bin" make_tokenizer.py "$tmp/tokenizer.bin" "$tmp/old.bin"
+refused "is also what is read" make_tokenizer.py "$tmp/b.txt" "$tmp/a.txt" --text "$tmp/a.txt"
+refused "is also what is read" jax_bridge.py to-jax "$tmp/model.safetensors" "$tmp/model.safetensors"
+refused "exists and is not a safetensors file" jax_bridge.py from-jax "$tmp/model.safetensors" "$tmp/a.txt"
+refused "exists and is not a table of this program" bench_length.py --csv "$tmp/a.txt"
+
+if $python -c 'import numpy' 2> /dev/null; then
+    $python dev/make_bin.py "$tmp/new.bin" "$tmp/a.txt" "$tmp/b.txt" --eot 256 > "$tmp/err" 2>&1 && grep -q -e "--vocab-size 257 --eot 256" "$tmp/err" &&
+        [ "$(od -An -v -tu2 -j1024 "$tmp/new.bin" | tr -s ' \n' ' ' | cut -d' ' -f 2-4,18-20)" = "256 116 104 256 116 104" ] &&
+        [ "$(wc -c < "$tmp/new.bin")" -eq $((1024 + 2 * (15 + 16 + 3))) ]
+    verdict $? "make_bin.py writes two documents with an EOT before each and at the end"
+    cp "$tmp/new.bin" "$tmp/again.bin" && $python dev/make_bin.py "$tmp/again.bin" "$tmp/a.txt" > "$tmp/err" 2>&1 && [ "$(wc -c < "$tmp/again.bin")" -eq 1054 ]
+    verdict $? "  and replaces an older .bin file"
+    $python dev/make_bin.py "$tmp/s.bin" "$tmp/a.txt" --shard-tokens 8 > "$tmp/err" 2>&1 &&
+        $python dev/make_bin.py "$tmp/s.bin" "$tmp/b.txt" --shard-tokens 8 > "$tmp/err" 2>&1 && [ -s "$tmp/s_000001.bin" ] && [ ! -e "$tmp/s.bin" ]
+    verdict $? "  or older shards"
+else
+    echo "skipped: what make_bin.py writes: python3 has no numpy here"
+fi
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]
