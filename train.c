@@ -475,11 +475,13 @@ static double validate(Model *model, const Data *d) {
     return loss;
 }
 
-// Writes what the model makes of a newline, or of the first token of the data.
+// Writes what the model makes of the EOT, of a newline, or of the first token of the data. Tokens are bytes, text of the
+// tokenizer, or else numbers.
 static void write_sample(Model *model, State *state, const Data *d, int V, const Tokenizer *tokenizer) {
     enum { LENGTH = 256 };
     const Sampling how = {.temperature = 0.9, .top_p = 0.95};
-    const bool bytes = d->train.tokens.width == 1;
+    const bool bytes = d->train.tokens.width == 1 || (V <= 512 && s.eot >= 256), text = tokenizer || bytes;
+    const int drawn = text && tokenizer_count(tokenizer) < V ? tokenizer_count(tokenizer) : V; // not the padding
     const int start = s.eot >= 0 ? s.eot : bytes ? '\n' : token_at(&d->train.tokens, 0);
     int32_t token = start < V ? start : 0;
     real *logits = allocate((size_t)V, sizeof *logits);
@@ -487,18 +489,18 @@ static void write_sample(Model *model, State *state, const Data *d, int V, const
     join_pieces(model, false); // one token is whole
     printf("----\n");
     for (int64_t i = 0; i < LENGTH; i++) {
+        size_t length;
         megalodon_forward(model, state, &token, 1, 1);
         megalodon_logits(model, 0, 1, logits);
-        token = sample_token(logits, V, &how, sample_uniform((uint64_t)s.seed, i, 0));
-        const bool shown = token == '\n' || token == '\t' || (token >= 32 && token < 256 && token != 127);
-        size_t length = 0;
-        const unsigned char *piece = tokenizer ? tokenizer_piece(tokenizer, token, i == 0, &length) : NULL;
-        if (piece)
-            fwrite(piece, 1, length, stdout);
-        else if (bytes)
-            putchar(shown ? token : '?');
-        else
+        token = sample_token(logits, drawn, &how, sample_uniform((uint64_t)s.seed, i, 0));
+        const unsigned char *piece = text ? tokenizer_piece(tokenizer, token, i == 0, &length) : NULL;
+        const bool control = !tokenizer && (token < 32 || token == 127) && token != '\n' && token != '\t';
+        if (!text)
             printf("%d ", token);
+        else if (control)
+            putchar('?');
+        else
+            fwrite(piece, 1, length, stdout);
     }
     printf("\n----\n");
     join_pieces(model, true);
@@ -602,7 +604,8 @@ static MemoryPlan plan_memory(const Config *c, Mode mode, const Data *d) {
     const double V = c->vocab_size, largest = V * c->model_dim; // initial values are drawn a tensor at a time
     const double states = carried_bytes(d, c) + (samples ? (double)state_bytes(c, 1, 0) : 0);
     const double host = (double)batch_bytes(d) + (double)reader_bytes(&d->train) + (double)reader_bytes(&d->val) +
-                        fmax(fmax(samples ? V * sizeof(real) : 0, s.init || s.resume ? 0 : largest * sizeof(real)),
+                        fmax(fmax(samples ? V * sizeof(real) + (double)sample_bytes(c->vocab_size) : 0,
+                                  s.init || s.resume ? 0 : largest * sizeof(real)),
                              s.dump ? (double)dump_bytes(c, d->B, d->L) : 0);
     return check_memory(c, mode, d->B, d->L, (size_t)fmin(states + host, (double)(SIZE_MAX / 2)));
 }

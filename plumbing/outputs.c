@@ -95,8 +95,10 @@ void claim_output(const char *flag, const char *path, const char *what, bool (*i
 }
 
 void remove_if_refused(const char *path) {
-    created = realloc(created, (size_t)(num_created + 1) * sizeof *created);
-    if (created == NULL || (created[num_created++] = strdup(path)) == NULL) fatal("out of memory");
+    char **longer = realloc(created, (size_t)(num_created + 1) * sizeof *created), *copy = strdup(path);
+    if (longer == NULL || copy == NULL) fatal("out of memory");
+    created = longer;
+    created[num_created++] = copy;
 }
 
 static void forget_created(void) {
