@@ -22,9 +22,10 @@ static char **created; // in the order of creation
 static int num_created;
 
 static void remember(const char *flag, const char *path, bool output) {
-    claims = realloc(claims, (size_t)(num_claims + 1) * sizeof *claims);
+    Claim *longer = realloc(claims, (size_t)(num_claims + 1) * sizeof *claims);
     char *copy = strdup(path);
-    if (claims == NULL || copy == NULL) fatal("out of memory");
+    if (longer == NULL || copy == NULL) fatal("out of memory");
+    claims = longer;
     claims[num_claims++] = (Claim){flag, copy, output};
 }
 
