@@ -23,10 +23,10 @@ static int num_created;
 
 static void remember(const char *flag, const char *path, bool output) {
     Claim *longer = realloc(claims, (size_t)(num_claims + 1) * sizeof *claims);
-    char *copy = strdup(path);
-    if (longer == NULL || copy == NULL) fatal("out of memory");
+    if (longer == NULL) fatal("out of memory");
     claims = longer;
-    claims[num_claims++] = (Claim){flag, copy, output};
+    claims[num_claims] = (Claim){flag, strdup(path), output};
+    if (claims[num_claims++].path == NULL) fatal("out of memory");
 }
 
 // The directory part of a path, "." if it has none.

@@ -104,7 +104,7 @@ static bool read_state_tensor(StFile *f, const StTensor *t, Where where, State *
                                                      : (double)((float *)values)[i];
             if (impossible(t->name, value, state, c))
                 ok = fail(err, "%.200s: tensor '%s' is %g at element %lld", f->path, t->name, value,
-                          (long long)(done + i));
+                          (long long)done + i);
         }
         const size_t at = (size_t)done * size, bytes = (size_t)n * size;
         if (ok && where.ours != NULL) memcpy((char *)where.ours + at, values, bytes);

@@ -1,10 +1,11 @@
 // A library for LD_PRELOAD: file systems that lack a call, as network and container mounts do. NO_MMAP=1: regular files
-// cannot be mapped (ENODEV); NO_FOLDER_SYNC=1: folders cannot be synced (ENOTSUP). For tests/test_filesystems.sh.
+// cannot be mapped (ENODEV); NO_FOLDER_SYNC=1: folders cannot be synced (ENOTSUP); NO_FLOCK=1: there are no locks (ENOLCK).
+// For tests/test_filesystems.sh.
 #include <errno.h>       // defines: errno
 #include <stdlib.h>      // defines: getenv
 #include <sys/mman.h>    // defines: PROT_EXEC
 #include <sys/stat.h>    // defines: fstat
-#include <sys/syscall.h> // defines: SYS_mmap, SYS_fsync
+#include <sys/syscall.h> // defines: SYS_mmap, SYS_fsync, SYS_flock
 #include <unistd.h>      // defines: syscall
 
 static int is_kind(int fd, mode_t kind) {
@@ -21,4 +22,9 @@ void *mmap(void *at, size_t size, int protection, int flags, int fd, off_t from)
 int fsync(int fd) {
     if (getenv("NO_FOLDER_SYNC") && is_kind(fd, S_IFDIR)) return errno = ENOTSUP, -1;
     return (int)syscall(SYS_fsync, fd);
+}
+
+int flock(int fd, int operation) {
+    if (getenv("NO_FLOCK")) return errno = ENOLCK, -1;
+    return (int)syscall(SYS_flock, fd, operation);
 }
