@@ -95,6 +95,8 @@ template <typename T, typename Host> struct Twice {
 typedef Twice<act, float> Acts;
 typedef Twice<float, float> Floats;
 typedef Twice<double, double> Doubles;
+typedef Twice<Mean, double> SplitMeans;
+typedef Twice<float, double> Means;
 
 static float *random_numbers(size_t n, double scale, double shift) {
     static uint64_t seed = 1;
@@ -110,6 +112,7 @@ static double number(act x) { return to_float(x); }
 #endif
 static double number(float x) { return x; }
 static double number(double x) { return x; }
+static double number(Mean x) { return (double)x.x + x.y; }
 
 static Acts acts_from(float *host, size_t n) { // which are rounded
     act *narrow = on_host<act>(n);
@@ -125,6 +128,16 @@ static Floats rounded_floats(size_t n, double scale, double shift) {
 static Acts acts_out(size_t n) { return Acts{on_host<float>(n), on_device<act>(n), n}; }
 static Floats floats_out(size_t n) { return Floats{on_host<float>(n), on_device<float>(n), n}; }
 static Doubles doubles_out(size_t n) { return Doubles{on_host<double>(n), on_device<double>(n), n}; }
+template <typename T> static Twice<T, double> means_out(size_t n) {
+    return Twice<T, double>{on_host<double>(n), on_device<T>(n), n};
+}
+static float narrow_mean(float *, double mean) { return (float)mean; }
+static Mean narrow_mean(Mean *, double mean) { return split_mean(mean); }
+template <typename T> static void upload_means(Twice<T, double> means) { // so that the backward passes get the same
+    T *narrow = on_host<T>(means.n);
+    for (size_t i = 0; i < means.n; i++) narrow[i] = narrow_mean(narrow, means.host[i]);
+    upload(means.device, narrow, means.n * sizeof *narrow);
+}
 static Acts copy_of(Acts a) { // in memory of its own
     float *host = on_host<float>(a.n);
     memcpy(host, a.host, a.n * sizeof *host);
@@ -251,7 +264,8 @@ static void timestep_norm_case(int B, int L, int D, int G, int state, double shi
     begin("timestep_norm, B %d L %d D %d G %d%s%s", B, L, D, G, state ? ", state" : "", shift > 5 ? ", mean 30" : "");
     size_t R = (size_t)B * L, blocks = (size_t)B * ceil_div(L, NORM_BLOCK);
     Acts inp = acts(R * D, 1.7, shift), out = acts_out(R * D);
-    Floats weight = floats(D, 1, 0), bias = floats(D, 1, 0), mean = floats_out(R * G), rstd = floats_out(R * G);
+    Floats weight = floats(D, 1, 0), bias = floats(D, 1, 0), rstd = floats_out(R * G);
+    SplitMeans mean = means_out<Mean>(R * G);
     Past in = state ? past_of(B, D, G, shift) : Past{};
     Doubles mean_out = {}, m2_out = {};
     if (state) mean_out = doubles_out((size_t)B * G), m2_out = doubles_out((size_t)B * G);
@@ -265,7 +279,7 @@ static void timestep_norm_case(int B, int L, int D, int G, int state, double shi
     compare("mean", mean, FLOAT_FORWARD), compare("rstd", rstd, FLOAT_FORWARD);
     compare("mean_out", mean_out, FLOAT_FORWARD), compare("m2_out", m2_out, FLOAT_FORWARD);
 
-    upload(mean.device, mean.host, R * G * sizeof(float)); // so that the backward passes get the same
+    upload_means(mean);
     upload(rstd.device, rstd.host, R * G * sizeof(float));
     Acts dout = acts(R * D, 1, 0.1), residual = acts(R * D, 1, 0), residual2 = acts(R * D, 1, 0);
     Acts dinp = acts_out(R * D), both = acts_out(R * D), one = acts_out(R * D);
@@ -588,12 +602,13 @@ static void test_attention(void) {
 static void layernorm_case(int R, int D, int affine) {
     begin("layernorm, R %d D %d%s", R, D, affine ? "" : ", no affine");
     Acts inp = acts((size_t)R * D, 1, 0.3), out = acts_out(inp.n), dout = acts(inp.n, 1, 0), dinp = acts_out(inp.n);
-    Floats weight = {}, bias = {}, dweight = {}, dbias = {}, mean = floats_out(R), rstd = floats_out(R);
+    Floats weight = {}, bias = {}, dweight = {}, dbias = {}, rstd = floats_out(R);
+    Means mean = means_out<float>(R);
     if (affine) weight = floats(D, 1, 0), bias = floats(D, 1, 0), dweight = floats(D, 1, 0), dbias = floats(D, 1, 0);
     cpu_layernorm_forward(out.host, mean.host, rstd.host, inp.host, weight.host, bias.host, R, D, EPS);
     layernorm_forward(out.device, mean.device, rstd.device, inp.device, weight.device, bias.device, R, D, EPS);
     compare("out", out, FORWARD), compare("mean", mean, FLOAT_FORWARD), compare("rstd", rstd, FLOAT_FORWARD);
-    upload(mean.device, mean.host, R * sizeof(float)), upload(rstd.device, rstd.host, R * sizeof(float));
+    upload_means(mean), upload(rstd.device, rstd.host, R * sizeof(float));
     cpu_layernorm_backward(dinp.host, dweight.host, dbias.host, dout.host, inp.host, weight.host, mean.host, rstd.host,
                            R, D);
     layernorm_backward(dinp.device, dweight.device, dbias.device, dout.device, inp.device, weight.device, mean.device,
@@ -675,14 +690,15 @@ static void decode_norm_case(int B, int D, int G, int N) {
     Acts x = acts(width, 1.7, 0.5), xt = acts_out(width), ema = acts_out(width), alone = acts_out(width);
     Floats weight = floats(D, 1, 0), bias = floats(D, 1, 0), omega = floats(D, 1, 0), h = floats(2 * n * B, 1, 0);
     Floats alpha = floats(n, 1, 0), delta = floats(n, 1, 0), theta = floats(D, 1, -1), gamma = floats(2 * n, 1, 0);
-    Floats all = floats_out(7 * n), means = floats_out((size_t)B * G), rstds = floats_out((size_t)B * G);
+    Floats all = floats_out(7 * n), rstds = floats_out((size_t)B * G);
+    double *means = on_host<double>((size_t)B * G);
     Past in = past_of(B, D, G, 0.5);
     Doubles mean = doubles_out((size_t)B * G), m2 = doubles_out((size_t)B * G);
     double *same_mean = copied(in.mean.host, mean.n), *same_m2 = copied(in.m2.host, m2.n);
     Coefs c = coefs_at(all.device, n, 1);
     cpu_cema_coefs_forward(all.host, alpha.host, delta.host, theta.host, gamma.host, D, N);
     cema_coefs_forward(&c, alpha.device, delta.device, theta.device, gamma.device, D, N);
-    cpu_timestep_norm_forward(xt.host, means.host, rstds.host, mean.host, m2.host, x.host, weight.host, bias.host,
+    cpu_timestep_norm_forward(xt.host, means, rstds.host, mean.host, m2.host, x.host, weight.host, bias.host,
                               in.mean.host, in.m2.host, in.count, B, 1, D, G, EPS);
     memcpy(alone.host, xt.host, width * sizeof *xt.host);
     cpu_cema_forward(ema.host, h.host, xt.host, all.host, omega.host, h.host, B, 1, D, N);
@@ -714,14 +730,15 @@ static void few_rows_case(int B, int K, int M, int M2, int norm, int affine) {
     Acts inp = acts((size_t)B * K, 1, 0.3), weight = acts((size_t)M * K, 1 / sqrt((double)K), 0), bias = acts(M, 1, 0);
     Acts gate = acts(weight.n, 1 / sqrt((double)K), 0), add = acts(n, 1, 0), out = copy_of(add), bias2 = acts(M2, 1, 0);
     Acts weight2 = acts((size_t)M2 * K, 1 / sqrt((double)K), 0), out2 = acts_out(n2), out3 = acts_out(n2);
-    Floats scale = floats(M, 1, 0), norm_weight = {}, norm_bias = {}, mean = floats_out(B), rstd = floats_out(B);
+    Floats scale = floats(M, 1, 0), norm_weight = {}, norm_bias = {}, rstd = floats_out(B);
+    double *mean = on_host<double>(B);
     float *x = on_host<float>(inp.n), *times = on_host<float>(n);
     if (affine) norm_weight = floats(K, 1, 0);
     if (affine && norm == LAYER_NORM) norm_bias = floats(K, 1, 0);
     memcpy(x, inp.host, inp.n * sizeof *x);
     if (norm == RMS_NORM) cpu_rmsnorm_forward(x, rstd.host, inp.host, norm_weight.host, B, K, EPS);
     if (norm == LAYER_NORM)
-        cpu_layernorm_forward(x, mean.host, rstd.host, inp.host, norm_weight.host, norm_bias.host, B, K, EPS);
+        cpu_layernorm_forward(x, mean, rstd.host, inp.host, norm_weight.host, norm_bias.host, B, K, EPS);
     cpu_linear_forward(out.host, 0, x, weight.host, bias.host, B, K, M);
     cpu_linear_forward(times, 0, x, gate.host, NULL, B, K, M);
     cpu_linear_forward(out2.host, 0, inp.host, weight2.host, bias2.host, B, K, M2);

@@ -7,7 +7,8 @@
 // through its state, against two passes in double over the same numbers. The last piece's output likewise.
 static void test_moments(void) {
     enum { PIECE = 4096, PIECES = 245, D = 8, G = 2, g = D / G };
-    static real x[PIECE * D], y[PIECE * D], expected[PIECE * D], row_mean[PIECE * G], row_rstd[PIECE * G];
+    static real x[PIECE * D], y[PIECE * D], expected[PIECE * D], row_rstd[PIECE * G];
+    static double row_mean[PIECE * G];
     double mean[G] = {0}, m2[G] = {0}, sum[G] = {0}, squares[G] = {0}, seen[G], n = (double)PIECE * PIECES * g;
     real weight[D] = {0}, bias[D] = {0};
     int64_t count = 0;
