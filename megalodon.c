@@ -80,15 +80,13 @@ typedef real vec __attribute__((vector_size(VEC_BYTES)));
 enum { LANES = VEC_BYTES / sizeof(real) };
 
 // exp(x). The library's expf keeps a loop from being vectorised, so float has its own: e^x = 2^n e^r with
-// |r| <= ln(2)/2, and e^r by its series. Relative error below 2e-7; x is held in [-64, 64], which changes
-// no sum that 1 is part of, and keeps products with e^x out of the denormal numbers, a hundred times slower on some
-// processors; NaN stays NaN.
+// |r| <= ln(2)/2, and e^r by its series. Relative error below 2e-7. What would overflow is infinity, what would be
+// less than the smallest normal number is 0 (denormal numbers are a hundred times slower on some processors), and NaN
+// stays NaN. A finite bound instead would be wrong: -1e30 sigmoid(-1e30) is 0, but -1e30 e^-64 is -160.
 #ifdef MEGALODON_DOUBLE
 static inline real exp_real(real x) { return exp(x); }
 #else
 static inline real exp_real(real x) {
-    x = x < -64.0f ? -64.0f : x;
-    x = x > 64.0f ? 64.0f : x;
     float shifted = x * 1.44269504f + 12582912.0f; // 1.5 * 2^23: the sum's last bits are n, rounded
     float n = shifted - 12582912.0f;
     float r = (x - n * 0.693145752f) - n * 1.42860677e-6f; // ln(2) in two parts
@@ -99,7 +97,8 @@ static inline real exp_real(real x) {
     memcpy(&exponent, &shifted, sizeof exponent);
     bits += exponent << 23; // times 2^n
     memcpy(&p, &bits, sizeof p);
-    return p;
+    p = x <= 88.7228317f ? p : x * 1e38f; // infinity, or NaN
+    return x < -87.3365402f ? 0 : p;
 }
 #endif
 
@@ -245,7 +244,7 @@ static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, co
 // out += sum_r dy (x - mean) rstd, with mean, rstd (R,G) for G groups of columns; NULL: mean 0, rstd 1, a bias.
 // A thread owns columns, so the order of the sum does not depend on the number of threads.
 
-static void sum_rows(real *out, const real *dy, const real *x, const real *mean, const real *rstd, int R, int D,
+static void sum_rows(real *out, const real *dy, const real *x, const double *mean, const real *rstd, int R, int D,
                      int G) {
     int g = D / G, strips = ceil_div(g, COLUMNS);
 #pragma omp parallel for schedule(static)
@@ -255,7 +254,7 @@ static void sum_rows(real *out, const real *dy, const real *x, const real *mean,
         double sum[COLUMNS] = {0};
         for (int r = 0; r < R; r++) {
             const real *dyr = dy + (size_t)r * D + at, *xr = x ? x + (size_t)r * D + at : NULL;
-            real m = mean ? mean[(size_t)r * G + j] : 0, s = rstd ? rstd[(size_t)r * G + j] : 1;
+            double m = mean ? mean[(size_t)r * G + j] : 0, s = rstd ? rstd[(size_t)r * G + j] : 1;
             for (int c = 0; c < width; c++) sum[c] += x ? dyr[c] * ((xr[c] - m) * s) : dyr[c];
         }
         for (int c = 0; c < width; c++) out[at + c] += (real)sum[c];
@@ -340,9 +339,10 @@ static void dropout(real *out, const real *inp, Mask mask, size_t n) {
 //     mean += s1/n_t,    M2 += s2 - s1^2/n_t
 //
 // which loses nothing when the mean is large, as sum x^2 - n mean^2 would. State: count, mean, M2.
-// inp, out (B,L,D); mean, rstd (B,L,G); *_in, *_out (B,G) and count (B) may be NULL: fresh start, end not kept.
+// inp, out (B,L,D); mean, rstd (B,L,G); *_in, *_out (B,G) and count (B) may be NULL: fresh start, end not kept. The
+// mean stays double for the backward pass: where it is 10,000 times the deviation, a rounded one is off by 5e-4 of that.
 
-static void timestep_norm_forward(real *out, real *mean, real *rstd, double *mean_out, double *m2_out, const real *inp,
+static void timestep_norm_forward(real *out, double *mean, real *rstd, double *mean_out, double *m2_out, const real *inp,
                                   const real *weight, const real *bias, const double *mean_in, const double *m2_in,
                                   const int64_t *count, int B, int L, int D, int G, double eps) {
     int g = D / G;
@@ -368,7 +368,7 @@ static void timestep_norm_forward(real *out, real *mean, real *rstd, double *mea
                 m2 += s2 - s1 * s1 / n;
                 double r = 1 / sqrt(m2 / n + eps);
                 for (int i = 0; i < g; i++) y[i] = (real)((x[i] - m) * r) * (w[i] + 1) + bs[i];
-                mean[row * G + j] = (real)m;
+                mean[row * G + j] = m;
                 rstd[row * G + j] = (real)r;
             }
             if (mean_out) mean_out[b * G + j] = m;
@@ -383,11 +383,13 @@ static void timestep_norm_forward(real *out, real *mean, real *rstd, double *mea
 //
 //     U_s = sum_{t>=s} dmean_t/n_t,   V_s = sum_{t>=s} dvar_t/n_t,   W_s = sum_{t>=s} dvar_t mean_t/n_t
 //     dx_s = rstd_s w dy_s + U_s + 2 (x_s V_s - W_s)
+//          = rstd_s w dy_s + U_s - 2 (W_s - mean_s V_s) + 2 V_s (x_s - mean_s)
 //
+// The last form subtracts large numbers once a token, not in every element.
 // sums (B,G,3), or NULL: U, V, W at the first token, of these tokens alone.
 
 static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, double *sums, const real *dout,
-                                   const real *inp, const real *weight, const real *mean, const real *rstd,
+                                   const real *inp, const real *weight, const double *mean, const real *rstd,
                                    const int64_t *count, int B, int L, int D, int G) {
     int g = D / G;
 #pragma omp parallel for collapse(2) schedule(static)
@@ -410,7 +412,8 @@ static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, doubl
                 U += -r * s / n;
                 V += dvar / n;
                 W += dvar / n * m;
-                for (int i = 0; i < g; i++) { dx[i] = (real)(r * (w[i] + 1) * dy[i] + U + 2 * (x[i] * V - W)); }
+                double shift = U - 2 * (W - m * V);
+                for (int i = 0; i < g; i++) { dx[i] = (real)(r * (w[i] + 1) * dy[i] + shift + 2 * V * (x[i] - m)); }
             }
             double uvw[3] = {U, V, W};
             if (sums) memcpy(sums + 3 * ((size_t)b * G + j), uvw, sizeof uvw);
@@ -761,16 +764,18 @@ static void cema_join(real *h, real *end, const real *all, const Coefs *coefs, i
 
 // ----------------------------------------------------------------------------
 // RMSNorm: y = x rstd (weight + 1), rstd = 1/sqrt(mean(x^2) + eps), over the D numbers of a row; weight NULL: no
-// scale. rstd (R). backward, with a = (weight + 1) dy: dx = rstd (a - x rstd^2 mean(a x)).
+// scale. rstd (R). backward, with a = (weight + 1) dy and n = x rstd: dx = rstd (a - n mean(a n)). Squares are double,
+// and nothing is multiplied with x before rstd: neither overflows while x itself does not.
 
 static void rmsnorm_forward(real *out, real *rstd, const real *inp, const real *weight, int R, int D, double eps) {
 #pragma omp parallel for schedule(static) if (R > 1)
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D;
-        real *y = out + (size_t)r * D, squares = 0;
+        real *y = out + (size_t)r * D;
+        double squares = 0;
 #pragma omp simd reduction(+ : squares)
-        for (int c = 0; c < D; c++) squares += x[c] * x[c];
-        real s = (real)(1 / sqrt((double)squares / D + eps));
+        for (int c = 0; c < D; c++) squares += (double)x[c] * x[c];
+        real s = (real)(1 / sqrt(squares / D + eps));
         for (int c = 0; c < D; c++) y[c] = x[c] * s * (weight ? weight[c] + 1 : 1);
         rstd[r] = s;
     }
@@ -783,9 +788,9 @@ static void rmsnorm_backward(real *dinp, real *dweight, const real *dout, const 
         const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
         real *dx = dinp + (size_t)r * D, s = rstd[r], dot = 0;
 #pragma omp simd reduction(+ : dot)
-        for (int c = 0; c < D; c++) dot += dy[c] * (weight ? weight[c] + 1 : 1) * x[c];
-        real back = dot / D * s * s;
-        for (int c = 0; c < D; c++) dx[c] = s * (dy[c] * (weight ? weight[c] + 1 : 1) - x[c] * back);
+        for (int c = 0; c < D; c++) dot += dy[c] * (weight ? weight[c] + 1 : 1) * (x[c] * s);
+        dot /= D;
+        for (int c = 0; c < D; c++) dx[c] = s * (dy[c] * (weight ? weight[c] + 1 : 1) - x[c] * s * dot);
     }
     if (dweight) sum_rows(dweight, dout, inp, NULL, rstd, R, D, 1);
 }
@@ -894,8 +899,8 @@ static void rope_backward(real *dinp, const real *dout, const real *table, const
 
 // ----------------------------------------------------------------------------
 // silu(x) = x sigmoid(x), and the gate out = a silu(b): the attention's (o, r) and the FFN's (f3, f1)
-// backward: silu'(x) = sigmoid(x) (1 + x (1 - sigmoid(x))). In backward, da may be dout. (A bare `if` would also
-// apply to `simd`.)
+// backward: silu'(x) = sigmoid(x) (1 + x (1 - sigmoid(x))). In backward, da may be dout. sigmoid is multiplied with its
+// own x first, so that a b does not overflow where sigmoid(b) is 0. (A bare `if` would also apply to `simd`.)
 
 static void silu_forward(real *out, const real *inp, size_t n) {
 #pragma omp parallel for simd schedule(static) if (parallel : n > FEW)
@@ -906,21 +911,21 @@ static void silu_backward(real *dinp, const real *dout, const real *inp, size_t 
 #pragma omp parallel for simd schedule(static)
     for (size_t i = 0; i < n; i++) {
         real s = sigmoid(inp[i]);
-        dinp[i] = dout[i] * s * (1 + inp[i] * (1 - s));
+        dinp[i] = dout[i] * (s * (1 + inp[i] * (1 - s)));
     }
 }
 
 static void gate_forward(real *out, const real *a, const real *b, size_t n) {
 #pragma omp parallel for simd schedule(static) if (parallel : n > FEW)
-    for (size_t i = 0; i < n; i++) out[i] = a[i] * b[i] * sigmoid(b[i]);
+    for (size_t i = 0; i < n; i++) out[i] = a[i] * (b[i] * sigmoid(b[i]));
 }
 
 static void gate_backward(real *da, real *db, const real *dout, const real *a, const real *b, size_t n) {
 #pragma omp parallel for simd schedule(static)
     for (size_t i = 0; i < n; i++) {
         real s = sigmoid(b[i]), d = dout[i];
-        db[i] = d * a[i] * s * (1 + b[i] * (1 - s));
-        da[i] = d * b[i] * s;
+        db[i] = d * (a[i] * (s * (1 + b[i] * (1 - s))));
+        da[i] = d * (b[i] * s);
     }
 }
 
@@ -938,15 +943,17 @@ static void attend_forward(real *o, real *lse, real *scores, const real *q, cons
     gemm(0, 1, nq, nk, dz, q, ldz, k, ldz, 0, NULL, scores, nk);
 #pragma omp parallel for schedule(static) if (nq > 1 && threads_here() > 1)
     for (int i = 0; i < nq; i++) {
-        real *s = scores + (size_t)i * nk, top = -INFINITY, sum = 0;
+        real *s = scores + (size_t)i * nk, top = -INFINITY, sum = 0, overflow = 0;
         int seen = nk - nq + i + 1; // keys at or before this query
 #pragma omp simd reduction(max : top)
         for (int j = 0; j < seen; j++) top = s[j] > top ? s[j] : top;
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd reduction(+ : sum, overflow)
         for (int j = 0; j < seen; j++) {
+            overflow += s[j] - s[j]; // NaN if it did: -infinity would pass for a probability of 0
             s[j] = exp_real(s[j] - top);
             sum += s[j];
         }
+        sum += overflow;
         for (int j = 0; j < seen; j++) s[j] /= sum;
         for (int j = seen; j < nk; j++) s[j] = 0;
         lse[(size_t)i * ldh] = top + (real)log(sum);
@@ -955,7 +962,7 @@ static void attend_forward(real *o, real *lse, real *scores, const real *q, cons
     gemm(0, 0, nq, dv, nk, scores, nk, v, lde, 0, NULL, o, lde);
 }
 
-// P_ij = e^(S_ij - lse_i) again. Then dv_j = sum_i P_ij do_i; dP_ij = do_i . v_j; through the softmax
+// P_ij = e^(S_ij - lse_i) again, divided by its sum, since lse_i is rounded: at S = 1e8 by up to 4. Then dv_j = sum_i P_ij do_i; dP_ij = do_i . v_j; through the softmax
 // dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), whose sum is do_i . o_i; dq_i = sum_j dS_ij k_j, dk_j = sum_i dS_ij q_i.
 // With dropout, v meets P under the mask, and so does dP. dq is set, dk and dv are added to if `add`. scores, dscores
 // (QUERY_ROWS, nk) are scratch.
@@ -967,14 +974,19 @@ static void attend_backward(real *dq, real *dk, real *dv_out, real *scores, real
     gemm(0, 1, nq, nk, dv, dout, lde, v, lde, 0, NULL, dscores, nk);
 #pragma omp parallel for schedule(static) if (threads_here() > 1)
     for (int i = 0; i < nq; i++) {
-        real *s = scores + (size_t)i * nk, *ds = dscores + (size_t)i * nk, dot = 0, l = lse[(size_t)i * ldh];
+        real *s = scores + (size_t)i * nk, *ds = dscores + (size_t)i * nk, dot = 0, sum = 0, l = lse[(size_t)i * ldh];
         int seen = nk - nq + i + 1;
 #pragma omp simd reduction(+ : dot)
         for (int c = 0; c < dv; c++) dot += dout[(size_t)i * lde + c] * o[(size_t)i * lde + c];
         dropout(ds, ds, mask_row(mask, i, C), (size_t)seen);
-#pragma omp simd
+#pragma omp simd reduction(+ : sum)
         for (int j = 0; j < seen; j++) {
             s[j] = exp_real(s[j] - l);
+            sum += s[j];
+        }
+#pragma omp simd
+        for (int j = 0; j < seen; j++) {
+            s[j] /= sum;
             ds[j] = s[j] * (ds[j] - dot);
         }
         for (int j = seen; j < nk; j++) s[j] = ds[j] = 0;
@@ -1069,39 +1081,47 @@ static void attention_backward(real *dq, real *dk, real *dv_out, real *scores, r
 // ----------------------------------------------------------------------------
 // LayerNorm: y = (x - mean) rstd (weight + 1) + bias over the D numbers of a row; weight, bias NULL: neither.
 // mean, rstd (R). backward, with a = (weight + 1) dy and n = (x - mean) rstd: dx = rstd (a - mean(a) - n mean(a n)).
+// Sums and mean are double, as in TimestepNorm and RMSNorm.
 
-static void layernorm_forward(real *out, real *mean, real *rstd, const real *inp, const real *weight, const real *bias,
+static void layernorm_forward(real *out, double *mean, real *rstd, const real *inp, const real *weight, const real *bias,
                               int R, int D, double eps) {
 #pragma omp parallel for schedule(static) if (R > 1)
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D;
-        real *y = out + (size_t)r * D, sum = 0, squares = 0;
+        real *y = out + (size_t)r * D;
+        double sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
         for (int c = 0; c < D; c++) sum += x[c];
-        real m = sum / D;
+        double m = sum / D;
 #pragma omp simd reduction(+ : squares)
         for (int c = 0; c < D; c++) squares += (x[c] - m) * (x[c] - m);
-        real s = (real)(1 / sqrt((double)squares / D + eps));
-        for (int c = 0; c < D; c++) y[c] = (x[c] - m) * s * (weight ? weight[c] + 1 : 1) + (bias ? bias[c] : 0);
+        double s = 1 / sqrt(squares / D + eps);
+        for (int c = 0; c < D; c++) {
+            y[c] = (real)((x[c] - m) * s) * (weight ? weight[c] + 1 : 1) + (bias ? bias[c] : 0);
+        }
         mean[r] = m;
-        rstd[r] = s;
+        rstd[r] = (real)s;
     }
 }
 
 static void layernorm_backward(real *dinp, real *dweight, real *dbias, const real *dout, const real *inp,
-                               const real *weight, const real *mean, const real *rstd, int R, int D) {
+                               const real *weight, const double *mean, const real *rstd, int R, int D) {
 #pragma omp parallel for schedule(static)
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
-        real *dx = dinp + (size_t)r * D, m = mean[r], s = rstd[r], sum = 0, dot = 0;
+        real *dx = dinp + (size_t)r * D, sum = 0, dot = 0;
+        double m = mean[r], s = rstd[r];
 #pragma omp simd reduction(+ : sum, dot)
         for (int c = 0; c < D; c++) {
             real a = dy[c] * (weight ? weight[c] + 1 : 1);
             sum += a;
-            dot += a * (x[c] - m) * s;
+            dot += a * (real)((x[c] - m) * s);
         }
         sum /= D, dot /= D;
-        for (int c = 0; c < D; c++) { dx[c] = s * (dy[c] * (weight ? weight[c] + 1 : 1) - sum - (x[c] - m) * s * dot); }
+        for (int c = 0; c < D; c++) {
+            real a = dy[c] * (weight ? weight[c] + 1 : 1), n = (real)((x[c] - m) * s);
+            dx[c] = (real)s * (a - sum - n * dot);
+        }
     }
     if (dweight) {
         sum_rows(dweight, dout, inp, mean, rstd, R, D, 1);
@@ -1156,15 +1176,20 @@ static void output_loss(double *losses, real *dx, real *doutput, real *logits, c
 #pragma omp simd reduction(max : top)
             for (int v = 0; v < V; v++) top = l[v] > top ? l[v] : top;
             double sum = 0, at_target = target < 0 ? 0 : l[target];
-#pragma omp simd reduction(+ : sum)
+            real overflow = 0; // as in attention
+#pragma omp simd reduction(+ : sum, overflow)
             for (int v = 0; v < V; v++) {
+                overflow += l[v] - l[v];
                 l[v] = exp_real(l[v] - top);
                 sum += l[v];
             }
-            losses[r0 + r] = target < 0 ? 0 : log(sum) + top - at_target;
+            sum += overflow;
+            losses[r0 + r] = target < 0 ? 0 : log(sum) + (top - at_target); // top may be 1e20
             real scale = target < 0 ? 0 : (real)(grad_scale / sum);
+            // softmax - 1 at the target, of which nothing is left in float where softmax is almost 1
+            double dtarget = target < 0 ? 0 : grad_scale * (l[target] - sum) / sum;
             for (int v = 0; dx && v < V; v++) l[v] *= scale;
-            if (dx && target >= 0) l[target] -= (real)grad_scale;
+            if (dx && target >= 0) l[target] = (real)dtarget;
         }
         if (dx) linear_backward(dx + (size_t)r0 * D, 0, doutput, NULL, logits, xr, output, rows, D, V);
     }
@@ -1174,7 +1199,8 @@ static void output_loss(double *losses, real *dx, real *doutput, real *logits, c
 // activations
 
 typedef struct {                 // of one layer: what its backward pass reads
-    real *norm_mean, *norm_rstd; // (B,L,G) TimestepNorm's
+    double *norm_mean;           // (B,L,G) TimestepNorm's
+    real *norm_rstd;             // (B,L,G)
     real *xt;                    // (B,L,D) TimestepNorm(x)
     real *h;                     // (B, L/CEMA_BLOCK, 2, N, D) CEMA's state before each block
     real *ema, *ema_rstd;        // (B,L,D), (B,L) CEMA(xt), and its RMSNorm's
@@ -1184,7 +1210,8 @@ typedef struct {                 // of one layer: what its backward pass reads
     real *v_in, *r_in;           // (B,L,E) before silu
     real *o, *lse;               // (B,L,E), (B,L,H)
     real *y;                     // (B,L,D) the sub-layer's output
-    real *ffn_mean, *ffn_rstd;   // (B,L) LayerNorm's
+    double *ffn_mean;            // (B,L) LayerNorm's
+    real *ffn_rstd;              // (B,L)
     real *u;                     // (B,L,D) LayerNorm(y)
     real *f1, *f3;               // (B,L,F) u W1', u W3' (swiglu only)
     real *f2;                    // (B,L,D) before alpha (rescale_nffn only)
@@ -1219,7 +1246,8 @@ struct Model {
     real *acts_memory, *work_memory;
     LayerActs *acts;                       // (num_layers), all in the same memory unless mode is TRAIN
     real **x;                              // (num_layers+1) of (B,L,D): blocks' inputs, the last one's output
-    real *final_mean, *final_rstd, *final; // final norm's (B,L,G), and its output (B,L,D)
+    double *final_mean;                    // (B,L,G) final norm's
+    real *final_rstd, *final;              // (B,L,G), and its output (B,L,D)
     double *losses;                        // (B,L)
     double *norm_parts;                    // of megalodon_grad_norm
     int32_t *tokens;                       // (B,L)
@@ -1257,10 +1285,17 @@ static void take(real **pointer, Arena *arena, size_t n) {
     arena->used += (n + 15) / 16 * 16;
 }
 
+// Double, at most two numbers of ours for each.
+static void take_double(double **pointer, Arena *arena, size_t n) {
+    real *at;
+    take(&at, arena, n * sizeof(double) / sizeof(real));
+    *pointer = (double *)(void *)at;
+}
+
 static void layer_acts_take(LayerActs *a, Arena *arena, const Config *c, int B, int L) {
     size_t R = (size_t)B * L, D = c->model_dim, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim;
     size_t H = c->num_heads, G = c->norm_num_groups, blocks = (size_t)B * ceil_div(L, CEMA_BLOCK);
-    take(&a->norm_mean, arena, R * G), take(&a->norm_rstd, arena, R * G);
+    take_double(&a->norm_mean, arena, R * G), take(&a->norm_rstd, arena, R * G);
     take(&a->xt, arena, R * D);
     take(&a->h, arena, blocks * 2 * c->cema_ndim * D);
     take(&a->ema, arena, R * D), take(&a->ema_rstd, arena, R);
@@ -1270,7 +1305,7 @@ static void layer_acts_take(LayerActs *a, Arena *arena, const Config *c, int B, 
     take(&a->v_in, arena, R * E), take(&a->r_in, arena, R * E);
     take(&a->o, arena, R * E), take(&a->lse, arena, R * H);
     take(&a->y, arena, R * D);
-    take(&a->ffn_mean, arena, R), take(&a->ffn_rstd, arena, R);
+    take_double(&a->ffn_mean, arena, R), take(&a->ffn_rstd, arena, R);
     take(&a->u, arena, R * D);
     take(&a->f1, arena, R * F), take(&a->f3, arena, c->swiglu ? R * F : 0);
     take(&a->f2, arena, c->rescale_nffn ? R * D : 0);
@@ -1363,7 +1398,7 @@ static void *gather(Model *m, size_t bytes) {
 }
 
 // TimestepNorm number `layer`; that behind all layers is the final one. in, out: see mega_forward.
-static void time_norm_forward(Model *m, int layer, real *y, real *mean, real *rstd, const real *x, const real *weight,
+static void time_norm_forward(Model *m, int layer, real *y, double *mean, real *rstd, const real *x, const real *weight,
                               const real *bias, const State *in, State *out) {
     int B = m->B, L = m->L, D = m->config.model_dim, G = m->config.norm_num_groups;
     size_t at = (size_t)layer * B * G, rows = (size_t)B * G;
@@ -1381,7 +1416,7 @@ static void time_norm_forward(Model *m, int layer, real *y, real *mean, real *rs
 }
 
 static void time_norm_backward(Model *m, real *dx, real *dweight, real *dbias, const real *dy, const real *x,
-                               const real *weight, const real *mean, const real *rstd) {
+                               const real *weight, const double *mean, const real *rstd) {
     int B = m->B, L = m->L, D = m->config.model_dim, G = m->config.norm_num_groups;
     double *mine = (double *)(void *)m->exchange;
     timestep_norm_backward(dx, dweight, dbias, mine, dy, x, weight, mean, rstd, m->before.count, B, L, D, G);
@@ -1747,7 +1782,8 @@ double megalodon_grad_norm(Model *m) {
 }
 
 // AdamW, with g the scaled gradient and k = update + 1: m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2,
-// p = p (1 - lr weight_decay) - lr (m/(1 - beta1^k)) / (sqrt(v/(1 - beta2^k)) + eps). All parameters decay.
+// p = p (1 - lr weight_decay) - lr (m/(1 - beta1^k)) / (sqrt(v/(1 - beta2^k)) + eps). All parameters decay. Where v
+// overflows (|g| above about 1e20, so only without clipping) p becomes NaN; otherwise it would silently stay as it is.
 void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, int64_t update) {
     double k = (double)update + 1;
     real b1 = (real)o->beta1, b2 = (real)o->beta2, eps = (real)o->eps, gs = (real)grad_scale;
@@ -1763,7 +1799,7 @@ void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, in
             real g = grad[i] * gs;
             m1[i] = b1 * m1[i] + c1 * g;
             m2[i] = b2 * m2[i] + c2 * g * g;
-            p[i] = p[i] * keep - step * m1[i] / ((real)sqrt(m2[i]) * root + eps);
+            p[i] = p[i] * keep - step * m1[i] / ((real)sqrt(m2[i]) * root + eps) + (m2[i] - m2[i]);
         }
         m1 += n, m2 += n;
     }
@@ -1788,7 +1824,7 @@ static void acts_take(Model *m, Arena *arena) {
         if (m->mode != MEGALODON_INFER || l < 2) take(x, arena, R * D);
         m->x[l] = *x;
     }
-    take(&m->final_mean, arena, R * G), take(&m->final_rstd, arena, R * G), take(&m->final, arena, R * D);
+    take_double(&m->final_mean, arena, R * G), take(&m->final_rstd, arena, R * G), take(&m->final, arena, R * D);
 }
 
 static void work_take(Model *m, Arena *arena) {

@@ -171,11 +171,15 @@ template <int W> static __device__ void store(act *dst, const float x[W]) {
 static __device__ float exp_act(float x) { return sizeof(act) == 4 ? expf(x) : __expf(x); }
 static __device__ float sigmoid(float x) { return 1 / (1 + exp_act(-x)); }
 
-static __device__ float warp_sum(float x) {
+template <typename T> static __device__ T warp_sum(T x) {
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
 }
+
+// Sums of squares above LARGE may have overflowed. They are computed again, of numbers times SMALL_UNIT, whose squares
+// cannot overflow, and with which those that count in such a sum do not underflow.
+static const float LARGE = 1e37f, SMALL_UNIT = 0x1p-80f;
 
 // Blocks of `threads` threads for n things.
 static unsigned blocks_for(size_t n, int threads) { return (unsigned)((n + (size_t)threads - 1) / (size_t)threads); }
@@ -524,13 +528,14 @@ static void dropout(act *out, const act *inp, Mask mask, size_t n) {
 // TimestepNorm: y_t = (x_t - mean_t) rstd_t (weight + 1) + bias, mean and variance over a group's scalars at all tokens
 // up to t. Three kernels, since moments of sets of scalars can be merged in any grouping:
 // 1. moments: a warp owns NORM_BLOCK tokens of a group, a lane a token. The lane sums its token's g scalars, the warp
-//    scans the tokens. In float, relative to the first scalar there, so that a large mean costs no digits. Reads R*D.
+//    scans the tokens. In float, relative to the first scalar there, so that a large mean costs no digits; again in a
+//    smaller unit where squares overflow. Reads R*D.
 // 2. scan: a warp owns a sequence's group and merges its blocks, in double, from the incoming state on.
 // 3. apply: a block owns NORM_BLOCK tokens; its threads own columns, so that scales are read once. Reads and writes R*D.
 
 typedef struct {
-    float mean, m2; // mean relative to the block's first scalar
-} Prefix;           // of a token: moments of its block up to it
+    float mean, deviation; // mean relative to the block's first scalar; deviation, since M2 may be too large for float
+} Prefix;                  // of a token: moments of its block up to it
 typedef struct {
     double mean, m2;
 } Moments; // of a whole block, then of all before it
@@ -540,6 +545,14 @@ static __host__ __device__ Moments merge(double n0, Moments a, double n1, Moment
     if (n == 0) return a;
     return Moments{a.mean + d * (n1 / n), a.m2 + b.m2 + d * d * (n0 * (n1 / n))};
 }
+
+// A mean as the sum of two floats: x - mean is (x - high) - low, which keeps the digits of x where the mean is large.
+typedef float2 Mean;
+static __device__ Mean split_mean(double mean) {
+    float high = (float)mean;
+    return make_float2(high, (float)(mean - high));
+}
+static __device__ float centered(float x, Mean mean) { return x - mean.x - mean.y; }
 
 // Numbers that a thread loads at once: they must be of one group.
 static int norm_width(int D, int G) { return D / G % VEC == 0 ? VEC : D / G % 4 == 0 ? 4 : 1; }
@@ -554,35 +567,43 @@ static __global__ void timestep_norm_moments_kernel(Prefix *prefix, Moments *blo
     int T = min_int(NORM_BLOCK, L - t0);
     if (j >= G) return;
     const act *x = inp + first_row * D + (size_t)j * g;
-    float anchor = to_float(x[0]), k = 0, mean = 0, m2 = 0; // of k tokens
-    if (lane < T) {
-        const act *row = x + (size_t)lane * D;
-        float from = to_float(row[0]), s1 = 0, s2 = 0;
-        for (int c = 0; c < g; c += W) {
-            float v[W];
-            load<W>(v, row + c);
+    float anchor = to_float(x[0]), k, mean, m2; // of k tokens; mean and m2 in this unit
+    for (float unit = 1;; unit = SMALL_UNIT) {
+        k = mean = m2 = 0;
+        if (lane < T) {
+            const act *row = x + (size_t)lane * D;
+            float from = to_float(row[0]) * unit, s1 = 0, s2 = 0;
+            for (int c = 0; c < g; c += W) {
+                float v[W];
+                load<W>(v, row + c);
 #pragma unroll
-            for (int i = 0; i < W; i++) {
-                float d = v[i] - from;
-                s1 += d;
-                s2 += d * d;
+                for (int i = 0; i < W; i++) {
+                    float d = v[i] * unit - from;
+                    s1 += d;
+                    s2 += d * d;
+                }
+            }
+            k = 1, mean = (from - anchor * unit) + s1 / g, m2 = s2 - s1 * (s1 / g);
+            m2 = m2 < 0 ? 0 : m2; // NaN stays
+        }
+#pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            float k0 = __shfl_up_sync(~0u, k, step), mean0 = __shfl_up_sync(~0u, mean, step);
+            float m20 = __shfl_up_sync(~0u, m2, step);
+            if (lane >= step && k > 0) {
+                float d = mean - mean0, share = k / (k0 + k);
+                mean = mean0 + d * share;
+                m2 += m20 + g * d * d * k0 * share;
+                k += k0;
             }
         }
-        k = 1, mean = (from - anchor) + s1 / g, m2 = fmaxf(s2 - s1 * s1 / g, 0);
-    }
-#pragma unroll
-    for (int step = 1; step < WARP; step *= 2) {
-        float k0 = __shfl_up_sync(~0u, k, step), mean0 = __shfl_up_sync(~0u, mean, step);
-        float m20 = __shfl_up_sync(~0u, m2, step);
-        if (lane >= step && k > 0) {
-            float d = mean - mean0, share = k / (k0 + k);
-            mean = mean0 + d * share;
-            m2 += m20 + g * d * d * k0 * share;
-            k += k0;
+        if (unit < 1 || __shfl_sync(~0u, m2, T - 1) <= LARGE) {
+            if (lane < T) prefix[(first_row + lane) * G + j] = Prefix{mean / unit, sqrtf(m2 / (k * g)) / unit};
+            if (lane == T - 1)
+                blocks[(size_t)blockIdx.x * G + j] = Moments{anchor + (double)mean / unit, (double)m2 / unit / unit};
+            return;
         }
     }
-    if (lane < T) prefix[(first_row + lane) * G + j] = Prefix{mean, m2};
-    if (lane == T - 1) blocks[(size_t)blockIdx.x * G + j] = Moments{(double)anchor + mean, m2};
 }
 
 // Replaces blocks' own moments by those of all tokens before them. mean_out may be mean_in.
@@ -635,12 +656,17 @@ template <int W> static __device__ Groups groups_here(int D, int G) {
 }
 static int most_groups(int W, int D, int G) { return min_int(ACROSS * W / (D / G) + 2, G); }
 
+typedef struct {
+    Mean mean;
+    float rstd;
+} Stats; // of a token's group
+
 template <int W>
-static __global__ void timestep_norm_apply_kernel(act *out, float *mean, float *rstd, const Prefix *prefix,
+static __global__ void timestep_norm_apply_kernel(act *out, Mean *mean, float *rstd, const Prefix *prefix,
                                                   const Moments *blocks, const act *inp, const float *weight,
                                                   const float *bias, const int64_t *count, int L, int D, int G,
                                                   double eps) {
-    extern __shared__ float2 stats[]; // (NORM_BLOCK, groups): mean, rstd
+    extern __shared__ Stats stats[]; // (NORM_BLOCK, groups)
     int g = D / G, num_blocks = ceil_div(L, NORM_BLOCK), b = blockIdx.x / num_blocks;
     int t0 = blockIdx.x % num_blocks * NORM_BLOCK, T = min_int(NORM_BLOCK, L - t0);
     size_t first_row = (size_t)b * L + t0;
@@ -650,11 +676,11 @@ static __global__ void timestep_norm_apply_kernel(act *out, float *mean, float *
         int t = i / groups.count, j = groups.first + i % groups.count;
         size_t at = (first_row + t) * G + j;
         double anchor = to_float(inp[first_row * D + (size_t)j * g]), n = (double)g * (t + 1);
-        Moments own = {anchor + prefix[at].mean, prefix[at].m2};
+        Moments own = {anchor + prefix[at].mean, (double)prefix[at].deviation * prefix[at].deviation * n};
         Moments m = merge(before, blocks[(size_t)blockIdx.x * G + j], n, own);
-        stats[i] = make_float2((float)m.mean, (float)(1 / sqrt(m.m2 / (before + n) + eps)));
+        stats[i] = Stats{split_mean(m.mean), (float)(1 / sqrt(m.m2 / (before + n) + eps))};
         if (i % groups.count > 0 || groups.first * g == (int)blockIdx.y * ACROSS * W) // not the neighbour's group
-            mean[at] = stats[i].x, rstd[at] = stats[i].y;
+            mean[at] = stats[i].mean, rstd[at] = stats[i].rstd;
     }
     __syncthreads();
     Place p = place<W>(D);
@@ -663,17 +689,17 @@ static __global__ void timestep_norm_apply_kernel(act *out, float *mean, float *
 #pragma unroll
     for (int i = 0; i < W; i++) w[i] = weight[p.c + i] + 1, bs[i] = bias[p.c + i];
     for (int t = p.row; t < T; t += p.down) {
-        float2 s = stats[t * groups.count + p.c / g - groups.first];
+        Stats s = stats[t * groups.count + p.c / g - groups.first];
         size_t at = (first_row + t) * D + p.c;
         load<W>(x, inp + at);
 #pragma unroll
-        for (int i = 0; i < W; i++) x[i] = (x[i] - s.x) * s.y * w[i] + bs[i];
+        for (int i = 0; i < W; i++) x[i] = centered(x[i], s.mean) * s.rstd * w[i] + bs[i];
         store<W>(out + at, x);
     }
 }
 
 // prefix (R,G) and blocks (B, L/NORM_BLOCK, G) are scratch. out NULL: only the outgoing state.
-static void timestep_norm_forward(act *out, float *mean, float *rstd, double *mean_out, double *m2_out, const act *inp,
+static void timestep_norm_forward(act *out, Mean *mean, float *rstd, double *mean_out, double *m2_out, const act *inp,
                                   const float *weight, const float *bias, const double *mean_in, const double *m2_in,
                                   const int64_t *count, Prefix *prefix, Moments *blocks, int B, int L, int D, int G,
                                   double eps) {
@@ -686,7 +712,7 @@ static void timestep_norm_forward(act *out, float *mean, float *rstd, double *me
                                                                              count, B, L, D, G);
     LAUNCHED();
     if (out == NULL) return;
-    size_t shared = (size_t)NORM_BLOCK * most_groups(W, D, G) * sizeof(float2);
+    size_t shared = (size_t)NORM_BLOCK * most_groups(W, D, G) * sizeof(Stats);
     auto apply = NORM_KERNEL(timestep_norm_apply_kernel, W);
     allow_shared(apply, shared);
     apply<<<grid_of(W, num_blocks, D), THREADS, shared>>>(out, mean, rstd, prefix, blocks, inp, weight, bias, count, L,
@@ -706,7 +732,7 @@ typedef struct {
 
 template <int W>
 static __global__ void timestep_norm_sums_kernel(Sums *suffix, Sums *blocks, const act *dout, const act *inp,
-                                                 const float *weight, const float *mean, const float *rstd,
+                                                 const float *weight, const Mean *mean, const float *rstd,
                                                  const int64_t *count, int L, int D, int G) {
     int g = D / G, num_blocks = ceil_div(L, NORM_BLOCK), b = blockIdx.x / num_blocks, lane = threadIdx.x;
     int j = blockIdx.y * blockDim.y + threadIdx.y, t0 = blockIdx.x % num_blocks * NORM_BLOCK;
@@ -723,7 +749,8 @@ static __global__ void timestep_norm_sums_kernel(Sums *suffix, Sums *blocks, con
     if (j >= G) return;
     if (lane < T) {
         const act *x = inp + row * D + (size_t)j * g, *dy = dout + row * D + (size_t)j * g;
-        float m = mean[row * G + j], r = rstd[row * G + j], s = 0, d = 0;
+        Mean m = mean[row * G + j];
+        float r = rstd[row * G + j], s = 0, d = 0; // d: of what is normalised, so that it does not overflow
         for (int c = 0; c < g; c += W) {
             float v[W], dv[W];
             load<W>(v, x + c), load<W>(dv, dy + c);
@@ -731,11 +758,11 @@ static __global__ void timestep_norm_sums_kernel(Sums *suffix, Sums *blocks, con
             for (int i = 0; i < W; i++) {
                 float wdy = scales[threadIdx.y * g + c + i] * dv[i];
                 s += wdy;
-                d += wdy * (v[i] - m);
+                d += wdy * (centered(v[i], m) * r);
             }
         }
-        double n = (double)g * ((count ? (double)count[b] : 0) + t0 + lane + 1), dvar = -0.5 * r * r * r * d;
-        sum = Sums{-(double)r * s / n, dvar / n, dvar / n * m};
+        double n = (double)g * ((count ? (double)count[b] : 0) + t0 + lane + 1), dvar = -0.5 * r * r * d;
+        sum = Sums{-(double)r * s / n, dvar / n, dvar / n * ((double)m.x + m.y)};
     }
 #pragma unroll
     for (int step = 1; step < WARP; step *= 2) {
@@ -773,13 +800,19 @@ static __global__ void timestep_norm_sums_scan_kernel(Sums *blocks, Sums *total,
     }
 }
 
+// What a token's group is computed with: dx = rstd w dy + shift + slope n, n = (x - mean) rstd.
+typedef struct {
+    Mean mean;
+    float rstd, shift, slope;
+} NormGrad;
+
 // parts (blocks*down, 2, D): dweight, dbias.
 template <int W>
 static __global__ void
 timestep_norm_backward_kernel(act *dinp, float *parts, const act *dout, const act *residual, const act *residual2,
-                              const act *inp, const float *weight, const float *mean, const float *rstd,
+                              const act *inp, const float *weight, const Mean *mean, const float *rstd,
                               const Sums *suffix, const Sums *blocks, const Sums *later, int B, int L, int D, int G) {
-    extern __shared__ float4 factors[]; // (NORM_BLOCK, groups): mean, rstd, U - 2 (W - mean V), 2 V
+    extern __shared__ NormGrad factors[]; // (NORM_BLOCK, groups)
     int g = D / G, num_blocks = ceil_div(L, NORM_BLOCK);
     Groups groups = groups_here<W>(D, G);
     Place p = place<W>(D);
@@ -798,19 +831,21 @@ timestep_norm_backward_kernel(act *dinp, float *parts, const act *dout, const ac
                 Sums more = later[(size_t)(block / num_blocks) * G + j];
                 after.U += more.U, after.V += more.V, after.W += more.W;
             }
-            double m = mean[at], V = s.V + after.V;
-            factors[i] =
-                make_float4((float)m, rstd[at], (float)(s.U + after.U - 2 * (s.W + after.W - m * V)), (float)(2 * V));
+            Mean m = mean[at];
+            float r = rstd[at];
+            double V = s.V + after.V, shift = s.U + after.U - 2 * (s.W + after.W - ((double)m.x + m.y) * V);
+            factors[i] = NormGrad{m, r, (float)shift, (float)(2 * V / r)};
         }
         __syncthreads();
         for (int t = p.row; t >= 0 && t < T; t += p.down) {
-            float4 f = factors[t * groups.count + p.c / g - groups.first];
+            NormGrad f = factors[t * groups.count + p.c / g - groups.first];
             size_t at = (first_row + t) * D + p.c;
             load<W>(x, inp + at), load<W>(dy, dout + at);
 #pragma unroll
             for (int i = 0; i < W; i++) {
-                dw[i] += dy[i] * (x[i] - f.x) * f.y, db[i] += dy[i];
-                x[i] = f.y * w[i] * dy[i] + f.z + (x[i] - f.x) * f.w;
+                float n = centered(x[i], f.mean) * f.rstd;
+                dw[i] += dy[i] * n, db[i] += dy[i];
+                x[i] = f.rstd * w[i] * dy[i] + f.shift + n * f.slope;
             }
             if (residual) {
                 load<W>(more, residual + at);
@@ -831,7 +866,7 @@ timestep_norm_backward_kernel(act *dinp, float *parts, const act *dout, const ac
 
 // The first two kernels. total (B,G), or NULL: the sums over all these tokens.
 static void timestep_norm_sums(Sums *total, Sums *suffix, Sums *blocks, const act *dout, const act *inp,
-                               const float *weight, const float *mean, const float *rstd, const int64_t *count, int B,
+                               const float *weight, const Mean *mean, const float *rstd, const int64_t *count, int B,
                                int L, int D, int G) {
     int num_blocks = B * ceil_div(L, NORM_BLOCK);
     const int warps = min_int(8, G); // that share the scales of so many groups
@@ -847,12 +882,12 @@ static void timestep_norm_sums(Sums *total, Sums *suffix, Sums *blocks, const ac
 
 // The third. later (B,G), or NULL: sums over tokens behind these.
 static void timestep_norm_backward(act *dinp, float *dweight, float *dbias, const act *dout, const act *residual,
-                                   const act *residual2, const act *inp, const float *weight, const float *mean,
+                                   const act *residual2, const act *inp, const float *weight, const Mean *mean,
                                    const float *rstd, const Sums *suffix, const Sums *blocks, const Sums *later,
                                    float *parts, int B, int L, int D, int G) {
     int num_blocks = B * ceil_div(L, NORM_BLOCK), W = norm_width(D, G);
     int down = THREADS / min_int(ACROSS, ceil_div(D, W)), P = min_int(num_blocks, MOST_PARTS / down);
-    size_t shared = (size_t)NORM_BLOCK * most_groups(W, D, G) * sizeof(float4);
+    size_t shared = (size_t)NORM_BLOCK * most_groups(W, D, G) * sizeof(NormGrad);
     auto kernel = NORM_KERNEL(timestep_norm_backward_kernel, W);
     allow_shared(kernel, shared);
     kernel<<<grid_of(W, P, D), THREADS, shared>>>(dinp, parts, dout, residual, residual2, inp, weight, mean, rstd,
@@ -1526,7 +1561,7 @@ static __global__ void cema_join_kernel(float *h, float *end, const float *all, 
 
 // ----------------------------------------------------------------------------
 // RMSNorm: y = x rstd (weight + 1), rstd = 1/sqrt(mean(x^2) + eps); weight NULL: no scale. rstd (R).
-// backward, with a = (weight + 1) dy: dx = rstd (a - x rstd^2 mean(a x)).
+// backward, with a = (weight + 1) dy and n = x rstd: dx = rstd (a - n mean(a n)).
 // A block goes through rows, ROWS at a time, so that a barrier serves them all. Its threads own columns, V times W of
 // them, which stay in registers between the sums and their use; so do, backward, the columns' sums for dweight.
 // Reads and writes R*D; backward reads 2 R*D, writes R*D.
@@ -1534,11 +1569,10 @@ static __global__ void cema_join_kernel(float *h, float *end, const float *all, 
 enum { ROWS = 2, ROW_THREADS = 512, MOST_VECTORS = 16, MOST_COLUMNS = ROW_THREADS * MOST_VECTORS };
 
 // Sums over the block's threads, of ROWS numbers, for all of them.
-typedef struct {
-    float x[ROWS];
-} RowSums;
-static __device__ RowSums block_sum(RowSums sums) {
-    __shared__ float shared[ROWS][WARP];
+template <typename T> struct SumsOf { T x[ROWS]; };
+typedef SumsOf<float> RowSums;
+template <typename T> static __device__ SumsOf<T> block_sum(SumsOf<T> sums) {
+    __shared__ T shared[ROWS][WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
 #pragma unroll
     for (int k = 0; k < ROWS; k++) sums.x[k] = warp_sum(sums.x[k]);
@@ -1612,32 +1646,52 @@ template <int W, int V> static __device__ void store_columns(float *dst, const f
     }
 }
 
+// Chooses the smaller unit for rows whose squares overflowed. Whether there is any; all threads get the same answer.
+static __device__ bool overflowed(float unit[ROWS], RowSums squares) {
+    bool any = false;
+#pragma unroll
+    for (int k = 0; k < ROWS; k++) {
+        if (!(squares.x[k] <= LARGE)) unit[k] = SMALL_UNIT, any = true;
+    }
+    return any;
+}
+
 template <int W, int V>
 static __global__ void __launch_bounds__(ROW_THREADS)
     rmsnorm_forward_kernel(act *out, float *rstd, const act *inp, const float *weight, int R, int D, float eps) {
     float x[ROWS][V][W], w[V][W];
     load_columns<W, V>(w, weight, 1, 1, D);
     for (size_t r = (size_t)blockIdx.x * ROWS; r < (size_t)R; r += (size_t)gridDim.x * ROWS) {
-        RowSums squares = {};
-        load_rows<W, V>(x, inp, r, R, D);
+        RowSums squares;
+        float unit[ROWS];
 #pragma unroll
-        for (int k = 0; k < ROWS; k++) {
+        for (int k = 0; k < ROWS; k++) unit[k] = 1;
+        for (int turn = 0; turn < 2; turn++) { // the second one seldom
+            load_rows<W, V>(x, inp, r, R, D);
 #pragma unroll
-            for (int u = 0; u < V; u++) {
+            for (int k = 0; k < ROWS; k++) {
+                squares.x[k] = 0;
 #pragma unroll
-                for (int i = 0; i < W; i++) squares.x[k] += x[k][u][i] * x[k][u][i];
+                for (int u = 0; u < V; u++) {
+#pragma unroll
+                    for (int i = 0; i < W; i++) {
+                        x[k][u][i] *= unit[k];
+                        squares.x[k] += x[k][u][i] * x[k][u][i];
+                    }
+                }
             }
+            squares = block_sum(squares);
+            if (!overflowed(unit, squares)) break;
         }
-        squares = block_sum(squares);
 #pragma unroll
         for (int k = 0; k < ROWS; k++) {
-            float s = 1 / sqrtf(squares.x[k] / D + eps);
+            float s = 1 / sqrtf(squares.x[k] / D + eps * unit[k] * unit[k]);
 #pragma unroll
             for (int u = 0; u < V; u++) {
 #pragma unroll
-                for (int i = 0; i < W; i++) x[k][u][i] *= s * w[u][i];
+                for (int i = 0; i < W; i++) x[k][u][i] = x[k][u][i] * s * w[u][i];
             }
-            if (threadIdx.x == 0 && r + k < (size_t)R) rstd[r + k] = s;
+            if (threadIdx.x == 0 && r + k < (size_t)R) rstd[r + k] = s * unit[k];
         }
         store_rows<W, V>(out, x, r, R, D);
     }
@@ -1665,7 +1719,8 @@ static __global__ void __launch_bounds__(ROW_THREADS)
             for (int u = 0; u < V; u++) {
 #pragma unroll
                 for (int i = 0; i < W; i++) {
-                    dw[u][i] += dy[k][u][i] * x[k][u][i] * s;
+                    x[k][u][i] *= s;
+                    dw[u][i] += dy[k][u][i] * x[k][u][i];
                     dy[k][u][i] *= w[u][i];
                     dot.x[k] += dy[k][u][i] * x[k][u][i];
                 }
@@ -1674,7 +1729,7 @@ static __global__ void __launch_bounds__(ROW_THREADS)
         dot = block_sum(dot);
 #pragma unroll
         for (int k = 0; k < ROWS; k++) {
-            float s = r + k < (size_t)R ? rstd[r + k] : 0, back = dot.x[k] / D * s * s;
+            float s = r + k < (size_t)R ? rstd[r + k] : 0, back = dot.x[k] / D;
 #pragma unroll
             for (int u = 0; u < V; u++) {
 #pragma unroll
@@ -1761,6 +1816,17 @@ static __device__ int position(const int64_t *count, int row, int L, int C) {
     return (past + row % L) % C;
 }
 
+// rstd of a warp's head where its squares overflow
+static __device__ float large_head_rstd(const act *z, int dz) {
+    float squares = 0;
+    for (int j = threadIdx.x; j < dz / 2; j += WARP) {
+        float2 x = load_pair(z + 2 * j);
+        x.x *= SMALL_UNIT, x.y *= SMALL_UNIT;
+        squares += x.x * x.x + x.y * x.y;
+    }
+    return SMALL_UNIT / sqrtf(warp_sum(squares) / dz);
+}
+
 // A warp's head: q, k, z, gamma and beta begin there; k's gamma and beta are Z further on.
 static __device__ void qk_head(act *q, act *k, const act *z, const float *gamma, const float *beta, const float2 *turns,
                                int Z, int dz, float eps) {
@@ -1770,11 +1836,12 @@ static __device__ void qk_head(act *q, act *k, const act *z, const float *gamma,
         float2 x = load_pair(z + 2 * j);
         squares += x.x * x.x + x.y * x.y;
     }
-    float s = 1 / sqrtf(warp_sum(squares) / dz + eps);
+    squares = warp_sum(squares);
+    float s = squares <= LARGE ? 1 / sqrtf(squares / dz + eps) : large_head_rstd(z, dz);
     for (int j = threadIdx.x; j < dz / 2; j += WARP) {
         int c = 2 * j;
         float2 n = load_pair(z + c), by = turns ? turns[j] : make_float2(1, 0);
-        n.x *= s * scale, n.y *= s * scale;
+        n.x = n.x * s * scale, n.y = n.y * s * scale;
         float2 qj = make_float2(n.x * (gamma[c] + 1) + beta[c], n.y * (gamma[c + 1] + 1) + beta[c + 1]);
         float2 kj = make_float2(n.x * (gamma1[c] + 1) + beta1[c], n.y * (gamma1[c + 1] + 1) + beta1[c + 1]);
         store_pair(q + c, turn(qj, by, 1));
@@ -1825,7 +1892,9 @@ static __global__ void qk_backward_kernel(act *dz_out, float *parts, const act *
             dot += (q.x * (gamma[c] + 1) + k.x * (gamma[Z + c] + 1)) * zj.x +
                    (q.y * (gamma[c + 1] + 1) + k.y * (gamma[Z + c + 1] + 1)) * zj.y;
         }
-        float s = 1 / sqrtf(warp_sum(squares) / dz + eps), back = warp_sum(dot) * scale / dz * s * s;
+        squares = warp_sum(squares);
+        float s = squares <= LARGE ? 1 / sqrtf(squares / dz + eps) : large_head_rstd(z + at, dz);
+        float back = warp_sum(dot) * scale / dz * s * s;
         for (int j = threadIdx.x; j < pairs; j += WARP) {
             int c = h * dz + 2 * j;
             float2 zj = load_pair(z + at + 2 * j), n = make_float2(zj.x * s * scale, zj.y * s * scale);
@@ -1926,7 +1995,7 @@ static __global__ void gate_backward_kernel(act *out, act *da, act *db, const ac
     load<VEC>(x, a + i), load<VEC>(y, b + i), load<VEC>(d, dout + i);
 #pragma unroll
     for (int k = 0; k < VEC; k++) {
-        float s = sigmoid(y[k]), silu = y[k] * s, dy = d[k] * x[k] * s * (1 + y[k] * (1 - s));
+        float s = sigmoid(y[k]), silu = y[k] * s, dy = d[k] * (x[k] * (s * (1 + y[k] * (1 - s))));
         x[k] *= silu, d[k] *= silu, y[k] = dy;
     }
     store<VEC>(out + i, x), store<VEC>(da + i, d), store<VEC>(db + i, y);
@@ -1975,12 +2044,14 @@ static __global__ void attend_forward_kernel(act *scores, float *lse, Queries s,
         for (int i = 0; i < VEC; i++) most = j + i < seen ? fmaxf(most, x[i]) : most;
         if (most > top) sum *= exp_act(top - most), top = most;
 #pragma unroll
-        for (int i = 0; i < VEC; i++) sum += j + i < seen ? exp_act(x[i] - top) : 0;
+        for (int i = 0; i < VEC; i++) { // x - x: NaN if it overflowed, for -infinity would pass for a probability of 0
+            sum += j + i < seen ? exp_act(x[i] - top) + (x[i] - x[i]) : 0;
+        }
     }
     float most = top;
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-    sum = warp_sum(top > -INFINITY ? sum * exp_act(top - most) : 0);
+    sum = warp_sum(sum != 0 ? sum * exp_act(top - most) : 0); // 0 of a lane that has no key
     float l = most + logf(sum), scale = 1 / sum;
     for (int j = threadIdx.x * VEC; j < s.nk; j += WARP * VEC) {
         load<VEC>(x, p + j);
@@ -2014,7 +2085,7 @@ static void attend_forward(act *o, float *lse, act *scores, const act *q, const 
     chunk_product(&s, 0, 0, s.nq, dv, s.nk, scores, s.ld, step_s, v, E, step_e, 0, o, E, step_e);
 }
 
-// P_ij = e^(S_ij - lse_i) again; dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij). With dropout, v meets P under the mask, and so
+// P_ij = e^(S_ij - lse_i) again, divided by its sum, since lse_i is rounded; dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij). With dropout, v meets P under the mask, and so
 // does dP. A warp has a query's scores and their gradients dP: reads both twice, writes P and dS in their place.
 
 static __global__ void attend_backward_kernel(act *scores, act *dscores, const float *lse, Queries s, Mask mask) {
@@ -2023,23 +2094,25 @@ static __global__ void attend_backward_kernel(act *scores, act *dscores, const f
     size_t row = query_row(&s, task);
     act *p = scores + task * s.ld, *ds = dscores + task * s.ld;
     int seen = s.nk - s.nq + (int)(task % s.nq) + 1;
-    float x[VEC], d[VEC], l = lse[row * s.H + s.h], dot = 0;
+    float x[VEC], d[VEC], l = lse[row * s.H + s.h], dot = 0, sum = 0;
     for (int j = threadIdx.x * VEC; j < seen; j += WARP * VEC) {
         load<VEC>(x, p + j), load<VEC>(d, ds + j);
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
             if (j + i >= seen) continue;
             if (mask.p > 0) d[i] *= mask_at(&mask, mask_query(&mask, &s, row) + j + i);
-            dot += exp_act(x[i] - l) * d[i];
+            x[i] = exp_act(x[i] - l);
+            dot += x[i] * d[i], sum += x[i];
         }
     }
-    dot = warp_sum(dot);
+    float scale = 1 / warp_sum(sum);
+    dot = warp_sum(dot) * scale;
     for (int j = threadIdx.x * VEC; j < s.nk; j += WARP * VEC) {
         load<VEC>(x, p + j), load<VEC>(d, ds + j);
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
             float keep = mask.p > 0 && j + i < seen ? mask_at(&mask, mask_query(&mask, &s, row) + j + i) : 1;
-            x[i] = j + i < seen ? exp_act(x[i] - l) : 0;
+            x[i] = j + i < seen ? exp_act(x[i] - l) * scale : 0;
             d[i] = j + i < seen ? x[i] * (d[i] * keep - dot) : 0;
             x[i] *= keep;
         }
@@ -2199,39 +2272,46 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     float x[ROWS][V][W], w[V][W], b[V][W];
     load_columns<W, V>(w, weight, 1, 1, D), load_columns<W, V>(b, bias, 0, 0, D);
     for (size_t r = (size_t)blockIdx.x * ROWS; r < (size_t)R; r += (size_t)gridDim.x * ROWS) {
-        RowSums sum = {}, squares = {};
-        load_rows<W, V>(x, inp, r, R, D);
+        RowSums sum, squares;
+        float unit[ROWS];
 #pragma unroll
-        for (int k = 0; k < ROWS; k++) {
+        for (int k = 0; k < ROWS; k++) unit[k] = 1;
+        for (int turn = 0; turn < 2; turn++) { // the second one seldom, as in RMSNorm
+            load_rows<W, V>(x, inp, r, R, D);
 #pragma unroll
-            for (int u = 0; u < V; u++) {
+            for (int k = 0; k < ROWS; k++) {
+                sum.x[k] = squares.x[k] = 0;
 #pragma unroll
-                for (int i = 0; i < W; i++) sum.x[k] += x[k][u][i];
-            }
-        }
-        sum = block_sum(sum);
+                for (int u = 0; u < V; u++) {
 #pragma unroll
-        for (int k = 0; k < ROWS; k++) {
-#pragma unroll
-            for (int u = 0; u < V; u++) {
-#pragma unroll
-                for (int i = 0; i < W; i++) {
-                    x[k][u][i] -= sum.x[k] / D;
-                    bool inside = (int)((u * blockDim.x + threadIdx.x) * W) < D;
-                    squares.x[k] += inside ? x[k][u][i] * x[k][u][i] : 0;
+                    for (int i = 0; i < W; i++) x[k][u][i] *= unit[k], sum.x[k] += x[k][u][i];
                 }
             }
+            sum = block_sum(sum);
+#pragma unroll
+            for (int k = 0; k < ROWS; k++) {
+#pragma unroll
+                for (int u = 0; u < V; u++) {
+#pragma unroll
+                    for (int i = 0; i < W; i++) {
+                        x[k][u][i] -= sum.x[k] / D;
+                        bool inside = (int)((u * blockDim.x + threadIdx.x) * W) < D;
+                        squares.x[k] += inside ? x[k][u][i] * x[k][u][i] : 0;
+                    }
+                }
+            }
+            squares = block_sum(squares);
+            if (!overflowed(unit, squares)) break;
         }
-        squares = block_sum(squares);
 #pragma unroll
         for (int k = 0; k < ROWS; k++) {
-            float s = 1 / sqrtf(squares.x[k] / D + eps);
+            float s = 1 / sqrtf(squares.x[k] / D + eps * unit[k] * unit[k]);
 #pragma unroll
             for (int u = 0; u < V; u++) {
 #pragma unroll
                 for (int i = 0; i < W; i++) x[k][u][i] = x[k][u][i] * s * w[u][i] + b[u][i];
             }
-            if (threadIdx.x == 0 && r + k < (size_t)R) mean[r + k] = sum.x[k] / D, rstd[r + k] = s;
+            if (threadIdx.x == 0 && r + k < (size_t)R) mean[r + k] = sum.x[k] / D / unit[k], rstd[r + k] = s * unit[k];
         }
         store_rows<W, V>(out, x, r, R, D);
     }
@@ -2348,7 +2428,8 @@ static void add(act *out, const act *inp, size_t n) {
 // ----------------------------------------------------------------------------
 // output and loss: logits (R,V) = x output', loss = log sum_v e^logit - logit of the target, in nats. A block of
 // positions at a time, forward and backward in one, see megalodon.c.
-// A block has a position: reads its logits twice (the second time from the cache), writes their gradients over them.
+// A block has a position: reads its logits twice (the second time from the cache), writes their gradients over them. The
+// target's e^logit is kept out of the sum of the others, which softmax - 1 and a small loss are made of.
 
 static int logit_rows(int V) { return max_int(LOGITS / V, LOGIT_ROWS); }
 
@@ -2367,22 +2448,22 @@ static __global__ void loss_kernel(float *losses, act *logits, const int32_t *ta
         for (int i = 0; i < W; i++) most = fmaxf(most, x[i]);
         if (most > top) sum *= exp_act(top - most), top = most;
 #pragma unroll
-        for (int i = 0; i < W; i++) sum += exp_act(x[i] - top);
+        for (int i = 0; i < W; i++) sum += (v + i == target ? 0 : exp_act(x[i] - top)) + (x[i] - x[i]);
     }
     float most = top;
     for (int step = WARP / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-    sum = warp_sum(top > -INFINITY ? sum * exp_act(top - most) : 0);
+    sum = warp_sum(sum != 0 ? sum * exp_act(top - most) : 0); // 0 where there is no logit
     if (lane == 0) tops[warp] = most, sums[warp] = sum;
     __syncthreads(); // all have read the target's logit, too
     top = lane < warps ? tops[lane] : -INFINITY, sum = lane < warps ? sums[lane] : 0, most = top;
     for (int step = WARP / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-    sum = warp_sum(top > -INFINITY ? sum * exp_act(top - most) : 0);
-    if (threadIdx.x == 0) losses[r] = target < 0 ? 0 : (float)(log((double)sum) + (most - at_target));
-    float scale = target < 0 ? 0 : grad_scale / sum;
+    sum = warp_sum(sum != 0 ? sum * exp_act(top - most) : 0);
+    float own = exp_act(at_target - most), scale = target < 0 ? 0 : grad_scale / (sum + own);
+    if (threadIdx.x == 0) losses[r] = target < 0 ? 0 : (float)(log1p(sum + (own - 1.0)) + (most - at_target));
     for (int v = threadIdx.x * W; grad && v < V; v += blockDim.x * W) {
         load<W>(x, l + v);
 #pragma unroll
-        for (int i = 0; i < W; i++) x[i] = scale * exp_act(x[i] - most) - (v + i == target ? grad_scale : 0);
+        for (int i = 0; i < W; i++) x[i] = v + i == target ? -scale * sum : scale * exp_act(x[i] - most);
         store<W>(l + v, x);
     }
 }
@@ -2465,18 +2546,19 @@ static __global__ void decode_norm_kernel(act *xt, act *ema, double *mean, doubl
     double n = (double)g * (double)count[b];
     Moments before = {mean[pair], m2[pair]};
     wait_for_last();
-    float first = to_float(x[0]), s1 = 0, s2 = 0;
+    double first = to_float(x[0]), s1 = 0, s2 = 0;
     for (int i = lane; i < g; i += WARP) {
-        float d = to_float(x[i]) - first;
+        double d = to_float(x[i]) - first;
         s1 += d, s2 += d * d;
     }
     s1 = warp_sum(s1), s2 = warp_sum(s2);
-    Moments own = {(double)first + s1 / g, fmaxf(s2 - s1 * s1 / g, 0)};
+    Moments own = {first + s1 / g, s2 - s1 * s1 / g};
     Moments all = merge(n, before, g, own);
-    float shift = (float)all.mean, rstd = (float)(1 / sqrt(all.m2 / (n + g) + eps));
+    Mean shift = split_mean(all.mean);
+    float rstd = (float)(1 / sqrt(all.m2 / (n + g) + eps));
     for (int i = lane; i - lane < g; i += WARP) {
         act rounded = {};
-        if (i < g) set(&rounded, (to_float(x[i]) - shift) * rstd * (weight[d0 + i] + 1) + bias[d0 + i]);
+        if (i < g) set(&rounded, centered(to_float(x[i]), shift) * rstd * (weight[d0 + i] + 1) + bias[d0 + i]);
         float v = to_float(rounded), y = 0;
         for (int k = threadIdx.y; h && i < g && k < N; k += blockDim.y) {
             size_t at = (size_t)k * D + d0 + i;
@@ -2569,16 +2651,17 @@ static __device__ void few_norms(act *rows, const Linear &l, int B, int K, float
     wait_for_last();
     for (int r = 0; r < B; r++) {
         const act *inp = l.inp + (size_t)r * K;
-        float from = l.norm == LAYER_NORM ? to_float(inp[0]) : 0;
-        RowSums sums = {};
+        double from = l.norm == LAYER_NORM ? to_float(inp[0]) : 0;
+        SumsOf<double> sums = {}; // double: neither an overflow nor one large number at `from` costs digits
 #pragma unroll 2
         for (int k = threadIdx.x; k < K; k += FEW_THREADS) {
-            float d = to_float(inp[k]) - from;
+            double d = to_float(inp[k]) - from;
             sums.x[0] += d, sums.x[1] += d * d;
         }
         sums = block_sum(sums);
-        float mean = l.norm == LAYER_NORM ? sums.x[0] / K : 0;
-        float s = 1 / sqrtf(fmaxf(sums.x[1] / K - mean * mean, 0) + eps);
+        double shifted = l.norm == LAYER_NORM ? sums.x[0] / K : 0;
+        Mean mean = split_mean(from + shifted);
+        float s = (float)(1 / sqrt(sums.x[1] / K - shifted * shifted + eps));
 #pragma unroll 1
         for (int k0 = threadIdx.x; k0 < K; k0 += AHEAD * FEW_THREADS) {
 #pragma unroll
@@ -2586,7 +2669,7 @@ static __device__ void few_norms(act *rows, const Linear &l, int B, int K, float
                 int k = k0 + u * FEW_THREADS;
                 if (k >= K) break;
                 if (K > AHEAD * FEW_THREADS) scale[u] = norm_scale(l, k, K), shift[u] = norm_shift(l, k, K);
-                set(&rows[(size_t)r * K + k], (to_float(inp[k]) - from - mean) * s * scale[u] + shift[u]);
+                set(&rows[(size_t)r * K + k], centered(to_float(inp[k]), mean) * s * scale[u] + shift[u]);
             }
         }
     }
@@ -2690,7 +2773,8 @@ static __global__ void decode_scores_kernel(float *scores, float *cache_k, const
         }
     }
     sum = warp_sum(sum);
-    if (threadIdx.x == 0) scores[((size_t)b * gridDim.y + h) * C + j] = sum;
+    // NaN if it overflowed: -infinity would pass for a probability of 0
+    if (threadIdx.x == 0) scores[((size_t)b * gridDim.y + h) * C + j] = sum + (sum - sum);
 }
 
 // 4. gated = o silu(r), o = softmax(scores) v. A block has VALUE_COLUMNS columns and as many warps; a lane a column of
@@ -2736,7 +2820,7 @@ static __global__ void __launch_bounds__(WARP *VALUE_COLUMNS)
     float share = exp_act(top - most);
     sum = warp_sum(share * sums[threadIdx.x]);
     o = warp_sum(share * values[mine - blockIdx.x * VALUE_COLUMNS][threadIdx.x]) / sum;
-    if (threadIdx.x == 0) set(&gated[(size_t)b * E + h * dv + mine], o * r * sigmoid(r));
+    if (threadIdx.x == 0) set(&gated[(size_t)b * E + h * dv + mine], o * (r * sigmoid(r)));
 }
 
 static void decode_norm(act *xt, act *ema, double *mean, double *m2, float *h, const act *inp, const float *weight,
@@ -2760,7 +2844,8 @@ static void decode_attention(act *gated, float *cache_k, float *cache_v, float *
 // activations
 
 typedef struct {                  // of one layer: what its backward pass reads
-    float *norm_mean, *norm_rstd; // (B,L,G) TimestepNorm's
+    Mean *norm_mean;              // (B,L,G) TimestepNorm's
+    float *norm_rstd;             // (B,L,G)
     act *xt;                      // (B,L,D) TimestepNorm(x)
     float *h;                     // (B, L/CEMA_BLOCK, 2, N, D) CEMA's state before each block
     act *ema;                     // (B,L,D) CEMA(xt)
@@ -2818,7 +2903,8 @@ struct Model {
     void *acts_memory, *work_memory;
     LayerActs *acts;                // (num_layers), all in the same memory unless mode is TRAIN
     act **x;                        // (num_layers+1) of (B,L,D): blocks' inputs, the last one's output
-    float *final_mean, *final_rstd; // (B,L,G) final norm's
+    Mean *final_mean;               // (B,L,G) final norm's
+    float *final_rstd;              // (B,L,G)
     act *final;                     // (B,L,D) and its output
     float *losses;                  // (B,L)
     double *totals;                 // (NORM_PARTS) of megalodon_grad_norm; of the loss
@@ -3001,7 +3087,7 @@ static void *gather(Model *m, size_t bytes) {
 }
 
 // TimestepNorm number `layer`; that behind all layers is the final one. in, out: see mega_forward.
-static void time_norm_forward(Model *m, int layer, act *y, float *mean, float *rstd, const act *x, const float *weight,
+static void time_norm_forward(Model *m, int layer, act *y, Mean *mean, float *rstd, const act *x, const float *weight,
                               const float *bias, const State *in, State *out) {
     const Pieces *p = &m->pieces;
     Scratch *s = &m->scratch;
@@ -3024,7 +3110,7 @@ static void time_norm_forward(Model *m, int layer, act *y, float *mean, float *r
 }
 
 static void time_norm_backward(Model *m, act *dx, float *dweight, float *dbias, const act *dy, const act *residual,
-                               const act *residual2, const act *x, const float *weight, const float *mean,
+                               const act *residual2, const act *x, const float *weight, const Mean *mean,
                                const float *rstd) {
     const Pieces *p = &m->pieces;
     Scratch *s = &m->scratch;
@@ -3538,7 +3624,7 @@ static __global__ void update_kernel(float4 *params, act *rounded, float4 *momen
         float g = grad[k] * f.scale;
         m1[k] = f.b1 * m1[k] + f.c1 * g;
         m2[k] = f.b2 * m2[k] + f.c2 * g * g;
-        p[k] = p[k] * f.keep - f.step * m1[k] / (sqrtf(m2[k]) * f.root + f.eps);
+        p[k] = p[k] * f.keep - f.step * m1[k] / (sqrtf(m2[k]) * f.root + f.eps) + (m2[k] - m2[k]);
     }
     params[i] = make_float4(p[0], p[1], p[2], p[3]);
     moment1[i] = make_float4(m1[0], m1[1], m1[2], m1[3]);

@@ -35,13 +35,13 @@ void cpu_dropout(float *out, const float *inp, double p, uint64_t seed, uint32_t
     dropout(out, inp, mask_from(p, seed, stream, step, layer, first), n);
 }
 
-void cpu_timestep_norm_forward(float *out, float *mean, float *rstd, double *mean_out, double *m2_out, const float *inp,
+void cpu_timestep_norm_forward(float *out, double *mean, float *rstd, double *mean_out, double *m2_out, const float *inp,
                                const float *weight, const float *bias, const double *mean_in, const double *m2_in,
                                const int64_t *count, int B, int L, int D, int G, double eps) {
     timestep_norm_forward(out, mean, rstd, mean_out, m2_out, inp, weight, bias, mean_in, m2_in, count, B, L, D, G, eps);
 }
 void cpu_timestep_norm_backward(float *dinp, float *dweight, float *dbias, const float *dout, const float *inp,
-                                const float *weight, const float *mean, const float *rstd, const int64_t *count, int B,
+                                const float *weight, const double *mean, const float *rstd, const int64_t *count, int B,
                                 int L, int D, int G) {
     timestep_norm_backward(dinp, dweight, dbias, NULL, dout, inp, weight, mean, rstd, count, B, L, D, G);
 }
@@ -172,12 +172,12 @@ void cpu_attention_backward(float *dq, float *dk, float *dv, const float *dout, 
     free(scores);
 }
 
-void cpu_layernorm_forward(float *out, float *mean, float *rstd, const float *inp, const float *weight,
+void cpu_layernorm_forward(float *out, double *mean, float *rstd, const float *inp, const float *weight,
                            const float *bias, int R, int D, double eps) {
     layernorm_forward(out, mean, rstd, inp, weight, bias, R, D, eps);
 }
 void cpu_layernorm_backward(float *dinp, float *dweight, float *dbias, const float *dout, const float *inp,
-                            const float *weight, const float *mean, const float *rstd, int R, int D) {
+                            const float *weight, const double *mean, const float *rstd, int R, int D) {
     layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, R, D);
 }
 

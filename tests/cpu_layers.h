@@ -20,11 +20,11 @@ void cpu_embedding_backward(float *dembed, const float *dout, const int32_t *tok
 void cpu_dropout(float *out, const float *inp, double p, uint64_t seed, uint32_t stream, uint32_t step, uint32_t layer,
                  uint64_t first, size_t n);
 
-void cpu_timestep_norm_forward(float *out, float *mean, float *rstd, double *mean_out, double *m2_out, const float *inp,
+void cpu_timestep_norm_forward(float *out, double *mean, float *rstd, double *mean_out, double *m2_out, const float *inp,
                                const float *weight, const float *bias, const double *mean_in, const double *m2_in,
                                const int64_t *count, int B, int L, int D, int G, double eps);
 void cpu_timestep_norm_backward(float *dinp, float *dweight, float *dbias, const float *dout, const float *inp,
-                                const float *weight, const float *mean, const float *rstd, const int64_t *count, int B,
+                                const float *weight, const double *mean, const float *rstd, const int64_t *count, int B,
                                 int L, int D, int G);
 
 // coefs, dcoefs (5,N,D): p, q_re, q_im, g_re, g_im
@@ -65,10 +65,10 @@ void cpu_attention_backward(float *dq, float *dk, float *dv, const float *dout, 
                             const float *q, const float *k, const float *v, double p, uint64_t seed, uint32_t stream,
                             uint32_t step, uint32_t layer, uint64_t first, int B, int L, int C, int H, int Z, int E);
 
-void cpu_layernorm_forward(float *out, float *mean, float *rstd, const float *inp, const float *weight,
+void cpu_layernorm_forward(float *out, double *mean, float *rstd, const float *inp, const float *weight,
                            const float *bias, int R, int D, double eps);
 void cpu_layernorm_backward(float *dinp, float *dweight, float *dbias, const float *dout, const float *inp,
-                            const float *weight, const float *mean, const float *rstd, int R, int D);
+                            const float *weight, const double *mean, const float *rstd, int R, int D);
 
 void cpu_rescale_forward(float *out, const float *inp, const float *alpha, int R, int D);
 void cpu_rescale_backward(float *dinp, float *dalpha, const float *dout, const float *inp, const float *alpha, int R,

@@ -95,6 +95,8 @@ template <typename T, typename Host> struct Twice {
 typedef Twice<act, float> Acts;
 typedef Twice<float, float> Floats;
 typedef Twice<double, double> Doubles;
+typedef Twice<Mean, double> SplitMeans;
+typedef Twice<float, double> Means;
 
 static float *random_numbers(size_t n, double scale, double shift) {
     static uint64_t seed = 1;
@@ -110,6 +112,7 @@ static double number(act x) { return to_float(x); }
 #endif
 static double number(float x) { return x; }
 static double number(double x) { return x; }
+static double number(Mean x) { return (double)x.x + x.y; }
 
 static Acts acts_from(float *host, size_t n) { // which are rounded
     act *narrow = on_host<act>(n);
@@ -117,6 +120,12 @@ static Acts acts_from(float *host, size_t n) { // which are rounded
     return Acts{host, copied(narrow, n), n};
 }
 static Acts acts(size_t n, double scale, double shift) { return acts_from(random_numbers(n, scale, shift), n); }
+// The same as R rows, of which every second one, or the only one, is multiplied with `size`.
+static Acts acts_rows(int R, int D, double scale, double shift, double size) {
+    float *x = random_numbers((size_t)R * D, scale, shift);
+    for (size_t i = 0; i < (size_t)R * D; i++) x[i] *= R == 1 || i / D % 2 ? (float)size : 1;
+    return acts_from(x, (size_t)R * D);
+}
 static Floats floats_from(float *host, size_t n) { return Floats{host, copied(host, n), n}; }
 static Floats floats(size_t n, double scale, double shift) { return floats_from(random_numbers(n, scale, shift), n); }
 static Floats rounded_floats(size_t n, double scale, double shift) {
@@ -125,6 +134,16 @@ static Floats rounded_floats(size_t n, double scale, double shift) {
 static Acts acts_out(size_t n) { return Acts{on_host<float>(n), on_device<act>(n), n}; }
 static Floats floats_out(size_t n) { return Floats{on_host<float>(n), on_device<float>(n), n}; }
 static Doubles doubles_out(size_t n) { return Doubles{on_host<double>(n), on_device<double>(n), n}; }
+template <typename T> static Twice<T, double> means_out(size_t n) {
+    return Twice<T, double>{on_host<double>(n), on_device<T>(n), n};
+}
+static float narrow_mean(float *, double mean) { return (float)mean; }
+static Mean narrow_mean(Mean *, double mean) { return split_mean(mean); }
+template <typename T> static void upload_means(Twice<T, double> means) { // so that the backward passes get the same
+    T *narrow = on_host<T>(means.n);
+    for (size_t i = 0; i < means.n; i++) narrow[i] = narrow_mean(narrow, means.host[i]);
+    upload(means.device, narrow, means.n * sizeof *narrow);
+}
 static Acts copy_of(Acts a) { // in memory of its own
     float *host = on_host<float>(a.n);
     memcpy(host, a.host, a.n * sizeof *host);
@@ -141,6 +160,20 @@ static void compare_part(const char *what, Twice<T, Host> a, size_t from, size_t
     for (size_t i = 0; i < n; i++) wide[i] = number(got[i]), wide[n + i] = number(a.host[from + i]);
     snprintf(name, sizeof name, "%s: %s", now.title, what);
     cpu_check(name, wide, wide + n, n, tol);
+}
+// Number by number: relative, but for what underflows, and not finite where the host's is not.
+static void compare_each(const char *what, Acts a) {
+    const double tol = sizeof(act) == 4 ? 2e-6 : 1e-2;
+    char name[120];
+    act *got = on_host<act>(a.n);
+    int same = 1;
+    CUDA(cudaMemcpy(got, a.device, a.n * sizeof *got, cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < a.n; i++) {
+        double x = to_float(got[i]), y = a.host[i];
+        same &= isfinite(y) ? fabs(x - y) <= tol * fabs(y) + 1e-36 : !isfinite(x);
+    }
+    snprintf(name, sizeof name, "%s: %s", now.title, what);
+    cpu_check_true(name, same);
 }
 template <typename T, typename Host> static void compare(const char *what, Twice<T, Host> a, double tol) {
     if (a.n > 0) compare_part(what, a, 0, a.n, tol);
@@ -225,20 +258,20 @@ static void test_dropout(void) {
     }
 }
 
-// count, mean and M2 of what came before, of rows in turn; deviation 0.6
+// count, mean and M2 of what came before, of rows in turn; deviation 0.6 scale
 typedef struct {
     int64_t *count, *device_count;
     Doubles mean, m2;
 } Past;
-static Past past_of(int B, int D, int G, double mean) {
+static Past past_of(int B, int D, int G, double mean, double scale) {
     static const int64_t counts[3] = {3, 0, 1000};
     Past p = {on_host<int64_t>(B), NULL, doubles_out((size_t)B * G), doubles_out((size_t)B * G)};
     float *shift = random_numbers((size_t)B * G, 0.3, 0);
     for (int i = 0; i < B * G; i++) {
         double n = (double)counts[i / G % 3] * (D / G);
         p.count[i / G] = counts[i / G % 3];
-        p.mean.host[i] = n > 0 ? mean + shift[i] : 0;
-        p.m2.host[i] = n * (0.36 + 0.3 * shift[i]);
+        p.mean.host[i] = n > 0 ? mean + scale * shift[i] : 0;
+        p.m2.host[i] = n * (0.36 + 0.3 * shift[i]) * scale * scale;
     }
     p.device_count = copied(p.count, B);
     upload(p.mean.device, p.mean.host, p.mean.n * sizeof(double));
@@ -247,12 +280,13 @@ static Past past_of(int B, int D, int G, double mean) {
 }
 
 enum { NO_STATE, STATE, STATE_IN_PLACE };
-static void timestep_norm_case(int B, int L, int D, int G, int state, double shift) {
-    begin("timestep_norm, B %d L %d D %d G %d%s%s", B, L, D, G, state ? ", state" : "", shift > 5 ? ", mean 30" : "");
+static void timestep_norm_case(int B, int L, int D, int G, int state, double shift, double scale = 1) {
+    begin("timestep_norm, B %d L %d D %d G %d%s, mean %g, x %g", B, L, D, G, state ? ", state" : "", shift, scale);
     size_t R = (size_t)B * L, blocks = (size_t)B * ceil_div(L, NORM_BLOCK);
-    Acts inp = acts(R * D, 1.7, shift), out = acts_out(R * D);
-    Floats weight = floats(D, 1, 0), bias = floats(D, 1, 0), mean = floats_out(R * G), rstd = floats_out(R * G);
-    Past in = state ? past_of(B, D, G, shift) : Past{};
+    Acts inp = acts(R * D, 1.7 * scale, shift), out = acts_out(R * D);
+    Floats weight = floats(D, 1, 0), bias = floats(D, 1, 0), rstd = floats_out(R * G);
+    SplitMeans mean = means_out<Mean>(R * G);
+    Past in = state ? past_of(B, D, G, shift, scale) : Past{};
     Doubles mean_out = {}, m2_out = {};
     if (state) mean_out = doubles_out((size_t)B * G), m2_out = doubles_out((size_t)B * G);
     if (state == STATE_IN_PLACE) mean_out.device = in.mean.device, m2_out.device = in.m2.device;
@@ -265,7 +299,7 @@ static void timestep_norm_case(int B, int L, int D, int G, int state, double shi
     compare("mean", mean, FLOAT_FORWARD), compare("rstd", rstd, FLOAT_FORWARD);
     compare("mean_out", mean_out, FLOAT_FORWARD), compare("m2_out", m2_out, FLOAT_FORWARD);
 
-    upload(mean.device, mean.host, R * G * sizeof(float)); // so that the backward passes get the same
+    upload_means(mean);
     upload(rstd.device, rstd.host, R * G * sizeof(float));
     Acts dout = acts(R * D, 1, 0.1), residual = acts(R * D, 1, 0), residual2 = acts(R * D, 1, 0);
     Acts dinp = acts_out(R * D), both = acts_out(R * D), one = acts_out(R * D);
@@ -308,6 +342,14 @@ static void test_timestep_norm(void) {
     timestep_norm_case(1, 1100, 8, 1, STATE, 0.5);          // more blocks than lanes
     timestep_norm_case(2, 40, 1024, 32, STATE, 0.5);        // mega200M's
     timestep_norm_case(2, 130, 30, 2, NO_STATE, 30), timestep_norm_case(3, 300, 64, 8, STATE, 30);
+    for (int i = 0; i < 3; i++) { // numbers far from zero, a bfloat16's as many deviations as it can tell apart
+        double mean = i == 0 ? 1e4 : i == 1 ? 1e5 : -1e6, scale = sizeof(act) == 4 ? 1 : fabs(mean) / 30;
+        timestep_norm_case(2, 130, 30, 2, STATE, mean, scale), timestep_norm_case(1, 300, 64, 2, NO_STATE, mean, scale);
+    }
+    for (int i = 0; i < 3; i++) { // squares that overflow, in some blocks or in all
+        double scale = i == 0 ? 1e17 : i == 1 ? 1e20 : 1e37;
+        timestep_norm_case(2, 130, 30, 2, STATE, scale / 2, scale), timestep_norm_case(1, 70, 64, 2, NO_STATE, 0, scale);
+    }
 }
 
 // CEMA's coefficients, seven arrays one behind the other on the device, five on the host.
@@ -394,9 +436,9 @@ static void test_cema(void) {
     cema_case(1, 70, 1024, 16, STATE, 0);            // mega200M's
 }
 
-static void rmsnorm_case(int R, int D, int affine) {
-    begin("rmsnorm, R %d D %d%s", R, D, affine ? "" : ", no weight");
-    Acts inp = acts((size_t)R * D, 1, 0.3), out = acts_out(inp.n), dout = acts(inp.n, 1, 0), dinp = acts_out(inp.n);
+static void rmsnorm_case(int R, int D, int affine, double size = 1) {
+    begin("rmsnorm, R %d D %d%s, x %g", R, D, affine ? "" : ", no weight", size);
+    Acts inp = acts_rows(R, D, 1, 0.3, size), out = acts_out(inp.n), dout = acts(inp.n, 1, 0), dinp = acts_out(inp.n);
     Floats weight = {}, dweight = {}, rstd = floats_out(R);
     if (affine) weight = floats(D, 1, 0), dweight = floats(D, 1, 0);
     cpu_rmsnorm_forward(out.host, rstd.host, inp.host, weight.host, R, D, EPS);
@@ -415,6 +457,10 @@ static void test_rmsnorm(void) {
         rmsnorm_case(2051, 3, affine), rmsnorm_case(11, 1024, affine); // more rows than parts; mega200M's
     }
     rmsnorm_case(3, 2560, 1), rmsnorm_case(3, 5000, 1), rmsnorm_case(3, 8191, 1), rmsnorm_case(3, 8192, 1);
+    for (int i = 0; i < 4; i++) { // squares that overflow, of some rows and of all
+        double size = i == 0 ? 1e18 : i == 1 ? 1e20 : i == 2 ? 1e25 : 1e38;
+        rmsnorm_case(1, 1024, 1, size), rmsnorm_case(9, 64, 0, size), rmsnorm_case(5, 19, 1, size);
+    }
 }
 
 // On a GPU products of bfloat16 add up in another order and keep fewer guard bits.
@@ -454,12 +500,12 @@ static void test_linear(void) {
     linear_case(3, 1024, 256), linear_case(2, 1024, 2560), linear_case(3, 2048, 1024); // mega200M's
 }
 
-static void qk_case(int B, int L, int Z, int dz, int C, int state) {
-    begin("qk, B %d L %d Z %d dz %d C %d%s", B, L, Z, dz, C, state ? ", state" : "");
+static void qk_case(int B, int L, int Z, int dz, int C, int state, double size = 1) {
+    begin("qk, B %d L %d Z %d dz %d C %d%s, x %g", B, L, Z, dz, C, state ? ", state" : "", size);
     const double base = 1e4;
     int R = B * L;
     int64_t *count = NULL, *device_count = NULL;
-    Acts z = acts((size_t)R * Z, 1, 0.2), q = acts_out(z.n), k = acts_out(z.n);
+    Acts z = acts_rows(R, Z, 1, 0.2, size), q = acts_out(z.n), k = acts_out(z.n);
     Floats gamma = floats(2 * Z, 1, 0), beta = floats(2 * Z, 1, 0);
     float2 *table = on_device<float2>((size_t)C * (dz / 2));
     if (state) {
@@ -490,6 +536,8 @@ static void test_qk(void) {
         qk_case(1, 1, 2, 2, 1, state), qk_case(2, 11, 18, 6, 5, state), qk_case(3, 9, 64, 32, 4, state);
         qk_case(1, 1100, 4, 2, 64, state), qk_case(2, 5, 256, 256, 2048, state); // more rows than parts; mega200M's
     }
+    for (int i = 0; i < 3; i++) // squares that overflow, of some rows and of all
+        qk_case(2, 5, 64, 32, 8, 0, i == 0 ? 1e19 : i == 1 ? 1e25 : 1e37), qk_case(1, 1, 256, 256, 8, 1, 1e20);
     qk_case(1, 3, 3200, 3200, 2, 0); // one warp's sums alone need shared memory that must be asked for
 }
 
@@ -524,6 +572,32 @@ static void test_gates(void) {
         compare("da in place", da, BACKWARD), compare("db then", db, BACKWARD);
         finish();
     }
+}
+
+// Pre-activations at which e^-x overflows, or underflows, with factors that are large themselves.
+static void test_far_gates(void) {
+    static const float points[] = {0, 1, 20, 64, 65, 87, 89, 100, 104, 1e4f, 1e30f, 3e38f}, factors[] = {1, -1e20f, 3e38f};
+    enum { POINTS = 12, COUNT = 2 * POINTS * 3 };
+    begin("gates, far from zero");
+    float *x = on_host<float>(COUNT), *factor = on_host<float>(COUNT), *ones = on_host<float>(COUNT);
+    for (int i = 0; i < COUNT; i++) {
+        x[i] = (i % 2 ? 1 : -1) * points[i / 2 % POINTS], factor[i] = factors[i / 2 / POINTS], ones[i] = 1;
+        if (fabsf(factor[i]) > 1 && x[i] < -64 && x[i] > -200) x[i] = -1e30f; // silu is below float's range
+    }
+    Acts inp = acts_from(x, COUNT), a = acts_from(factor, COUNT), dout = acts_from(ones, COUNT), y = acts_out(COUNT);
+    Acts dinp = acts_out(COUNT), again = acts_out(COUNT), out = acts_out(COUNT), da = acts_out(COUNT);
+    Acts db = acts_out(COUNT), recomputed = acts_out(COUNT);
+    cpu_silu_forward(y.host, inp.host, COUNT), cpu_silu_backward(dinp.host, dout.host, inp.host, COUNT);
+    cpu_gate_forward(out.host, a.host, inp.host, COUNT);
+    cpu_gate_backward(da.host, db.host, dout.host, a.host, inp.host, COUNT);
+    memcpy(again.host, y.host, COUNT * sizeof(float)), memcpy(recomputed.host, out.host, COUNT * sizeof(float));
+    silu_forward(y.device, inp.device, COUNT);
+    silu_backward(again.device, dinp.device, dout.device, inp.device, COUNT);
+    gate_forward(out.device, a.device, inp.device, COUNT);
+    gate_backward(recomputed.device, da.device, db.device, dout.device, a.device, inp.device, COUNT);
+    compare_each("silu", y), compare_each("silu's derivative", dinp), compare_each("silu again", again);
+    compare_each("gate", out), compare_each("da", da), compare_each("db", db), compare_each("gate again", recomputed);
+    finish();
 }
 
 // Scores have a deviation of about one.
@@ -585,15 +659,45 @@ static void test_attention(void) {
     attention_case(1, 65 * 512, 512, 1, 2, 1, 0, 0); // more chunks than there is room for scores of
 }
 
-static void layernorm_case(int R, int D, int affine) {
-    begin("layernorm, R %d D %d%s", R, D, affine ? "" : ", no affine");
-    Acts inp = acts((size_t)R * D, 1, 0.3), out = acts_out(inp.n), dout = acts(inp.n, 1, 0), dinp = acts_out(inp.n);
-    Floats weight = {}, bias = {}, dweight = {}, dbias = {}, mean = floats_out(R), rstd = floats_out(R);
+// Three tokens. Scores 0, and 2^28 twice, whose log-sum-exp rounds to themselves: they must share the probability, and the
+// first value must not count. Then a score that overflows to -infinity, which must not pass for a probability of 0.
+static void test_far_attention(void) {
+    enum { L = 3, DZ = 2 };
+    for (int overflow = 0; overflow < 2; overflow++) {
+        begin("attention, %s", overflow ? "a score that overflows" : "equal scores of 2^28");
+        float *q = random_numbers(L * DZ, 0, 0), *k = random_numbers(L * DZ, 0, 0), *v = random_numbers(L, 0, 1);
+        float *last = random_numbers(L, 0, 0), large = overflow ? 1e30f : 0x1p14f;
+        for (int t = 0; t < L; t++) q[t * DZ] = large, k[t * DZ] = overflow ? (t ? 0 : -large) : (t ? large : 0);
+        v[0] = 1e38f, v[2] = 3, last[2] = 1;
+        Acts qs = acts_from(q, L * DZ), ks = acts_from(k, L * DZ), vs = acts_from(v, L), o = acts_out(L);
+        Acts dout = acts_from(last, L), dq = acts_out(qs.n), dk = acts_out(qs.n), dv = acts_out(L);
+        Floats lse = floats_out(L);
+        act *scores = on_device<act>(L * VEC), *dscores = on_device<act>(L * VEC);
+        Mask none = mask_from(0, 0);
+        cpu_attention_forward(o.host, lse.host, NULL, NULL, qs.host, ks.host, vs.host, NULL, 0, 0, 0, 0, 0, 0, 1, L, L,
+                              1, DZ, 1);
+        cpu_attention_backward(dq.host, dk.host, dv.host, dout.host, o.host, lse.host, qs.host, ks.host, vs.host, 0, 0,
+                               0, 0, 0, 0, 1, L, L, 1, DZ, 1);
+        attention_forward(o.device, lse.device, NULL, NULL, scores, on_device<act>(L * DZ), on_device<act>(L),
+                          qs.device, ks.device, vs.device, NULL, none, 1, L, L, 1, DZ, 1);
+        attention_backward(dq.device, dk.device, dv.device, scores, dscores, dout.device, lse.device, qs.device,
+                           ks.device, vs.device, none, 1, L, L, 1, DZ, 1);
+        compare_each("o", o);
+        if (!overflow) compare_each("dq", dq), compare_each("dk", dk), compare_each("dv", dv);
+        finish();
+    }
+}
+
+static void layernorm_case(int R, int D, int affine, double size = 1) {
+    begin("layernorm, R %d D %d%s, x %g", R, D, affine ? "" : ", no affine", size);
+    Acts inp = acts_rows(R, D, 1, 0.3, size), out = acts_out(inp.n), dout = acts(inp.n, 1, 0), dinp = acts_out(inp.n);
+    Floats weight = {}, bias = {}, dweight = {}, dbias = {}, rstd = floats_out(R);
+    Means mean = means_out<float>(R);
     if (affine) weight = floats(D, 1, 0), bias = floats(D, 1, 0), dweight = floats(D, 1, 0), dbias = floats(D, 1, 0);
     cpu_layernorm_forward(out.host, mean.host, rstd.host, inp.host, weight.host, bias.host, R, D, EPS);
     layernorm_forward(out.device, mean.device, rstd.device, inp.device, weight.device, bias.device, R, D, EPS);
     compare("out", out, FORWARD), compare("mean", mean, FLOAT_FORWARD), compare("rstd", rstd, FLOAT_FORWARD);
-    upload(mean.device, mean.host, R * sizeof(float)), upload(rstd.device, rstd.host, R * sizeof(float));
+    upload_means(mean), upload(rstd.device, rstd.host, R * sizeof(float));
     cpu_layernorm_backward(dinp.host, dweight.host, dbias.host, dout.host, inp.host, weight.host, mean.host, rstd.host,
                            R, D);
     layernorm_backward(dinp.device, dweight.device, dbias.device, dout.device, inp.device, weight.device, mean.device,
@@ -608,6 +712,10 @@ static void test_layernorm(void) {
         layernorm_case(2051, 7, affine), layernorm_case(11, 1024, affine); // more rows than parts; mega200M's
     }
     layernorm_case(3, 2560, 1), layernorm_case(3, 5000, 1), layernorm_case(3, 8191, 1), layernorm_case(3, 8192, 1);
+    for (int i = 0; i < 4; i++) { // squares, or their sum, that overflow, of some rows and of all
+        double size = i == 0 ? 1e18 : i == 1 ? 1e20 : i == 2 ? 1e25 : 1e38;
+        layernorm_case(1, 1024, 1, size), layernorm_case(9, 64, 0, size), layernorm_case(5, 19, 1, size);
+    }
 }
 
 static void rescale_case(int R, int D) {
@@ -666,23 +774,49 @@ static void test_output_loss(void) {
     output_loss_case(5, 3, 4099), output_loss_case(4, 16, 32000);
 }
 
+// x is 1, so that logits are the output matrix: two of 1e20; one far above the others, so that the loss is small and
+// softmax - 1 cancels; one that overflows to -infinity, which must not pass for a probability of 0.
+static void test_far_loss(void) {
+    static const char *const names[3] = {"two logits of 1e20", "a logit 20 above the others", "a logit that overflows"};
+    for (int i = 0; i < 6; i++) {
+        int kind = i / 2, V = i % 2 ? 64 : 5, target = kind == 2 ? 1 : V - 2;
+        begin("output_loss, V %d, %s", V, names[kind]);
+        float *row = random_numbers(V, 1, -20), *one = random_numbers(1, 0, kind == 2 ? 1e20 : 1);
+        row[target] = kind == 0 ? 1e20f : kind == 1 ? 0 : 1, row[V - 1] = kind == 0 ? 1e20f : kind == 1 ? -20 : -1e30f;
+        Acts x = acts_from(one, 1), output = acts_from(row, V), dx = acts_out(1);
+        Floats doutput = floats(V, 0, 0), losses = floats_out(1);
+        Doubles total = doubles_out(1);
+        int32_t *targets = on_host<int32_t>(1);
+        targets[0] = target;
+        cpu_output_loss(total.host, dx.host, doutput.host, x.host, output.host, targets, 1, 1, 1, V);
+        output_loss(total.device, losses.device, dx.device, doutput.device, on_device<act>(V), x.device, output.device,
+                    copied(targets, 1), 1, 1, 1, V);
+        float loss;
+        CUDA(cudaMemcpy(&loss, losses.device, sizeof loss, cudaMemcpyDeviceToHost));
+        if (kind == 2) cpu_check_true("output_loss: a logit that overflows: the loss is NaN", isnan(loss));
+        if (kind < 2) compare("loss", total, FLOAT_FORWARD), compare("gradient of the logits", doutput, BACKWARD);
+        finish();
+    }
+}
+
 // ----------------------------------------------------------------------------
 // decoding: a token of each of B sequences
 
-static void decode_norm_case(int B, int D, int G, int N) {
-    begin("decode_norm, B %d D %d G %d N %d", B, D, G, N);
+static void decode_norm_case(int B, int D, int G, int N, double shift = 0.5, double scale = 1) {
+    begin("decode_norm, B %d D %d G %d N %d, mean %g, x %g", B, D, G, N, shift, scale);
     size_t n = (size_t)D * N, width = (size_t)B * D;
-    Acts x = acts(width, 1.7, 0.5), xt = acts_out(width), ema = acts_out(width), alone = acts_out(width);
+    Acts x = acts(width, 1.7 * scale, shift), xt = acts_out(width), ema = acts_out(width), alone = acts_out(width);
     Floats weight = floats(D, 1, 0), bias = floats(D, 1, 0), omega = floats(D, 1, 0), h = floats(2 * n * B, 1, 0);
     Floats alpha = floats(n, 1, 0), delta = floats(n, 1, 0), theta = floats(D, 1, -1), gamma = floats(2 * n, 1, 0);
-    Floats all = floats_out(7 * n), means = floats_out((size_t)B * G), rstds = floats_out((size_t)B * G);
-    Past in = past_of(B, D, G, 0.5);
+    Floats all = floats_out(7 * n), rstds = floats_out((size_t)B * G);
+    double *means = on_host<double>((size_t)B * G);
+    Past in = past_of(B, D, G, shift, scale);
     Doubles mean = doubles_out((size_t)B * G), m2 = doubles_out((size_t)B * G);
     double *same_mean = copied(in.mean.host, mean.n), *same_m2 = copied(in.m2.host, m2.n);
     Coefs c = coefs_at(all.device, n, 1);
     cpu_cema_coefs_forward(all.host, alpha.host, delta.host, theta.host, gamma.host, D, N);
     cema_coefs_forward(&c, alpha.device, delta.device, theta.device, gamma.device, D, N);
-    cpu_timestep_norm_forward(xt.host, means.host, rstds.host, mean.host, m2.host, x.host, weight.host, bias.host,
+    cpu_timestep_norm_forward(xt.host, means, rstds.host, mean.host, m2.host, x.host, weight.host, bias.host,
                               in.mean.host, in.m2.host, in.count, B, 1, D, G, EPS);
     memcpy(alone.host, xt.host, width * sizeof *xt.host);
     cpu_cema_forward(ema.host, h.host, xt.host, all.host, omega.host, h.host, B, 1, D, N);
@@ -701,27 +835,31 @@ static void test_decode_norm(void) {
     decode_norm_case(1, 1, 1, 1), decode_norm_case(3, 30, 2, 3), decode_norm_case(2, 132, 132, 16);
     decode_norm_case(4, 200, 2, 33); // groups of more channels than lanes, more modes than warps
     decode_norm_case(1, 1024, 32, 16), decode_norm_case(8, 384, 32, 8); // mega200M's, enwik8's
+    const double spread = sizeof(act) == 4 ? 1 : 1e5 / 30; // as in timestep_norm's cases
+    decode_norm_case(3, 60, 2, 3, 1e5, spread), decode_norm_case(3, 60, 2, 3, 0, 1e20);
+    decode_norm_case(2, 64, 1, 2, 1e36, 1e37);
 }
 
 // A launch of three: everything, of one kind of norm; nothing but a bias; silu alone.
-static void few_rows_case(int B, int K, int M, int M2, int norm, int affine) {
-    begin("few_rows, B %d K %d M %d and %d%s%s", B, K, M, M2,
+static void few_rows_case(int B, int K, int M, int M2, int norm, int affine, double size = 1) {
+    begin("few_rows, B %d K %d M %d and %d%s%s, x %g", B, K, M, M2,
           norm == NO_NORM    ? ""
           : norm == RMS_NORM ? ", RMS"
                              : ", LN",
-          affine ? ", affine" : "");
+          affine ? ", affine" : "", size);
     size_t n = (size_t)B * M, n2 = (size_t)B * M2;
-    Acts inp = acts((size_t)B * K, 1, 0.3), weight = acts((size_t)M * K, 1 / sqrt((double)K), 0), bias = acts(M, 1, 0);
+    Acts inp = acts_rows(B, K, 1, 0.3, size), weight = acts((size_t)M * K, 1 / sqrt((double)K), 0), bias = acts(M, 1, 0);
     Acts gate = acts(weight.n, 1 / sqrt((double)K), 0), add = acts(n, 1, 0), out = copy_of(add), bias2 = acts(M2, 1, 0);
     Acts weight2 = acts((size_t)M2 * K, 1 / sqrt((double)K), 0), out2 = acts_out(n2), out3 = acts_out(n2);
-    Floats scale = floats(M, 1, 0), norm_weight = {}, norm_bias = {}, mean = floats_out(B), rstd = floats_out(B);
+    Floats scale = floats(M, 1, 0), norm_weight = {}, norm_bias = {}, rstd = floats_out(B);
+    double *mean = on_host<double>(B);
     float *x = on_host<float>(inp.n), *times = on_host<float>(n);
     if (affine) norm_weight = floats(K, 1, 0);
     if (affine && norm == LAYER_NORM) norm_bias = floats(K, 1, 0);
     memcpy(x, inp.host, inp.n * sizeof *x);
     if (norm == RMS_NORM) cpu_rmsnorm_forward(x, rstd.host, inp.host, norm_weight.host, B, K, EPS);
     if (norm == LAYER_NORM)
-        cpu_layernorm_forward(x, mean.host, rstd.host, inp.host, norm_weight.host, norm_bias.host, B, K, EPS);
+        cpu_layernorm_forward(x, mean, rstd.host, inp.host, norm_weight.host, norm_bias.host, B, K, EPS);
     cpu_linear_forward(out.host, 0, x, weight.host, bias.host, B, K, M);
     cpu_linear_forward(times, 0, x, gate.host, NULL, B, K, M);
     cpu_linear_forward(out2.host, 0, inp.host, weight2.host, bias2.host, B, K, M2);
@@ -752,6 +890,8 @@ static void test_few_rows(void) {
         few_rows_case(5, 1000, 11, 13, norm, affine); // two rounds of loads
         few_rows_case(1, 2560, 1024, 3, norm, affine), few_rows_case(4, 5000, 3, 2, norm, affine); // and of columns
         few_rows_case(1, 40, 5000, 3, norm, affine);                                               // a warp an output
+        if (norm == NO_NORM) continue;
+        few_rows_case(1, 384, 100, 7, norm, affine, 1e20), few_rows_case(3, 64, 9, 5, norm, affine, 1e36);
     }
 }
 
@@ -841,11 +981,14 @@ int main(int argc, char **argv) {
                  {"linear", test_linear},
                  {"qk", test_qk},
                  {"gates", test_gates},
+                 {"far gates", test_far_gates},
                  {"attention", test_attention},
+                 {"far attention", test_far_attention},
                  {"layernorm", test_layernorm},
                  {"rescale", test_rescale},
                  {"add", test_add},
                  {"output_loss", test_output_loss},
+                 {"far output_loss", test_far_loss},
                  {"decode_norm", test_decode_norm},
                  {"few_rows", test_few_rows},
                  {"decode_attention", test_decode_attention},

@@ -482,6 +482,79 @@ static void test_threads(void) {
     setup_free(&s[0]), setup_free(&s[1]);
 }
 
+// ----------------------------------------------------------------------------
+// Weights for which squares or products overflow float32, against weights for which the model is the same.
+
+static void scale_tensors(Setup *s, const char *const names[2], double factor) {
+    for (int i = 0; i < s->num_tensors; i++) {
+        const Tensor *t = &s->tensors[i];
+        for (int k = 0; k < 2; k++) {
+            if (names[k] && strstr(t->name, names[k])) {
+                for (size_t e = 0; e < t->size; e++) s->params[t->offset + e] *= (real)factor;
+            }
+        }
+    }
+    megalodon_write(s->model, PARAMS, 0, s->size, s->params);
+}
+
+// Logits, and every gradient whose tensor's name is none of `except`, each divided by its norm, since a gradient by a
+// weight that is s times as large is 1/s times as large.
+static void same_model(const char *what, Setup *a, Setup *b, const char *const except[2]) {
+    size_t n = (size_t)a->c->B * a->c->L, V = (size_t)a->c->config.vocab_size;
+    real *logits = malloc(2 * n * V * sizeof *logits);
+    double *got = malloc(2 * a->size * sizeof *got), *expected = got + a->size;
+    size_t count = 0;
+    train(a, a->tokens, a->targets, a->c->B, 0.37), train(b, b->tokens, b->targets, b->c->B, 0.37);
+    megalodon_logits(a->model, 0, n, logits), megalodon_logits(b->model, 0, n, logits + n * V);
+    check_real(named(a->c->name, what), logits, logits + n * V, n * V, ROUNDING);
+    for (int i = 0; i < a->num_tensors; i++) {
+        const Tensor *t = &a->tensors[i];
+        double norm_a = 0, norm_b = 0;
+        if ((except[0] && strstr(t->name, except[0])) || (except[1] && strstr(t->name, except[1]))) continue;
+        for (size_t k = t->offset; k < t->offset + t->size; k++) {
+            norm_a += (double)a->grads[k] * a->grads[k], norm_b += (double)b->grads[k] * b->grads[k];
+        }
+        for (size_t k = t->offset; k < t->offset + t->size; k++, count++) {
+            got[count] = a->grads[k] / sqrt(norm_a), expected[count] = b->grads[k] / sqrt(norm_b);
+        }
+    }
+    check("  gradients", got, expected, count, ROUNDING);
+    free(logits), free(got);
+}
+
+static void test_hostile(const Case *c) {
+    static const struct {
+        const char *what, *names[2], *except[2];
+    } scaled[] = {{"wh1 x 2^66 = wh1 x 2^50", {"wh1.weight", "wh1.bias"}, {0}}, // before the FFN's LayerNorm
+                  {"CEMA x 2^66 = CEMA x 2^50", {"cema.gamma", "cema.omega"}, {0}}, // before RMSNorm
+                  {"wz x 2^66 = wz x 2^50", {"wz.weight", "wz.bias"}, {0}}, // before the norm of the heads
+                  {"embed x 2^66 = embed x 2^50", {"embed.weight", NULL}, {"mega", "nffn"}}}; // before TimestepNorm
+    for (int i = 0; i < 4; i++) {
+        Setup a = setup(c, MEGALODON_TRAIN), b = setup(c, MEGALODON_TRAIN);
+        scale_tensors(&a, scaled[i].names, 0x1p66), scale_tensors(&b, scaled[i].names, 0x1p50);
+        same_model(scaled[i].what, &a, &b, scaled[i].except);
+        setup_free(&a), setup_free(&b);
+    }
+    // silu(-1e30) = silu(0) = 0: every second row of wv, or of wr, with a bias of -1e30 or of zeros with a bias of 0
+    static const char *const gates[2][2] = {{"wv.weight", "wv.bias"}, {"wr.weight", "wr.bias"}};
+    for (int g = 0; g < 2; g++) {
+        Setup a = setup(c, MEGALODON_TRAIN), b = setup(c, MEGALODON_TRAIN);
+        for (int i = 0; i < a.num_tensors; i++) {
+            const Tensor *t = &a.tensors[i];
+            int bias = strstr(t->name, gates[g][1]) != NULL, width = bias ? 1 : c->config.model_dim;
+            if (!bias && !strstr(t->name, gates[g][0])) continue;
+            for (size_t k = 0; k < t->size; k++) {
+                if (k / (size_t)width % 2) continue;
+                if (bias) a.params[t->offset + k] = (real)-1e30;
+                b.params[t->offset + k] = 0;
+            }
+        }
+        megalodon_write(a.model, PARAMS, 0, a.size, a.params), megalodon_write(b.model, PARAMS, 0, b.size, b.params);
+        same_model(g ? "wr's bias -1e30 = r of 0" : "wv's bias -1e30 = v of 0", &a, &b, gates[g]);
+        setup_free(&a), setup_free(&b);
+    }
+}
+
 static void test_learning(void) {
     static const Case c = {
         "learning", {2, 16, 8, 24, 1, 24, 4, 8, 11, 4, 1, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 2, 20};
@@ -517,6 +590,7 @@ int main(void) {
         test_gradients(&cases[i]);
 #endif
     }
+    test_hostile(&cases[1]), test_hostile(&cases[3]);
     test_learning();
     return check_done();
 }
