@@ -201,7 +201,7 @@ build/emulated/plumbing/peers.o: CXXFLAGS += -iquote plumbing $(filter -I%,$(MPI
 build/emulated/plumbing/peers.o: plumbing/peers.h plumbing/plumbing.h
 build/emulated/train_fp32: LDLIBS += $(filter-out -I%,$(MPI))
 $(EMULATED) build/emulated/train_fp32:
-	$(CXX) $^ $(OMP) $(LDLIBS) -o $@
+	$(CXX) $^ -rdynamic $(OMP) $(LDLIBS) -o $@
 
 test-emulated: $(EMULATED) build/emulated/train_fp32 train compare
 	@sh tests/run.sh $(EMULATED) tests/mpi_emulated.sh
