@@ -886,8 +886,9 @@ static void gather_nothing(void *context, const void *mine, void *all, size_t by
     CUDA(cudaMemset(all, 0, 2 * bytes));
 }
 
-// A training step, then as the first of two pieces; L tokens at once, then one, of 1 to 8 sequences.
-static void launch_everything(Config config, int L) {
+// A training step, then with `joined` one as the first of two pieces; L tokens at once, then one, of up to `rows`
+// sequences.
+static void launch_everything(Config config, int L, bool joined, int rows) {
     enum { B = 2 };
     config.num_layers = 1;
     const int V = config.vocab_size;
@@ -899,25 +900,25 @@ static void launch_everything(Config config, int L) {
     int64_t counted;
     memset(tokens, 0, (size_t)FEW_ROWS * L * sizeof *tokens);
     Model *m = megalodon_new(&config, MEGALODON_TRAIN, B, L);
-    cpu_check_true("a model to train", m != NULL);
-    for (int piece = 0; m && piece < 2; piece++) {
+    for (int piece = 0; m && piece <= joined; piece++) {
         if (piece) megalodon_pieces(m, &pieces);
         megalodon_forward(m, NULL, tokens, B, L);
         megalodon_loss(m, tokens, 1, &counted, NULL);
         megalodon_backward(m);
         megalodon_grad_norm(m), megalodon_update(m, &adamw, 1e-3, 1, 0);
     }
+    if (m == NULL) cpu_check_true("room for a model", 0);
     megalodon_free(m);
-    for (int b = 1; b <= FEW_ROWS; b++) {
+    for (int b = 1; b <= rows; b += emu_dry ? 1 : b) { // 1, 2, 4, 8 have all kernels
         m = megalodon_new(&config, MEGALODON_INFER, b, L);
         State *state = state_new(&config, b, 0);
-        for (int length = L; m && state && length > 0; length = length > 1 ? 1 : 0) {
-            megalodon_forward(m, state, tokens, b, length);
-            megalodon_logits(m, 0, (size_t)b, logits);
-        }
+        if (b == 1) megalodon_forward(m, state, tokens, b, L);
+        megalodon_forward(m, state, tokens, b, 1);
+        megalodon_logits(m, 0, (size_t)b, logits);
         state_free(state), megalodon_free(m);
     }
-    finish();
+    now.devices = now.hosts = 0;
+    free(tokens), free(logits);
 }
 
 typedef struct {
@@ -967,18 +968,21 @@ static void test_shared_memory(void) {
                           dimensions(8191, 64, 32, 2, 9, 1, 70, 9, 1, 1),
                           dimensions(1000, 9000, 4500, 3, 3000, 33, 130, 5001, 500, 0),
                           dimensions(520, 3106, 8, 1, 8, 16, 2048, 8, 65, 1),
-                          dimensions(24, 256, 8, 32, 8, 16, 64, 8, 8, 0)};
-    const Config small[] = {dimensions(64, 32, 64, 2, 64, 9, 64, 64, 8, 1), dimensions(33, 6, 5, 1, 7, 2, 40, 11, 3, 0),
-                            dimensions(96, 8, 16, 1, 16, 2, 64, 16, 24, 0),
-                            dimensions((512 + 1) * VEC, 8, 8, 1, 8, 1, 64, 8, 1, 1), // two vectors a thread
-                            dimensions(4100 + VEC, 8, 8, 1, 8, 1, 64, 8, 1, 0)};
+                          dimensions(24, 256, 64, 32, 8, 16, 64, 8, 8, 0),
+                          dimensions(4096, 2, 8, 1, 8, 1, 64, 8, 4096 / 8, 1),
+                          dimensions(4096, 2, 8, 1, 8, 1, 64, 8, 4096 / 4, 1)};
+    const Config small[] = {dimensions(16, 8, 8, 2, 8, 2, 16, 16, 2, 1), dimensions(9, 6, 5, 1, 7, 2, 40, 11, 3, 0),
+                            dimensions(24, 8, 8, 1, 8, 1, 64, 16, 6, 0)};
     const char *before = getenv("CUDA_ON_CPU_OPTIN");
     const std::string device = before ? before : "";
     std::map<std::string, SharedRow> rows;
-    for (int at = 0; at < NUM_LIMITS; at += NUM_LIMITS - 1) { // with small tiles, with large ones
-        set_device(limits[at]);
-        for (const Config &c : small) launch_everything(c, c.model_dim < 100 ? 130 : 2);
+    for (const Config &c : small) {
+        set_device(limits[NUM_LIMITS - 1]);
+        launch_everything(c, 66, true, FEW_ROWS);
+        set_device(limits[0]); // smaller tiles
+        launch_everything(c, 66, true, 0);
     }
+    for (int D : {(512 + 1) * VEC, 4100 + VEC}) rmsnorm_case(2, D, 1), layernorm_case(2, D, 1); // their other kernels
     emu_dry = true;
     for (int at = 0; at < NUM_LIMITS; at++) {
         set_device(limits[at]);
@@ -987,7 +991,7 @@ static void test_shared_memory(void) {
             size_t most = 0, kernels = 0, unknown = 0;
             const Config config = i < OTHER ? megalodon_presets[i].config : odd[i - OTHER];
             for (auto &kernel : emu_kernels) kernel.second.launched = false, kernel.second.dynamic = 0;
-            launch_everything(config, 130);
+            launch_everything(config, 130, true, FEW_ROWS);
             for (const auto &kernel : emu_kernels) {
                 const EmuKernel &k = kernel.second;
                 const size_t bytes = k.declared + k.dynamic;
