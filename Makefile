@@ -54,6 +54,7 @@ help:
 	@echo 'make diff        one batch on CPU and GPU, and every tensor side by side'
 	@echo 'make test-cuda   all checks of the CUDA version, and its speed; make bench-cuda: where the time goes'
 	@echo 'make test-emulated   its kernels on the CPU, where there is no GPU (needs a C++ compiler)'
+	@echo 'make shared-memory   shared memory of the GPU kernels, and the devices that it fits (needs a C++ compiler)'
 	@echo 'make demo        trains a small model for a minute, then lets it write'
 	@echo 'make test        checks layers, gradients, files and programs; ends with "N passed, N failed"'
 	@echo 'make test-mutants  checks these checks'
@@ -201,10 +202,15 @@ build/emulated/plumbing/peers.o: CXXFLAGS += -iquote plumbing $(filter -I%,$(MPI
 build/emulated/plumbing/peers.o: plumbing/peers.h plumbing/plumbing.h
 build/emulated/train_fp32: LDLIBS += $(filter-out -I%,$(MPI))
 $(EMULATED) build/emulated/train_fp32:
-	$(CXX) $^ $(OMP) $(LDLIBS) -o $@
+	$(CXX) $^ -rdynamic $(OMP) $(LDLIBS) -o $@
 
 test-emulated: $(EMULATED) build/emulated/train_fp32 train compare
-	@sh tests/run.sh $(EMULATED) tests/mpi_emulated.sh
+	@sh tests/run.sh $(EMULATED) tests/limits_emulated.sh tests/mpi_emulated.sh
+
+# Shared memory of every kernel of megalodon.cu, for all presets, and whether it fits 99, 163, 227 KB. Needs no GPU.
+shared-memory: build/emulated/test_cuda build/emulated/test_cuda_fp32
+	@for program in $^; do $$program shared_memory > build/shared.out 2>&1 || { cat build/shared.out; exit 1; }; \
+	    sed -n '/^Shared memory/,$$p' build/shared.out; done
 
 # ---------------------------------------------------------------- tests
 
@@ -269,4 +275,4 @@ demo: $(PROGRAMS)
 clean:
 	rm -rf build $(PROGRAMS) $(CUDA_PROGRAMS)
 
-.PHONY: all help cuda test-cuda bench-cuda diff test-emulated test test-mutants lint fuzz bench demo clean
+.PHONY: all help cuda test-cuda bench-cuda diff test-emulated shared-memory test test-mutants lint fuzz bench demo clean

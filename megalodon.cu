@@ -65,10 +65,14 @@ enum {
     SCORES = 1 << 24,                          // scores that exist at a time
     LOGITS = 1 << 27, // logits that exist at a time, in whole positions; at least LOGIT_ROWS of these
     LOGIT_ROWS = 128,
-    EMBED_ROWS = 64,    // rows with the same token that a thread block sums
-    MOST_PARTS = 1024,  // parts of a sum over rows
-    NORM_PARTS = 1024,  // parts of the gradient norm
-    WORKSPACE = 1 << 25 // bytes that cuBLASLt may use
+    EMBED_ROWS = 64,     // rows with the same token that a thread block sums
+    MOST_PARTS = 1024,   // parts of a sum over rows
+    NORM_PARTS = 1024,   // parts of the gradient norm
+    WORKSPACE = 1 << 25, // bytes that cuBLASLt may use
+    // Shared memory per thread block, in bytes
+    SHARED_NEEDED = 99 << 10,  // what the device must allow: compute capability 8.6, 8.9, 12.0; 8.0 has 163 KB, 9.0 227
+    SHARED_DECLARED = 2 << 10, // at most this much is declared in a kernel that has dynamic shared memory, too
+    SHARED_DEFAULT = 48 << 10  // what a kernel may have without cudaFuncSetAttribute
 };
 
 static const double PI = 3.14159265358979323846;
@@ -83,6 +87,7 @@ static __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 static struct {
     int open, devices; // devices of this machine
     int early;         // a kernel can start before the one before it has ended
+    int max_shared;    // bytes of dynamic shared memory that a thread block can have
     char name[300];
     size_t used, peak; // bytes of device memory
     cublasLtHandle_t lt;
@@ -122,8 +127,30 @@ static void device_free(void *memory, size_t bytes) {
     gpu.used -= bytes;
 }
 
+static __global__ void advance_kernel(int64_t *count, int B, int64_t L);
+
+// Ends the program where its kernels cannot run on the device.
+static void check_device(const cudaDeviceProp *properties, int shared) {
+    int major = properties->major, minor = properties->minor;
+    if (major < 8 || shared < SHARED_NEEDED) {
+        fprintf(stderr,
+                "error: %s has compute capability %d.%d and %d bytes of shared memory per thread block; compute "
+                "capability 8.0 and %d bytes are needed. ./train and ./sample run on the CPU\n",
+                properties->name, major, minor, shared, SHARED_NEEDED);
+        exit(1);
+    }
+    cudaFuncAttributes attributes;
+    cudaError_t status = cudaFuncGetAttributes(&attributes, advance_kernel);
+    if (status == cudaSuccess) return;
+    fprintf(stderr,
+            "error: %s has compute capability %d.%d, for which this program has no code (CUDA: %s). Build it for this "
+            "GPU: make cuda CUARCH=%d%d\n",
+            properties->name, major, minor, cudaGetErrorString(status), major, minor);
+    exit(1);
+}
+
 static void gpu_open(void) {
-    int count = 0;
+    int count = 0, shared = 0;
     cudaDeviceProp properties;
     if (gpu.open) return;
     cudaError_t status = cudaGetDeviceCount(&count);
@@ -139,6 +166,9 @@ static void gpu_open(void) {
     gpu.devices = count;
     CUDA(cudaSetDevice(number % count));
     CUDA(cudaGetDeviceProperties(&properties, number % count));
+    CUDA(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, number % count));
+    check_device(&properties, shared);
+    gpu.max_shared = shared - SHARED_DECLARED;
     snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s", properties.name, properties.major, properties.minor,
              sizeof(act) == 4 ? "float32" : "bfloat16");
     gpu.early = properties.major >= 9;
@@ -184,9 +214,10 @@ static const float LARGE = 1e37f, SMALL_UNIT = 0x1p-80f;
 // Blocks of `threads` threads for n things.
 static unsigned blocks_for(size_t n, int threads) { return (unsigned)((n + (size_t)threads - 1) / (size_t)threads); }
 
-// Lets a kernel have more shared memory than the 48 KB that need no asking.
+// Lets a kernel have so much dynamic shared memory. What the kernel declares counts towards the default, too.
 template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes) {
-    if (bytes > 48 << 10) CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    if (bytes > SHARED_DEFAULT - SHARED_DECLARED)
+        CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
 }
 
 // ----------------------------------------------------------------------------
@@ -1100,9 +1131,10 @@ static __device__ const uint32_t cema_nothing[4] = {0, 0, 0, 0}; // what is read
 
 // Copies a thread block's tokens into its tiles, or with `write` back from them. W channels of two tokens at a time;
 // COUNT threads. Ends before the tiles are complete.
-template <int W, int COUNT>
+template <int W, int COUNT, int CHANNELS = CEMA_CHANNELS>
 static __device__ void cema_copy(act *x, Pair *tiles, bool write, int order, int B, int L, int D) {
-    enum { PIECES = CEMA_CHANNELS / W, PAIRS = CEMA_BLOCK / 2, AT_ONCE = 4 };
+    enum { PIECES = CHANNELS / W, PAIRS = CEMA_BLOCK / 2, AT_ONCE = 4 };
+    static_assert(CEMA_COLUMNS * PAIRS * PIECES % (AT_ONCE * COUNT) == 0, "all threads have work in every round");
     __shared__ int first[CEMA_COLUMNS], tokens[CEMA_COLUMNS]; // rows
     const unsigned thread = threadIdx.y * WARP + threadIdx.x;
     if (thread < CEMA_COLUMNS) {
@@ -1115,7 +1147,7 @@ static __device__ void cema_copy(act *x, Pair *tiles, bool write, int order, int
         Pair *tile[AT_ONCE];
         for (int k = 0; k < AT_ONCE; k++) {
             unsigned i = i0 + k * COUNT, c = i % PIECES * W, pair = i / PIECES % PAIRS, column = i / PIECES / PAIRS;
-            int d = blockIdx.x * CEMA_CHANNELS + c, T = d < D ? tokens[column] : 0;
+            int d = blockIdx.x * CHANNELS + c, T = d < D ? tokens[column] : 0;
             tile[k] = tiles + c * CEMA_TILE + column * CEMA_PAIRS + pair;
             if (write) {
                 for (int j = 0; j < W; j++) {
@@ -1320,8 +1352,8 @@ static __global__ void cema_end_kernel(float *h_out, const float2 *states, const
     h_out[b * 2 * modes + mode] = h.x, h_out[(b * 2 + 1) * modes + mode] = h.y;
 }
 
-static dim3 cema_grid(int B, int L, int D) {
-    return dim3(ceil_div(D, CEMA_CHANNELS), ceil_div(B * ceil_div(L, CEMA_BLOCK), CEMA_COLUMNS));
+static dim3 cema_grid(int B, int L, int D, int channels = CEMA_CHANNELS) {
+    return dim3(ceil_div(D, channels), ceil_div(B * ceil_div(L, CEMA_BLOCK), CEMA_COLUMNS));
 }
 static const size_t CEMA_TILES = CEMA_CHANNELS * CEMA_TILE * sizeof(Pair); // bytes
 
@@ -1388,18 +1420,18 @@ static __device__ Series evaluate(const float2 c[CEMA_BLOCK / 8], float2 z) {
 }
 
 // parts (gridDim.y, 5*N*D + D): p, q_re, q_im, g_re, g_im of the coefficients' gradients, then domega. A warp has a
-// channel. CUT: last blocks have fewer tokens, and something behind them.
-template <int W, bool CUT>
-static __global__ void __launch_bounds__(WARP *CEMA_CHANNELS, 1)
+// channel, a thread block CHANNELS. CUT: last blocks have fewer tokens, and something behind them.
+template <int W, bool CUT, int CHANNELS>
+static __global__ void __launch_bounds__(WARP *CHANNELS, 1)
     cema_sums_kernel(float *parts, const act *dout, const act *inp, const float2 *states, const float2 *futures,
                      Coefs coefs, int B, int L, int D, int N) {
     extern __shared__ Pair cema_tiles[];
     const int row = threadIdx.x / 4, pair = threadIdx.x % 4, blocks = ceil_div(L, CEMA_BLOCK), columns = B * blocks;
-    const int d = blockIdx.x * CEMA_CHANNELS + threadIdx.y, tail = L - (blocks - 1) * CEMA_BLOCK;
-    const Pair *x = cema_tiles + threadIdx.y * CEMA_TILE, *dy = x + CEMA_CHANNELS * CEMA_TILE;
+    const int d = blockIdx.x * CHANNELS + threadIdx.y, tail = L - (blocks - 1) * CEMA_BLOCK;
+    const Pair *x = cema_tiles + threadIdx.y * CEMA_TILE, *dy = x + CHANNELS * CEMA_TILE;
     float *part = parts + (size_t)blockIdx.y * (5 * N + 1) * D + d;
-    cema_copy<W, WARP * CEMA_CHANNELS>((act *)inp, cema_tiles, false, FROM_FIRST, B, L, D);
-    cema_copy<W, WARP * CEMA_CHANNELS>((act *)dout, cema_tiles + CEMA_CHANNELS * CEMA_TILE, false, FROM_FIRST, B, L, D);
+    cema_copy<W, WARP * CHANNELS, CHANNELS>((act *)inp, cema_tiles, false, FROM_FIRST, B, L, D);
+    cema_copy<W, WARP * CHANNELS, CHANNELS>((act *)dout, cema_tiles + CHANNELS * CEMA_TILE, false, FROM_FIRST, B, L, D);
     __syncthreads();
     if (d >= D) return;
 
@@ -1493,6 +1525,32 @@ static __global__ void __launch_bounds__(WARP *CEMA_CHANNELS, 1)
     }
 }
 
+static size_t cema_sums_shared(int channels) { return 2 * (size_t)channels * CEMA_TILE * sizeof(Pair); } // bytes
+
+template <int CHANNELS>
+static void cema_sums_launch(float *parts, const act *dout, const act *inp, const float2 *states, const float2 *futures,
+                             const Coefs *coefs, bool cut, int B, int L, int D, int N) {
+    const size_t shared = cema_sums_shared(CHANNELS);
+    auto kernel = D % VEC > 0 ? cema_sums_kernel<1, true, CHANNELS>
+                  : cut       ? cema_sums_kernel<VEC, true, CHANNELS>
+                              : cema_sums_kernel<VEC, false, CHANNELS>;
+    allow_shared(kernel, shared);
+    kernel<<<cema_grid(B, L, D, CHANNELS), dim3(WARP, CHANNELS), shared>>>(parts, dout, inp, states, futures, *coefs, B,
+                                                                           L, D, N);
+    LAUNCHED();
+}
+
+// A thread block needs 147,968 bytes for all channels: more than 99 KB, so there it has half of them. Channels are
+// independent, so the results are equal bit for bit.
+static void cema_sums(float *parts, const act *dout, const act *inp, const float2 *states, const float2 *futures,
+                      const Coefs *coefs, bool cut, int B, int L, int D, int N) {
+    static_assert(CEMA_CHANNELS * CEMA_TILE * sizeof(Pair) <= SHARED_NEEDED - SHARED_DECLARED,
+                  "half of cema_sums' tiles, all of the other kernels'");
+    if (cema_sums_shared(CEMA_CHANNELS) <= (size_t)gpu.max_shared)
+        return cema_sums_launch<CEMA_CHANNELS>(parts, dout, inp, states, futures, coefs, cut, B, L, D, N);
+    cema_sums_launch<CEMA_CHANNELS / 2>(parts, dout, inp, states, futures, coefs, cut, B, L, D, N);
+}
+
 // How many parts the sums over blocks of tokens have.
 static int cema_parts(int B, int L, int D) { return cema_grid(B, L, D).y; }
 
@@ -1525,18 +1583,13 @@ static void cema_backward(act *dinp, Coefs *dcoefs, float *domega, const float *
                           const float *h_blocks, const Coefs *coefs, const float *omega, float *futures, float *parts,
                           int B, int L, int D, int N) {
     const float2 *states = (const float2 *)(const void *)h_blocks, *behind = (const float2 *)(const void *)futures;
-    dim3 grid = cema_grid(B, L, D);
+    const int count = cema_parts(B, L, D);
     size_t width = (size_t)(5 * N + 1) * D;
     cema_futures(futures, NULL, dout, dh, coefs, B, L, D, N);
     cema_tokens(dinp, behind, dout, coefs, omega, 1, B, L, D, N);
-    auto kernel = D % VEC > 0                ? cema_sums_kernel<1, true>
-                  : dh && L % CEMA_BLOCK > 0 ? cema_sums_kernel<VEC, true>
-                                             : cema_sums_kernel<VEC, false>;
-    allow_shared(kernel, 2 * CEMA_TILES);
-    kernel<<<grid, dim3(WARP, CEMA_CHANNELS), 2 * CEMA_TILES>>>(parts, dout, inp, states, behind, *coefs, B, L, D, N);
-    LAUNCHED();
-    sum_parts(dcoefs->p, NULL, 0, parts, (int)grid.y, width, (size_t)5 * N * D, 0);
-    sum_parts(domega, NULL, 1, parts + (size_t)5 * N * D, (int)grid.y, width, D, 0);
+    cema_sums(parts, dout, inp, states, behind, coefs, dh && L % CEMA_BLOCK > 0, B, L, D, N);
+    sum_parts(dcoefs->p, NULL, 0, parts, count, width, (size_t)5 * N * D, 0);
+    sum_parts(domega, NULL, 1, parts + (size_t)5 * N * D, count, width, D, 0);
 }
 
 // Pieces of one sequence, see megalodon.c. all (pieces,B,2,N,D): each piece alone. h (B,2,N,D): h before the whole
@@ -1917,11 +1970,13 @@ static __global__ void qk_backward_kernel(act *dz_out, float *parts, const act *
     }
 }
 
+static size_t qk_backward_shared(int dz) { return 4 * (size_t)dz * sizeof(float); } // bytes for a warp
+
 static void qk_backward(act *dz_out, float *dgamma, float *dbeta, const act *dq, const act *dk, const act *z,
                         const float *gamma, const float2 *table, float *parts, int R, int L, int Z, int dz, int C,
                         double eps) {
-    size_t shared = 4 * (size_t)dz * sizeof(float);
-    int warps = max_int(min_int((int)((48 << 10) / shared), ROW_WARPS / 2), 1);
+    size_t shared = qk_backward_shared(dz);
+    int warps = max_int(min_int((int)(SHARED_DEFAULT / shared), ROW_WARPS / 2), 1);
     int blocks = min_int(ceil_div(R, warps), MOST_PARTS);
     allow_shared(qk_backward_kernel, warps * shared);
     qk_backward_kernel<<<dim3(blocks, Z / dz), dim3(WARP, warps), warps * shared>>>(dz_out, parts, dq, dk, z, gamma,
@@ -2735,7 +2790,7 @@ static void few_rows(Linears all, int B, int K, double eps) {
               : few_rows_kernel<FEW_ROWS, W>)
     auto kernel = W == VEC ? FEW(VEC) : FEW(1);
     size_t shared = norm ? few_shared_bytes(B, K) : 0;
-    allow_shared(kernel, shared + (2 << 10)); // what is declared in the kernel counts, too
+    allow_shared(kernel, shared);
     launch_early(kernel, blocks, FEW_THREADS, shared, all, split, B, K, (float)eps);
 }
 
@@ -3435,8 +3490,8 @@ static void remember(Model *m, const State *state, int B) {
 // Of whole chunks a state has no keys and values. What shared memory has no room for is left to the general way.
 static int can_decode(const Model *m, const State *state, int B, int L) {
     return L == 1 && B <= FEW_ROWS && state && state->k && m->mode == MEGALODON_INFER && m->pieces.pieces == 1 &&
-           !m->dropping && few_shared_bytes(B, m->config.model_dim) <= 200 << 10 &&
-           few_shared_bytes(2, m->config.z_dim) <= 48 << 10;
+           !m->dropping && few_shared_bytes(B, m->config.model_dim) <= (size_t)gpu.max_shared &&
+           few_shared_bytes(2, m->config.z_dim) <= SHARED_DEFAULT;
 }
 
 static void decode_token(Model *m, const State *state, int B) {
@@ -3728,8 +3783,28 @@ static Model *model_outline(const Config *config, Mode mode, int B, int L) {
 static size_t block_bytes(size_t n) { return (n * sizeof(float) + 255) / 256 * 256; }
 static size_t rounded_bytes(const Model *m) { return sizeof(act) < 4 ? block_bytes(m->num_params) / 2 : 0; }
 
+// Ends the program if a kernel cannot run on this device with these dimensions. What else depends on them stays below
+// SHARED_NEEDED: TimestepNorm's kernels have at most 32 * (128 + 2) * 16 and 4 * model_dim bytes of shared memory;
+// decoding leaves to the general path what its kernels have no room for.
+static void check_dimensions(const Config *c, Mode mode) {
+    int dz = c->z_dim / c->num_heads, most = gpu.max_shared / (int)qk_backward_shared(1);
+    if (c->model_dim > MOST_COLUMNS) {
+        fprintf(stderr, "error: --model-dim %d: on a GPU it is at most %d\n", c->model_dim, MOST_COLUMNS);
+        exit(1);
+    }
+    if (mode != MEGALODON_INFER && dz > most) {
+        fprintf(stderr,
+                "error: --z-dim %d with --num-heads %d: training on this GPU allows at most %d numbers per head (%d "
+                "bytes of shared memory per thread block), these are %d\n",
+                c->z_dim, c->num_heads, most, gpu.max_shared + SHARED_DECLARED, dz);
+        exit(1);
+    }
+}
+
 MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
     MemoryPlan plan = {0, 0, 0, 0, 0};
+    gpu_open();
+    check_dimensions(config, mode);
     Model *m = model_outline(config, mode, B, L);
     if (!m) return plan;
     Arena acts = {NULL, 0}, work = {NULL, 0};
@@ -3750,11 +3825,6 @@ static void *zeros(size_t bytes) {
 }
 
 Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
-    gpu_open();
-    if (config->model_dim > MOST_COLUMNS) {
-        fprintf(stderr, "error: model_dim %d: on a GPU it is at most %d\n", config->model_dim, MOST_COLUMNS);
-        exit(1);
-    }
     Model *m = model_outline(config, mode, B, L);
     if (!m) return NULL;
     MemoryPlan plan = m->plan = megalodon_memory(config, mode, B, L);

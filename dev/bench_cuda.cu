@@ -222,12 +222,8 @@ static void list_cema(const LayerActs *a, const LayerParams *w, const Coefs coef
     part(backward ? "  tokens back" : "  tokens", 0, acts(2 * D) + states,
          [=] { cema_tokens(backward ? s->dxt : a->ema, h, x, &coefs, w->cema_omega, backward, B, L, D, N); });
     if (!backward) return;
-    part("  sums", 0, acts(2 * D) + 2 * states, [=] {
-        auto kernel = vectors ? cema_sums_kernel<VEC, false> : cema_sums_kernel<1, true>;
-        kernel<<<grid, dim3(WARP, CEMA_CHANNELS), 2 * CEMA_TILES>>>(s->parts, s->dema, a->xt, before, h, coefs, B, L, D,
-                                                                    N);
-        LAUNCHED();
-    });
+    part("  sums", 0, acts(2 * D) + 2 * states,
+         [=] { cema_sums(s->parts, s->dema, a->xt, before, h, &coefs, false, B, L, D, N); });
 }
 
 static void list_qkv(const LayerActs *a, const LayerParams *w, const char *again) {

@@ -968,6 +968,232 @@ static void optimizer_case(size_t n) {
 }
 static void test_optimizer(void) { optimizer_case(1), optimizer_case(1003), optimizer_case(300001); }
 
+// ----------------------------------------------------------------------------
+// shared memory: the tiles of devices that allow 99 KB per thread block, on devices that allow more, too
+
+// The sums of CEMA's backward pass with both sizes of thread blocks: equal bits, since channels are independent.
+static void tiles_case(int B, int L, int D, int N, bool cut) {
+    begin("cema_sums, B %d L %d D %d N %d%s", B, L, D, N, cut ? ", cut" : "");
+    const size_t R = (size_t)B * L, n = (size_t)D * N, states = (size_t)B * ceil_div(L, CEMA_BLOCK) * n;
+    const size_t parts = (size_t)cema_parts(B, L, D) * (5 * N + 1) * D;
+    const int device = gpu.max_shared;
+    Acts inp = acts(R * D, 1, 0.2), dout = acts(R * D, 1, 0.2);
+    Floats all = floats(7 * n, 0.5, 0), h = floats(2 * states, 1, 0), futures = floats(2 * states, 1, 0);
+    Coefs coefs = coefs_at(all.device, n, 1);
+    float *bits[2];
+    for (int i = 0; i < 2; i++) {
+        float *out = on_device<float>(parts);
+        if (i == 1) gpu.max_shared = SHARED_NEEDED - SHARED_DECLARED;
+        cema_sums(out, dout.device, inp.device, (const float2 *)(const void *)h.device,
+                  (const float2 *)(const void *)futures.device, &coefs, cut, B, L, D, N);
+        bits[i] = on_host<float>(parts);
+        CUDA(cudaMemcpy(bits[i], out, parts * sizeof(float), cudaMemcpyDeviceToHost));
+    }
+    gpu.max_shared = device;
+    char name[120];
+    snprintf(name, sizeof name, "%s: the same bits with smaller tiles", now.title);
+    cpu_check_true(name, memcmp(bits[0], bits[1], parts * sizeof(float)) == 0);
+    finish();
+}
+static void test_tiles(void) {
+    const int device = gpu.max_shared;
+    for (int cut = 0; cut < 2; cut++) {
+        tiles_case(2, 130, 24, 3, cut), tiles_case(1, 64, 64, 9, cut), tiles_case(3, 70, 5, 1, cut);
+    }
+    gpu.max_shared = SHARED_NEEDED - SHARED_DECLARED;
+    cema_case(2, 130, 40, 2, STATE, 0), cema_case(1, 70, 33, 9, NO_STATE, 0), cema_case(2, 64, 64, 1, STATE, 0);
+    gpu.max_shared = device;
+}
+
+#ifdef CUDA_ON_CPU_RUNTIME_H
+// ----------------------------------------------------------------------------
+// What the emulator knows of shared memory: a table of all kernels, for all presets and for dimensions that need most,
+// with the devices on which they fit. Their launches are those of training and decoding, with one layer; nothing is
+// computed. What kernels declare is known from runs of small models.
+
+enum { NUM_LIMITS = 3, OTHER = NUM_PRESETS };
+static const int limits[NUM_LIMITS] = {99 << 10, 163 << 10, 227 << 10};
+
+static void set_device(int limit) {
+    char text[20];
+    snprintf(text, sizeof text, "%d", limit);
+    setenv("CUDA_ON_CPU_OPTIN", text, 1);
+    gpu.open = 0, gpu_open();
+}
+
+static void gather_nothing(void *context, const void *mine, void *all, size_t bytes) {
+    (void)context, (void)mine;
+    CUDA(cudaMemset(all, 0, 2 * bytes));
+}
+
+// A training step, then with `joined` one as the first of two pieces; L tokens at once, then one, of up to `rows`
+// sequences.
+static void launch_everything(Config config, int L, bool joined, int rows) {
+    enum { B = 2 };
+    config.num_layers = 1;
+    const int V = config.vocab_size;
+    const AdamW adamw = {0.9, 0.95, 1e-8, 0.1};
+    const int64_t lengths[2] = {L, L};
+    const Pieces pieces = {0, 2, lengths, gather_nothing, NULL};
+    int32_t *tokens = on_host<int32_t>((size_t)FEW_ROWS * L);
+    float *logits = on_host<float>((size_t)FEW_ROWS * V);
+    int64_t counted;
+    memset(tokens, 0, (size_t)FEW_ROWS * L * sizeof *tokens);
+    Model *m = megalodon_new(&config, MEGALODON_TRAIN, B, L);
+    for (int piece = 0; m && piece <= joined; piece++) {
+        if (piece) megalodon_pieces(m, &pieces);
+        megalodon_forward(m, NULL, tokens, B, L);
+        megalodon_loss(m, tokens, 1, &counted, NULL);
+        megalodon_backward(m);
+        megalodon_grad_norm(m), megalodon_update(m, &adamw, 1e-3, 1, 0);
+    }
+    if (m == NULL) cpu_check_true("room for a model", 0);
+    megalodon_free(m);
+    for (int b = 1; b <= rows; b += emu_dry ? 1 : b) { // 1, 2, 4, 8 have all kernels
+        m = megalodon_new(&config, MEGALODON_INFER, b, L);
+        State *state = state_new(&config, b, 0);
+        if (b == 1) megalodon_forward(m, state, tokens, b, L);
+        megalodon_forward(m, state, tokens, b, 1);
+        megalodon_logits(m, 0, (size_t)b, logits);
+        state_free(state), megalodon_free(m);
+    }
+    now.devices = now.hosts = 0;
+    free(tokens), free(logits);
+}
+
+typedef struct {
+    size_t declared, dynamic[NUM_PRESETS + 1], most[NUM_LIMITS]; // bytes; most: with what is declared
+} SharedRow;
+
+static Config dimensions(int D, int Z, int E, int H, int F, int N, int C, int V, int G, int more) {
+    Config c = megalodon_presets[0].config;
+    c.model_dim = D, c.z_dim = Z, c.value_dim = E, c.num_heads = H, c.ffn_hidden_dim = F, c.cema_ndim = N;
+    c.chunk_size = C, c.vocab_size = V, c.norm_num_groups = G, c.swiglu = c.rescale_nffn = c.scale_emb = more;
+    return c;
+}
+
+static void print_number(size_t bytes) {
+    if (bytes > 0)
+        printf(" %7zu", bytes);
+    else
+        printf(" %7s", "-");
+}
+
+static void print_table(const std::map<std::string, SharedRow> &rows) {
+    int none = 0;
+    printf(
+        "Shared memory in bytes: declared, dynamic (--preset, with batches of 1 to %d when decoding; other: dimensions "
+        "that need most),\nand the sum on devices with 99, 163, 227 KB per thread block, -: not launched there\n%-36s "
+        "%8s",
+        FEW_ROWS, sizeof(act) == 4 ? "float32" : "bfloat16", "declared");
+    for (const Preset &p : megalodon_presets) printf(" %7.7s", strncmp(p.name, "mega", 4) ? p.name : p.name + 4);
+    printf(" %7s %7s %7s %7s\n", "other", "99 KB", "163 KB", "227 KB");
+    for (const auto &row : rows) {
+        size_t all = row.second.declared;
+        for (size_t dynamic : row.second.dynamic) all += dynamic;
+        if (all == 0) none++;
+        if (all == 0) continue;
+        printf("%-36s", row.first.c_str());
+        printf(" "), print_number(row.second.declared);
+        for (size_t dynamic : row.second.dynamic) print_number(dynamic);
+        for (size_t most : row.second.most) print_number(most);
+        printf("\n");
+    }
+    printf("%d other kernels have none\n", none);
+}
+
+static void test_shared_memory(void) {
+    const Config odd[] = {dimensions(8192, 6208, 4, 1, 4, 64, 4, 8, 1, 1),
+                          dimensions(8192, 2, 3, 1, 5, 1, 4, 7, 4096, 0),
+                          dimensions(8191, 64, 32, 2, 9, 1, 70, 9, 1, 1),
+                          dimensions(1000, 9000, 4500, 3, 3000, 33, 130, 5001, 500, 0),
+                          dimensions(520, 3106, 8, 1, 8, 16, 2048, 8, 65, 1),
+                          dimensions(24, 256, 64, 32, 8, 16, 64, 8, 8, 0),
+                          dimensions(4096, 2, 8, 1, 8, 1, 64, 8, 4096 / 8, 1),
+                          dimensions(4096, 2, 8, 1, 8, 1, 64, 8, 4096 / 4, 1)};
+    const Config small[] = {dimensions(16, 8, 8, 2, 8, 2, 16, 16, 2, 1), dimensions(9, 6, 5, 1, 7, 2, 40, 11, 3, 0),
+                            dimensions(24, 8, 8, 1, 8, 1, 64, 16, 6, 0)};
+    const char *before = getenv("CUDA_ON_CPU_OPTIN");
+    const std::string device = before ? before : "";
+    std::map<std::string, SharedRow> rows;
+    for (const Config &c : small) {
+        set_device(limits[NUM_LIMITS - 1]);
+        launch_everything(c, 66, true, FEW_ROWS);
+        set_device(limits[0]); // smaller tiles
+        launch_everything(c, 66, true, 0);
+    }
+    for (int D : {(512 + 1) * VEC, 4100 + VEC}) rmsnorm_case(2, D, 1), layernorm_case(2, D, 1); // their other kernels
+    emu_dry = true;
+    for (int at = 0; at < NUM_LIMITS; at++) {
+        set_device(limits[at]);
+        for (int i = 0; i < OTHER + (int)(sizeof odd / sizeof *odd); i++) {
+            const int column = i < OTHER ? i : OTHER;
+            size_t most = 0, kernels = 0, unknown = 0;
+            const Config config = i < OTHER ? megalodon_presets[i].config : odd[i - OTHER];
+            for (auto &kernel : emu_kernels) kernel.second.launched = false, kernel.second.dynamic = 0;
+            launch_everything(config, 130, true, FEW_ROWS);
+            for (const auto &kernel : emu_kernels) {
+                const EmuKernel &k = kernel.second;
+                const size_t bytes = k.declared + k.dynamic;
+                if (!k.launched) continue;
+                kernels++, unknown += !k.executed;
+                if (!k.executed) printf("not run: %s\n", emu_kernel_name(kernel.first).c_str());
+                SharedRow &row = rows[emu_kernel_name(kernel.first)];
+                row.declared = k.declared;
+                row.dynamic[column] = k.dynamic > row.dynamic[column] ? k.dynamic : row.dynamic[column];
+                row.most[at] = bytes > row.most[at] ? bytes : row.most[at];
+                most = bytes > most ? bytes : most;
+            }
+            char name[120];
+            snprintf(name, sizeof name, "%d KB, %s: %zu kernels have at most %zu bytes", limits[at] >> 10,
+                     i < OTHER ? megalodon_presets[i].name : "other dimensions", kernels, most);
+            cpu_check_true(name, kernels > 20 && unknown == 0 && most <= (size_t)limits[at]);
+        }
+    }
+    emu_dry = false;
+    print_table(rows);
+    for (const auto &row : rows) {
+        size_t dynamic = 0;
+        for (size_t bytes : row.second.dynamic) dynamic += bytes;
+        if (dynamic > 0 && row.second.declared > SHARED_DECLARED) cpu_check_true("SHARED_DECLARED is too small", 0);
+    }
+    setenv("CUDA_ON_CPU_OPTIN", device.c_str(), 1);
+    if (device.empty()) unsetenv("CUDA_ON_CPU_OPTIN");
+    gpu.open = 0, gpu_open();
+}
+
+static __global__ void declaring_kernel(float *out) {
+    extern __shared__ float dynamic[];
+    __shared__ float declared[256];
+    dynamic[0] = declared[threadIdx.x] = 1;
+    *out = dynamic[0] + declared[0];
+}
+static cudaError_t launch_declaring(float *out, size_t bytes) {
+    declaring_kernel<<<1, 1, bytes>>>(out);
+    return cudaGetLastError();
+}
+// The emulator's own limits, which are CUDA's.
+static void test_emulator(void) {
+    begin("emulator");
+    float *out = on_device<float>(1);
+    const int kb = 1 << 10, most = (int)emu_optin() - kb;
+    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    printf("Four messages follow that are part of the test.\n");
+    cpu_check_true("47 KB beside 1 KB that is declared", launch_declaring(out, 47 * kb) == cudaSuccess);
+    cpu_check_true("a byte more", launch_declaring(out, 47 * kb + 1) == cudaErrorInvalidValue);
+    cpu_check_true("more than the device has",
+                   cudaFuncSetAttribute(declaring_kernel, attribute, most + 1) == cudaErrorInvalidValue);
+    cudaGetLastError();
+    cpu_check_true("all that it has", cudaFuncSetAttribute(declaring_kernel, attribute, most) == cudaSuccess &&
+                                          launch_declaring(out, most) == cudaSuccess);
+    cpu_check_true("a byte more than that", launch_declaring(out, most + 1) == cudaErrorInvalidValue);
+    cpu_check_true("less", cudaFuncSetAttribute(declaring_kernel, attribute, 50 * kb) == cudaSuccess &&
+                               launch_declaring(out, 50 * kb) == cudaSuccess);
+    cpu_check_true("more than was asked for", launch_declaring(out, 50 * kb + 1) == cudaErrorInvalidValue);
+    finish();
+}
+#endif
+
 int main(int argc, char **argv) {
     static const struct {
         const char *name;
@@ -992,7 +1218,12 @@ int main(int argc, char **argv) {
                  {"decode_norm", test_decode_norm},
                  {"few_rows", test_few_rows},
                  {"decode_attention", test_decode_attention},
-                 {"optimizer", test_optimizer}};
+                 {"optimizer", test_optimizer},
+#ifdef CUDA_ON_CPU_RUNTIME_H
+                 {"shared_memory", test_shared_memory},
+                 {"emulator", test_emulator},
+#endif
+                 {"tiles", test_tiles}};
     printf("%s\n%-48s %9s  %6s\n", megalodon_backend(), "", "rel. L2", "tol");
     for (const auto &test : tests) {
         if (argc < 2 || strstr(test.name, argv[1])) test.run();

@@ -12,12 +12,17 @@ the source into C++ that includes this folder's headers in place of CUDA's; see 
 With CUDA_ON_CPU_SHARED=1 in the environment other processes can open device memory, as cudaIpcOpenMemHandle does.
 AddressSanitizer then sees no overruns of it.
 
+The device is one of compute capability 9.0 with 227 KB of shared memory per thread block. Environment variables make it
+another one: CUDA_ON_CPU_CAPABILITY=86 is 8.6, CUDA_ON_CPU_OPTIN=101376 are the bytes of shared memory, and with
+CUDA_ON_CPU_NO_CODE=1 the program has no code for it. What a kernel has declared with __shared__ is known once it has run.
+
 Left out: streams and events (all calls wait), atomics, masks of some lanes, a look-out for races between two barriers. With
 CUDA_ON_CPU_REVERSE=1 in the environment threads take turns the other way round, which makes some races visible.
 */
 #ifndef CUDA_ON_CPU_RUNTIME_H
 #define CUDA_ON_CPU_RUNTIME_H
 
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <math.h>
 #include <pthread.h>
@@ -30,7 +35,10 @@ CUDA_ON_CPU_REVERSE=1 in the environment threads take turns the other way round,
 #include <time.h>
 #include <unistd.h>
 
+#include <cxxabi.h>
+
 #include <map>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -159,6 +167,9 @@ struct EmuWorker {
     void (*run)(const void *arguments);
     const void *arguments;
     char *shared; // the block's dynamic shared memory
+    const void *declared[16]; // arrays declared with __shared__, as far as this launch has come to them
+    int num_declared;
+    size_t declared_bytes;
     const char *kernel;
     int line;
 };
@@ -329,6 +340,17 @@ inline void emu_run_block(EmuWorker *w) {
 
 inline void *emu_shared(void) { return emu_worker->shared; }
 
+// Behind every declaration of shared memory: counts it once a launch.
+inline void emu_declared(const void *array, size_t bytes) {
+    EmuWorker *w = emu_worker;
+    for (int i = 0; i < w->num_declared; i++) {
+        if (w->declared[i] == array) return;
+    }
+    if (w->num_declared == sizeof w->declared / sizeof *w->declared) emu_fatal("too many arrays in shared memory");
+    w->declared[w->num_declared++] = array;
+    w->declared_bytes += bytes;
+}
+
 inline void __syncthreads(void) { emu_wait(&emu_worker->block); }
 
 inline EmuWarp *emu_whole_warp(unsigned mask) {
@@ -403,7 +425,8 @@ enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
-    cudaErrorInvalidConfiguration = 9
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorNoKernelImageForDevice = 209
 };
 enum cudaMemcpyKind {
     cudaMemcpyHostToHost,
@@ -424,7 +447,9 @@ inline const char *cudaGetErrorString(cudaError_t error) {
     return error == cudaSuccess                     ? "no error"
            : error == cudaErrorMemoryAllocation     ? "out of memory"
            : error == cudaErrorInvalidConfiguration ? "invalid configuration argument"
-                                                    : "invalid argument";
+           : error == cudaErrorNoKernelImageForDevice
+               ? "no kernel image is available for execution on the device"
+               : "invalid argument";
 }
 // As CUDA does, says it at once and keeps it for cudaGetLastError; the message is ours.
 inline cudaError_t emu_fail(cudaError_t error, const char *what) {
@@ -447,7 +472,11 @@ inline bool emu_on_device(const void *pointer, size_t bytes) {
     return at <= block->second && bytes <= block->second - at;
 }
 
-inline std::map<const void *, int> emu_files; // begin -> the file that it is, if it can be shared
+// Launches, products and copies are checked, but nothing is computed and device memory stays empty: so large models
+// take no memory. For tests, which set it.
+inline bool emu_dry;
+
+inline std::map<const void *, int> emu_files; // begin -> the file that it is, if it can be shared; -1: emu_dry's
 
 inline void *emu_shared_memory(size_t bytes) {
     int file = memfd_create("device memory", 0);
@@ -459,6 +488,13 @@ inline void *emu_shared_memory(size_t bytes) {
 }
 template <typename T> inline cudaError_t cudaMalloc(T **pointer, size_t bytes) {
     void *memory = NULL;
+    if (emu_dry) {
+        memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED) return emu_error = cudaErrorMemoryAllocation;
+        emu_files[memory] = -1, emu_memory[(char *)memory] = bytes;
+        *pointer = (T *)memory;
+        return cudaSuccess;
+    }
     if (bytes <= EMU_MEMORY - emu_used && getenv("CUDA_ON_CPU_SHARED") != NULL)
         memory = emu_shared_memory(bytes);
     else if (bytes <= EMU_MEMORY - emu_used && posix_memalign(&memory, 256, bytes) != 0)
@@ -478,10 +514,11 @@ inline cudaError_t cudaFree(void *pointer) {
     if (file == emu_files.end()) {
         free(pointer);
     } else {
-        munmap(pointer, block->second), close(file->second);
-        emu_files.erase(file);
+        munmap(pointer, block->second);
+        if (file->second >= 0) close(file->second);
     }
-    emu_used -= block->second;
+    if (file == emu_files.end() || file->second >= 0) emu_used -= block->second;
+    if (file != emu_files.end()) emu_files.erase(file);
     emu_memory.erase(block);
     return cudaSuccess;
 }
@@ -504,13 +541,14 @@ inline cudaError_t cudaMemcpy(void *dst, const void *src, size_t bytes, cudaMemc
     if (kind != cudaMemcpyDefault &&
         (emu_on_device(dst, bytes) != to_device || emu_on_device(src, bytes) != from_device))
         return emu_fail(cudaErrorInvalidValue, "cudaMemcpy: not the memory that `kind` says");
-    memmove(dst, src, bytes);
+    if (!emu_dry) memmove(dst, src, bytes);
+    if (emu_dry && kind == cudaMemcpyDeviceToHost) memset(dst, 0, bytes);
     return cudaSuccess;
 }
 inline cudaError_t cudaMemset(void *dst, int byte, size_t bytes) {
     if (bytes > 0 && !emu_on_device(dst, bytes))
         return emu_fail(cudaErrorInvalidValue, "cudaMemset: not device memory");
-    memset(dst, byte, bytes);
+    if (!emu_dry) memset(dst, byte, bytes);
     return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind, cudaStream_t = 0) {
@@ -576,23 +614,70 @@ struct cudaDeviceProp {
     size_t totalGlobalMem, sharedMemPerBlockOptin;
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-const size_t EMU_SHARED = 48 << 10, EMU_SHARED_OPTIN = 227 << 10;
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+struct cudaFuncAttributes {
+    size_t sharedSizeBytes;
+    int maxDynamicSharedSizeBytes;
+};
+const size_t EMU_SHARED = 48 << 10; // bytes that a kernel may have without cudaFuncSetAttribute
+
+inline long emu_setting(const char *name, long otherwise) {
+    const char *text = getenv(name);
+    return text ? atol(text) : otherwise;
+}
+inline size_t emu_optin(void) { return (size_t)emu_setting("CUDA_ON_CPU_OPTIN", 227 << 10); } // with it
 
 inline cudaError_t cudaGetDeviceCount(int *count) {
     *count = 1;
     return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int) {
-    *properties = cudaDeviceProp{"CPU", 9, 0, 4, EMU_MEMORY, EMU_SHARED_OPTIN};
+    int capability = (int)emu_setting("CUDA_ON_CPU_CAPABILITY", 90);
+    *properties = cudaDeviceProp{"CPU", capability / 10, capability % 10, 4, EMU_MEMORY, emu_optin()};
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
+    *value = (int)emu_optin();
     return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
-inline std::map<const void *, size_t> emu_allowed; // kernel -> bytes of dynamic shared memory
+// Shared memory of a kernel, in bytes.
+struct EmuKernel {
+    bool launched, executed;
+    size_t declared; // with __shared__, if executed
+    size_t dynamic;  // most of all launches
+    size_t allowed;  // cudaFuncSetAttribute's; 0: none
+};
+inline std::map<const void *, EmuKernel> emu_kernels;
+
+// As in the source, "f<8, true>": for programs linked with -rdynamic, since kernels are not static here.
+inline std::string emu_kernel_name(const void *kernel) {
+    Dl_info info;
+    if (dladdr(kernel, &info) == 0 || info.dli_sname == NULL) return "?";
+    char *text = abi::__cxa_demangle(info.dli_sname, NULL, NULL, NULL);
+    std::string name = text ? text : info.dli_sname;
+    free(text);
+    name = name.substr(0, name.find('('));
+    return name.compare(0, 5, "void ") == 0 ? name.substr(5) : name;
+}
+
+template <typename Kernel> inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, Kernel *kernel) {
+    if (emu_setting("CUDA_ON_CPU_NO_CODE", 0)) return emu_error = cudaErrorNoKernelImageForDevice;
+    const EmuKernel &k = emu_kernels[(const void *)kernel];
+    attributes->sharedSizeBytes = k.declared;
+    attributes->maxDynamicSharedSizeBytes = (int)(k.allowed ? k.allowed : EMU_SHARED - k.declared);
+    return cudaSuccess;
+}
 template <typename Kernel> inline cudaError_t cudaFuncSetAttribute(Kernel *kernel, cudaFuncAttribute, int bytes) {
-    if (bytes < 0 || (size_t)bytes > EMU_SHARED_OPTIN)
-        return emu_fail(cudaErrorInvalidValue, "cudaFuncSetAttribute: more than 227 KB of shared memory");
-    emu_allowed[(const void *)kernel] = (size_t)bytes;
+    EmuKernel &k = emu_kernels[(const void *)kernel];
+    if (bytes < 0 || (size_t)bytes + k.declared > emu_optin()) {
+        char text[200];
+        snprintf(text, sizeof text, "cudaFuncSetAttribute: %s: %d + %zu bytes of shared memory, allowed are %zu",
+                 emu_kernel_name((const void *)kernel).c_str(), bytes, k.declared, emu_optin());
+        return emu_fail(cudaErrorInvalidValue, text);
+    }
+    k.allowed = (size_t)bytes;
     return cudaSuccess;
 }
 
@@ -615,21 +700,27 @@ template <typename... Parameters> struct EmuLaunch {
         std::apply([](Kernel k, Parameters... parameters) { k(parameters...); }, *(const Call *)arguments);
     }
 
+    // Dynamic shared memory for which there is room beside what is declared.
+    static size_t most_dynamic(const EmuKernel &k) {
+        size_t limit = k.allowed ? emu_optin() : EMU_SHARED, room = limit > k.declared ? limit - k.declared : 0;
+        return k.allowed && k.allowed < room ? k.allowed : room;
+    }
+
     bool possible(void) const {
-        auto allowed = emu_allowed.find((const void *)kernel);
+        cudaError_t error = cudaErrorInvalidConfiguration;
         const char *what = NULL;
         if ((uint64_t)block.x * block.y * block.z == 0 || (uint64_t)block.x * block.y * block.z > EMU_THREADS) {
             what = "a block must have 1 to 1024 threads";
         } else if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > INT32_MAX || grid.y > 65535 ||
                    grid.z > 65535) {
             what = "no such grid";
-        } else if (shared > (allowed == emu_allowed.end() ? EMU_SHARED : allowed->second)) {
-            what = "more dynamic shared memory than allowed";
+        } else if (shared > most_dynamic(emu_kernels[(const void *)kernel])) {
+            what = "more dynamic shared memory than allowed", error = cudaErrorInvalidValue;
         }
         if (what == NULL) return true;
         fprintf(stderr, "CUDA on the CPU: %s, launched in line %d: %s: grid (%u,%u,%u), block (%u,%u,%u), %zu bytes\n",
                 name, line, what, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
-        emu_error = cudaErrorInvalidConfiguration;
+        emu_error = error;
         return false;
     }
 
@@ -643,9 +734,15 @@ template <typename... Parameters> struct EmuLaunch {
                     name, line, i);
             abort();
         }
+        EmuKernel &k = emu_kernels[(const void *)kernel];
+        k.launched = true;
+        if (shared > k.dynamic) k.dynamic = shared;
+        if (emu_dry) return;
+        k.executed = true;
         int64_t blocks = (int64_t)grid.x * grid.y * grid.z;
+        size_t declared = 0;
 #ifdef _OPENMP
-#pragma omp parallel if (blocks > 1)
+#pragma omp parallel reduction(max : declared) if (blocks > 1)
 #endif
         {
             EmuWorker *w = emu_worker_here();
@@ -654,6 +751,7 @@ template <typename... Parameters> struct EmuLaunch {
             gridDim = grid, blockDim = block;
             if (posix_memalign(&memory, 256, shared) != 0) emu_fatal("out of memory");
             w->shared = (char *)memory;
+            w->num_declared = 0, w->declared_bytes = 0;
 #ifdef _OPENMP
 #pragma omp for schedule(dynamic)
 #endif
@@ -665,7 +763,13 @@ template <typename... Parameters> struct EmuLaunch {
             }
             free(memory);
             w->kernel = NULL;
+            declared = w->declared_bytes;
         }
+        if (declared > k.declared) k.declared = declared;
+        if (shared <= most_dynamic(k)) return;
+        fprintf(stderr, "CUDA on the CPU: %s, launched in line %d: %zu bytes of dynamic and %zu of declared shared memory\n",
+                name, line, shared, k.declared);
+        emu_error = cudaErrorInvalidValue;
     }
 };
 

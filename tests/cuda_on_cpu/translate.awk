@@ -3,8 +3,11 @@
 #     kernel<<<grid, block, shared>>>(args)   ->  emu_launch("kernel", __LINE__, kernel, grid, block, shared)(args)
 #     extern __shared__ T name[];             ->  T *name = (T *)emu_shared();
 #     asm("mma..." : "+f"(c) : "r"(a));       ->  emu_mma((c), (a));
-#     __shared__ T name[N];                   ->  the same and, behind it, an assertion that it fits
+#     __shared__ T name[N];                   ->  the same and, behind it, an assertion that it fits, and what counts it
+#     static __global__                       ->  __global__, so that dladdr knows kernels by name
 { text = text $0 "\n" }
+
+END { gsub(/static __global__/, "__global__", text) }
 
 END { printf "#line 1 \"%s\"\n%s", file, static_shared(dynamic_shared(launches(products(text)))) }
 
@@ -52,14 +55,18 @@ function dynamic_shared(text, out, word) {
     return out text
 }
 
-function static_shared(text, out, declared, sum) {
+function static_shared(text, out, declared, sum, name, calls) {
     while (match(text, /__shared__ [^;()]*;/)) {
         declared = substr(text, RSTART, RLENGTH)
         out = out substr(text, 1, RSTART + RLENGTH - 1)
         text = substr(text, RSTART + RLENGTH)
-        for (sum = "0"; match(declared, /[A-Za-z_][A-Za-z_0-9]*\[/); declared = substr(declared, RSTART + RLENGTH))
-            sum = sum " + sizeof(" substr(declared, RSTART, RLENGTH - 1) ")"
-        out = out " static_assert(" sum " <= 48 << 10, \"more than 48 KB of static shared memory\");"
+        calls = ""
+        for (sum = "0"; match(declared, /[A-Za-z_][A-Za-z_0-9]*\[/); declared = substr(declared, RSTART + RLENGTH)) {
+            name = substr(declared, RSTART, RLENGTH - 1)
+            sum = sum " + sizeof(" name ")"
+            calls = calls " emu_declared(" name ", sizeof(" name "));"
+        }
+        out = out calls " static_assert(" sum " <= 48 << 10, \"more than 48 KB of static shared memory\");"
     }
     return out text
 }
