@@ -24,6 +24,7 @@ Easy to get wrong
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -43,7 +44,7 @@ enum {
     LOGIT_ROWS = 128,
     COLUMNS = 16,      // columns a task sums over all rows, for parameter gradients
     NORM_PART = 65536, // elements a thread sums for the gradient norm
-    FEW = 32768,       // numbers for which it does not pay to wake other threads
+    PARALLEL_MIN = 32768, // operations below which a loop runs serially, see is_large()
 };
 
 static const double PI = 3.14159265358979323846;
@@ -60,6 +61,11 @@ static int threads_here(void) {
     return 1;
 #endif
 }
+// Does a loop of so many operations (iterations of its innermost loop) pay for waking the other threads? That takes tens
+// of microseconds if they sleep, and far longer if other processes have the cores. So everything about a small model, or
+// about a token of a medium one, runs on one thread.
+static int is_large(double operations) { return operations > PARALLEL_MIN && threads_here() > 1; }
+
 static int thread_number(void) {
 #ifdef _OPENMP
     return omp_get_thread_num();
@@ -122,7 +128,32 @@ static void gemm_serial(int ta, int tb, int M, int N, int K, const real *A, int 
                ldb, (real)add, C, ldc);
 }
 
+enum { THREAD_BYTES = 137 << 20 }; // of address space: OpenBLAS's buffer, and a stack
+
+void openblas_set_num_threads(int) __attribute__((weak)); // OpenBLAS has threads of its own; ours do instead
+void *blas_memory_alloc(int) __attribute__((weak));       // its buffers
+void blas_memory_free(void *) __attribute__((weak));
+
+// OpenBLAS needs a buffer for every thread that multiplies. It keeps them, but retries forever if it cannot get one, so
+// all of them are taken before the first product. Returns 0 if there is no room for them.
+static int take_buffers(int threads) {
+    static int taken = 0;
+    size_t bytes = (size_t)threads * THREAD_BYTES;
+    if (!blas_memory_alloc || !blas_memory_free || threads <= taken) return 1;
+    void *room = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    if (room == MAP_FAILED) return 0;
+    munmap(room, bytes);
+    void *buffers[threads];
+    for (int i = 0; i < threads; i++) buffers[i] = blas_memory_alloc(0);
+    for (int i = 0; i < threads; i++) blas_memory_free(buffers[i]);
+    taken = threads;
+    return 1;
+}
+
 #else
+
+enum { THREAD_BYTES = 8 << 20 }; // of address space: a stack
+static int take_buffers(int threads) { return threads > 0; }
 
 // Without a library: for GEMM_K of K at a time, pieces of A's rows and B's columns are packed into the order in
 // which the inner loop reads them, so that every read there is contiguous, whatever was transposed. The inner loop
@@ -214,7 +245,8 @@ static void gemm_row(int tb, int N, int K, const real *a, const real *B, int ldb
 // a library an element's sum runs over k in the same order whatever the grid. bias (N), or NULL: added to every row.
 static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, int add,
                  const real *bias, real *C, int ldc) {
-    int threads = (double)M * N * K > FEW ? threads_here() : 1, rows = M, columns = N;
+    double macs = (double)M * N * K; // multiply-adds; those of a single row wait for memory
+    int threads = is_large(macs / (M == 1 ? 4 : 16)) ? threads_here() : 1, rows = M, columns = N;
     double least = INFINITY;
     for (int down = 1; down <= threads; down++) {
         int r = ceil_div(ceil_div(M, down), 8) * 8, c = ceil_div(ceil_div(N, threads / down), 16) * 16;
@@ -247,7 +279,7 @@ static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, co
 static void sum_rows(real *out, const real *dy, const real *x, const double *mean, const real *rstd, int R, int D,
                      int G) {
     int g = D / G, strips = ceil_div(g, COLUMNS);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int task = 0; task < G * strips; task++) {
         int j = task / strips, from = task % strips * COLUMNS, width = min(COLUMNS, g - from);
         size_t at = (size_t)j * g + from;
@@ -266,7 +298,7 @@ static void sum_rows(real *out, const real *dy, const real *x, const double *mea
 // backward: a row's gradient goes to its token's row, as often as the token occurs
 
 static void embedding_forward(real *out, const int32_t *tokens, const real *embed, real scale, int R, int D) {
-#pragma omp parallel for schedule(static) if (R > 1)
+#pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int r = 0; r < R; r++) {
         const real *e = embed + (size_t)tokens[r] * D;
         for (int c = 0; c < D; c++) out[(size_t)r * D + c] = scale * e[c];
@@ -274,7 +306,7 @@ static void embedding_forward(real *out, const int32_t *tokens, const real *embe
 }
 
 static void embedding_backward(real *dembed, const real *dout, const int32_t *tokens, real scale, int R, int D) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int c0 = 0; c0 < D; c0 += COLUMNS) { // columns, since two rows may have the same token
         for (int r = 0; r < R; r++) {
             real *de = dembed + (size_t)tokens[r] * D;
@@ -311,7 +343,7 @@ static void dropout(real *out, const real *inp, Mask mask, size_t n) {
     real scale = (real)(1 / (1 - mask.p));
     size_t run = mask.run > 0 ? mask.run : n;
     if (mask.p == 0) return;
-#pragma omp parallel for collapse(2) schedule(static) if (n > FEW)
+#pragma omp parallel for collapse(2) schedule(static) if (is_large((double)n))
     for (size_t start = 0; start < n; start += run) {
         for (size_t from = 0; from < run; from += PART) {
             uint32_t words[PART + 8]; // of whole fours
@@ -346,7 +378,7 @@ static void timestep_norm_forward(real *out, double *mean, real *rstd, double *m
                                   const real *weight, const real *bias, const double *mean_in, const double *m2_in,
                                   const int64_t *count, int B, int L, int D, int G, double eps) {
     int g = D / G;
-#pragma omp parallel for collapse(2) schedule(static) if (L > 1)
+#pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D))
     for (int b = 0; b < B; b++) {
         for (int j = 0; j < G; j++) {
             const real *w = weight + (size_t)j * g, *bs = bias + (size_t)j * g;
@@ -392,7 +424,7 @@ static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, doubl
                                    const real *inp, const real *weight, const double *mean, const real *rstd,
                                    const int64_t *count, int B, int L, int D, int G) {
     int g = D / G;
-#pragma omp parallel for collapse(2) schedule(static)
+#pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D))
     for (int b = 0; b < B; b++) {
         for (int j = 0; j < G; j++) {
             const real *w = weight + (size_t)j * g;
@@ -451,7 +483,7 @@ static void timestep_norm_join(double *mean, double *m2, double *mean_end, doubl
 static void timestep_norm_join_backward(real *dinp, const real *inp, const double *all, const Pieces *p, int B, int L,
                                         int D, int G) {
     int g = D / G;
-#pragma omp parallel for collapse(2) schedule(static)
+#pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D))
     for (int b = 0; b < B; b++) {
         for (int j = 0; j < G; j++) {
             double U = 0, V = 0, W = 0;
@@ -486,7 +518,7 @@ typedef struct {
 
 static void cema_coefs_forward(Coefs *c, const real *alpha, const real *delta, const real *theta, const real *gamma,
                                int D, int N) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (is_large(64.0 * D * N))
     for (int d = 0; d < D; d++) {
         for (int n = 0; n < N; n++) {
             size_t in = (size_t)d * N + n, out = (size_t)n * strip_channels(D) + d;
@@ -505,7 +537,7 @@ static void cema_coefs_forward(Coefs *c, const real *alpha, const real *delta, c
 // d|q| = Re(conj(G_q) e^(i phi)) and dphi = Re(conj(G_q) i q).
 static void cema_coefs_backward(real *dalpha, real *ddelta, real *dtheta, real *dgamma, const Coefs *dc,
                                 const real *alpha, const real *delta, const real *theta, int D, int N) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (is_large(64.0 * D * N))
     for (int d = 0; d < D; d++) {
         double turn = 1 / (1 + exp(-(double)theta[d])), dturn = 0;
         for (int n = 0; n < N; n++) {
@@ -563,7 +595,7 @@ static StripCoefs strip_coefs(const Coefs *c, int n, int D, int d0) {
 static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp, const Coefs *coefs, const real *omega,
                          const real *h_in, int B, int L, int D, int N) {
     int blocks = ceil_div(L, CEMA_BLOCK);
-#pragma omp parallel for collapse(2) schedule(static) if (L > 1)
+#pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D * N))
     for (int b = 0; b < B; b++) {
         for (int d0 = 0; d0 < D; d0 += STRIP) {
             int width = min(STRIP, D - d0);
@@ -615,7 +647,7 @@ static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp
 static void cema_backward(real *dinp, Coefs *dcoefs, real *domega, real *dh, const real *dout, const real *inp,
                           const real *h_blocks, const Coefs *coefs, const real *omega, int B, int L, int D, int N) {
     int blocks = ceil_div(L, CEMA_BLOCK);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (is_large((double)B * L * D * N))
     for (int d0 = 0; d0 < D; d0 += STRIP) {
         int width = min(STRIP, D - d0);
         vec x[CEMA_BLOCK][2], dy[CEMA_BLOCK][2], dx[CEMA_BLOCK][2];
@@ -691,7 +723,7 @@ static void cema_backward(real *dinp, Coefs *dcoefs, real *domega, real *dh, con
 // backward, sum_t conj(q)^t conj(g) dy_t from dout, last token first.
 
 static void cema_piece(real *h, const real *inp, const Coefs *coefs, int backward, int B, int L, int D, int N) {
-#pragma omp parallel for collapse(2) schedule(static)
+#pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D * N))
     for (int b = 0; b < B; b++) {
         for (int d0 = 0; d0 < D; d0 += STRIP) {
             int width = min(STRIP, D - d0);
@@ -739,7 +771,7 @@ static double complex power(double complex q, int64_t n) {
 // replaced by that before, or behind, this piece. end (B,2,N,D), or NULL, gets what is at the other end of it all.
 static void cema_join(real *h, real *end, const real *all, const Coefs *coefs, int backward, const Pieces *p, int B,
                       int D, int N) {
-#pragma omp parallel for collapse(2) schedule(static)
+#pragma omp parallel for collapse(2) schedule(static) if (is_large((double)p->pieces * B * D * N))
     for (int n = 0; n < N; n++) {
         for (int d = 0; d < D; d++) {
             size_t coef = (size_t)n * strip_channels(D) + d;
@@ -768,7 +800,7 @@ static void cema_join(real *h, real *end, const real *all, const Coefs *coefs, i
 // and nothing is multiplied with x before rstd: neither overflows while x itself does not.
 
 static void rmsnorm_forward(real *out, real *rstd, const real *inp, const real *weight, int R, int D, double eps) {
-#pragma omp parallel for schedule(static) if (R > 1)
+#pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D;
         real *y = out + (size_t)r * D;
@@ -783,7 +815,7 @@ static void rmsnorm_forward(real *out, real *rstd, const real *inp, const real *
 
 static void rmsnorm_backward(real *dinp, real *dweight, const real *dout, const real *inp, const real *weight,
                              const real *rstd, int R, int D) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
         real *dx = dinp + (size_t)r * D, s = rstd[r], dot = 0;
@@ -818,7 +850,7 @@ static void linear_backward(real *dinp, int add, real *dweight, real *dbias, con
 
 static void qk_forward(real *q, real *k, const real *z, const real *gamma, const real *beta, int R, int Z, int dz) {
     real scale = (real)(1 / sqrt(dz));
-#pragma omp parallel for schedule(static) if (R > 1)
+#pragma omp parallel for schedule(static) if (is_large((double)R * Z))
     for (int r = 0; r < R; r++) {
         size_t at = (size_t)r * Z;
         for (int c = 0; c < Z; c++) {
@@ -831,14 +863,14 @@ static void qk_forward(real *q, real *k, const real *z, const real *gamma, const
 static void qk_backward(real *dz_out, real *dgamma, real *dbeta, const real *dq, const real *dk, const real *z,
                         const real *gamma, int R, int Z, int dz) {
     real scale = (real)(1 / sqrt(dz));
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (is_large((double)R * Z))
     for (int r = 0; r < R; r++) {
         size_t at = (size_t)r * Z;
         for (int c = 0; c < Z; c++) {
             dz_out[at + c] = (dq[at + c] * (gamma[c] + 1) + dk[at + c] * (gamma[Z + c] + 1)) * scale;
         }
     }
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (is_large((double)R * Z))
     for (int c0 = 0; c0 < Z; c0 += COLUMNS) {
         int width = min(COLUMNS, Z - c0);
         double sum[4][COLUMNS] = {0};
@@ -871,7 +903,7 @@ static void rope_table(real *table, int C, int dz, double base) {
 
 static void rope_turn(real *out, const real *inp, const real *table, const int64_t *count, int sign, int B, int L,
                       int Z, int dz, int C) {
-#pragma omp parallel for collapse(2) schedule(static) if (L > 1)
+#pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * Z))
     for (int b = 0; b < B; b++) {
         for (int t = 0; t < L; t++) {
             int pos = (int)(((count ? count[b] : 0) + t) % C);
@@ -903,12 +935,12 @@ static void rope_backward(real *dinp, const real *dout, const real *table, const
 // own x first, so that a b does not overflow where sigmoid(b) is 0. (A bare `if` would also apply to `simd`.)
 
 static void silu_forward(real *out, const real *inp, size_t n) {
-#pragma omp parallel for simd schedule(static) if (parallel : n > FEW)
+#pragma omp parallel for simd schedule(static) if (parallel : is_large((double)n))
     for (size_t i = 0; i < n; i++) out[i] = inp[i] * sigmoid(inp[i]);
 }
 
 static void silu_backward(real *dinp, const real *dout, const real *inp, size_t n) {
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(static) if (parallel : is_large((double)n))
     for (size_t i = 0; i < n; i++) {
         real s = sigmoid(inp[i]);
         dinp[i] = dout[i] * (s * (1 + inp[i] * (1 - s)));
@@ -916,12 +948,12 @@ static void silu_backward(real *dinp, const real *dout, const real *inp, size_t 
 }
 
 static void gate_forward(real *out, const real *a, const real *b, size_t n) {
-#pragma omp parallel for simd schedule(static) if (parallel : n > FEW)
+#pragma omp parallel for simd schedule(static) if (parallel : is_large((double)n))
     for (size_t i = 0; i < n; i++) out[i] = a[i] * (b[i] * sigmoid(b[i]));
 }
 
 static void gate_backward(real *da, real *db, const real *dout, const real *a, const real *b, size_t n) {
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(static) if (parallel : is_large((double)n))
     for (size_t i = 0; i < n; i++) {
         real s = sigmoid(b[i]), d = dout[i];
         db[i] = d * (a[i] * (s * (1 + b[i] * (1 - s))));
@@ -941,7 +973,7 @@ static void gate_backward(real *da, real *db, const real *dout, const real *a, c
 static void attend_forward(real *o, real *lse, real *scores, const real *q, const real *k, const real *v, Mask mask,
                            int nq, int nk, int dz, int dv, int ldz, int lde, int ldh, int C) {
     gemm(0, 1, nq, nk, dz, q, ldz, k, ldz, 0, NULL, scores, nk);
-#pragma omp parallel for schedule(static) if (nq > 1 && threads_here() > 1)
+#pragma omp parallel for schedule(static) if (is_large((double)nq * nk))
     for (int i = 0; i < nq; i++) {
         real *s = scores + (size_t)i * nk, top = -INFINITY, sum = 0, overflow = 0;
         int seen = nk - nq + i + 1; // keys at or before this query
@@ -972,7 +1004,7 @@ static void attend_backward(real *dq, real *dk, real *dv_out, real *scores, real
                             int nq, int nk, int dz, int dv, int ldz, int lde, int ldh, int C) {
     gemm(0, 1, nq, nk, dz, q, ldz, k, ldz, 0, NULL, scores, nk);
     gemm(0, 1, nq, nk, dv, dout, lde, v, lde, 0, NULL, dscores, nk);
-#pragma omp parallel for schedule(static) if (threads_here() > 1)
+#pragma omp parallel for schedule(static) if (is_large((double)nq * nk))
     for (int i = 0; i < nq; i++) {
         real *s = scores + (size_t)i * nk, *ds = dscores + (size_t)i * nk, dot = 0, sum = 0, l = lse[(size_t)i * ldh];
         int seen = nk - nq + i + 1;
@@ -1024,12 +1056,13 @@ static void attention_forward(real *o, real *lse, real *cache_k, real *cache_v, 
                               int Z, int E, int threads) {
     int dz = Z / H, dv = E / H, blocks = ceil_div(min(C, L), QUERY_ROWS);
     int chunks = count ? ceil_div(L - 1, C) + 1 : ceil_div(L, C); // that L tokens may touch
-    (void)threads;                                                // without OpenMP
+    int shared = B * chunks * H * blocks >= threads && is_large((double)B * L * C * (Z + E) / 16);
+    (void)threads, (void)shared; // without OpenMP
     for (int b = 0; cache_k && b < B; b++) {
         int past = (int)(count[b] % C);
         if (past > 0) cache_chunk(cache_k, cache_v, k, v, b, 0, past, min(C - past, L), L, C, Z, E);
     }
-#pragma omp parallel for collapse(4) schedule(dynamic) num_threads(threads) if (B * chunks * H * blocks >= threads)
+#pragma omp parallel for collapse(4) schedule(dynamic) num_threads(threads) if (shared)
     for (int b = 0; b < B; b++) {
         for (int chunk = 0; chunk < chunks; chunk++) {
             for (int h = 0; h < H; h++) {
@@ -1058,8 +1091,9 @@ static void attention_backward(real *dq, real *dk, real *dv_out, real *scores, r
                                const real *o, const real *lse, const real *q, const real *k, const real *v, Mask mask,
                                int B, int L, int C, int H, int Z, int E, int threads) {
     int dz = Z / H, dv = E / H;
-    (void)threads;
-#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(threads) if (B * ceil_div(L, C) * H >= threads)
+    int shared = B * ceil_div(L, C) * H >= threads && is_large((double)B * L * C * (Z + E) / 16);
+    (void)threads, (void)shared;
+#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(threads) if (shared)
     for (int b = 0; b < B; b++) {
         for (int t0 = 0; t0 < L; t0 += C) {
             for (int h = 0; h < H; h++) {
@@ -1085,7 +1119,7 @@ static void attention_backward(real *dq, real *dk, real *dv_out, real *scores, r
 
 static void layernorm_forward(real *out, double *mean, real *rstd, const real *inp, const real *weight, const real *bias,
                               int R, int D, double eps) {
-#pragma omp parallel for schedule(static) if (R > 1)
+#pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D;
         real *y = out + (size_t)r * D;
@@ -1105,8 +1139,13 @@ static void layernorm_forward(real *out, double *mean, real *rstd, const real *i
 }
 
 static void layernorm_backward(real *dinp, real *dweight, real *dbias, const real *dout, const real *inp,
+<<<<<<< HEAD
                                const real *weight, const double *mean, const real *rstd, int R, int D) {
 #pragma omp parallel for schedule(static)
+=======
+                               const real *weight, const real *mean, const real *rstd, int R, int D) {
+#pragma omp parallel for schedule(static) if (is_large((double)R * D))
+>>>>>>> threads
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
         real *dx = dinp + (size_t)r * D, sum = 0, dot = 0;
@@ -1133,7 +1172,7 @@ static void layernorm_backward(real *dinp, real *dweight, real *dbias, const rea
 // rescale: out = alpha inp, alpha (D); backward: dinp = alpha dout, dalpha += sum of rows of dout inp
 
 static void rescale_forward(real *out, const real *inp, const real *alpha, int R, int D) {
-#pragma omp parallel for schedule(static) if (R > 1)
+#pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int r = 0; r < R; r++) {
         for (int c = 0; c < D; c++) out[(size_t)r * D + c] = alpha[c] * inp[(size_t)r * D + c];
     }
@@ -1141,7 +1180,7 @@ static void rescale_forward(real *out, const real *inp, const real *alpha, int R
 
 static void rescale_backward(real *dinp, real *dalpha, const real *dout, const real *inp, const real *alpha, int R,
                              int D) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int r = 0; r < R; r++) {
         for (int c = 0; c < D; c++) dinp[(size_t)r * D + c] = alpha[c] * dout[(size_t)r * D + c];
     }
@@ -1150,7 +1189,7 @@ static void rescale_backward(real *dinp, real *dalpha, const real *dout, const r
 
 // a residual: out += inp
 static void add(real *out, const real *inp, size_t n) {
-#pragma omp parallel for simd schedule(static) if (parallel : n > FEW)
+#pragma omp parallel for simd schedule(static) if (parallel : is_large((double)n))
     for (size_t i = 0; i < n; i++) out[i] += inp[i];
 }
 
@@ -1169,7 +1208,7 @@ static void output_loss(double *losses, real *dx, real *doutput, real *logits, c
         int rows = min(logit_rows(V), R - r0);
         const real *xr = x + (size_t)r0 * D;
         linear_forward(logits, 0, xr, output, NULL, rows, D, V);
-#pragma omp parallel for schedule(static) if (rows > 1)
+#pragma omp parallel for schedule(static) if (is_large((double)rows * V))
         for (int r = 0; r < rows; r++) {
             real *l = logits + (size_t)r * V, top = -INFINITY;
             int target = targets[r0 + r];
@@ -1757,7 +1796,7 @@ int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
 // optimizer
 
 void megalodon_zero_grad(Model *m) {
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(static) if (parallel : is_large((double)m->num_params))
     for (size_t i = 0; i < m->num_params; i++) m->memory[GRADS][i] = 0;
 }
 
@@ -1768,7 +1807,7 @@ double megalodon_grad_norm(Model *m) {
         size_t n = m->own[s].count;
         int parts = (int)((n + NORM_PART - 1) / NORM_PART);
         const real *g = m->memory[GRADS] + m->own[s].first;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (is_large((double)n))
         for (int p = 0; p < parts; p++) {
             size_t from = (size_t)p * NORM_PART, to = from + NORM_PART < n ? from + NORM_PART : n;
             double sum = 0;
@@ -1794,7 +1833,7 @@ void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, in
         size_t n = m->own[s].count;
         real *p = m->memory[PARAMS] + m->own[s].first;
         const real *grad = m->memory[GRADS] + m->own[s].first;
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(static) if (parallel : is_large((double)n))
         for (size_t i = 0; i < n; i++) {
             real g = grad[i] * gs;
             m1[i] = b1 * m1[i] + c1 * g;
@@ -1887,6 +1926,7 @@ Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
 #ifdef _OPENMP
     megalodon_threads(omp_get_max_threads());
 #endif
+    if (!take_buffers(threads_here())) return NULL;
     Model *m = model_outline(config, mode, B, L);
     if (!m) return NULL;
     MemoryPlan plan = megalodon_memory(config, mode, B, L);
@@ -1987,10 +2027,6 @@ void state_write(State *s, size_t first, size_t bytes, const void *src) {
 // ----------------------------------------------------------------------------
 // the machine
 
-#ifdef MEGALODON_BLAS
-void openblas_set_num_threads(int) __attribute__((weak)); // OpenBLAS has threads of its own; ours do instead
-#endif
-
 void megalodon_threads(int threads) {
 #ifdef MEGALODON_BLAS
 #ifdef _OPENMP
@@ -2006,7 +2042,7 @@ void megalodon_threads(int threads) {
 }
 
 size_t megalodon_room(int processes) {
-    return (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE) / (size_t)processes;
+    return host_memory(processes, (size_t)threads_here() * THREAD_BYTES);
 }
 
 size_t megalodon_peak(void) { // of the whole program

@@ -174,6 +174,10 @@ Tensor *megalodon_tensors(const Config *config, int *count, size_t *size);
 // Points params (whose array of layers the caller has) into memory, with share_emb output at embed.
 void megalodon_point(Params *params, real *memory, const Config *config, const Tensor *tensors, int count);
 
+// Bytes of main memory for each of so many processes on this machine: the least of the machine's memory and the limits
+// of cgroup and ulimit, where address space that is only `reserved` counts, too. In plumbing/system.c.
+size_t host_memory(int processes, size_t reserved);
+
 // ----------------------------------------------------------------------------
 // random numbers: Philox4x32-10 (Salmon et al., 2011), counter based, so that every backend and every rank draws
 // the same: ten rounds of two 32x32 -> 64 bit products turn a counter, under the key `seed`, into four numbers

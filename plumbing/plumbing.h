@@ -22,11 +22,15 @@ double seconds(void);                         // of a clock that never goes back
 // What the model and `extra` more bytes will take; refused, with its MiB and with what would fit, if there is less room.
 MemoryPlan check_memory(const Config *config, Mode mode, int B, int L, size_t extra);
 
-// How OpenMP's threads wait and where they run, unless the environment says it already; starts the program again with
-// that environment, so this comes first after the options. On a busy machine waiting threads must not spin for
-// milliseconds, which keeps the cores from the threads that they wait for: ten times slower was seen. On an idle one
-// they must, each on a core of its own if there are as many: waking them made a step three times slower on 16 cores.
-void settle_threads(char **argv, int threads); // threads: as asked for, 0 for all
+// Limits that the cgroups of this process set, the least of all that contain it, versions 1 and 2: bytes, SIZE_MAX if
+// there is none; cores, rounded up, 0 if there is none. root: "", or in tests a folder with proc/ and sys/.
+size_t memory_limit(const char *root);
+int cpu_limit(const char *root);
+
+// Unless the environment says otherwise: OpenMP threads that wait sleep after some 50 microseconds, so that a busy
+// core delays them and not all of them; there are no more of them than the cgroup's cores; OpenBLAS starts none. These
+// are read when a program starts, so this starts it again.
+void settle_threads(char **argv, int threads);
 
 // Puts DIR of the running executable, then "/" and name, into path: files that come with the programs.
 void beside_executable(char *path, size_t size, const char *name);

@@ -1,14 +1,16 @@
-#define _GNU_SOURCE // sched.h: CPU_COUNT
 #include <errno.h>  // defines: errno
-#include <math.h>   // defines: INFINITY
+#include <math.h>   // defines: INFINITY, ceil, fmin, isfinite
 #include <fcntl.h>  // defines: open, fcntl
-#include <sched.h>  // defines: sched_getaffinity
 #include <signal.h> // defines: signal
 #include <stdarg.h> // defines: va_list
-#include <stdlib.h> // defines: calloc, exit, free, getenv, setenv
-#include <string.h> // defines: strerror, strlen, strrchr
+#include <stdlib.h> // defines: calloc, exit, free, getenv, setenv, strtod
+#include <string.h> // defines: strcmp, strcspn, strerror, strlen, strrchr, strtok
+#include <sys/resource.h> // defines: getrlimit
 #include <time.h>   // defines: clock_gettime
 #include <unistd.h> // defines: execv, readlink, sysconf
+#ifdef _OPENMP
+#include <omp.h> // defines: omp_get_num_procs
+#endif
 #include "plumbing.h"
 
 static void print_error(const char *format, va_list args) {
@@ -90,54 +92,173 @@ static double plan_mib(MemoryPlan *p, const Config *c, Mode mode, int B, int L, 
            mib;
 }
 
+// ----------------------------------------------------------------------------
+// limits that the system sets
+
+// Number `field` of a file below dir; INFINITY if it is not there, is "max", is negative or too large to be meant.
+static double limit_in(const char *dir, const char *name, int field) {
+    char path[4096], text[128] = "", *at = text, *end = text;
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    FILE *f = fopen(path, "r");
+    if (f == NULL) return INFINITY;
+    if (fgets(text, sizeof text, f) == NULL) text[0] = 0;
+    fclose(f);
+    for (int i = 0; i < field; i++) at += strcspn(at, " "), at += strspn(at, " ");
+    const double value = strtod(at, &end);
+    return end > at && value >= 0 && value < 0x1p60 ? value : INFINITY;
+}
+
+static double memory_v1(const char *dir) { return limit_in(dir, "memory.limit_in_bytes", 0); }
+static double memory_v2(const char *dir) { return limit_in(dir, "memory.max", 0); }
+static double cpu_v1(const char *dir) {
+    return limit_in(dir, "cpu.cfs_quota_us", 0) / limit_in(dir, "cpu.cfs_period_us", 0);
+}
+static double cpu_v2(const char *dir) { return limit_in(dir, "cpu.max", 0) / limit_in(dir, "cpu.max", 1); }
+
+// The least limit of this process's cgroup of one controller and of all that contain it, as far as they can be seen:
+// in a container often only the outermost can. v1, v2: read the limit in a cgroup's folder. INFINITY: none.
+static double cgroup_limit(const char *root, const char *controller, double (*v1)(const char *),
+                           double (*v2)(const char *)) {
+    char line[2048], dir[4096];
+    double least = INFINITY;
+    snprintf(dir, sizeof dir, "%s/proc/self/cgroup", root);
+    FILE *f = fopen(dir, "r");
+    // lines "ID:CONTROLLER,CONTROLLER:/PATH", of version 2 "0::/PATH"
+    while (f != NULL && fgets(line, sizeof line, f) != NULL) {
+        char *names = strchr(line, ':'), *path = names != NULL ? strchr(names + 1, ':') : NULL;
+        if (path == NULL) continue;
+        *names++ = 0, *path++ = 0;
+        path[strcspn(path, "\n")] = 0;
+        const bool second = *names == 0;
+        bool listed = second;
+        for (char *name = strtok(names, ","); name != NULL; name = strtok(NULL, ","))
+            listed |= strcmp(name, controller) == 0;
+        for (char *end = path + strlen(path); listed && end != NULL; end = strrchr(path, '/')) {
+            *end = 0;
+            snprintf(dir, sizeof dir, "%s/sys/fs/cgroup%s%s%s", root, second ? "" : "/", second ? "" : controller,
+                     path);
+            least = fmin(least, second ? v2(dir) : v1(dir)); // fmin ignores NaN: no quota and no period
+        }
+    }
+    if (f != NULL) fclose(f);
+    return least;
+}
+
+size_t memory_limit(const char *root) {
+    const double bytes = cgroup_limit(root, "memory", memory_v1, memory_v2);
+    return isfinite(bytes) ? (size_t)bytes : SIZE_MAX;
+}
+
+int cpu_limit(const char *root) {
+    const double cores = ceil(cgroup_limit(root, "cpu", cpu_v1, cpu_v2));
+    return cores >= 1 && cores < 1e6 ? (int)cores : 0;
+}
+
+// What RLIMIT_AS or RLIMIT_DATA leaves: this process has `field` of /proc/self/statm, in pages, already.
+static double ulimit_left(int resource, int field) {
+    struct rlimit limit;
+    if (getrlimit((__typeof__(RLIMIT_AS))resource, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return INFINITY;
+    const double used = limit_in("/proc/self", "statm", field);
+    return (double)limit.rlim_cur - (isfinite(used) ? used * (double)sysconf(_SC_PAGESIZE) : 0);
+}
+
+static const char *least_limit = ""; // what set the last result of host_memory()
+
+size_t host_memory(int processes, size_t reserved) {
+    const struct {
+        const char *name;
+        double bytes;
+    } limits[] = {
+        {"", (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / processes},
+        {", the memory limit of this container (cgroup),", (double)memory_limit("") / processes},
+        {", which ulimit -v leaves,", ulimit_left(RLIMIT_AS, 0) - (double)reserved},
+        {", which ulimit -d leaves,", ulimit_left(RLIMIT_DATA, 5) - (double)reserved},
+    };
+    size_t least = 0;
+    for (size_t i = 1; i < sizeof limits / sizeof *limits; i++) {
+        if (limits[i].bytes < limits[least].bytes) least = i;
+    }
+    least_limit = limits[least].name;
+    return limits[least].bytes > 0 ? (size_t)limits[least].bytes : 0;
+}
+
+// ----------------------------------------------------------------------------
+// the memory plan
+
+// The part of a plan that takes most, and what makes it smaller.
+static void name_largest(const MemoryPlan *p, Mode mode, size_t extra, const char **part, const char **remedy) {
+    const size_t fixed = p->params + p->grads + p->moments;
+    *part = mode == MEGALODON_INFER ? "the parameters" : "parameters, gradients and moments";
+    *remedy = "a smaller model; --seq-len and --batch-size do not change them";
+    if (fixed >= p->activations && fixed >= p->scratch && fixed >= extra) return;
+    if (p->activations >= p->scratch && p->activations >= extra) {
+        *part = "activations", *remedy = "a smaller --batch-size or --seq-len, or --recompute";
+    } else if (p->scratch >= extra) {
+        *part = "scratch", *remedy = "a smaller --batch-size, --seq-len or --chunk-size, or fewer --threads";
+    } else {
+        *part = "states and buffers", *remedy = "a smaller --batch-size or --chunk-size, or fewer samples";
+    }
+}
+
 MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t extra) {
+    least_limit = "";
     const double mib = 1048576, room = (double)megalodon_room(ranks.here) / mib;
+    const char *limit = least_limit, *largest, *remedy;
     MemoryPlan plan, other;
     const double need = plan_mib(&plan, c, mode, B, L, extra, room);
     if (need <= room) return plan;
-    // --recompute, or else the largest of half, a quarter, .. of the batch, also with --recompute
-    char help[96] = "a smaller --seq-len or model";
+    if (room == 0)
+        fatal("the threads of %s reserve more address space than ulimit -v or -d allows; raise that limit, or use fewer "
+              "--threads, or build with NO_BLAS=1",
+              megalodon_backend());
+    // --recompute, or else the largest of half, a quarter, .. of the batch, then of the length, also with --recompute
+    char help[160] = "";
     const Mode less = mode == MEGALODON_TRAIN ? MEGALODON_RECOMPUTE : mode;
     const bool recompute = less != mode && plan_mib(&other, c, less, B, L, extra, room) <= room;
-    if (recompute) snprintf(help, sizeof help, "the same with --recompute");
-    for (int b = B / 2, found = recompute; b > 0 && !found; b /= 2) {
-        found = plan_mib(&other, c, less, b, L, extra, room) <= room;
-        const bool plain = found && plan_mib(&other, c, mode, b, L, extra, room) <= room;
-        if (found) snprintf(help, sizeof help, "a batch of %d x %d tokens%s", b, L, plain ? "" : " with --recompute");
+    if (recompute) snprintf(help, sizeof help, "What fits: the same with --recompute");
+    bool found = recompute;
+    for (int b = B, l = L; !found && (b > 1 || l > 1);) {
+        if (b > 1)
+            b /= 2;
+        else
+            l /= 2;
+        found = plan_mib(&other, c, less, b, l, extra, room) <= room;
+        const bool plain = found && plan_mib(&other, c, mode, b, l, extra, room) <= room;
+        if (found)
+            snprintf(help, sizeof help, "What fits: a batch of %d x %d tokens%s", b, l,
+                     plain ? "" : " with --recompute");
     }
-    char parts[128] = "";
+    char parts[192] = "";
     if (plan.params > 0)
-        snprintf(parts, sizeof parts, " (parameters, gradients and moments %.0f, activations %.0f, scratch %.0f)",
+        snprintf(parts, sizeof parts,
+                 " (parameters, gradients and moments %.0f, activations %.0f, scratch %.0f, states and buffers %.0f)",
                  (double)(plan.params + plan.grads + plan.moments) / mib, (double)plan.activations / mib,
-                 (double)plan.scratch / mib);
-    fatal("%d x %d tokens need %.0f MiB or more%s; there are %.0f MiB for %s, and B x L x num_heads must be below "
-          "2^31. What fits: %s",
-          B, L, need, parts, room, megalodon_backend(), help);
-}
-
-// Programs that run now or wait for a core, this one left out.
-static int others_running(void) {
-    int running = 1;
-    FILE *f = fopen("/proc/loadavg", "r");
-    if (f != NULL && fscanf(f, "%*f %*f %*f %d/", &running) != 1) running = 1;
-    if (f != NULL) fclose(f);
-    return running - 1;
+                 (double)plan.scratch / mib, (double)extra / mib);
+    // A single token, if not even that fits, says what is too large whatever the batch is.
+    if (!found) plan_mib(&plan, c, less, 1, 1, extra, INFINITY);
+    name_largest(&plan, mode, extra, &largest, &remedy);
+    if (!found) snprintf(help, sizeof help, "Most of a single token's are %s: what helps is %s", largest, remedy);
+    fatal("%d x %d tokens need %.0f MiB or more%s; there are %.0f MiB%s for %s, and B x L x num_heads must be below "
+          "2^31. %s",
+          B, L, need, parts, room, limit, megalodon_backend(), help);
 }
 
 void settle_threads(char **argv, int threads) {
-    cpu_set_t ours;
-    const int cores = sched_getaffinity(0, sizeof ours, &ours) == 0 ? CPU_COUNT(&ours) : 1;
-    if (threads == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY") || getenv("OMP_PROC_BIND")) return;
-    if (others_running() >= cores / 4 + (cores % 4 != 0)) {
-        setenv("KMP_BLOCKTIME", "1", 0); // of LLVM's OpenMP, in ms
-        setenv("GOMP_SPINCOUNT", "10000", 1);
-    } else if (threads == 0 || threads == cores) {
-        setenv("OMP_PROC_BIND", "close", 1);
-    } else {
-        return;
-    }
+    (void)threads;
+#ifdef _OPENMP
+    char text[16];
+    const int quota = cpu_limit("");
+    const char *blas = getenv("OPENBLAS_NUM_THREADS");
+    const bool waits = getenv("GOMP_SPINCOUNT") != NULL || getenv("OMP_WAIT_POLICY") != NULL;
+    if (waits && blas != NULL && strcmp(blas, "1") == 0) return; // done
+    if (!waits) setenv("GOMP_SPINCOUNT", "1000", 1), setenv("KMP_BLOCKTIME", "1", 0); // LLVM's OpenMP: in ms
+    setenv("OPENBLAS_NUM_THREADS", "1", 1);
+    snprintf(text, sizeof text, "%d", quota);
+    if (quota > 0 && quota < omp_get_num_procs()) setenv("OMP_NUM_THREADS", text, 0);
     execv("/proc/self/exe", argv);
     // these are only read when a program starts; where there is no /proc, all stays as it was
+#endif
+    (void)argv;
 }
 
 void beside_executable(char *path, size_t size, const char *name) {
