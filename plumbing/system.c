@@ -2,13 +2,16 @@
 #include <errno.h>  // defines: errno
 #include <math.h>   // defines: INFINITY
 #include <fcntl.h>  // defines: open, fcntl
-#include <sched.h>  // defines: sched_getaffinity
+#include <sched.h>  // defines: sched_getaffinity, on Linux
 #include <signal.h> // defines: signal
 #include <stdarg.h> // defines: va_list
-#include <stdlib.h> // defines: calloc, exit, free, getenv, setenv
+#include <stdlib.h> // defines: calloc, exit, free, getenv, realpath, setenv
 #include <string.h> // defines: strerror, strlen, strrchr
 #include <time.h>   // defines: clock_gettime
 #include <unistd.h> // defines: execv, readlink, sysconf
+#ifdef __APPLE__
+#include <mach-o/dyld.h> // defines: _NSGetExecutablePath
+#endif
 #include "plumbing.h"
 
 static void print_error(const char *format, va_list args) {
@@ -123,9 +126,21 @@ static int others_running(void) {
     return running - 1;
 }
 
-void settle_threads(char **argv, int threads) {
+// Cores that this process may use.
+static int available_cores(void) {
+#ifdef __linux__
     cpu_set_t ours;
-    const int cores = sched_getaffinity(0, sizeof ours, &ours) == 0 ? CPU_COUNT(&ours) : 1;
+    if (sched_getaffinity(0, sizeof ours, &ours) == 0) return CPU_COUNT(&ours);
+#endif
+    const long online = sysconf(_SC_NPROCESSORS_ONLN);
+    return online > 0 ? (int)online : 1;
+}
+
+void settle_threads(char **argv, int threads) {
+#ifndef __linux__
+    return; // no /proc/loadavg to tell how busy the machine is, and on macOS no threads that stay on one core
+#endif
+    const int cores = available_cores();
     if (threads == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY") || getenv("OMP_PROC_BIND")) return;
     if (others_running() >= cores / 4 + (cores % 4 != 0)) {
         setenv("KMP_BLOCKTIME", "1", 0); // of LLVM's OpenMP, in ms
@@ -139,12 +154,23 @@ void settle_threads(char **argv, int threads) {
     // these are only read when a program starts; where there is no /proc, all stays as it was
 }
 
+// The path of this program's file, of at most 4095 bytes; "" if the system does not tell.
+static void executable_path(char path[4096]) {
+#ifdef __APPLE__
+    char linked[4096];
+    uint32_t size = sizeof linked;
+    if (_NSGetExecutablePath(linked, &size) != 0 || realpath(linked, path) == NULL) path[0] = 0;
+#else
+    const ssize_t n = readlink("/proc/self/exe", path, 4095);
+    path[n > 0 ? n : 0] = 0;
+#endif
+}
+
 void beside_executable(char *path, size_t size, const char *name) {
     char exe[4096];
-    ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
-    exe[n > 0 ? n : 0] = 0;
+    executable_path(exe);
     char *slash = strrchr(exe, '/');
-    // without /proc: the working directory
+    // an unknown path: the working directory
     if (slash == NULL)
         snprintf(path, size, "%s", name);
     else
