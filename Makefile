@@ -3,50 +3,78 @@
 CC ?= cc
 PROGRAMS = train sample compare
 
-# gnu11: C11 with POSIX. NaN must stay NaN, so no -ffast-math: only what changes neither NaN nor infinity.
-CFLAGS = -std=gnu11 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp-simd
-# pass-failed: clang tells of every loop that it does not vectorise.
-CFLAGS += -Wall -Wextra -Wshadow -Wno-pass-failed
-LDLIBS = -lm
+# CFLAGS, CPPFLAGS, LDFLAGS, LDLIBS, CXXFLAGS and NVCCFLAGS, from the command line or the environment, are added to what
+# the build needs itself and stand after it, so that they win. Nothing here may assign to them: a variable of the command
+# line overrides every assignment in this file.
+ALL_CFLAGS = $(BASE_CFLAGS) $(CPPFLAGS) $(CFLAGS)
+ALL_LIBS = $(BASE_LIBS) $(LDLIBS)
 
-# For this machine's instructions only, unless PORTABLE=1.
-ifndef PORTABLE
-CFLAGS += -march=native
-endif
+# gnu11: C11 with POSIX. NaN must stay NaN, so no -ffast-math: only what changes neither NaN nor infinity.
+BASE_CFLAGS = -std=gnu11 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp-simd
+# pass-failed: clang tells of every loop that it does not vectorise.
+BASE_CFLAGS += -Wall -Wextra -Wshadow -Wno-pass-failed
 ifdef WERROR
-CFLAGS += -Werror
+BASE_CFLAGS += -Werror
 endif
 ifdef SANITIZE
-CFLAGS += -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+SANITIZER = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+BASE_CFLAGS += $(SANITIZER)
 endif
 
 comma := ,
-# Does a program with this header compile and link with these flags? Then the flags, otherwise nothing.
-probe = $(shell mkdir -p build; printf '\043include <$(1)>\nint main(void) { return 0; }\n' | \
-        $(CC) -x c - $(2) -o build/probe 2>/dev/null && echo '$(2)')
+# $(call quote,TEXT): TEXT as one word of the shell.
+quote = '$(subst ','\'',$(1))'
+# $(call probe,HEADER,FUNCTION,FLAGS): FLAGS, if a program that refers to FUNCTION compiles and links with them and with
+# the flags from outside; otherwise nothing.
+probe = $(shell mkdir -p build; printf '\043include <$(1)>\nint main(void) { void (*volatile f)(void) = (void (*)(void))$(2); return !f; }\n' | \
+        $(CC) $(3) $(CPPFLAGS) $(CFLAGS) -w $(LDFLAGS) -x c - -x none $(filter $(link_only),$(3)) $(LDLIBS) -o build/probe 2>/dev/null && echo $(call quote,$(3)))
+# Flags that only the linker gets.
+link_only = -L% -l% -Wl$(comma)%
+# Where Homebrew keeps libraries that macOS has under another name or not at all.
+BREW := $(wildcard /opt/homebrew/opt /usr/local/opt)
 
-# OpenMP: loops run on all cores. NO_OMP=1 does without.
-ifndef NO_OMP
-OMP := $(call probe,omp.h,-fopenmp)
+# For this machine's instructions only, unless PORTABLE=1 or CFLAGS names a processor. Some compilers know only -mcpu.
+NATIVE :=
+TARGET := $(filter -march=% -mcpu=%,$(CFLAGS))
+ifeq ($(PORTABLE)$(TARGET),)
+NATIVE := $(or $(call probe,stdio.h,puts,-march=native),$(call probe,stdio.h,puts,-mcpu=native))
 endif
-CFLAGS += $(or $(OMP),-Wno-unknown-pragmas)
+
+# OpenMP: loops run on all cores. NO_OMP=1 does without. Apple's compiler needs Homebrew's libomp.
+OMP :=
+ifndef NO_OMP
+OMP := $(or $(call probe,omp.h,omp_get_max_threads,-fopenmp),$(if $(wildcard $(BREW:=/libomp)),$(call probe,omp.h,omp_get_max_threads,$(strip \
+       -Xclang -fopenmp $(addprefix -I,$(wildcard $(BREW:=/libomp/include))) $(addprefix -L,$(wildcard $(BREW:=/libomp/lib))) -lomp))))
+endif
 
 # CBLAS: matrix products by OpenBLAS, faster than our own. It works in one thread: ours share each product among
 # them. NO_BLAS=1 does without; BLAS="-I... -l..." names another library.
-ifndef NO_BLAS
-BLAS := $(or $(BLAS),$(call probe,cblas.h,-lopenblas),$(call probe,cblas.h,-I/usr/include/openblas -lopenblas))
+ifdef NO_BLAS
+override BLAS :=
+else
+BLAS := $(or $(BLAS),$(call probe,cblas.h,cblas_dgemm,-lopenblas),$(call probe,cblas.h,cblas_dgemm,$(strip \
+        $(addprefix -I,$(wildcard /usr/include/openblas $(BREW:=/openblas/include))) $(addprefix -L,$(wildcard $(BREW:=/openblas/lib))) -lopenblas)))
 endif
-CFLAGS += $(if $(BLAS),-DMEGALODON_BLAS $(filter -I%,$(BLAS)))
-LDLIBS += $(filter-out -I%,$(BLAS))
 
 # MPI: ./train as many processes (mpirun). mpicc says how its programs are compiled. NO_MPI=1 does without.
+MPI :=
 ifndef NO_MPI
-MPI := $(filter -I% -L% -l% -Wl$(comma)%,$(shell mpicc -show 2>/dev/null))
-MPI := $(if $(MPI),$(call probe,mpi.h,$(MPI)))
+MPI := $(filter -I% $(link_only),$(shell mpicc -show 2>/dev/null))
+MPI := $(if $(MPI),$(call probe,mpi.h,MPI_Init,$(MPI)))
 endif
 
+BASE_CFLAGS += $(NATIVE) $(or $(filter-out $(link_only),$(OMP)),-Wno-unknown-pragmas)
+BASE_CFLAGS += $(if $(BLAS),-DMEGALODON_BLAS $(filter -I%,$(BLAS)))
+BASE_LIBS = $(filter $(link_only),$(OMP)) $(filter-out -I%,$(BLAS)) -lm
+
+# The last line of a build: what is in it, and which flags came from outside.
+GIVEN = $(strip $(foreach v,CPPFLAGS CFLAGS LDFLAGS LDLIBS,$(if $($v),$v="$($v)")))
+BUILT = $(CC), $(if $(OMP),OpenMP,no OpenMP), $(if $(BLAS),BLAS $(filter-out -I% -L%,$(BLAS)),own matrix product), $(if \
+        $(MPI),MPI for train$(comma) )$(if $(SANITIZER),sanitizers$(comma) )$(if $(NATIVE),for this machine,$(or $(TARGET),portable))$(if \
+        $(GIVEN),$(comma) $(GIVEN)). Next: ./train, or make help
+
 all: $(PROGRAMS)
-	@echo "built $(PROGRAMS): $(CC), $(if $(OMP),OpenMP,no OpenMP), $(if $(BLAS),BLAS $(filter -l%,$(BLAS)),own matrix product), $(if $(MPI),MPI for train$(comma) )$(if $(PORTABLE),portable,for this machine). Next: ./train, or make help"
+	@echo $(call quote,built $(PROGRAMS): $(BUILT))
 
 help:
 	@echo 'make             ./train, ./sample, ./compare'
@@ -64,24 +92,26 @@ help:
 	@echo 'make clean       removes what was built'
 	@echo 'Switches, for all of them: NO_OMP=1  NO_BLAS=1  NO_MPI=1  PORTABLE=1 (no -march=native)  WERROR=1'
 	@echo '    SANITIZE=1 (AddressSanitizer and UBSan)  CC=clang  BLAS="-l..." (another CBLAS than OpenBLAS)'
+	@echo 'CFLAGS, CPPFLAGS, LDFLAGS, LDLIBS, CXXFLAGS, NVCCFLAGS are added after the flags of the build'
 
 # ---------------------------------------------------------------- objects, in build/ and build/double/
 
 # Everything depends on the flags, so that another switch builds it all again.
-FLAGS := $(CC) $(CFLAGS) $(LDLIBS) $(MPI)
+FLAGS := $(strip $(CC) $(ALL_CFLAGS) $(LDFLAGS) $(ALL_LIBS) $(MPI))
 ifneq ($(FLAGS),$(shell cat build/flags 2>/dev/null))
-$(shell mkdir -p build/double; echo '$(FLAGS)' > build/flags)
+$(shell mkdir -p build/double; printf '%s\n' $(call quote,$(FLAGS)) > build/flags)
 endif
+LINK = $(CC) $(ALL_CFLAGS) $(LDFLAGS) $(filter %.o,$^) $(filter %.a,$^) $(ALL_LIBS) -o $@
 
 # All but the programs' own files goes into a library, of which the linker takes what a program lacks.
 vpath %.c . plumbing tests
 LIBRARY = megalodon.o $(filter-out compare.o,$(notdir $(patsubst %.c,%.o,$(wildcard plumbing/*.c))))
 
 build/%.o: %.c build/flags
-	$(CC) $(CFLAGS) -MMD -MP -c $< -o $@
+	$(CC) $(ALL_CFLAGS) -MMD -MP -c $< -o $@
 
 build/double/%.o: %.c build/flags
-	$(CC) $(CFLAGS) -DMEGALODON_DOUBLE -MMD -MP -c $< -o $@
+	$(CC) $(ALL_CFLAGS) -DMEGALODON_DOUBLE -MMD -MP -c $< -o $@
 
 build/library.a: $(addprefix build/,$(LIBRARY))
 build/double/library.a: $(addprefix build/double/,$(LIBRARY))
@@ -92,56 +122,75 @@ build/library.a build/double/library.a:
 # The library has the one-process stand-in of plumbing/ranks.c; only ./train gets the one with MPI, which comes first.
 ifneq ($(MPI),)
 build/ranks_mpi.o build/double/ranks_mpi.o: plumbing/ranks.c build/flags
-	$(CC) $(CFLAGS) $(filter -I%,$(MPI)) -DMEGALODON_MPI $(if $(findstring double,$@),-DMEGALODON_DOUBLE) -MMD -MP -c $< -o $@
+	$(CC) $(ALL_CFLAGS) $(filter -I%,$(MPI)) -DMEGALODON_MPI $(if $(findstring double,$@),-DMEGALODON_DOUBLE) -MMD -MP -c $< -o $@
 build/ranks_peers.o: plumbing/ranks.c build/flags
-	$(CC) $(CFLAGS) $(filter -I%,$(MPI)) -DMEGALODON_MPI -DMEGALODON_PEERS -MMD -MP -c $< -o $@
+	$(CC) $(ALL_CFLAGS) $(filter -I%,$(MPI)) -DMEGALODON_MPI -DMEGALODON_PEERS -MMD -MP -c $< -o $@
 train: build/ranks_mpi.o
 build/double/train: build/double/ranks_mpi.o
-train build/double/train: LDLIBS += $(filter-out -I%,$(MPI))
+train build/double/train: BASE_LIBS += $(filter-out -I%,$(MPI))
 endif
 
 $(PROGRAMS): %: build/%.o build/library.a
-	$(CC) $(CFLAGS) $(filter %.o,$^) $(filter %.a,$^) $(LDLIBS) -o $@
+	$(LINK)
 
 # The double build of a program, of train for instance, whose --dump is then the better reference.
 build/double/train build/double/sample: %: %.o build/double/library.a
-	$(CC) $(CFLAGS) $(filter %.o,$^) $(filter %.a,$^) $(LDLIBS) -o $@
+	$(LINK)
 
 -include $(wildcard build/*.d build/double/*.d)
 .PRECIOUS: build/%.o build/double/%.o build/gpu/%.o build/gpu/%_fp32.o build/emulated/%.cu build/emulated/tests/%.cu build/emulated/plumbing/%.cu
 
 # ---------------------------------------------------------------- CUDA
 
-# nvcc on the PATH, at its usual place, or NVCC=.... Its headers and libraries are where it says they are.
-NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
-CUDA_ROOT := $(if $(NVCC),$(abspath $(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/^.. TOP=//p')))
-CUDA_LIBS = $(foreach d,lib64 lib,-L$(CUDA_ROOT)/$d -Xlinker -rpath,$(CUDA_ROOT)/$d) -lcublasLt $(if $(OMP),-Xcompiler $(OMP))
-# The GPU of this machine, or CUARCH="80 90": code for each, and PTX of the last for those that come after.
-CUARCH = native
-NVCCFLAGS = -std=c++17 -O3 $(if $(filter native,$(CUARCH)),-arch=native,$(foreach a,$(CUARCH),-gencode \
-            arch=compute_$a,code=sm_$a) -gencode arch=compute_$(lastword $(CUARCH)),code=compute_$(lastword $(CUARCH)))
-NVCCFLAGS += -Xcompiler -Wall,-Wextra $(if $(WERROR),--Werror all-warnings)
 CUDA_PROGRAMS = train_cuda sample_cuda train_cuda_fp32 sample_cuda_fp32
+# Only where one of these is to be made, nvcc is run and asked.
+CUDA_GOALS := $(filter cuda test-cuda bench-cuda diff $(CUDA_PROGRAMS) build/gpu/%,$(MAKECMDGOALS))
+# The GPU of this machine, or CUARCH="80 90": code for each, and PTX of the last for those that come after.
+CUARCH ?= native
 
-CUDA_FLAGS := $(NVCC) $(NVCCFLAGS)
+ifneq ($(CUDA_GOALS),)
+# nvcc on the PATH, at its usual place, or NVCC=.... Its headers and libraries are where it says they are.
+NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
+CUDA_ROOT := $(if $(NVCC),$(abspath $(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/^.. TOP=//p')))
+ifeq ($(CUARCH),native)
+# What nvcc would compile for. Where it finds no GPU, as on a login node, it warns and takes an old architecture.
+GPUS := $(if $(CUDA_ROOT),$(shell $(NVCC) --dryrun -arch=native -x cu /dev/null 2>&1 | \
+        sed -n -e 's/.*Cannot find valid GPU.*/none/p' -e 's/.* -arch compute_\([0-9]*\).*/\1/p'),native)
+ifneq ($(filter none 5% 6% 7%,$(or $(GPUS),none)),)
+override CUARCH := 80 90
+$(info nvcc finds no GPU of compute capability 8.0 or more on this machine: building for CUARCH="$(CUARCH)")
+endif
+endif
+endif
+CUDA_LIBS = $(foreach d,lib64 lib,-L$(CUDA_ROOT)/$d -Xlinker -rpath,$(CUDA_ROOT)/$d) -lcublasLt $(if $(OMP),-Xcompiler $(OMP))
+ALL_NVCCFLAGS = $(BASE_NVCCFLAGS) $(filter -D% -U% -I%,$(CPPFLAGS)) $(NVCCFLAGS)
+BASE_NVCCFLAGS = -std=c++17 -O3 $(if $(filter native,$(CUARCH)),-arch=native,$(foreach a,$(CUARCH),-gencode \
+            arch=compute_$a,code=sm_$a) -gencode arch=compute_$(lastword $(CUARCH)),code=compute_$(lastword $(CUARCH)))
+BASE_NVCCFLAGS += -Xcompiler -Wall,-Wextra $(if $(WERROR),--Werror all-warnings)
+
+ifneq ($(CUDA_GOALS),)
+CUDA_FLAGS := $(strip $(NVCC) $(ALL_NVCCFLAGS))
 ifneq ($(CUDA_FLAGS),$(shell cat build/gpu/flags 2>/dev/null))
-$(shell mkdir -p build/gpu; echo '$(CUDA_FLAGS)' > build/gpu/flags)
+$(shell mkdir -p build/gpu; printf '%s\n' $(call quote,$(CUDA_FLAGS)) > build/gpu/flags)
+endif
 endif
 
 # In bfloat16, and in float32 to compare with the CPU.
 vpath %.cu . tests dev plumbing
 GPU_SOURCES = megalodon.cu megalodon.h tests/cpu_layers.h build/gpu/flags
 build/gpu/peers.o: plumbing/peers.cu plumbing/peers.h plumbing/plumbing.h megalodon.h build/gpu/flags
-	$(NVCC) $(NVCCFLAGS) $(filter -I%,$(MPI)) -c $< -o $@
+	$(NVCC) $(ALL_NVCCFLAGS) $(filter -I%,$(MPI)) -c $< -o $@
 build/gpu/%_fp32.o: %.cu $(GPU_SOURCES)
-	$(NVCC) $(NVCCFLAGS) -DMEGALODON_FP32 -c $< -o $@
+	$(NVCC) $(ALL_NVCCFLAGS) -DMEGALODON_FP32 -c $< -o $@
 build/gpu/%.o: %.cu $(GPU_SOURCES)
-	$(NVCC) $(NVCCFLAGS) -c $< -o $@
+	$(NVCC) $(ALL_NVCCFLAGS) -c $< -o $@
 
-GPU_LINK = $(NVCC) $(NVCCFLAGS) $(filter %.o,$^) $(filter %.a,$^) $(CUDA_LIBS) $(LDLIBS) -o $@
+# Flags of the host's linker, which nvcc passes on.
+for_nvcc = $(foreach f,$(1),$(if $(filter -L% -l% %.o %.a %.so,$f),$f,-Xcompiler $(call quote,$(subst $(comma),\$(comma),$f))))
+GPU_LINK = $(NVCC) $(ALL_NVCCFLAGS) $(call for_nvcc,$(LDFLAGS)) $(filter %.o,$^) $(filter %.a,$^) $(CUDA_LIBS) $(call for_nvcc,$(ALL_LIBS)) -o $@
 ifneq ($(MPI),)
 train_cuda train_cuda_fp32: build/ranks_peers.o build/gpu/peers.o
-train_cuda train_cuda_fp32: LDLIBS += $(filter -L% -l%,$(MPI))
+train_cuda train_cuda_fp32: BASE_LIBS += $(filter -L% -l%,$(MPI))
 endif
 train_cuda sample_cuda: %_cuda: build/%.o build/gpu/megalodon.o build/library.a
 	$(GPU_LINK)
@@ -156,7 +205,7 @@ build/gpu/bench_cuda: build/gpu/bench_cuda.o build/library.a
 
 # The CPU's layers under names of their own, beside those of the GPU.
 build/cpu_layers.o: tests/cpu_layers.c build/flags
-	$(CC) $(CFLAGS) -MMD -MP -c $< -o $@
+	$(CC) $(ALL_CFLAGS) -MMD -MP -c $< -o $@
 	objcopy --wildcard --keep-global-symbol='cpu_*' $@
 
 ifeq ($(CUDA_ROOT),)
@@ -164,7 +213,7 @@ cuda test-cuda bench-cuda diff:
 	@echo 'no nvcc: put it on the PATH, or say NVCC=/path/to/nvcc; ./train and ./sample need none' >&2; exit 1
 else
 cuda: $(CUDA_PROGRAMS)
-	@echo "built $(CUDA_PROGRAMS): $(NVCC), $(if $(filter native,$(CUARCH)),for this GPU,for sm $(CUARCH)). Next: ./train_cuda, or make diff"
+	@echo $(call quote,built $(CUDA_PROGRAMS): $(NVCC)$(comma) $(if $(filter native,$(CUARCH)),for this GPU,for sm $(CUARCH))$(if $(NVCCFLAGS),$(comma) NVCCFLAGS="$(NVCCFLAGS)"). Next: ./train_cuda, or make diff)
 
 # On a GPU: builds, checks, times; a few minutes. What it printed on an H200 is in dev/notes/test-cuda.txt.
 test-cuda: $(PROGRAMS) $(CUDA_PROGRAMS) $(addprefix build/gpu/,test_model_fp32 test_cuda test_cuda_fp32)
@@ -183,26 +232,27 @@ endif
 
 # megalodon.cu where there is no GPU: tests/cuda_on_cpu runs its kernels on the CPU, slowly. Needs a C++ compiler.
 EMULATED = build/emulated/test_cuda build/emulated/test_cuda_fp32 build/emulated/test_model_fp32
-CXXFLAGS = -std=c++17 -O2 $(if $(PORTABLE),,-march=native) -Wall -Wextra -Wno-unknown-pragmas $(if $(WERROR),-Werror) \
+ALL_CXXFLAGS = $(BASE_CXXFLAGS) $(CPPFLAGS) $(CXXFLAGS)
+BASE_CXXFLAGS = -std=c++17 -O2 $(NATIVE) $(SANITIZER) -Wall -Wextra -Wno-unknown-pragmas $(if $(WERROR),-Werror) \
            -Itests/cuda_on_cpu -iquote . -iquote tests
 build/emulated/%.cu build/emulated/tests/%.cu build/emulated/plumbing/%.cu: %.cu tests/cuda_on_cpu/translate.awk
 	@mkdir -p $(@D)
 	awk -v file=$< -f tests/cuda_on_cpu/translate.awk $< > $@
 EMULATED_SOURCES = build/emulated/megalodon.cu $(wildcard tests/cuda_on_cpu/*.h) megalodon.h tests/cpu_layers.h
 build/emulated/%.o: build/emulated/%.cu $(EMULATED_SOURCES)
-	$(CXX) $(CXXFLAGS) -c -x c++ $< -o $@
+	$(CXX) $(ALL_CXXFLAGS) -c -x c++ $< -o $@
 build/emulated/%_fp32.o: build/emulated/%.cu $(EMULATED_SOURCES)
-	$(CXX) $(CXXFLAGS) -DMEGALODON_FP32 -c -x c++ $< -o $@
+	$(CXX) $(ALL_CXXFLAGS) -DMEGALODON_FP32 -c -x c++ $< -o $@
 build/emulated/test_cuda: build/emulated/tests/test_cuda.o build/cpu_layers.o build/library.a
 build/emulated/test_cuda_fp32: build/emulated/tests/test_cuda_fp32.o build/cpu_layers.o build/library.a
 build/emulated/test_model_fp32: build/test_model.o build/emulated/megalodon_fp32.o build/library.a
 build/emulated/train_fp32: build/train.o $(if $(MPI),build/ranks_peers.o build/emulated/plumbing/peers.o) \
                            build/emulated/megalodon_fp32.o build/library.a
-build/emulated/plumbing/peers.o: CXXFLAGS += -iquote plumbing $(filter -I%,$(MPI))
+build/emulated/plumbing/peers.o: BASE_CXXFLAGS += -iquote plumbing $(filter -I%,$(MPI))
 build/emulated/plumbing/peers.o: plumbing/peers.h plumbing/plumbing.h
-build/emulated/train_fp32: LDLIBS += $(filter-out -I%,$(MPI))
+build/emulated/train_fp32: BASE_LIBS += $(filter-out -I%,$(MPI))
 $(EMULATED) build/emulated/train_fp32:
-	$(CXX) $^ -rdynamic $(OMP) $(LDLIBS) -o $@
+	$(CXX) $(ALL_CXXFLAGS) $(LDFLAGS) $^ -rdynamic $(OMP) $(ALL_LIBS) -o $@
 
 test-emulated: $(EMULATED) build/emulated/train_fp32 train compare
 	@sh tests/run.sh $(EMULATED) tests/limits_emulated.sh tests/mpi_emulated.sh
@@ -221,12 +271,14 @@ FLOAT_TESTS = $(filter-out test_layers,$(patsubst tests/%.c,%,$(wildcard tests/t
 TESTS = $(addprefix build/double/,$(DOUBLE_TESTS)) $(addprefix build/,$(FLOAT_TESTS))
 
 $(addprefix build/,$(FLOAT_TESTS)): %: %.o build/library.a
-	$(CC) $(CFLAGS) $^ $(LDLIBS) -o $@
+	$(LINK)
 
 $(addprefix build/double/,$(DOUBLE_TESTS)): %: %.o build/double/library.a
-	$(CC) $(CFLAGS) $^ $(LDLIBS) -o $@
+	$(LINK)
 
-test: $(PROGRAMS) $(TESTS) $(if $(MPI),build/double/train)
+test-programs: $(PROGRAMS) $(TESTS) $(if $(MPI),build/double/train)
+
+test: test-programs
 	@sh tests/run.sh $(TESTS) $(sort $(wildcard tests/test_*.sh))
 
 # What compilers and checkers say of the plumbing; nothing may be left. Off: parameters of one type side by side, as
@@ -257,10 +309,10 @@ test-mutants:
 # ---------------------------------------------------------------- benchmark
 
 build/bench.o: dev/bench.c build/flags
-	$(CC) $(CFLAGS) -MMD -MP -c $< -o $@
+	$(CC) $(ALL_CFLAGS) -MMD -MP -c $< -o $@
 
 build/bench: build/bench.o build/library.a
-	$(CC) $(CFLAGS) $^ $(LDLIBS) -o $@
+	$(LINK)
 
 # A training step and its parts beside what this machine can do. ARGS="--preset mega200M --decode", for example.
 bench: build/bench
@@ -275,4 +327,4 @@ demo: $(PROGRAMS)
 clean:
 	rm -rf build $(PROGRAMS) $(CUDA_PROGRAMS)
 
-.PHONY: all help cuda test-cuda bench-cuda diff test-emulated shared-memory test test-mutants lint fuzz bench demo clean
+.PHONY: all help cuda test-cuda bench-cuda diff test-emulated shared-memory test test-programs test-mutants lint fuzz bench demo clean

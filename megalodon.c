@@ -1139,13 +1139,8 @@ static void layernorm_forward(real *out, double *mean, real *rstd, const real *i
 }
 
 static void layernorm_backward(real *dinp, real *dweight, real *dbias, const real *dout, const real *inp,
-<<<<<<< HEAD
                                const real *weight, const double *mean, const real *rstd, int R, int D) {
-#pragma omp parallel for schedule(static)
-=======
-                               const real *weight, const real *mean, const real *rstd, int R, int D) {
 #pragma omp parallel for schedule(static) if (is_large((double)R * D))
->>>>>>> threads
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
         real *dx = dinp + (size_t)r * D, sum = 0, dot = 0;

@@ -32,6 +32,16 @@ Letters used everywhere:
 #include <stddef.h>
 #include <stdint.h>
 
+#if SIZE_MAX < UINT64_MAX
+#error "a 64-bit target is needed: sizes in bytes are kept in size_t, and models and data files exceed 4 GiB"
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "a little-endian target is needed: tensors and tokens are copied from files, which are little-endian"
+#endif
+#if defined __FAST_MATH__ || __FINITE_MATH_ONLY__
+#error "-ffast-math and -Ofast cannot be used: NaN must be recognised, and sums be computed in the order written"
+#endif
+
 // Numbers as the host sees them. The double build (-DMEGALODON_DOUBLE) serves the gradient checks.
 #ifdef MEGALODON_DOUBLE
 typedef double real;

@@ -3,13 +3,16 @@
 #include <fcntl.h>  // defines: open, fcntl
 #include <signal.h> // defines: signal
 #include <stdarg.h> // defines: va_list
-#include <stdlib.h> // defines: calloc, exit, free, getenv, setenv, strtod
+#include <stdlib.h> // defines: calloc, exit, free, getenv, realpath, setenv, strtod
 #include <string.h> // defines: strcmp, strcspn, strerror, strlen, strrchr, strtok
 #include <sys/resource.h> // defines: getrlimit
 #include <time.h>   // defines: clock_gettime
 #include <unistd.h> // defines: execv, readlink, sysconf
 #ifdef _OPENMP
 #include <omp.h> // defines: omp_get_num_procs
+#endif
+#ifdef __APPLE__
+#include <mach-o/dyld.h> // defines: _NSGetExecutablePath
 #endif
 #include "plumbing.h"
 
@@ -261,12 +264,23 @@ void settle_threads(char **argv, int threads) {
     (void)argv;
 }
 
+// The path of this program's file, of at most 4095 bytes; "" if the system does not tell.
+static void executable_path(char path[4096]) {
+#ifdef __APPLE__
+    char linked[4096];
+    uint32_t size = sizeof linked;
+    if (_NSGetExecutablePath(linked, &size) != 0 || realpath(linked, path) == NULL) path[0] = 0;
+#else
+    const ssize_t n = readlink("/proc/self/exe", path, 4095);
+    path[n > 0 ? n : 0] = 0;
+#endif
+}
+
 void beside_executable(char *path, size_t size, const char *name) {
     char exe[4096];
-    ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
-    exe[n > 0 ? n : 0] = 0;
+    executable_path(exe);
     char *slash = strrchr(exe, '/');
-    // without /proc: the working directory
+    // an unknown path: the working directory
     if (slash == NULL)
         snprintf(path, size, "%s", name);
     else

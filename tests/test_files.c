@@ -283,6 +283,10 @@ static void test_large(void) {
 
 // ---------------------------------------------------------------- compare
 
+// What a program returned, -1 if a signal ended it; `status` is wait()'s. A function, since WEXITSTATUS() of an
+// expression does not compile on macOS.
+static int exit_status(int status) { return WIFEXITED(status) ? WEXITSTATUS(status) : -1; }
+
 // Runs compare on two files of one tensor each; it must return the status and print the words.
 static void test_compare(const char *program, const char *options, const char *name_a, const float *a,
                          const char *name_b, const float *b, int status, const char *words) {
@@ -291,7 +295,7 @@ static void test_compare(const char *program, const char *options, const char *n
     snprintf(command, sizeof command, "'%s' '%s' '%s' %s 2>&1", program, file_a, file_b, options);
     FILE *pipe = popen(command, "r");
     output[fread(output, 1, sizeof output - 1, pipe)] = 0;
-    int got = WEXITSTATUS(pclose(pipe));
+    int got = exit_status(pclose(pipe));
     check(ok && got == status && strstr(output, words), "compare %s %s %s: status %d, '%s'", name_a, name_b, options,
           got, words);
 }
@@ -428,7 +432,7 @@ static void test_compares(const char *program) {
     test_compare(program, "-h", "x", one, "x", one, 0, "usage: ./compare");
     char command[512];
     snprintf(command, sizeof command, "'%s' '%s' /nonexistent >/dev/null 2>&1", program, file_a);
-    check(WEXITSTATUS(system(command)) == 2, "compare: an unreadable file");
+    check(exit_status(system(command)) == 2, "compare: an unreadable file");
 
     test_order(program);
     test_types(program);

@@ -1,6 +1,6 @@
 // One sequence in pieces, each with a model in a thread of its own, against the whole: what it gives, gradients, states,
 // dropout; and an update of which each of two models does its part. Built for doubles and for floats.
-#include <pthread.h> // defines: pthread_barrier_wait
+#include <pthread.h> // defines: pthread_cond_wait, pthread_create
 #include "check.h"
 
 #ifdef MEGALODON_DOUBLE
@@ -26,15 +26,29 @@ typedef struct {
     State *state;
 } Run;
 
-static pthread_barrier_t barrier;
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t all_arrived = PTHREAD_COND_INITIALIZER;
+static int arrived, rounds;
 static const void *given[MAX_PIECES];
+
+// Returns once all `threads` have called it. POSIX's own barriers are missing on macOS.
+static void barrier(int threads) {
+    pthread_mutex_lock(&mutex);
+    const int round = rounds;
+    if (++arrived == threads) {
+        arrived = 0, rounds++;
+        pthread_cond_broadcast(&all_arrived);
+    }
+    while (round == rounds) pthread_cond_wait(&all_arrived, &mutex);
+    pthread_mutex_unlock(&mutex);
+}
 
 static void gather(void *context, const void *mine, void *all, size_t bytes) {
     const Run *run = context;
     given[run->pieces.piece] = mine;
-    pthread_barrier_wait(&barrier);
+    barrier(run->pieces.pieces);
     for (int p = 0; p < run->pieces.pieces; p++) memcpy((char *)all + (size_t)p * bytes, given[p], bytes);
-    pthread_barrier_wait(&barrier);
+    barrier(run->pieces.pieces);
 }
 
 static void *go(void *context) {
@@ -75,14 +89,12 @@ static void test_pieces(int pieces, const int64_t *lengths, Mode mode) {
     for (int p = 0; p < pieces; p++) whole.L += (int)lengths[p];
     whole.whole = whole.L;
     go(&whole);
-    pthread_barrier_init(&barrier, NULL, (unsigned)pieces);
     for (int p = 0, start = 0; p < pieces; start += (int)lengths[p++]) {
         runs[p] = (Run){.mode = mode, .start = start, .L = (int)lengths[p], .whole = whole.L};
         runs[p].pieces = (Pieces){p, pieces, lengths, gather, &runs[p]};
         pthread_create(&threads[p], NULL, go, &runs[p]);
     }
     for (int p = 0; p < pieces; p++) pthread_join(threads[p], NULL);
-    pthread_barrier_destroy(&barrier);
 
     size_t V = (size_t)config.vocab_size, norms = (size_t)(config.num_layers + 1) * B * config.norm_num_groups;
     size_t h = (size_t)config.num_layers * B * 2 * config.cema_ndim * config.model_dim;
