@@ -164,7 +164,7 @@ static void read_settings(int argc, char **argv) {
     if (!is_run) fatal("--resume %s: holds no run", s.resume);
     if (newest < 0) fatal("--resume %s: every checkpoint is damaged", s.resume);
     run_model(resumed, s.resume, newest);
-    char *text = run_options(s.resume);
+    char *text = run_read_options(s.resume);
     if (text == NULL) return;
     if (!options_read(options, text, err)) fatal("%s/options.txt: %s", s.resume, err);
     recorded = s;
@@ -766,14 +766,12 @@ int main(int argc, char **argv) {
     if (nothing_left)
         printf("step %lld of %lld: nothing left to do; --steps is the total\n", (long long)step, (long long)s.steps);
 
-    // 6. nothing is refused any more
+    // 6. nothing is refused any more; from here on a signal ends the run after a step, and a second one at once
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
+    if (!s.eval) sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
     keep_created();
     if (out != NULL && ranks.rank == 0 && !nothing_left) run_begin(out, options, s.overwrite);
     FILE *log_file = s.log && !s.eval && !nothing_left && ranks.rank == 0 ? open_log(step) : NULL;
-    // a second signal ends the program at once
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
 
     const double begin = seconds();
     bool failed = false;

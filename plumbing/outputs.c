@@ -87,6 +87,8 @@ void claim_output(const char *flag, const char *path, const char *what, bool (*i
     if (exists && info.st_size > 0 && !is_ours(path))
         fatal("--%s %s: exists and is not %s; give another name or remove it", flag, path, what);
     if (exists && access(path, W_OK) != 0) fatal("--%s %s: %s", flag, path, strerror(errno));
+    const bool left = stat(tmp, &info) == 0 && S_ISREG(info.st_mode) && (info.st_size == 0 || is_ours(tmp));
+    if (left) return; // by a command that was killed: it will be replaced
     const int fd = open(tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (fd < 0 && errno == EEXIST)
         fatal("--%s %s: %s exists, perhaps left by a command that was killed; remove it", flag, path, tmp);

@@ -281,7 +281,7 @@ void state_copy(const State *from, int i, State *to, int j, const Config *config
 // named on stderr. is_run: are there any, whole or damaged?
 int64_t run_newest(const char *dir, bool *is_run);
 void run_model(char path[PATH_SIZE], const char *dir, int64_t step); // the path of that checkpoint's model
-char *run_options(const char *dir);                                  // text for options_read; NULL, with a warning
+char *run_read_options(const char *dir);                                  // text for options_read; NULL, with a warning
 // Makes the directory, if there is none, and locks it. Nothing in it changes. Refused: a directory that holds a run
 // (unless resume or overwrite), one that holds other files and no run, one that another run has locked.
 void run_claim(const char *dir, bool resume, bool overwrite);

@@ -306,7 +306,7 @@ static bool read_model(const char *dir, int64_t step, Model *m, State *const *st
     return ok;
 }
 
-char *run_options(const char *dir) {
+char *run_read_options(const char *dir) {
     char path[PATH_SIZE], err[ST_ERR];
     snprintf(path, sizeof path, "%s/options.txt", dir);
     char *text = read_text(path, err);

@@ -106,9 +106,11 @@ if [ "$(id -u)" -ne 0 ]; then # root may write everywhere
     refused 1 "--out locked/run" $small --steps 2 --out locked/run
     refused 1 "--log locked/log" $small --steps 2 --out new --log locked/log
 fi
-: > stale.tmp
+echo "my notes" > stale.tmp
 refused 1 "stale.tmp exists, perhaps left by a command that was killed" $small --steps 2 --dump stale
-check "an empty file may become a log" quiet $small --steps 2 --out E --log empty-log
+echo "step,loss,grad_norm,lr,ms,tokens_per_s,val_loss" > stale.csv.tmp
+check "what a killed command left of a log is replaced" quiet $small --steps 2 --out E --log stale.csv
+check "an empty file may become a log" quiet $small --steps 2 --out E --overwrite --log empty-log
 check "  a log a log" quiet $small --steps 2 --out E --overwrite --log empty-log
 check "  with a row a step" [ "$(wc -l < empty-log)" -eq 3 ]
 check "an empty directory may become a run" eval "mkdir fresh && quiet $small --steps 2 --out fresh"
