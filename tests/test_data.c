@@ -296,7 +296,8 @@ static void open_batch(const void *argument) {
 
 static void write_batch(const int32_t in[4], const int32_t out[4]) {
     char err[ST_ERR];
-    StTensor t[] = {{"input.tokens", ST_I32, 2, {2, 2}, 0, 0}, {"input.targets", ST_I32, 2, {2, 2}, 0, 0}};
+    StTensor t[] = {{.name = "input.tokens", .type = ST_I32, .ndim = 2, .shape = {2, 2}},
+                    {.name = "input.targets", .type = ST_I32, .ndim = 2, .shape = {2, 2}}};
     StWriter w;
     st_create(&w, path, NULL, t, 2, err);
     st_write(&w, in, 4 * sizeof *in, err), st_write(&w, out, 4 * sizeof *out, err);
