@@ -7,8 +7,11 @@
 
 list() {
     cat <<'END'
-exp_real: x = x < -64.0f ? -64.0f : x  =>  x = x > -64.0f ? x : -64.0f
-exp_real: x = x > 64.0f ? 64.0f : x  =>  x = x > 64.5f ? 64.5f : x
+exp_real: x <= 88.7228317f ? p : x * 1e38f  =>  x <= 88.7228317f ? p : 3e38f
+exp_real: x <= 88.7228317f ? p  =>  x <= 88.7f ? p
+exp_real: x < -87.3365402f ? 0 : p  =>  x < -87.3365402f ? 1e-38f : p
+exp_real: x < -87.3365402f ? 0 : p  =>  x < -64.0f ? 0 : p
+exp_real: x < -87.3365402f ? 0 : p  =>  p
 exp_real: 1.0f / 120  =>  1.0f / 100
 exp_real: - n * 1.42860677e-6f  =>
 sigmoid: exp_real(-x)  =>  exp_real(x)
@@ -25,6 +28,7 @@ gemm: (add ? c[(size_t)i * ldc + j] : 0)  =>  0
 gemm: b, ldb, add || bias, c);  =>  b, ldb, add, c);
 gemm: b, ldb, add || bias, c, ldc)  =>  b, ldb, add, c, ldc)
 sum_rows: ((xr[c] - m) * s)  =>  (xr[c] * s)
+sum_rows: double m = mean ? mean[(size_t)r * G + j] : 0, s  =>  float m = mean ? mean[(size_t)r * G + j] : 0, s
 sum_rows: ((xr[c] - m) * s)  =>  (xr[c] - m)
 sum_rows: out[at + c] += (real)sum[c]  =>  out[at + c] = (real)sum[c]
 embedding_forward: scale * e[c]  =>  e[c]
@@ -53,8 +57,10 @@ timestep_norm_backward: V += dvar / n  =>  V += dvar
 timestep_norm_backward: W += dvar / n * m  =>  W = dvar / n * m
 timestep_norm_backward: dvar = -0.5 * r * r * r * d  =>  dvar = -0.5 * r * r * d
 timestep_norm_backward: t--, n -= g  =>  t--
-timestep_norm_backward: (w[i] + 1) * dy[i] + U  =>  w[i] * dy[i] + U
-timestep_norm_backward: + 2 * (x[i] * V - W)  =>
+timestep_norm_backward: (w[i] + 1) * dy[i] + shift  =>  w[i] * dy[i] + shift
+timestep_norm_backward: + 2 * V * (x[i] - m)  =>
+timestep_norm_backward: U - 2 * (W - m * V)  =>  U
+timestep_norm_backward: double m = mean[row * G + j], r  =>  float m = mean[row * G + j]; double r
 timestep_norm_backward: uvw[3] = {U, V, W}  =>  uvw[3] = {U, V, 0}
 timestep_norm_backward: count ? (double)g * (double)count[b] : 0  =>  0
 timestep_norm_join: count ? (double)(D / G) * (double)count[i / G] : 0  =>  0
@@ -115,8 +121,10 @@ cema_backward: strip_add(domega  =>  strip_write(domega
 cema_backward: + block) * 2 * N * D + d0  =>  ) * 2 * N * D + d0
 rmsnorm_forward: squares / D + eps  =>  squares / D
 rmsnorm_forward: weight[c] + 1 : 1  =>  weight[c] : 1
-rmsnorm_backward: dot / D * s * s  =>  dot / D * s
-rmsnorm_backward: - x[c] * back  =>
+rmsnorm_forward: (double)x[c] * x[c]  =>  x[c] * x[c]
+rmsnorm_backward: dot /= D  =>  dot /= R
+rmsnorm_backward: - x[c] * s * dot  =>
+rmsnorm_backward: * (x[c] * s)  =>  * x[c] * s
 rmsnorm_backward: if (dweight)  =>  if (0)
 linear_forward: K, add, bias, out  =>  K, 0, bias, out
 linear_backward: K, add, NULL, dinp  =>  K, 0, NULL, dinp
@@ -135,9 +143,10 @@ rope_turn: re * turn[0] - im * s  =>  re * turn[0] + im * s
 rope_backward: count, -1, B  =>  count, 1, B
 silu_forward: inp[i] * sigmoid(inp[i])  =>  sigmoid(inp[i])
 silu_backward: 1 + inp[i] * (1 - s)  =>  1 + inp[i]
-gate_forward: a[i] * b[i] * sigmoid  =>  a[i] * sigmoid
+gate_forward: a[i] * (b[i] * sigmoid(b[i]))  =>  a[i] * sigmoid(b[i])
+gate_forward: a[i] * (b[i] * sigmoid(b[i]))  =>  a[i] * b[i] * sigmoid(b[i])
 gate_backward: 1 + b[i] * (1 - s)  =>  1 - b[i] * (1 - s)
-gate_backward: d * b[i] * s  =>  d * s
+gate_backward: d * (b[i] * s)  =>  d * s
 attend_forward: nk - nq + i + 1;  =>  nk - nq + i + (i > 0);
 attend_forward: nk - nq + i + 1;  =>  nk - nq + i + 1 + (i < nq - 1);
 attend_forward: j < nk; j++) s[j] = 0  =>  j < nk; j++) s[j] = 1e-3
@@ -159,21 +168,28 @@ attention_backward: i < last,  =>  0,
 attention_backward: b, h, H, t0 + i, C)  =>  b, h, H, t0, C)
 attend_forward: top + (real)log(sum)  =>  (real)log(sum)
 attend_forward: s[j] /= sum  =>  s[j] /= 1
+attend_forward: sum += overflow  =>
+attend_backward: s[j] /= sum  =>  s[j] /= 1
 attend_backward: ds[j] - dot  =>  ds[j]
 attend_backward: s[j] - l)  =>  s[j])
 attend_backward: s[j] = ds[j] = 0  =>  s[j] = 0
 attention_forward: past = count ?  =>  past = 0 && count ?
-layernorm_forward: real m = sum / D  =>  real m = 0
+layernorm_forward: double m = sum / D  =>  double m = 0
+layernorm_forward: double sum = 0, squares = 0  =>  real sum = 0, squares = 0
 layernorm_forward: (bias ? bias[c] : 0)  =>  0
-layernorm_backward: - sum - (x[c] - m)  =>  - (x[c] - m)
-layernorm_backward: (x[c] - m) * s * dot  =>  (x[c] - m) * dot
+layernorm_backward: a - sum - n * dot  =>  a - n * dot
+layernorm_backward: a - sum - n * dot  =>  a - sum
+layernorm_backward: a * (real)((x[c] - m) * s)  =>  a * (real)(x[c] - m) * (real)s
 layernorm_backward: sum_rows(dbias  =>  if (0) sum_rows(dbias
 rescale_backward: = alpha[c] * dout  =>  = dout
 add: out[i] += inp[i]  =>  out[i] = inp[i]
 output_loss: losses[r0 + r] = target < 0 ? 0 :  =>  losses[r0 + r] =
 output_loss: target < 0 ? 0 : (real)(grad_scale / sum)  =>  (real)(grad_scale / sum)
 output_loss: (real)(grad_scale / sum)  =>  (real)(1 / sum)
-output_loss: l[target] -= (real)grad_scale  =>  l[target] -= 0
+output_loss: l[target] = (real)dtarget  =>  l[target] -= 0
+output_loss: grad_scale * (l[target] - sum) / sum  =>  (real)(grad_scale * l[target] / sum) - grad_scale
+output_loss: log(sum) + (top - at_target)  =>  log(sum) + top - at_target
+output_loss: sum += overflow  =>
 output_loss: *xr = x + (size_t)r0 * D  =>  *xr = x
 output_loss: dx + (size_t)r0 * D, 0  =>  dx + (size_t)r0 * D, 1
 ema_forward: out->h + at : NULL  =>  out->h : NULL
@@ -234,6 +250,7 @@ megalodon_update: 1 - lr * o->weight_decay  =>  1 - o->weight_decay
 megalodon_update: c2 * g * g  =>  c2 * g
 megalodon_update: grad[i] * gs  =>  grad[i]
 megalodon_update: * root + eps  =>  * root
+megalodon_update: + (m2[i] - m2[i])  =>
 megalodon_update: m->coefs_valid = 0  =>  m->coefs_valid = 1
 acts_take: m->mode != MEGALODON_TRAIN) arena  =>  m->mode != MEGALODON_TRAIN + 9) arena
 acts_take: m->mode != MEGALODON_INFER || l < 2  =>  l < 2
@@ -274,7 +291,7 @@ try() { # function
     verdict=survived
     local order="test_layers test_model test_pieces test_float"
     case $1 in # of what test_layers does not call
-    mega* | nffn* | block* | embedding_scale | acts_take | state* | add | mask_of | remember | cache_chunk) order="test_model test_pieces" ;;
+    mega* | nffn* | block* | embedding_scale | acts_take | state* | add | mask_of | remember | cache_chunk) order="test_model test_pieces test_float" ;;
     time_norm* | ema_*) order="test_model test_pieces" ;;
     *_join* | cema_piece | power) order="test_pieces" ;;
     exp_real) order="test_float" ;;
