@@ -214,7 +214,8 @@ static const float LARGE = 1e37f, SMALL_UNIT = 0x1p-80f;
 // Blocks of `threads` threads for n things.
 static unsigned blocks_for(size_t n, int threads) { return (unsigned)((n + (size_t)threads - 1) / (size_t)threads); }
 
-// Lets a kernel have so much dynamic shared memory. What the kernel declares counts towards the default, too.
+// Raises a kernel's limit of dynamic shared memory where the default is too low. The default includes what the kernel
+// declares.
 template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes) {
     if (bytes > SHARED_DEFAULT - SHARED_DECLARED)
         CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));

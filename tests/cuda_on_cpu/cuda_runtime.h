@@ -166,7 +166,7 @@ struct EmuWorker {
     EmuWarp warps[EMU_WARPS];
     void (*run)(const void *arguments);
     const void *arguments;
-    char *shared; // the block's dynamic shared memory
+    char *shared;             // the block's dynamic shared memory
     const void *declared[16]; // arrays declared with __shared__, as far as this launch has come to them
     int num_declared;
     size_t declared_bytes;
@@ -444,12 +444,11 @@ inline cudaError_t cudaGetLastError(void) {
     return error;
 }
 inline const char *cudaGetErrorString(cudaError_t error) {
-    return error == cudaSuccess                     ? "no error"
-           : error == cudaErrorMemoryAllocation     ? "out of memory"
-           : error == cudaErrorInvalidConfiguration ? "invalid configuration argument"
-           : error == cudaErrorNoKernelImageForDevice
-               ? "no kernel image is available for execution on the device"
-               : "invalid argument";
+    return error == cudaSuccess                       ? "no error"
+           : error == cudaErrorMemoryAllocation       ? "out of memory"
+           : error == cudaErrorInvalidConfiguration   ? "invalid configuration argument"
+           : error == cudaErrorNoKernelImageForDevice ? "no kernel image is available for execution on the device"
+                                                      : "invalid argument";
 }
 // As CUDA does, says it at once and keeps it for cudaGetLastError; the message is ours.
 inline cudaError_t emu_fail(cudaError_t error, const char *what) {
@@ -767,7 +766,8 @@ template <typename... Parameters> struct EmuLaunch {
         }
         if (declared > k.declared) k.declared = declared;
         if (shared <= most_dynamic(k)) return;
-        fprintf(stderr, "CUDA on the CPU: %s, launched in line %d: %zu bytes of dynamic and %zu of declared shared memory\n",
+        fprintf(stderr,
+                "CUDA on the CPU: %s, launched in line %d: %zu bytes of dynamic and %zu of declared shared memory\n",
                 name, line, shared, k.declared);
         emu_error = cudaErrorInvalidValue;
     }
