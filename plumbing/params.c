@@ -150,6 +150,8 @@ State state_point(void *memory, const Config *c, int B, int whole_chunks) {
 // ----------------------------------------------------------------------------
 // initial values
 
+enum { PARALLEL_MIN = 4096 }; // draws up to which one thread makes them
+
 static double uniform(uint64_t seed, const Tensor *t, size_t element) { // in (0,1)
     uint32_t r[4];
     megalodon_philox(r, seed, STREAM_INIT + (uint32_t)(t->row - megalodon_params), 0, (uint32_t)(t->layer + 1),
@@ -171,7 +173,7 @@ static double normal(uint64_t seed, const Tensor *t, size_t element, double limi
 static void init_linear(real *values, const Tensor *t, InitMode mode, uint64_t seed) {
     const double deviation = mode == HE ? 1 / sqrt(3.0 * t->shape[1]) : mode == BERT ? 0.02 : 1;
     const double bound = sqrt(6.0 / (t->shape[0] + t->shape[1])); // of XAVIER
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (t->size > PARALLEL_MIN)
     for (size_t i = 0; i < t->size; i++) {
         values[i] = (real)(mode == XAVIER ? bound * (2 * uniform(seed, t, i) - 1)
                                           : deviation * normal(seed, t, i, mode == GAUSSIAN ? 3 : INFINITY));
@@ -188,7 +190,7 @@ void megalodon_init(real *values, const Tensor *t, const Config *config, uint64_
         init_linear(values, t, config->init_mode, seed);
         break;
     case INIT_EMBED:
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n > PARALLEL_MIN)
         for (size_t i = 0; i < n; i++) values[i] = (real)(normal(seed, t, i, 3) / sqrt((double)D));
         break;
     case INIT_CEMA_LOGIT:

@@ -177,7 +177,7 @@ static void sum_between_circles(Model *model, int segment) {
         MPI_Alltoall(out, (int)n, real_type(), in, (int)n, real_type(), far);
         const int host = !peers_add(in, circles - 1, n);
         for (int f = 1; f < circles && host; f++) {
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(static) if (parallel : n > 32768) // as in megalodon.c
             for (size_t i = 0; i < n; i++) in[i] += in[(size_t)f * n + i];
         }
         const Range own = piece_of(circle, segment, done);

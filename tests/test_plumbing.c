@@ -1,5 +1,6 @@
 // Configurations, the sampler, checkpoints and state files, and those of them that must not load.
 #define _GNU_SOURCE // string.h: memmem
+#include <sys/stat.h> // defines: mkdir
 #include <unistd.h> // defines: unlink, rmdir
 #include "../plumbing/plumbing.h"
 #include "check.h"
@@ -414,6 +415,58 @@ static void test_state(void) {
     unlink(path);
 }
 
+// ----------------------------------------------------------------------------
+// limits of cgroups, in made-up trees
+
+static char tree[] = "/tmp/test_cgroups_XXXXXX";
+
+// Writes a file below the tree, with its folders.
+static void tree_file(const char *name, const char *text) {
+    char full[512];
+    snprintf(full, sizeof full, "%s/%s", tree, name);
+    for (char *slash = strchr(full + strlen(tree) + 1, '/'); slash != NULL; slash = strchr(slash + 1, '/')) {
+        *slash = 0;
+        mkdir(full, 0700);
+        *slash = '/';
+    }
+    FILE *f = fopen(full, "w");
+    if (f == NULL || fputs(text, f) == EOF || fclose(f) != 0) fatal("%s: cannot write", full);
+}
+
+static void test_limits(void) {
+    if (mkdtemp(tree) == NULL) fatal("/tmp: cannot make a folder");
+    check_true("cgroups: no files, no limits", memory_limit(tree) == SIZE_MAX && cpu_limit(tree) == 0);
+    tree_file("proc/self/cgroup", "0::/a/b/c\n");
+    tree_file("sys/fs/cgroup/a/b/c/memory.max", "max\n");
+    tree_file("sys/fs/cgroup/a/b/memory.max", "1000000\n");
+    tree_file("sys/fs/cgroup/a/memory.max", "4000000\n");
+    tree_file("sys/fs/cgroup/a/b/c/cpu.max", "max 100000\n");
+    tree_file("sys/fs/cgroup/a/cpu.max", "150000 100000\n");
+    check_true("version 2: the parent's, the least", memory_limit(tree) == 1000000 && cpu_limit(tree) == 2);
+    tree_file("sys/fs/cgroup/a/b/c/memory.max", "500000\n");
+    check_true("  its own, if that is less", memory_limit(tree) == 500000);
+    tree_file("proc/self/cgroup", "0::/\n");
+    check_true("  not those of others", memory_limit(tree) == SIZE_MAX && cpu_limit(tree) == 0);
+    tree_file("sys/fs/cgroup/memory.max", "700000\n");
+    check_true("  a container's, which sees its own as the root", memory_limit(tree) == 700000);
+    tree_file("sys/fs/cgroup/memory.max", "max\n");
+    tree_file("proc/self/cgroup", "5:cpu,cpuacct:/x\n4:memory:/x/y\n3:memoryless:/z\n1:name=systemd:/\n0::/\n");
+    tree_file("sys/fs/cgroup/memory/x/y/memory.limit_in_bytes", "9223372036854771712\n");
+    tree_file("sys/fs/cgroup/memory/z/memory.limit_in_bytes", "1\n");
+    tree_file("sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "-1\n");
+    tree_file("sys/fs/cgroup/cpu/x/cpu.cfs_period_us", "100000\n");
+    check_true("version 1: a number too large to be meant, and -1, are none",
+               memory_limit(tree) == SIZE_MAX && cpu_limit(tree) == 0);
+    tree_file("sys/fs/cgroup/memory/memory.limit_in_bytes", "3000000\n");
+    tree_file("sys/fs/cgroup/memory/x/memory.limit_in_bytes", "2000000\n");
+    tree_file("sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "400000\n");
+    check_true("  the least of those above", memory_limit(tree) == 2000000 && cpu_limit(tree) == 4);
+    check_true("host_memory: shared by processes", host_memory(4, 0) <= host_memory(1, 0));
+    char command[64];
+    snprintf(command, sizeof command, "rm -r %s", tree);
+    check_true("  the tree is removed", system(command) == 0);
+}
+
 int main(void) {
     if (mkdtemp(folder) == NULL) fatal("/tmp: cannot make a folder");
     snprintf(path, sizeof path, "%s/file", folder);
@@ -421,6 +474,7 @@ int main(void) {
     test_sampler();
     test_checkpoint();
     test_state();
+    test_limits();
     rmdir(folder);
     return check_done();
 }
