@@ -86,6 +86,7 @@ help:
 	@echo 'make demo        trains a small model for a minute, then lets it write'
 	@echo 'make test        checks layers, gradients, files and programs; ends with "N passed, N failed"'
 	@echo 'make test-mutants  checks these checks'
+	@echo 'make test-cross  builds for macOS and 64-bit ARM, and tests the latter in an emulator (Zig, QEMU)'
 	@echo 'make lint        compilers and checkers on plumbing/ (clang-tidy, cppcheck)'
 	@echo 'make fuzz        FUZZ_SECONDS=60 each: looks for files that readers do not survive (clang)'
 	@echo 'make bench       where the time of a step goes; ARGS="--help" for more'
@@ -302,6 +303,10 @@ build/fuzz: tests/test_fuzz.c megalodon.c $(filter-out %/compare.c %/system.c %/
 fuzz: build/fuzz build/test_fuzz
 	@sh tests/fuzz.sh $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
+# Programs and tests for macOS, and for 64-bit ARM in QEMU. Needs dev/requirements-cross.txt in build/venv, or ZIG=....
+test-cross:
+	@sh tests/cross.sh
+
 # Breaks megalodon.c in one place after another and demands that a test notices. Takes long.
 test-mutants:
 	bash tests/mutants.sh
@@ -327,4 +332,4 @@ demo: $(PROGRAMS)
 clean:
 	rm -rf build $(PROGRAMS) $(CUDA_PROGRAMS)
 
-.PHONY: all help cuda test-cuda bench-cuda diff test-emulated shared-memory test test-programs test-mutants lint fuzz bench demo clean
+.PHONY: all help cuda test-cuda bench-cuda diff test-emulated shared-memory test test-programs test-cross test-mutants lint fuzz bench demo clean
