@@ -2036,6 +2036,8 @@ void megalodon_threads(int threads) {
     (void)threads;
 }
 
+int megalodon_on_gpu(void) { return 0; }
+
 size_t megalodon_room(int processes) {
     return host_memory(processes, (size_t)threads_here() * THREAD_BYTES);
 }

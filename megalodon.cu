@@ -3947,6 +3947,8 @@ void state_write(State *s, size_t first, size_t bytes, const void *src) {
 
 void megalodon_threads(int threads) { (void)threads; } // the device has its own
 
+int megalodon_on_gpu(void) { return 1; }
+
 size_t megalodon_room(int processes) {
     size_t free_bytes, total;
     gpu_open();

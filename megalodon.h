@@ -360,6 +360,7 @@ static const char *const megalodon_activations[] = { // in data-flow order
 enum { NUM_ACTIVATIONS = sizeof megalodon_activations / sizeof megalodon_activations[0] };
 
 void megalodon_threads(int threads); // how many the backend uses, where that is a choice
+int megalodon_on_gpu(void);          // 1: models and states lie in a device's memory, 0: in main memory
 size_t megalodon_room(int processes); // bytes of the backend's memory for each of so many processes on this machine
 size_t megalodon_peak(void);         // bytes of it that this program has taken at most so far
 const char *megalodon_backend(void); // one line: what runs this, e.g. "CPU, float32, 2 threads, BLAS"

@@ -137,7 +137,7 @@ static void plan_memory(const Config *c, size_t text) {
               : prompt_path ? "prompt-file"
                             : "prompt",
               text, (double)prompts / mib, room);
-    check_memory(c, MEGALODON_INFER, num_samples, PIECE / num_samples, states + written + prompts + others);
+    check_memory(c, MEGALODON_INFER, num_samples, PIECE / num_samples, states, written + prompts + others);
 }
 
 typedef struct {

@@ -351,8 +351,10 @@ static void fill_model(Model *model, const Config *config) {
     free(tensors);
 }
 
+static double extra_bytes; // states and buffers, what a run takes besides the model
+
 static void print_header(const Config *c, const Data *d, const MemoryPlan *p) {
-    const double mib = 1048576, total = (double)p->params + (double)p->grads + (double)p->moments +
+    const double mib = 1048576, model = (double)p->params + (double)p->grads + (double)p->moments +
                                         (double)p->activations + (double)p->scratch;
     printf("backend     %s\n", megalodon_backend());
     printf("model       %d layers, model_dim %d, %d heads, z_dim %d, value_dim %d, ffn_hidden_dim %d%s, "
@@ -363,10 +365,11 @@ static void print_header(const Config *c, const Data *d, const MemoryPlan *p) {
            c->rescale_nffn ? ", rescale_nffn" : "", c->scale_emb ? ", scale_emb" : "",
            c->share_emb ? ", share_emb" : "", c->norm_affine ? "" : ", no norm_affine");
     printf("parameters  %zu\n", count_parameters(c));
-    printf("memory      %.1f MiB: parameters %.1f, gradients %.1f, moments %.1f, activations %.1f, scratch "
-           "%.1f\n",
-           total / mib, (double)p->params / mib, (double)p->grads / mib, (double)p->moments / mib,
-           (double)p->activations / mib, (double)p->scratch / mib);
+    printf(
+        "memory      %.1f MiB: parameters %.1f, gradients %.1f, moments %.1f, activations %.1f, scratch %.1f, states "
+        "and buffers %.1f\n",
+        (model + extra_bytes) / mib, (double)p->params / mib, (double)p->grads / mib, (double)p->moments / mib,
+        (double)p->activations / mib, (double)p->scratch / mib, extra_bytes / mib);
     const Tokens *train = &d->train.tokens, *val = &d->val.tokens;
     if (s.batch)
         printf("data        %s, %d x %d tokens\n", s.batch, s.batch_size, s.seq_len);
@@ -607,7 +610,9 @@ static MemoryPlan plan_memory(const Config *c, Mode mode, const Data *d) {
                         fmax(fmax(samples ? V * sizeof(real) + (double)sample_bytes(c->vocab_size) : 0,
                                   s.init || s.resume ? 0 : largest * sizeof(real)),
                              s.dump ? (double)dump_bytes(c, d->B, d->L) : 0);
-    return check_memory(c, mode, d->B, d->L, (size_t)fmin(states + host, (double)(SIZE_MAX / 2)));
+    const double most = (double)(SIZE_MAX / 4);
+    extra_bytes = states + host;
+    return check_memory(c, mode, d->B, d->L, (size_t)fmin(states, most), (size_t)fmin(host, most));
 }
 
 // Locks the run's directory and claims all that will be written.

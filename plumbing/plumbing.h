@@ -19,8 +19,9 @@ void *allocate(size_t count, size_t size);    // zeroed; never NULL; overflow an
 char *read_text(const char *path, char *err); // a file of at most 1 MiB, freed by the caller; NULL and err
 double seconds(void);                         // of a clock that never goes back
 
-// What the model and `extra` more bytes will take; refused, with its MiB and with what would fit, if there is less room.
-MemoryPlan check_memory(const Config *config, Mode mode, int B, int L, size_t extra);
+// What the model will take. Refused, with the MiB and with what would fit, if there is less memory for the model and
+// `states` (bytes, which lie where the model lies) and `host` (bytes of buffers, which lie in main memory).
+MemoryPlan check_memory(const Config *config, Mode mode, int B, int L, size_t states, size_t host);
 
 // Limits that the cgroups of this process set, the least of all that contain it, versions 1 and 2: bytes, SIZE_MAX if
 // there is none; cores, rounded up, 0 if there is none. root: "", or in tests a folder with proc/ and sys/.

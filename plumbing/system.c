@@ -192,7 +192,7 @@ size_t host_memory(int processes, size_t reserved) {
 static void name_largest(const MemoryPlan *p, Mode mode, size_t extra, const char **part, const char **remedy) {
     const size_t fixed = p->params + p->grads + p->moments;
     *part = mode == MEGALODON_INFER ? "the parameters" : "parameters, gradients and moments";
-    *remedy = "a smaller model; --seq-len and --batch-size do not change them";
+    *remedy = "a smaller model (--seq-len and --batch-size do not change them)";
     if (fixed >= p->activations && fixed >= p->scratch && fixed >= extra) return;
     if (p->activations >= p->scratch && p->activations >= extra) {
         *part = "activations", *remedy = "a smaller --batch-size or --seq-len, or --recompute";
@@ -203,7 +203,12 @@ static void name_largest(const MemoryPlan *p, Mode mode, size_t extra, const cha
     }
 }
 
-MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t extra) {
+MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t states, size_t host) {
+    const size_t extra = states + (megalodon_on_gpu() ? 0 : host);
+    if (megalodon_on_gpu() && host > host_memory(ranks.here, 0))
+        fatal("buffers for %d x %d tokens in main memory need %zu MiB; there are %zu MiB%s: use a smaller --batch-size, "
+              "--seq-len or --grad-accum",
+              B, L, host >> 20, host_memory(ranks.here, 0) >> 20, least_limit);
     least_limit = "";
     const double mib = 1048576, room = (double)megalodon_room(ranks.here) / mib;
     const char *limit = least_limit, *largest, *remedy;
@@ -240,10 +245,11 @@ MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t extra) 
     // A single token, if not even that fits, says what is too large whatever the batch is.
     if (!found) plan_mib(&plan, c, less, 1, 1, extra, INFINITY);
     name_largest(&plan, mode, extra, &largest, &remedy);
-    if (!found) snprintf(help, sizeof help, "Most of a single token's are %s: what helps is %s", largest, remedy);
-    fatal("%d x %d tokens need %.0f MiB or more%s; there are %.0f MiB%s for %s, and B x L x num_heads must be below "
-          "2^31. %s",
-          B, L, need, parts, room, limit, megalodon_backend(), help);
+    if (!found) snprintf(help, sizeof help, "The largest part is %s: use %s", largest, remedy);
+    if ((double)B * L * c->num_heads > INT32_MAX)
+        fatal("%d x %d tokens: --batch-size x --seq-len x --num-heads must be below 2^31. %s", B, L, help);
+    fatal("%d x %d tokens need %.0f MiB or more%s; there are %.0f MiB%s for %s. %s", B, L, need, parts, room, limit,
+          megalodon_backend(), help);
 }
 
 void settle_threads(char **argv, int threads) {

@@ -125,7 +125,7 @@ static void run_config(const char *path, const uint8_t *bytes, size_t size) {
         char *again = config_to_json(&c);
         demand(config_from_json(&back, again, err) && config_equal(&c, &back));
         free(again);
-        if (c.num_layers <= 64) check_memory(&c, MEGALODON_TRAIN, 2, 3, 0);
+        if (c.num_layers <= 64) check_memory(&c, MEGALODON_TRAIN, 2, 3, 0, 0);
     }
     free(text);
 }

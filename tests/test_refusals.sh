@@ -9,12 +9,12 @@ passed=0 failed=0
 check() { # NAME COMMAND...: the command must succeed
     name=$1
     shift
-    if "$@" > check.out 2>&1; then
+    if "$@" > ../check.out 2>&1; then
         echo "ok    $name"
         passed=$((passed + 1))
     else
         echo "FAIL  $name"
-        sed 's/^/      /' check.out | tail -n 5
+        sed 's/^/      /' ../check.out | tail -n 5
         failed=$((failed + 1))
     fi
 }
@@ -117,6 +117,26 @@ check "an empty directory may become a run" eval "mkdir fresh && quiet $small --
 check "a dump" quiet $small --steps 2 --dump dump
 check "  may replace an older one" quiet $small --steps 2 --dump dump
 
+# ---------------------------------------------------------------- the memory plan is complete, and comes first
+
+planned() { # OPTIONS...: a run's peak is at most its plan and 40 MiB for the program, its libraries and file buffers
+    quiet "$@" && awk '/^memory/ { plan = $2 } /^done/ { sub(/.*peak memory /, ""); peak = $1 }
+        END { print "planned " plan " MiB, peak " peak " MiB"; exit !(plan > 0 && peak > 0 && peak <= plan + 40) }' ../quiet.out
+}
+if (ulimit -v 2000000 && "$train" --help > ../out 2>&1) && ! ldd "$train" 2> /dev/null | grep -q 'lib[at]san'; then
+    for preset in paper7B mega1.3B; do
+        check "$preset is refused within 1 GB of address space" eval '! (ulimit -v 1000000 && quiet --preset '$preset' --data text --seq-len 16 --out new)'
+        check "  by its plan" grep -q "error: 8 x 16 tokens need [0-9]* MiB or more.* The largest part is parameters" ../quiet.out
+    done
+    big="$small --steps 1"
+    check "a run that carries states" planned $big --carry-state --cema-ndim 64 --model-dim 256 --batch-size 16 --grad-accum 8 --num-layers 4 --out P1
+    check "  needs $(sed -n 's/^memory.*states and/states and/p' ../quiet.out) MiB" grep -q 'states and buffers [5-9][0-9]' ../quiet.out
+    check "a run that samples with a chunk of 15000 tokens" planned $big --chunk-size 15000 --value-dim 512 --out P2
+    check "a dump" planned $big --batch-size 16 --seq-len 512 --value-dim 512 --dump large.st
+else
+    echo "skipped: the memory plan against the peak (sanitizers take memory of their own)"
+fi
+
 # ---------------------------------------------------------------- no output is an input
 
 cp text other && ln other linked && ln -s other symbolic && cp other other.tmp
@@ -143,7 +163,7 @@ snapshot > ../before
 check "--resume DIR --eval measures" quiet --resume A --eval
 check "  with the run's own data and sizes" grep -q '^val loss [0-9.]* nats = .* of 32$' ../quiet.out
 snapshot > ../after
-check "  and changes nothing" cmp ../before ../after
+check "  and changes nothing" diff ../before ../after
 check "--eval of the same checkpoint" quiet --init A --data text --batch-size 2 --seq-len 32 --eval
 check "  says the same" eval 'grep "^val loss" ../quiet.out > ../val && quiet --resume A --eval && grep -q -F -f ../val ../quiet.out'
 
