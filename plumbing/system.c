@@ -207,11 +207,11 @@ MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t extra) 
     const double need = plan_mib(&plan, c, mode, B, L, extra, room);
     if (need <= room) return plan;
     if (room == 0)
-        fatal("the threads of %s reserve more address space than ulimit -v or -d allows; raise that limit, or use fewer "
+        fatal("%s: its threads reserve more address space than ulimit -v or -d leaves; raise that limit, use fewer "
               "--threads, or build with NO_BLAS=1",
               megalodon_backend());
     // --recompute, or else the largest of half, a quarter, .. of the batch, then of the length, also with --recompute
-    char help[160] = "";
+    char help[224] = "";
     const Mode less = mode == MEGALODON_TRAIN ? MEGALODON_RECOMPUTE : mode;
     const bool recompute = less != mode && plan_mib(&other, c, less, B, L, extra, room) <= room;
     if (recompute) snprintf(help, sizeof help, "What fits: the same with --recompute");
@@ -233,10 +233,10 @@ MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t extra) 
                  " (parameters, gradients and moments %.0f, activations %.0f, scratch %.0f, states and buffers %.0f)",
                  (double)(plan.params + plan.grads + plan.moments) / mib, (double)plan.activations / mib,
                  (double)plan.scratch / mib, (double)extra / mib);
-    // A single token, if not even that fits, says what is too large whatever the batch is.
+    // If not even a single token fits: what is too large whatever the batch is
     if (!found) plan_mib(&plan, c, less, 1, 1, extra, INFINITY);
     name_largest(&plan, mode, extra, &largest, &remedy);
-    if (!found) snprintf(help, sizeof help, "Most of a single token's are %s: what helps is %s", largest, remedy);
+    if (!found) snprintf(help, sizeof help, "Even 1 x 1 tokens do not fit, mostly because of %s; what helps: %s", largest, remedy);
     fatal("%d x %d tokens need %.0f MiB or more%s; there are %.0f MiB%s for %s, and B x L x num_heads must be below "
           "2^31. %s",
           B, L, need, parts, room, limit, megalodon_backend(), help);

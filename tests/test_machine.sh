@@ -36,6 +36,12 @@ else
     (ulimit -v 200000 && exec timeout -s KILL 20 "$train" --preset mega200M --data text --seq-len 64 --out run --overwrite) > out 2> err
     [ $? -eq 1 ] && grep -q 'error: .*ulimit -v' err
     verdict $? "  refused with the limit's name: $(grep -o '[^ ]* [^ ]* [^ ]* ulimit -v[^;]*' err)"
+    (ulimit -v 4000000 && exec timeout -s KILL 20 "$train" --preset mega1.3B --data text --seq-len 64 --out run --overwrite) > out 2> err
+    [ $? -eq 1 ] && grep -q 'mostly because of parameters, gradients and moments; what helps: a smaller model' err
+    verdict $? "  the advice names the parameters where they alone exceed the memory"
+    (ulimit -v 4000000 && exec timeout -s KILL 20 "$train" --data text --batch-size 1 --seq-len 9000 --val-every 0 --num-layers 400 --out run --overwrite) > out 2> err
+    [ $? -eq 1 ] && grep -q 'What fits: ' err
+    verdict $? "  and a length that fits where activations do"
     (ulimit -v 200000 && exec "$train" $tiny --threads 1 --steps 100000000 --out run --overwrite) > out 2> err &
     pid=$!
     sleep 1
