@@ -403,10 +403,10 @@ static void check_inputs(const Config *c, const StFile *model) {
 
 int main(int argc, char **argv) {
     guard_streams();
+    settle_threads(argv);
     options_parse(options, argc, argv,
                   "Writes text with a trained model, or scores a file with it.\n"
                   "  ./sample --model out --prompt \"Once\" --num-tokens 500\n");
-    settle_threads(argv, threads);
     if (!model_path) usage_error("--model is needed: a checkpoint file or a run's folder");
     if (prompt && prompt_path) usage_error("--prompt and --prompt-file exclude each other");
     if (score_path && (prompt || prompt_path || state_in || state_out || option_given(options, &num_samples)))

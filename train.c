@@ -157,7 +157,6 @@ static void read_settings(int argc, char **argv) {
     bool is_run;
     s.config = *find_preset("demo");
     options_parse(options, argc, argv, about);
-    if (!ranks.started) settle_threads(argv, s.threads); // mpirun says where its processes run
     recorded = s;
     if (s.resume == NULL) return;
     const int64_t newest = run_newest(s.resume, &is_run);
@@ -724,6 +723,7 @@ static int64_t train(Model *model, State *state, Data *d, const Config *c, const
 int main(int argc, char **argv) {
     guard_streams();
     ranks_start();
+    if (!ranks.started) settle_threads(argv); // mpirun says where its processes run
     signal(SIGPIPE, SIG_IGN); // nobody reads the progress any more: no reason to lose the run
 
     // 1. flags

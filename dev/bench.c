@@ -456,7 +456,7 @@ static void bench_positions(void) {
 
 int main(int argc, char **argv) {
     options_parse(options, argc, argv, "Where the time of a training step goes.\n\n");
-    settle_threads(argv, threads);
+    settle_threads(argv);
     if (threads > 0) megalodon_threads(threads);
     config = *find_preset(preset);
     config.dropout = config.hidden_dropout = config.attention_dropout = dropped;

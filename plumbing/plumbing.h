@@ -31,7 +31,7 @@ int cpu_limit(const char *root);
 // Unless the environment says otherwise: OpenMP threads that wait sleep after some 50 microseconds, so that a busy
 // core delays them and not all of them; there are no more of them than the cgroup's cores; OpenBLAS starts none. These
 // are read when a program starts, so this starts it again.
-void settle_threads(char **argv, int threads);
+void settle_threads(char **argv);
 
 // Puts DIR of the running executable, then "/" and name, into path: files that come with the programs.
 void beside_executable(char *path, size_t size, const char *name);

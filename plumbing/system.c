@@ -1,13 +1,13 @@
-#include <errno.h>  // defines: errno
-#include <math.h>   // defines: INFINITY, ceil, fmin, isfinite
-#include <fcntl.h>  // defines: open, fcntl
-#include <signal.h> // defines: signal
-#include <stdarg.h> // defines: va_list
-#include <stdlib.h> // defines: calloc, exit, free, getenv, realpath, setenv, strtod
-#include <string.h> // defines: strcmp, strcspn, strerror, strlen, strrchr, strtok
+#include <errno.h>        // defines: errno
+#include <math.h>         // defines: INFINITY, ceil, fmin, isfinite
+#include <fcntl.h>        // defines: open, fcntl
+#include <signal.h>       // defines: signal
+#include <stdarg.h>       // defines: va_list
+#include <stdlib.h>       // defines: calloc, exit, free, getenv, realpath, setenv, strtod
+#include <string.h>       // defines: strcmp, strcspn, strerror, strlen, strrchr, strtok
 #include <sys/resource.h> // defines: getrlimit
-#include <time.h>   // defines: clock_gettime
-#include <unistd.h> // defines: execv, readlink, sysconf
+#include <time.h>         // defines: clock_gettime
+#include <unistd.h>       // defines: execv, readlink, sysconf
 #ifdef _OPENMP
 #include <omp.h> // defines: omp_get_num_procs
 #endif
@@ -206,9 +206,10 @@ static void name_largest(const MemoryPlan *p, Mode mode, size_t extra, const cha
 MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t states, size_t host) {
     const size_t extra = states + (megalodon_on_gpu() ? 0 : host);
     if (megalodon_on_gpu() && host > host_memory(ranks.here, 0))
-        fatal("buffers for %d x %d tokens in main memory need %zu MiB; there are %zu MiB%s: use a smaller --batch-size, "
-              "--seq-len or --grad-accum",
-              B, L, host >> 20, host_memory(ranks.here, 0) >> 20, least_limit);
+        fatal(
+            "buffers for %d x %d tokens in main memory need %zu MiB; there are %zu MiB%s: use a smaller --batch-size, "
+            "--seq-len or --grad-accum",
+            B, L, host >> 20, host_memory(ranks.here, 0) >> 20, least_limit);
     least_limit = "";
     const double mib = 1048576, room = (double)megalodon_room(ranks.here) / mib;
     const char *limit = least_limit, *largest, *remedy;
@@ -216,11 +217,11 @@ MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t states,
     const double need = plan_mib(&plan, c, mode, B, L, extra, room);
     if (need <= room) return plan;
     if (room == 0)
-        fatal("the threads of %s reserve more address space than ulimit -v or -d allows; raise that limit, or use fewer "
+        fatal("%s: its threads reserve more address space than ulimit -v or -d leaves; raise that limit, use fewer "
               "--threads, or build with NO_BLAS=1",
               megalodon_backend());
     // --recompute, or else the largest of half, a quarter, .. of the batch, then of the length, also with --recompute
-    char help[160] = "";
+    char help[224] = "";
     const Mode less = mode == MEGALODON_TRAIN ? MEGALODON_RECOMPUTE : mode;
     const bool recompute = less != mode && plan_mib(&other, c, less, B, L, extra, room) <= room;
     if (recompute) snprintf(help, sizeof help, "What fits: the same with --recompute");
@@ -242,24 +243,24 @@ MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t states,
                  " (parameters, gradients and moments %.0f, activations %.0f, scratch %.0f, states and buffers %.0f)",
                  (double)(plan.params + plan.grads + plan.moments) / mib, (double)plan.activations / mib,
                  (double)plan.scratch / mib, (double)extra / mib);
-    // A single token, if not even that fits, says what is too large whatever the batch is.
+    // If not even a single token fits: what is too large whatever the batch is
     if (!found) plan_mib(&plan, c, less, 1, 1, extra, INFINITY);
     name_largest(&plan, mode, extra, &largest, &remedy);
-    if (!found) snprintf(help, sizeof help, "The largest part is %s: use %s", largest, remedy);
+    if (!found)
+        snprintf(help, sizeof help, "Even 1 x 1 tokens do not fit, mostly because of %s: use %s", largest, remedy);
     if ((double)B * L * c->num_heads > INT32_MAX)
         fatal("%d x %d tokens: --batch-size x --seq-len x --num-heads must be below 2^31. %s", B, L, help);
     fatal("%d x %d tokens need %.0f MiB or more%s; there are %.0f MiB%s for %s. %s", B, L, need, parts, room, limit,
           megalodon_backend(), help);
 }
 
-void settle_threads(char **argv, int threads) {
-    (void)threads;
+void settle_threads(char **argv) {
 #ifdef _OPENMP
     char text[16];
     const int quota = cpu_limit("");
     const char *blas = getenv("OPENBLAS_NUM_THREADS");
     const bool waits = getenv("GOMP_SPINCOUNT") != NULL || getenv("OMP_WAIT_POLICY") != NULL;
-    if (waits && blas != NULL && strcmp(blas, "1") == 0) return; // done
+    if (waits && blas != NULL && strcmp(blas, "1") == 0) return;                      // done
     if (!waits) setenv("GOMP_SPINCOUNT", "1000", 1), setenv("KMP_BLOCKTIME", "1", 0); // LLVM's OpenMP: in ms
     setenv("OPENBLAS_NUM_THREADS", "1", 1);
     snprintf(text, sizeof text, "%d", quota);

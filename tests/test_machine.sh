@@ -33,15 +33,15 @@ else
         [ -z "$hung" ] && [ $trained -ge 1 ]
         verdict $? "ulimit -v of 60000 to 8000000, --threads $threads: $trained trained, $refused refused, did not end:$hung"
     done
-    (ulimit -v 60000 && exec "$train" $tiny --steps 2 --out run --overwrite) > out 2> err &
-    pid=$!
-    (sleep 20 && kill -9 $pid) 2> /dev/null &
-    guard=$!
-    wait $pid
-    status=$?
-    kill $guard 2> /dev/null
-    [ $status -eq 1 ] && grep -q 'error: .*ulimit -v.*--threads\|error: .*which ulimit -v leaves' err
-    verdict $? "  refused with the limit's name: $(head -c 60 err)"
+    (ulimit -v 200000 && exec timeout -s KILL 20 "$train" --preset mega200M --data text --seq-len 64 --out run --overwrite) > out 2> err
+    [ $? -eq 1 ] && grep -q 'error: .*ulimit -v' err
+    verdict $? "  refused with the limit's name: $(grep -o '[^ ]* [^ ]* [^ ]* ulimit -v[^;]*' err)"
+    (ulimit -v 4000000 && exec timeout -s KILL 20 "$train" --preset mega1.3B --data text --seq-len 64 --out run --overwrite) > out 2> err
+    [ $? -eq 1 ] && grep -q 'mostly because of parameters, gradients and moments: use a smaller model' err
+    verdict $? "  the advice names the parameters where they alone exceed the memory"
+    (ulimit -v 4000000 && exec timeout -s KILL 20 "$train" --data text --batch-size 1 --seq-len 9000 --val-every 0 --num-layers 400 --out run --overwrite) > out 2> err
+    [ $? -eq 1 ] && grep -q 'What fits: ' err
+    verdict $? "  and a length that fits where activations do"
     (ulimit -v 200000 && exec "$train" $tiny --threads 1 --steps 100000000 --out run --overwrite) > out 2> err &
     pid=$!
     sleep 1
