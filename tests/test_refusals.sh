@@ -193,7 +193,7 @@ check "  the run goes on from step 4" quiet --resume D --steps 5
 check "  and does not count the damaged one among the newest two" [ "$(ls D | grep -c 'step-0000000[45]')" -eq 2 ]
 check "  a dump of the whole run's step 6 equals that of the damaged one's" eval 'quiet --resume D --steps 6 --save-every 2 &&
     quiet $small --steps 6 --save-every 2 --out D2 && cmp D/step-00000006/model.safetensors D2/step-00000006/model.safetensors'
-truncate D/step-00000006/model.safetensors && truncate D/step-00000005/optimizer.safetensors && truncate D/step-00000004/model.safetensors
+truncate D/step-00000006/model.safetensors && truncate D/step-00000005/optimizer.safetensors
 rm -rf D/step-00000002
 refused 1 "--resume D: every checkpoint is damaged" --resume D --steps 8
 
