@@ -374,9 +374,9 @@ static void dropout(real *out, const real *inp, Mask mask, size_t n) {
 // inp, out (B,L,D); mean, rstd (B,L,G); *_in, *_out (B,G) and count (B) may be NULL: fresh start, end not kept. The
 // mean stays double for the backward pass: where it is 10,000 times the deviation, a rounded one is off by 5e-4 of that.
 
-static void timestep_norm_forward(real *out, double *mean, real *rstd, double *mean_out, double *m2_out, const real *inp,
-                                  const real *weight, const real *bias, const double *mean_in, const double *m2_in,
-                                  const int64_t *count, int B, int L, int D, int G, double eps) {
+static void timestep_norm_forward(real *out, double *mean, real *rstd, double *mean_out, double *m2_out,
+                                  const real *inp, const real *weight, const real *bias, const double *mean_in,
+                                  const double *m2_in, const int64_t *count, int B, int L, int D, int G, double eps) {
     int g = D / G;
 #pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D))
     for (int b = 0; b < B; b++) {
@@ -1117,9 +1117,15 @@ static void attention_backward(real *dq, real *dk, real *dv_out, real *scores, r
 // mean, rstd (R). backward, with a = (weight + 1) dy and n = (x - mean) rstd: dx = rstd (a - mean(a) - n mean(a n)).
 // Sums and mean are double, as in TimestepNorm and RMSNorm.
 
+<<<<<<< HEAD
 static void layernorm_forward(real *out, double *mean, real *rstd, const real *inp, const real *weight, const real *bias,
                               int R, int D, double eps) {
 #pragma omp parallel for schedule(static) if (is_large((double)R * D))
+=======
+static void layernorm_forward(real *out, double *mean, real *rstd, const real *inp, const real *weight,
+                              const real *bias, int R, int D, double eps) {
+#pragma omp parallel for schedule(static) if (R > 1)
+>>>>>>> numbers
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D;
         real *y = out + (size_t)r * D;
@@ -1232,23 +1238,23 @@ static void output_loss(double *losses, real *dx, real *doutput, real *logits, c
 // ----------------------------------------------------------------------------
 // activations
 
-typedef struct {                 // of one layer: what its backward pass reads
-    double *norm_mean;           // (B,L,G) TimestepNorm's
-    real *norm_rstd;             // (B,L,G)
-    real *xt;                    // (B,L,D) TimestepNorm(x)
-    real *h;                     // (B, L/CEMA_BLOCK, 2, N, D) CEMA's state before each block
-    real *ema, *ema_rstd;        // (B,L,D), (B,L) CEMA(xt), and its RMSNorm's
-    real *mx;                    // (B,L,D) RMSNorm(CEMA(xt))
-    real *z, *z_rstd;            // (B,L,Z), (B,L,H) before its norm
-    real *q, *k;                 // (B,L,Z) before the rotation
-    real *v_in, *r_in;           // (B,L,E) before silu
-    real *o, *lse;               // (B,L,E), (B,L,H)
-    real *y;                     // (B,L,D) the sub-layer's output
-    double *ffn_mean;            // (B,L) LayerNorm's
-    real *ffn_rstd;              // (B,L)
-    real *u;                     // (B,L,D) LayerNorm(y)
-    real *f1, *f3;               // (B,L,F) u W1', u W3' (swiglu only)
-    real *f2;                    // (B,L,D) before alpha (rescale_nffn only)
+typedef struct {          // of one layer: what its backward pass reads
+    double *norm_mean;    // (B,L,G) TimestepNorm's
+    real *norm_rstd;      // (B,L,G)
+    real *xt;             // (B,L,D) TimestepNorm(x)
+    real *h;              // (B, L/CEMA_BLOCK, 2, N, D) CEMA's state before each block
+    real *ema, *ema_rstd; // (B,L,D), (B,L) CEMA(xt), and its RMSNorm's
+    real *mx;             // (B,L,D) RMSNorm(CEMA(xt))
+    real *z, *z_rstd;     // (B,L,Z), (B,L,H) before its norm
+    real *q, *k;          // (B,L,Z) before the rotation
+    real *v_in, *r_in;    // (B,L,E) before silu
+    real *o, *lse;        // (B,L,E), (B,L,H)
+    real *y;              // (B,L,D) the sub-layer's output
+    double *ffn_mean;     // (B,L) LayerNorm's
+    real *ffn_rstd;       // (B,L)
+    real *u;              // (B,L,D) LayerNorm(y)
+    real *f1, *f3;        // (B,L,F) u W1', u W3' (swiglu only)
+    real *f2;             // (B,L,D) before alpha (rescale_nffn only)
 } LayerActs;
 
 typedef struct {                    // used by every layer in turn; what begins with d, for backward only
@@ -1278,15 +1284,15 @@ struct Model {
     real *memory[4]; // PARAMS, GRADS; MOMENT1, MOMENT2 (owned)
     Params params, grads;
     real *acts_memory, *work_memory;
-    LayerActs *acts;                       // (num_layers), all in the same memory unless mode is TRAIN
-    real **x;                              // (num_layers+1) of (B,L,D): blocks' inputs, the last one's output
-    double *final_mean;                    // (B,L,G) final norm's
-    real *final_rstd, *final;              // (B,L,G), and its output (B,L,D)
-    double *losses;                        // (B,L)
-    double *norm_parts;                    // of megalodon_grad_norm
-    int32_t *tokens;                       // (B,L)
-    real *rope;                            // (C, dz/2, 2)
-    Coefs *coefs;                          // (num_layers)
+    LayerActs *acts;          // (num_layers), all in the same memory unless mode is TRAIN
+    real **x;                 // (num_layers+1) of (B,L,D): blocks' inputs, the last one's output
+    double *final_mean;       // (B,L,G) final norm's
+    real *final_rstd, *final; // (B,L,G), and its output (B,L,D)
+    double *losses;           // (B,L)
+    double *norm_parts;       // of megalodon_grad_norm
+    int32_t *tokens;          // (B,L)
+    real *rope;               // (C, dz/2, 2)
+    Coefs *coefs;             // (num_layers)
     int coefs_valid;
     Scratch scratch;
     int threads;                         // that scratch has room for

@@ -580,7 +580,7 @@ static __host__ __device__ Moments merge(double n0, Moments a, double n1, Moment
 
 // A mean as the sum of two floats: x - mean is (x - high) - low, which keeps the digits of x where the mean is large.
 typedef float2 Mean;
-static __device__ Mean split_mean(double mean) {
+static __host__ __device__ Mean split_mean(double mean) {
     float high = (float)mean;
     return make_float2(high, (float)(mean - high));
 }
@@ -2707,11 +2707,11 @@ static __device__ void few_norms(act *rows, const Linear &l, int B, int K, float
     wait_for_last();
     for (int r = 0; r < B; r++) {
         const act *inp = l.inp + (size_t)r * K;
-        double from = l.norm == LAYER_NORM ? to_float(inp[0]) : 0;
+        float from = l.norm == LAYER_NORM ? to_float(inp[0]) : 0;
         SumsOf<double> sums = {}; // double: neither an overflow nor one large number at `from` costs digits
 #pragma unroll 2
         for (int k = threadIdx.x; k < K; k += FEW_THREADS) {
-            double d = to_float(inp[k]) - from;
+            double d = (double)to_float(inp[k]) - from;
             sums.x[0] += d, sums.x[1] += d * d;
         }
         sums = block_sum(sums);
@@ -2899,23 +2899,23 @@ static void decode_attention(act *gated, float *cache_k, float *cache_v, float *
 // ----------------------------------------------------------------------------
 // activations
 
-typedef struct {                  // of one layer: what its backward pass reads
-    Mean *norm_mean;              // (B,L,G) TimestepNorm's
-    float *norm_rstd;             // (B,L,G)
-    act *xt;                      // (B,L,D) TimestepNorm(x)
-    float *h;                     // (B, L/CEMA_BLOCK, 2, N, D) CEMA's state before each block
-    act *ema;                     // (B,L,D) CEMA(xt)
-    float *ema_rstd;              // (B,L) its RMSNorm's
-    act *mx;                      // (B,L,D) RMSNorm(CEMA(xt))
-    act *z;                       // (B,L,Z) before its norm
-    act *v_in, *r_in;             // (B,L,E) before silu
-    act *o;                       // (B,L,E)
-    float *lse;                   // (B,L,H)
-    act *y;                       // (B,L,D) the sub-layer's output
-    float *ffn_mean, *ffn_rstd;   // (B,L) LayerNorm's
-    act *u;                       // (B,L,D) LayerNorm(y)
-    act *f1, *f3;                 // (B,L,F) u W1', u W3' (swiglu only)
-    act *f2;                      // (B,L,D) before alpha (rescale_nffn only)
+typedef struct {                // of one layer: what its backward pass reads
+    Mean *norm_mean;            // (B,L,G) TimestepNorm's
+    float *norm_rstd;           // (B,L,G)
+    act *xt;                    // (B,L,D) TimestepNorm(x)
+    float *h;                   // (B, L/CEMA_BLOCK, 2, N, D) CEMA's state before each block
+    act *ema;                   // (B,L,D) CEMA(xt)
+    float *ema_rstd;            // (B,L) its RMSNorm's
+    act *mx;                    // (B,L,D) RMSNorm(CEMA(xt))
+    act *z;                     // (B,L,Z) before its norm
+    act *v_in, *r_in;           // (B,L,E) before silu
+    act *o;                     // (B,L,E)
+    float *lse;                 // (B,L,H)
+    act *y;                     // (B,L,D) the sub-layer's output
+    float *ffn_mean, *ffn_rstd; // (B,L) LayerNorm's
+    act *u;                     // (B,L,D) LayerNorm(y)
+    act *f1, *f3;               // (B,L,F) u W1', u W3' (swiglu only)
+    act *f2;                    // (B,L,D) before alpha (rescale_nffn only)
 } LayerActs;
 
 typedef struct {                 // used by every layer in turn; what begins with d, for backward only
@@ -2957,16 +2957,16 @@ struct Model {
     act *rounded;         // the parameters as acts; themselves in the float32 build
     Params params, grads;
     void *acts_memory, *work_memory;
-    LayerActs *acts;                // (num_layers), all in the same memory unless mode is TRAIN
-    act **x;                        // (num_layers+1) of (B,L,D): blocks' inputs, the last one's output
-    Mean *final_mean;               // (B,L,G) final norm's
-    float *final_rstd;              // (B,L,G)
-    act *final;                     // (B,L,D) and its output
-    float *losses;                  // (B,L)
-    double *totals;                 // (NORM_PARTS) of megalodon_grad_norm; of the loss
-    int32_t *tokens, *targets;      // (B,L)
-    int *order;                     // (B,L) rows sorted by token
-    Segment *segments;              // (2 B*L) of these
+    LayerActs *acts;           // (num_layers), all in the same memory unless mode is TRAIN
+    act **x;                   // (num_layers+1) of (B,L,D): blocks' inputs, the last one's output
+    Mean *final_mean;          // (B,L,G) final norm's
+    float *final_rstd;         // (B,L,G)
+    act *final;                // (B,L,D) and its output
+    float *losses;             // (B,L)
+    double *totals;            // (NORM_PARTS) of megalodon_grad_norm; of the loss
+    int32_t *tokens, *targets; // (B,L)
+    int *order;                // (B,L) rows sorted by token
+    Segment *segments;         // (2 B*L) of these
     Sorted sorted;
     int *host_order, *host_first; // the same on the host
     Segment *host_segments;

@@ -35,9 +35,9 @@ void cpu_dropout(float *out, const float *inp, double p, uint64_t seed, uint32_t
     dropout(out, inp, mask_from(p, seed, stream, step, layer, first), n);
 }
 
-void cpu_timestep_norm_forward(float *out, double *mean, float *rstd, double *mean_out, double *m2_out, const float *inp,
-                               const float *weight, const float *bias, const double *mean_in, const double *m2_in,
-                               const int64_t *count, int B, int L, int D, int G, double eps) {
+void cpu_timestep_norm_forward(float *out, double *mean, float *rstd, double *mean_out, double *m2_out,
+                               const float *inp, const float *weight, const float *bias, const double *mean_in,
+                               const double *m2_in, const int64_t *count, int B, int L, int D, int G, double eps) {
     timestep_norm_forward(out, mean, rstd, mean_out, m2_out, inp, weight, bias, mean_in, m2_in, count, B, L, D, G, eps);
 }
 void cpu_timestep_norm_backward(float *dinp, float *dweight, float *dbias, const float *dout, const float *inp,

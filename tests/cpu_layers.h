@@ -20,9 +20,9 @@ void cpu_embedding_backward(float *dembed, const float *dout, const int32_t *tok
 void cpu_dropout(float *out, const float *inp, double p, uint64_t seed, uint32_t stream, uint32_t step, uint32_t layer,
                  uint64_t first, size_t n);
 
-void cpu_timestep_norm_forward(float *out, double *mean, float *rstd, double *mean_out, double *m2_out, const float *inp,
-                               const float *weight, const float *bias, const double *mean_in, const double *m2_in,
-                               const int64_t *count, int B, int L, int D, int G, double eps);
+void cpu_timestep_norm_forward(float *out, double *mean, float *rstd, double *mean_out, double *m2_out,
+                               const float *inp, const float *weight, const float *bias, const double *mean_in,
+                               const double *m2_in, const int64_t *count, int B, int L, int D, int G, double eps);
 void cpu_timestep_norm_backward(float *dinp, float *dweight, float *dbias, const float *dout, const float *inp,
                                 const float *weight, const double *mean, const float *rstd, const int64_t *count, int B,
                                 int L, int D, int G);

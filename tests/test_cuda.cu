@@ -348,7 +348,8 @@ static void test_timestep_norm(void) {
     }
     for (int i = 0; i < 3; i++) { // squares that overflow, in some blocks or in all
         double scale = i == 0 ? 1e17 : i == 1 ? 1e20 : 1e37;
-        timestep_norm_case(2, 130, 30, 2, STATE, scale / 2, scale), timestep_norm_case(1, 70, 64, 2, NO_STATE, 0, scale);
+        timestep_norm_case(2, 130, 30, 2, STATE, scale / 2, scale),
+            timestep_norm_case(1, 70, 64, 2, NO_STATE, 0, scale);
     }
 }
 
@@ -576,7 +577,8 @@ static void test_gates(void) {
 
 // Pre-activations at which e^-x overflows, or underflows, with factors that are large themselves.
 static void test_far_gates(void) {
-    static const float points[] = {0, 1, 20, 64, 65, 87, 89, 100, 104, 1e4f, 1e30f, 3e38f}, factors[] = {1, -1e20f, 3e38f};
+    static const float points[] = {0, 1, 20, 64, 65, 87, 89, 100, 104, 1e4f, 1e30f, 3e38f},
+                       factors[] = {1, -1e20f, 3e38f};
     enum { POINTS = 12, COUNT = 2 * POINTS * 3 };
     begin("gates, far from zero");
     float *x = on_host<float>(COUNT), *factor = on_host<float>(COUNT), *ones = on_host<float>(COUNT);
@@ -835,7 +837,7 @@ static void test_decode_norm(void) {
     decode_norm_case(1, 1, 1, 1), decode_norm_case(3, 30, 2, 3), decode_norm_case(2, 132, 132, 16);
     decode_norm_case(4, 200, 2, 33); // groups of more channels than lanes, more modes than warps
     decode_norm_case(1, 1024, 32, 16), decode_norm_case(8, 384, 32, 8); // mega200M's, enwik8's
-    const double spread = sizeof(act) == 4 ? 1 : 1e5 / 30; // as in timestep_norm's cases
+    const double spread = sizeof(act) == 4 ? 1 : 1e5 / 30;              // as in timestep_norm's cases
     decode_norm_case(3, 60, 2, 3, 1e5, spread), decode_norm_case(3, 60, 2, 3, 0, 1e20);
     decode_norm_case(2, 64, 1, 2, 1e36, 1e37);
 }
@@ -848,7 +850,8 @@ static void few_rows_case(int B, int K, int M, int M2, int norm, int affine, dou
                              : ", LN",
           affine ? ", affine" : "", size);
     size_t n = (size_t)B * M, n2 = (size_t)B * M2;
-    Acts inp = acts_rows(B, K, 1, 0.3, size), weight = acts((size_t)M * K, 1 / sqrt((double)K), 0), bias = acts(M, 1, 0);
+    Acts inp = acts_rows(B, K, 1, 0.3, size), weight = acts((size_t)M * K, 1 / sqrt((double)K), 0),
+         bias = acts(M, 1, 0);
     Acts gate = acts(weight.n, 1 / sqrt((double)K), 0), add = acts(n, 1, 0), out = copy_of(add), bias2 = acts(M2, 1, 0);
     Acts weight2 = acts((size_t)M2 * K, 1 / sqrt((double)K), 0), out2 = acts_out(n2), out3 = acts_out(n2);
     Floats scale = floats(M, 1, 0), norm_weight = {}, norm_bias = {}, rstd = floats_out(B);

@@ -83,8 +83,8 @@ static int near(float got, double expected, double factor) {
 static int close_to(float got, double expected) { return near(got, expected, 1); }
 
 static void test_gates(void) {
-    static const float points[] = {0,    1e-30f, 0.1f, 1,    20,   64,      65,   80,    87.3f,
-                                   87.4f, 88.7f, 88.8f, 100,  104, 1e4f,    1e20f, 1e30f, FLT_MAX};
+    static const float points[] = {0,     1e-30f, 0.1f,  1,   20,  64,   65,    80,    87.3f,
+                                   87.4f, 88.7f,  88.8f, 100, 104, 1e4f, 1e20f, 1e30f, FLT_MAX};
     static const float factors[] = {1, -0.3f, 1e20f, 1e-20f, 3e38f};
     enum { POINTS = sizeof points / sizeof *points, FACTORS = sizeof factors / sizeof *factors };
     int silu = 1, dsilu = 1, gate = 1, da_near = 1, db_near = 1;
@@ -154,7 +154,8 @@ static void test_row_norms(void) {
             for (int i = 0; i < 3 + centered; i++) {
                 double got[D];
                 for (int c = 0; c < D; c++) got[c] = parts[i].got[c];
-                snprintf(name, sizeof name, "%s of %g: %s", centered ? "LayerNorm" : "RMSNorm", scales[r], parts[i].what);
+                snprintf(name, sizeof name, "%s of %g: %s", centered ? "LayerNorm" : "RMSNorm", scales[r],
+                         parts[i].what);
                 check(name, got, parts[i].expected, D, 2e-6);
             }
         }
@@ -292,7 +293,8 @@ static void test_update(void) {
     Range whole = {0, 4};
     Model m = {.own = &whole, .num_own = 1, .memory = {p, g, m1, m2}};
     megalodon_update(&m, &(AdamW){0.9, 0.95, 1e-12, 0}, 0.125, 1, 0);
-    check_true("AdamW: gradients of 1e-3, 1e10, 1e18", close_to(p[0], 0.875) && close_to(p[1], 1.125) && close_to(p[2], 0.875));
+    check_true("AdamW: gradients of 1e-3, 1e10, 1e18",
+               close_to(p[0], 0.875) && close_to(p[1], 1.125) && close_to(p[2], 0.875));
     check_true("AdamW: where the second moment overflows it is not finite", isnan(p[3]));
 }
 

@@ -529,9 +529,9 @@ static void same_model(const char *what, Setup *a, Setup *b, const char *const e
 static void test_hostile(const Case *c) {
     static const struct {
         const char *what, *names[2], *except[2];
-    } scaled[] = {{"wh1 x 2^66 = wh1 x 2^50", {"wh1.weight", "wh1.bias"}, {0}}, // before the FFN's LayerNorm
+    } scaled[] = {{"wh1 x 2^66 = wh1 x 2^50", {"wh1.weight", "wh1.bias"}, {0}},     // before the FFN's LayerNorm
                   {"CEMA x 2^66 = CEMA x 2^50", {"cema.gamma", "cema.omega"}, {0}}, // before RMSNorm
-                  {"wz x 2^66 = wz x 2^50", {"wz.weight", "wz.bias"}, {0}}, // before the norm of the heads
+                  {"wz x 2^66 = wz x 2^50", {"wz.weight", "wz.bias"}, {0}},         // before the norm of the heads
                   {"embed x 2^66 = embed x 2^50", {"embed.weight", NULL}, {"mega", "nffn"}}}; // before TimestepNorm
     for (int i = 0; i < 4; i++) {
         Setup a = setup(c, MEGALODON_TRAIN), b = setup(c, MEGALODON_TRAIN);
