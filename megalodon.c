@@ -1117,15 +1117,9 @@ static void attention_backward(real *dq, real *dk, real *dv_out, real *scores, r
 // mean, rstd (R). backward, with a = (weight + 1) dy and n = (x - mean) rstd: dx = rstd (a - mean(a) - n mean(a n)).
 // Sums and mean are double, as in TimestepNorm and RMSNorm.
 
-<<<<<<< HEAD
-static void layernorm_forward(real *out, double *mean, real *rstd, const real *inp, const real *weight, const real *bias,
-                              int R, int D, double eps) {
-#pragma omp parallel for schedule(static) if (is_large((double)R * D))
-=======
 static void layernorm_forward(real *out, double *mean, real *rstd, const real *inp, const real *weight,
                               const real *bias, int R, int D, double eps) {
-#pragma omp parallel for schedule(static) if (R > 1)
->>>>>>> numbers
+#pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D;
         real *y = out + (size_t)r * D;
