@@ -51,7 +51,7 @@ run() { # PROGRAM PROCESSES PIECES OPTIONS...: as many processes; 1 1: without m
     esac > run.out 2>&1
 }
 close() { # LOG LOG: steps, losses, norms and validation losses agree to 1e-5
-    paste -d, "$1" "$2" | awk -F, 'function far(a, b) { return (a - b) ^ 2 > 1e-10 * b ^ 2 }
+    paste -d, "$1" "$2" | awk -F, 'function far(a, b) { return (a - b) * (a - b) > 1e-10 * b * b }
         NR > 1 && ($1 != $8 || far($2, $9) || far($3, $10) || far($7, $14)) { bad = 1 } END { exit bad || NR < 2 }'
 }
 same_dump() { # TOLERANCE PROGRAM PROCESSES PIECES OPTIONS...: is the first step's dump that of one process, one.st?
@@ -65,8 +65,9 @@ strike() { # SIGNAL DIR: sends it to the second process once there is a checkpoi
     mpirun -n 2 "${other:-$train}" --chunk-parallel 2 $endless --out "$2" > strike.out 2>&1 &
     tries=0
     until [ -d "$2/step-00000010" ] || [ $tries -gt 200 ]; do sleep 0.1 && tries=$((tries + 1)); done
-    # mpirun's children, in the order in which they began
-    second=$(awk -v parent=$! '{ sub(/\(.*\)/, "name") } $4 == parent { last = $1 } END { print last }' /proc/[0-9]*/stat 2> /dev/null)
+    # the last of mpirun's children, in the order in which they began
+    second=$({ ps -A -o pid= -o ppid= || awk '{ sub(/\(.*\)/, "name"); print $1, $4 }' /proc/[0-9]*/stat; } 2> /dev/null |
+        sort -n | awk -v parent=$! '$2 == parent { last = $1 } END { print last }')
     start=$(date +%s)
     kill -s "$1" "$second"
     wait $!

@@ -91,18 +91,18 @@ if [ -n "$disk" ]; then
     while [ "$(df -k disk | awk 'END { print $4 }')" -gt 16 ]; do head -c 4096 /dev/zero >> disk/filler; done
 fi
 full "$train" --resume disk/run --threads 1 --steps 3 --save-every 1 > out 2> err
-[ $? -eq 1 ] && grep -q 'error: disk/run/step-0000000.*: \(No space left\|File too large\)' err
+[ $? -eq 1 ] && grep -q -E 'error: disk/run/step-0000000.*: (No space left|File too large)' err
 verdict $? "training onto a full disk ends with an error that names the file"
 kept
 verdict $? "  the checkpoint before is as it was, and nothing unfinished stays"
 "$sample" --model disk/run --threads 1 --num-tokens 3 > out 2> err
 verdict $? "  and loads"
 full "$train" $small --steps 1 --dump disk/dump > out 2> err
-[ $? -eq 1 ] && grep -q -e '--dump.*disk/dump.*: \(No space left\|File too large\)' err && [ ! -e disk/dump ] && [ ! -e disk/dump.tmp ]
+[ $? -eq 1 ] && grep -q -E -e '--dump.*disk/dump.*: (No space left|File too large)' err && [ ! -e disk/dump ] && [ ! -e disk/dump.tmp ]
 verdict $? "--dump onto a full disk is an error and leaves no half file"
 if [ -n "$disk" ]; then cat /dev/zero > disk/filler 2> /dev/null; fi
 (ulimit -f 4; "$sample" --model run --threads 1 --num-tokens 3 --state-out disk/state > out 2> err)
-[ $? -eq 1 ] && grep -q -e '--state-out.*disk/state.*: \(No space left\|File too large\)' err && [ ! -e disk/state ]
+[ $? -eq 1 ] && grep -q -E -e '--state-out.*disk/state.*: (No space left|File too large)' err && [ ! -e disk/state ]
 verdict $? "--state-out onto a full disk is an error and leaves no half file"
 if [ -c /dev/full ]; then
     "$train" $small --out log --steps 2 --log /dev/full > out 2> err

@@ -42,7 +42,7 @@ steps_in() { ls "$1" | grep step- | tr '\n' ' '; }
 quiet() { "$train" --threads 1 "$@" > quiet.out 2>&1; }
 fails() { ! "$@"; }
 close() { # LOG LOG: steps, losses and norms agree to 1e-5
-    paste -d, "$1" "$2" | awk -F, 'function far(a, b) { return (a - b) ^ 2 > 1e-10 * b ^ 2 }
+    paste -d, "$1" "$2" | awk -F, 'function far(a, b) { return (a - b) * (a - b) > 1e-10 * b * b }
         NR > 1 && ($1 != $8 || far($2, $9) || far($3, $10)) { bad = 1 } END { exit bad || NR < 2 }'
 }
 
