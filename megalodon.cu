@@ -1432,6 +1432,7 @@ static __global__ void __launch_bounds__(WARP *CHANNELS, 1)
     const Pair *x = cema_tiles + threadIdx.y * CEMA_TILE, *dy = x + CHANNELS * CEMA_TILE;
     float *part = parts + (size_t)blockIdx.y * (5 * N + 1) * D + d;
     cema_copy<W, WARP * CHANNELS, CHANNELS>((act *)inp, cema_tiles, false, FROM_FIRST, B, L, D);
+    __syncthreads(); // cema_copy writes its table of rows anew
     cema_copy<W, WARP * CHANNELS, CHANNELS>((act *)dout, cema_tiles + CHANNELS * CEMA_TILE, false, FROM_FIRST, B, L, D);
     __syncthreads();
     if (d >= D) return;
@@ -2589,6 +2590,23 @@ static __device__ DecodeMode decode_mode(Coefs c, const float *h, size_t at, siz
     return DecodeMode{c.p[at], c.q_re[at], c.q_im[at], c.g_re[at], c.g_im[at], h[at], h[modes + at]};
 }
 
+// Float sums of squares serve if they have not overflowed, and if subtracting the mean's part leaves enough digits, which
+// it does not where the number that they are relative to is far from all others.
+static __device__ bool exact_enough(float squares, float centred) {
+    return squares <= LARGE && centred >= squares * 0x1p-8f;
+}
+
+// A warp's moments of g numbers, in double; seldom called.
+static __device__ __noinline__ Moments exact_moments(const act *x, int g) {
+    double first = to_float(x[0]), s1 = 0, s2 = 0;
+    for (int i = threadIdx.x % WARP; i < g; i += WARP) {
+        double d = to_float(x[i]) - first;
+        s1 += d, s2 += d * d;
+    }
+    s1 = warp_sum(s1), s2 = warp_sum(s2);
+    return Moments{first + s1 / g, s2 - s1 * s1 / g};
+}
+
 static __global__ void decode_norm_kernel(act *xt, act *ema, double *mean, double *m2, float *h, const act *inp,
                                           const float *weight, const float *bias, Coefs coefs, const float *omega,
                                           const int64_t *count, int D, int G, int N, double eps) {
@@ -2602,13 +2620,14 @@ static __global__ void decode_norm_kernel(act *xt, act *ema, double *mean, doubl
     double n = (double)g * (double)count[b];
     Moments before = {mean[pair], m2[pair]};
     wait_for_last();
-    double first = to_float(x[0]), s1 = 0, s2 = 0;
+    float first = to_float(x[0]), s1 = 0, s2 = 0;
     for (int i = lane; i < g; i += WARP) {
-        double d = to_float(x[i]) - first;
+        float d = to_float(x[i]) - first;
         s1 += d, s2 += d * d;
     }
     s1 = warp_sum(s1), s2 = warp_sum(s2);
-    Moments own = {first + s1 / g, s2 - s1 * s1 / g};
+    Moments own = {(double)first + s1 / g, s2 - (double)s1 * s1 / g};
+    if (!exact_enough(s2, (float)own.m2)) own = exact_moments(x, g);
     Moments all = merge(n, before, g, own);
     Mean shift = split_mean(all.mean);
     float rstd = (float)(1 / sqrt(all.m2 / (n + g) + eps));
@@ -2695,6 +2714,19 @@ static __device__ float norm_scale(const Linear &l, int k, int K) {
 }
 static __device__ float norm_shift(const Linear &l, int k, int K) { return l.norm_bias && k < K ? l.norm_bias[k] : 0; }
 
+// A block's mean (0 unless centred) and mean square about it of K numbers, in double; seldom called.
+static __device__ __noinline__ Moments exact_row(const act *inp, int K, bool centred) {
+    double from = centred ? to_float(inp[0]) : 0;
+    SumsOf<double> sums = {};
+    for (int k = threadIdx.x; k < K; k += FEW_THREADS) {
+        double d = to_float(inp[k]) - from;
+        sums.x[0] += d, sums.x[1] += d * d;
+    }
+    sums = block_sum(sums);
+    double shifted = centred ? sums.x[0] / K : 0;
+    return Moments{from + shifted, sums.x[1] / K - shifted * shifted};
+}
+
 // rows (B,K): inp, normalised. Every block does this again; a thread has a column, or several.
 static __device__ void few_norms(act *rows, const Linear &l, int B, int K, float eps) {
     enum { AHEAD = 2 };
@@ -2708,16 +2740,18 @@ static __device__ void few_norms(act *rows, const Linear &l, int B, int K, float
     for (int r = 0; r < B; r++) {
         const act *inp = l.inp + (size_t)r * K;
         float from = l.norm == LAYER_NORM ? to_float(inp[0]) : 0;
-        SumsOf<double> sums = {}; // double: neither an overflow nor one large number at `from` costs digits
+        RowSums sums = {};
 #pragma unroll 2
         for (int k = threadIdx.x; k < K; k += FEW_THREADS) {
-            double d = (double)to_float(inp[k]) - from;
+            float d = to_float(inp[k]) - from;
             sums.x[0] += d, sums.x[1] += d * d;
         }
         sums = block_sum(sums);
-        double shifted = l.norm == LAYER_NORM ? sums.x[0] / K : 0;
-        Mean mean = split_mean(from + shifted);
-        float s = (float)(1 / sqrt(sums.x[1] / K - shifted * shifted + eps));
+        float shifted = l.norm == LAYER_NORM ? sums.x[0] / K : 0, square = sums.x[1] / K;
+        Moments m = {(double)from + shifted, square - (double)shifted * shifted};
+        if (!exact_enough(square, (float)m.m2)) m = exact_row(inp, K, l.norm == LAYER_NORM);
+        Mean mean = split_mean(m.mean);
+        float s = m.m2 <= LARGE ? 1 / sqrtf((float)m.m2 + eps) : (float)(1 / sqrt(m.m2 + eps));
 #pragma unroll 1
         for (int k0 = threadIdx.x; k0 < K; k0 += AHEAD * FEW_THREADS) {
 #pragma unroll

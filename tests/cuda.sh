@@ -417,11 +417,11 @@ clean() { sed -n 's/^=* [A-Z]* SUMMARY: //p' "$1" | tail -n 1 | grep -x -e '0 er
 if [ -z "$sanitizer" ]; then
     skip "compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin"
 else
-    quiet ./train --batch-size 2 --seq-len 100 --num-layers 1 --steps 1 --data $text --val-every 0 --dump "$tmp/batch"
+    quiet ./train --batch-size 2 --seq-len 100 --num-layers 1 --steps 1 --data $text --val-every 0 --dump "$tmp/small"
     count=0
     for tool in memcheck racecheck initcheck synccheck; do
         for p in _fp32 ""; do
-            sanitized "train_cuda$p, one layer of demo, 2x100" "$gpu/train_cuda$p" --batch "$tmp/batch" --num-layers 1 --steps 1
+            sanitized "train_cuda$p, one layer of demo, 2x100" "$gpu/train_cuda$p" --batch "$tmp/small" --num-layers 1 --steps 1
             sanitized "train_cuda$p, one layer of odd sizes, dropouts, --recompute, states" "$gpu/train_cuda$p" --config $tmp/odd.json --num-layers 1 --batch-size 2 --seq-len 46 $dropouts --recompute --carry-state --steps 2 --data $text --val-every 0 --dump "$tmp/$tool$p.dump"
             sanitized "sample_cuda$p, 70 bytes read, 2 written" "$gpu/sample_cuda$p" --model "$tmp/six" --num-tokens 2 --prompt "$(head -c 70 $text | tr -c 'a-zA-Z' ' ')"
         done

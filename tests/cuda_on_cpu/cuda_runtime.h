@@ -65,6 +65,7 @@ CUDA_ON_CPU_REVERSE=1 in the environment threads take turns the other way round,
 
 #define __global__
 #define __device__
+#define __noinline__ __attribute__((noinline))
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
