@@ -578,13 +578,22 @@ static __host__ __device__ Moments merge(double n0, Moments a, double n1, Moment
     return Moments{a.mean + d * (n1 / n), a.m2 + b.m2 + d * d * (n0 * (n1 / n))};
 }
 
+#ifdef MEGALODON_FP32
 // A mean as the sum of two floats: x - mean is (x - high) - low, which keeps the digits of x where the mean is large.
 typedef float2 Mean;
 static __host__ __device__ Mean split_mean(double mean) {
     float high = (float)mean;
     return make_float2(high, (float)(mean - high));
 }
+static __host__ __device__ double whole_mean(Mean mean) { return (double)mean.x + mean.y; }
 static __device__ float centered(float x, Mean mean) { return x - mean.x - mean.y; }
+#else
+// One float: x has the 8 bits of a bfloat16, to which more digits of the mean would add nothing but memory traffic.
+typedef float Mean;
+static __host__ __device__ Mean split_mean(double mean) { return (float)mean; }
+static __host__ __device__ double whole_mean(Mean mean) { return mean; }
+static __device__ float centered(float x, Mean mean) { return x - mean; }
+#endif
 
 // Numbers that a thread loads at once: they must be of one group.
 static int norm_width(int D, int G) { return D / G % VEC == 0 ? VEC : D / G % 4 == 0 ? 4 : 1; }
@@ -794,7 +803,7 @@ static __global__ void timestep_norm_sums_kernel(Sums *suffix, Sums *blocks, con
             }
         }
         double n = (double)g * ((count ? (double)count[b] : 0) + t0 + lane + 1), dvar = -0.5 * r * r * d;
-        sum = Sums{-(double)r * s / n, dvar / n, dvar / n * ((double)m.x + m.y)};
+        sum = Sums{-(double)r * s / n, dvar / n, dvar / n * whole_mean(m)};
     }
 #pragma unroll
     for (int step = 1; step < WARP; step *= 2) {
@@ -833,10 +842,10 @@ static __global__ void timestep_norm_sums_scan_kernel(Sums *blocks, Sums *total,
 }
 
 // What a token's group is computed with: dx = rstd w dy + shift + slope n, n = (x - mean) rstd.
-typedef struct {
+struct alignas(sizeof(Mean) == sizeof(float) ? 16 : 4) NormGrad { // 16 bytes at a time, if they are 16
     Mean mean;
     float rstd, shift, slope;
-} NormGrad;
+};
 
 // parts (blocks*down, 2, D): dweight, dbias.
 template <int W>
@@ -865,7 +874,7 @@ timestep_norm_backward_kernel(act *dinp, float *parts, const act *dout, const ac
             }
             Mean m = mean[at];
             float r = rstd[at];
-            double V = s.V + after.V, shift = s.U + after.U - 2 * (s.W + after.W - ((double)m.x + m.y) * V);
+            double V = s.V + after.V, shift = s.U + after.U - 2 * (s.W + after.W - whole_mean(m) * V);
             factors[i] = NormGrad{m, r, (float)shift, (float)(2 * V / r)};
         }
         __syncthreads();
@@ -1624,10 +1633,11 @@ static __global__ void cema_join_kernel(float *h, float *end, const float *all, 
 enum { ROWS = 2, ROW_THREADS = 512, MOST_VECTORS = 16, MOST_COLUMNS = ROW_THREADS * MOST_VECTORS };
 
 // Sums over the block's threads, of ROWS numbers, for all of them.
-template <typename T> struct SumsOf { T x[ROWS]; };
-typedef SumsOf<float> RowSums;
-template <typename T> static __device__ SumsOf<T> block_sum(SumsOf<T> sums) {
-    __shared__ T shared[ROWS][WARP];
+typedef struct {
+    float x[ROWS];
+} RowSums;
+static __device__ RowSums block_sum(RowSums sums) {
+    __shared__ float shared[ROWS][WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
 #pragma unroll
     for (int k = 0; k < ROWS; k++) sums.x[k] = warp_sum(sums.x[k]);
@@ -2590,23 +2600,6 @@ static __device__ DecodeMode decode_mode(Coefs c, const float *h, size_t at, siz
     return DecodeMode{c.p[at], c.q_re[at], c.q_im[at], c.g_re[at], c.g_im[at], h[at], h[modes + at]};
 }
 
-// Float sums of squares serve if they have not overflowed, and if subtracting the mean's part leaves enough digits, which
-// it does not where the number that they are relative to is far from all others.
-static __device__ bool exact_enough(float squares, float centred) {
-    return squares <= LARGE && centred >= squares * 0x1p-8f;
-}
-
-// A warp's moments of g numbers, in double; seldom called.
-static __device__ __noinline__ Moments exact_moments(const act *x, int g) {
-    double first = to_float(x[0]), s1 = 0, s2 = 0;
-    for (int i = threadIdx.x % WARP; i < g; i += WARP) {
-        double d = to_float(x[i]) - first;
-        s1 += d, s2 += d * d;
-    }
-    s1 = warp_sum(s1), s2 = warp_sum(s2);
-    return Moments{first + s1 / g, s2 - s1 * s1 / g};
-}
-
 static __global__ void decode_norm_kernel(act *xt, act *ema, double *mean, double *m2, float *h, const act *inp,
                                           const float *weight, const float *bias, Coefs coefs, const float *omega,
                                           const int64_t *count, int D, int G, int N, double eps) {
@@ -2626,8 +2619,7 @@ static __global__ void decode_norm_kernel(act *xt, act *ema, double *mean, doubl
         s1 += d, s2 += d * d;
     }
     s1 = warp_sum(s1), s2 = warp_sum(s2);
-    Moments own = {(double)first + s1 / g, s2 - (double)s1 * s1 / g};
-    if (!exact_enough(s2, (float)own.m2)) own = exact_moments(x, g);
+    Moments own = {(double)first + s1 / g, s2 <= LARGE ? fmaxf(s2 - s1 * s1 / g, 0) : NAN}; // NaN if it overflowed
     Moments all = merge(n, before, g, own);
     Mean shift = split_mean(all.mean);
     float rstd = (float)(1 / sqrt(all.m2 / (n + g) + eps));
@@ -2714,19 +2706,6 @@ static __device__ float norm_scale(const Linear &l, int k, int K) {
 }
 static __device__ float norm_shift(const Linear &l, int k, int K) { return l.norm_bias && k < K ? l.norm_bias[k] : 0; }
 
-// A block's mean (0 unless centred) and mean square about it of K numbers, in double; seldom called.
-static __device__ __noinline__ Moments exact_row(const act *inp, int K, bool centred) {
-    double from = centred ? to_float(inp[0]) : 0;
-    SumsOf<double> sums = {};
-    for (int k = threadIdx.x; k < K; k += FEW_THREADS) {
-        double d = to_float(inp[k]) - from;
-        sums.x[0] += d, sums.x[1] += d * d;
-    }
-    sums = block_sum(sums);
-    double shifted = centred ? sums.x[0] / K : 0;
-    return Moments{from + shifted, sums.x[1] / K - shifted * shifted};
-}
-
 // rows (B,K): inp, normalised. Every block does this again; a thread has a column, or several.
 static __device__ void few_norms(act *rows, const Linear &l, int B, int K, float eps) {
     enum { AHEAD = 2 };
@@ -2747,11 +2726,8 @@ static __device__ void few_norms(act *rows, const Linear &l, int B, int K, float
             sums.x[0] += d, sums.x[1] += d * d;
         }
         sums = block_sum(sums);
-        float shifted = l.norm == LAYER_NORM ? sums.x[0] / K : 0, square = sums.x[1] / K;
-        Moments m = {(double)from + shifted, square - (double)shifted * shifted};
-        if (!exact_enough(square, (float)m.m2)) m = exact_row(inp, K, l.norm == LAYER_NORM);
-        Mean mean = split_mean(m.mean);
-        float s = m.m2 <= LARGE ? 1 / sqrtf((float)m.m2 + eps) : (float)(1 / sqrt(m.m2 + eps));
+        float mean = l.norm == LAYER_NORM ? sums.x[0] / K : 0, square = sums.x[1] / K;
+        float s = square <= LARGE ? 1 / sqrtf(fmaxf(square - mean * mean, 0) + eps) : NAN; // NaN if it overflowed
 #pragma unroll 1
         for (int k0 = threadIdx.x; k0 < K; k0 += AHEAD * FEW_THREADS) {
 #pragma unroll
@@ -2759,7 +2735,7 @@ static __device__ void few_norms(act *rows, const Linear &l, int B, int K, float
                 int k = k0 + u * FEW_THREADS;
                 if (k >= K) break;
                 if (K > AHEAD * FEW_THREADS) scale[u] = norm_scale(l, k, K), shift[u] = norm_shift(l, k, K);
-                set(&rows[(size_t)r * K + k], centered(to_float(inp[k]), mean) * s * scale[u] + shift[u]);
+                set(&rows[(size_t)r * K + k], (to_float(inp[k]) - from - mean) * s * scale[u] + shift[u]);
             }
         }
     }
@@ -3819,7 +3795,7 @@ static size_t block_bytes(size_t n) { return (n * sizeof(float) + 255) / 256 * 2
 static size_t rounded_bytes(const Model *m) { return sizeof(act) < 4 ? block_bytes(m->num_params) / 2 : 0; }
 
 // Ends the program if a kernel cannot run on this device with these dimensions. What else depends on them stays below
-// SHARED_NEEDED: TimestepNorm's kernels have at most 32 * (128 + 2) * 16 and 4 * model_dim bytes of shared memory;
+// SHARED_NEEDED: TimestepNorm's kernels have at most 32 * (128 + 2) * sizeof(NormGrad) and 4 * model_dim bytes of shared memory;
 // decoding leaves to the general path what its kernels have no room for.
 static void check_dimensions(const Config *c, Mode mode) {
     int dz = c->z_dim / c->num_heads, most = gpu.max_shared / (int)qk_backward_shared(1);
