@@ -28,9 +28,9 @@ MemoryPlan check_memory(const Config *config, Mode mode, int B, int L, size_t st
 size_t memory_limit(const char *root);
 int cpu_limit(const char *root);
 
-// Unless the environment says otherwise: OpenMP threads that wait sleep after some 50 microseconds, so that a busy
-// core delays them and not all of them; there are no more of them than the cgroup's cores; OpenBLAS starts none. These
-// are read when a program starts, so this starts it again.
+// Unless the environment says otherwise: OpenMP threads that wait sleep after a millisecond, on a busy machine
+// after 0.03, so that they leave the cores to those that they wait for; there are no more of them than the cgroup's
+// cores; OpenBLAS starts none. These are read when a program starts, so this starts it again.
 void settle_threads(char **argv);
 
 // Puts DIR of the running executable, then "/" and name, into path: files that come with the programs.
