@@ -254,6 +254,7 @@ MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t states,
           megalodon_backend(), help);
 }
 
+#ifdef _OPENMP
 // Seconds that the cores have worked for other processes than this one; negative where there is no /proc/stat.
 static double work_of_others(void) {
     double user, nice, system;
@@ -274,6 +275,7 @@ static bool is_machine_busy(void) {
     nanosleep(&pause, NULL);
     return work_of_others() - before > 0.025;
 }
+#endif
 
 void settle_threads(char **argv) {
 #ifdef _OPENMP
