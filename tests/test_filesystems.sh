@@ -40,7 +40,7 @@ truncated() { # SIZE DIR OPTIONS...: ./train must end by itself once its data ar
         > quiet.out 2> quiet.err &
     process=$!
     tries=0
-    until [ -d "$dir/step-00000010" ] || [ $tries -gt 400 ]; do sleep 0.05 && tries=$((tries + 1)); done
+    until [ "$(ls "$dir" 2> /dev/null | grep -c step-)" -ge 2 ] || [ $tries -gt 400 ]; do sleep 0.05 && tries=$((tries + 1)); done
     dd if=/dev/null of=cut bs=1 seek="$size" 2> /dev/null # truncates
     tries=0
     while kill -0 $process 2> /dev/null && [ $tries -le 400 ]; do sleep 0.05 && tries=$((tries + 1)); done

@@ -64,7 +64,7 @@ endless="$small --steps 1000000 --schedule constant --val-every 0 --save-every 5
 strike() { # SIGNAL DIR: sends it to the second process once there is a checkpoint; leaves the status and the seconds
     mpirun -n 2 "${other:-$train}" --chunk-parallel 2 $endless --out "$2" > strike.out 2>&1 &
     tries=0
-    until [ -d "$2/step-00000010" ] || [ $tries -gt 200 ]; do sleep 0.1 && tries=$((tries + 1)); done
+    until [ "$(ls "$2" 2> /dev/null | grep -c step-)" -ge 2 ] || [ $tries -gt 200 ]; do sleep 0.1 && tries=$((tries + 1)); done
     # the last of mpirun's children, in the order in which they began
     second=$({ ps -A -o pid= -o ppid= || awk '{ sub(/\(.*\)/, "name"); print $1, $4 }' /proc/[0-9]*/stat; } 2> /dev/null |
         sort -n | awk -v parent=$! '$2 == parent { last = $1 } END { print last }')
