@@ -378,14 +378,15 @@ static void check_inputs(const Config *c, const StFile *model) {
     char err[ST_ERR], remedy[160] = "";
     claim_input("model", model->path);
     if (eot >= c->vocab_size || bos >= c->vocab_size)
-        usage_error("--eot %d, --bos %d: the model has %d tokens", eot, bos, c->vocab_size);
+        usage_error("--%s %d: must be below the vocabulary size, %d", eot >= c->vocab_size ? "eot" : "bos",
+                    eot >= c->vocab_size ? eot : bos, c->vocab_size);
     if (c->vocab_size <= MAX_BYTES)
         snprintf(remedy, sizeof remedy,
                  ", or, if its tokens 0 to 255 are bytes, the token between documents with "
                  "--eot N, from 256 to %d",
                  c->vocab_size - 1);
     if (!tokenizer_path && !score_path && !tokens_are_bytes(c))
-        fatal("%s: its %d tokens are not bytes; give the tokenizer that they are of with --tokenizer FILE%s",
+        fatal("%s: a vocabulary of %d tokens is not bytes; give the model's tokenizer with --tokenizer FILE%s",
               model_path, c->vocab_size, remedy);
     if (tokenizer_path) claim_input("tokenizer", tokenizer_path);
     if (prompt_path && strcmp(prompt_path, "-") != 0) claim_input("prompt-file", prompt_path);

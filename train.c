@@ -59,7 +59,7 @@ static Option options[] = {
     {OPT_REAL, "dropout", &s.config.dropout, 0, 0.999, .help = "of the embedding and of each sub-layer's output"},
     {OPT_REAL, "hidden-dropout", &s.config.hidden_dropout, 0, 0.999, .help = "inside the sub-layers"},
     {OPT_REAL, "attention-dropout", &s.config.attention_dropout, 0, 0.999, .help = "of the attention's probabilities"},
-    {OPT_TEXT, "init-mode", &s.init_mode, .arg = "NAME", .help = "linear weights begin as he, gaussian, xavier, bert"},
+    {OPT_TEXT, "init-mode", &s.init_mode, .arg = "NAME", .help = "of linear weights: he, gaussian, xavier, bert (he)"},
 
     {OPT_HEADING, .help = "Data", .kept = true},
     {OPT_PATH, "data", &s.data, .arg = "FILE", .help = "raw bytes, or a .bin token file (dev/data/demo.txt)"},
@@ -68,12 +68,12 @@ static Option options[] = {
      .help = "of --data and --val-data: bytes; uint16, tokens without a header; auto: bytes, or .bin by its header"},
     {OPT_TEXT, "data-fingerprint", &s.data_print, .help = NULL},
     {OPT_TEXT, "val-data-fingerprint", &s.val_data_print, .help = NULL},
-    {OPT_PATH, "batch", &s.batch, .arg = "FILE", .help = "a dump, whose input is that of every step"},
+    {OPT_PATH, "batch", &s.batch, .arg = "FILE", .help = "train every step on the batch in this dump"},
     {OPT_INT, "batch-size", &s.batch_size, 1, 1 << 16, .help = "sequences of a batch"},
     {OPT_INT, "seq-len", &s.seq_len, 1, 1 << 28, .help = "tokens of a sequence"},
     {OPT_INT, "grad-accum", &s.grad_accum, 1, 1 << 14, .help = "batches of a step"},
     {OPT_INT, "eot", &s.eot, -1, MAX_DIM, .help = "token that ends a document: rows start where one starts; -1: none"},
-    {OPT_SWITCH, "carry-state", &s.carry_state, .help = "a row goes on where it ended the step before, with its state"},
+    {OPT_SWITCH, "carry-state", &s.carry_state, .help = "each row continues where it ended in the step before, with its state"},
 
     {OPT_HEADING, .help = "Optimization", .kept = true},
     {OPT_INT64, "steps", &s.steps, 0, 1e9, .help = "updates in all, those before --resume included; 0: save at once"},
@@ -86,14 +86,14 @@ static Option options[] = {
     {OPT_REAL, "beta1", &s.adamw.beta1, 0, 0.999999, .help = "AdamW's decay of the mean gradient"},
     {OPT_REAL, "beta2", &s.adamw.beta2, 0, 0.999999, .help = "AdamW's decay of the mean square"},
     {OPT_REAL, "eps", &s.adamw.eps, 1e-30, 1, .help = "AdamW's, added to the root of the mean square"},
-    {OPT_REAL, "grad-clip", &s.grad_clip, 0, 1e30, .help = "largest norm of a step's gradient; 0: any"},
+    {OPT_REAL, "grad-clip", &s.grad_clip, 0, 1e30, .help = "clip the gradient's norm to this; 0: no clipping"},
     {OPT_INT64, "seed", &s.seed, 0, (double)INT64_MAX, .help = "of initial values, data order and samples"},
     {OPT_SWITCH, "recompute", &s.recompute, .help = "keep block inputs only: less memory, more time"},
 
     {OPT_HEADING, .help = "Reports", .kept = true},
     {OPT_INT64, "print-every", &s.print_every, 1, 1e9, .help = "steps between lines of progress"},
     {OPT_INT64, "val-every", &s.val_every, 0, 1e9, .help = "steps between validations (and at saves); 0: no"},
-    {OPT_INT64, "val-batches", &s.val_batches, 0, 1e9, .help = "batches to validate on; 0: all there are"},
+    {OPT_INT64, "val-batches", &s.val_batches, 0, 1e9, .help = "batches to validate on; 0: all"},
     {OPT_INT64, "sample-every", &s.sample_every, 0, 1e9, .help = "steps between samples; 0: one at the end"},
     {OPT_INT64, "save-every", &s.save_every, 0, 1e9, .help = "steps between checkpoints; 0: one at the end"},
     {OPT_PATH, "tokenizer", &s.tokenizer, .arg = "FILE", .help = "tokenizer.bin, to print samples as text"},
@@ -106,7 +106,7 @@ static Option options[] = {
     {OPT_PATH, "resume", &s.resume, .arg = "DIR", .help = "continue the run in DIR, with its own settings"},
     {OPT_SWITCH, "eval", &s.eval, .help = "only validate; writes nothing"},
     {OPT_PATH, "dump", &s.dump, .arg = "FILE", .help = "tensors of the last step, for ./compare"},
-    {OPT_INT, "threads", &s.threads, 0, 1024, .help = "of the CPU; 0: all"},
+    {OPT_INT, "threads", &s.threads, 0, 1024, .help = "CPU threads; 0: one per core"},
     {OPT_INT, "chunk-parallel", &s.chunk_parallel, 1, 1 << 16, .help = "processes (mpirun's) that share each sequence"},
     {OPT_END, .help = NULL},
 };
@@ -623,13 +623,29 @@ static void claim_outputs(const char *out) {
     if (s.dump) claim_output("dump", s.dump, "a dump of ./train", is_dump);
 }
 
-// Says how other settings than the run's own change the learning rate.
+// Says how the learning rate differs from what the run's settings so far would give, and which settings changed.
 static void print_new_rate(int64_t step) {
     const double before = learning_rate(&recorded, step), now = learning_rate(&s, step);
-    if (before == now) return;
-    printf("schedule    the next learning rate is %.2e; with the run's settings so far it would be %.2e (--steps %lld, "
-           "was %lld)\n",
-           now, before, (long long)s.steps, (long long)recorded.steps);
+    const struct {
+        const char *name;
+        double now, before;
+    } settings[] = {{"--steps", (double)s.steps, (double)recorded.steps},
+                    {"--lr", s.lr, recorded.lr},
+                    {"--warmup", (double)s.warmup, (double)recorded.warmup},
+                    {"--lr-init-ratio", s.lr_init_ratio, recorded.lr_init_ratio},
+                    {"--lr-end-ratio", s.lr_end_ratio, recorded.lr_end_ratio}};
+    if (before == now || step >= s.steps) return;
+    printf("schedule    the next learning rate is %.2e; with the run's settings so far it would be %.2e (", now,
+           before);
+    const char *separator = "";
+    for (size_t i = 0; i < sizeof settings / sizeof settings[0]; i++) {
+        if (settings[i].now == settings[i].before) continue;
+        printf("%s%s %g, was %g", separator, settings[i].name, settings[i].now, settings[i].before);
+        separator = "; ";
+    }
+    if (strcmp(s.schedule, recorded.schedule) != 0)
+        printf("%s--schedule %s, was %s", separator, s.schedule, recorded.schedule);
+    printf(")\n");
 }
 
 static void print_step(int64_t step, double loss, double norm, double lr, double time, double positions, double counted,
@@ -724,7 +740,7 @@ int main(int argc, char **argv) {
     guard_streams();
     ranks_start();
     if (!ranks.started) settle_threads(argv); // mpirun says where its processes run
-    signal(SIGPIPE, SIG_IGN); // nobody reads the progress any more: no reason to lose the run
+    signal(SIGPIPE, SIG_IGN);                 // nobody reads the progress any more: no reason to lose the run
 
     // 1. flags
     read_settings(argc, argv);
@@ -788,10 +804,11 @@ int main(int argc, char **argv) {
     if (!s.eval) step = train(model, state, &data, &config, tokenizer, out, log_file, step, &failed);
     const bool halted = !s.eval && step < s.steps;
     if (!s.eval)
-        printf("%s at step %lld after %.1f s, peak memory %.0f MiB%s%s\n", halted ? "stopped" : "done", (long long)step,
-               seconds() - begin, (double)megalodon_peak() / 1048576, out ? "; saved in " : "", out ? out : "");
+        printf("%s at step %lld after %.1f s, peak memory %.0f MiB%s%s%s%s\n", halted ? "stopped" : "done",
+               (long long)step, seconds() - begin, (double)megalodon_peak() / 1048576, out ? "; saved in " : "",
+               out ? out : "", halted && out ? "; continue with --resume " : "", halted && out ? out : "");
     if (ranks.started)
-        printf("process 0 took part in %lld exchanges and gave %lld bytes to them\n", (long long)ranks.exchanges,
+        printf("process 0: %lld collective operations, %lld bytes sent\n", (long long)ranks.exchanges,
                (long long)ranks.bytes);
     if (log_file != NULL) fclose(log_file);
     if ((fflush(stdout) != 0 || ferror(stdout)) && s.eval) fatal("stdout: the result could not be written");
