@@ -140,7 +140,7 @@ static int take_buffers(int threads) {
     static int taken = 0;
     size_t bytes = (size_t)threads * THREAD_BYTES;
     if (!blas_memory_alloc || !blas_memory_free || threads <= taken) return 1;
-    void *room = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    void *room = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
     if (room == MAP_FAILED) return 0;
     munmap(room, bytes);
     void *buffers[threads];

@@ -6,7 +6,7 @@ predicts it. Works on any backend: only megalodon.h and the plumbing are used.
 */
 #include <errno.h>    // defines: errno
 #include <inttypes.h> // defines: PRId64
-#include <math.h>     // defines: isfinite, log
+#include <math.h>     // defines: INFINITY, isfinite, log
 #include <signal.h>   // defines: sigaction
 #include <stdlib.h>   // defines: free, realloc
 #include <string.h>   // defines: memcmp, memcpy, strcmp, strlen, strerror
@@ -120,7 +120,8 @@ static void plan_memory(const Config *c, size_t text) {
     const size_t vocabulary = tokenizer_path ? 32 * V : 0; // pieces and their table
     const size_t prompts = text + (text + 2) * sizeof(int32_t) + (tokenizer_path ? tokenizer_encode_bytes(text) : 0);
     const size_t others = sample_bytes(c->vocab_size) + vocabulary + 4 * PIECE * sizeof(real);
-    const double mib = 1048576, room = (double)megalodon_room(1) / mib;
+    const double mib = 1048576, available = (double)megalodon_room(1) / mib;
+    const double room = available > 0 ? available : INFINITY; // check_memory says why there is none
     if ((double)states / mib > room)
         fatal(
             "%d samples: what the model remembers of their texts needs %.0f MiB, %.0f MiB a text with its chunk of %d "
@@ -413,10 +414,6 @@ int main(int argc, char **argv) {
     if (score_path && (prompt || prompt_path || state_in || state_out || option_given(options, &num_samples)))
         usage_error("--score reads its file only: no prompt, no state, no samples");
     if (threads > 0) megalodon_threads(threads);
-    // a second one ends it at once; what is being written is not cut short
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
-    if (state_out) sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
-
     StFile file;
     Config config = config_defaults();
     if (!checkpoint_open(&file, &config, model_path))
@@ -439,6 +436,9 @@ int main(int argc, char **argv) {
     size_t count = 0;
     prompt_read(&text, &config);
     int32_t *tokens = score_path ? NULL : prompt_tokens(&text, &config, &count);
+    // from here on a signal ends the text, with its state; a second one ends the program at once
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
+    if (state_out) sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
     Model *model = megalodon_new(&config, MEGALODON_INFER, num_samples, PIECE / num_samples);
     if (!model) fatal("out of memory for the model");
     checkpoint_load(&file, model, &config);

@@ -1,11 +1,13 @@
 // ./train: trains a Megalodon language model, or only measures one (--eval). Without arguments: a small model
 // of bytes on the text in dev/data/demo.txt. In this order: settings, setting up, one step, validation, a
 // sample, the log, main.
-#include <math.h>   // defines: NAN, cos, fmin, isfinite, log, pow, sqrt
-#include <signal.h> // defines: sigaction
-#include <stdlib.h> // defines: free, strtoll
-#include <string.h> // defines: memmove, strcmp, strerror
-#include <errno.h>  // defines: errno
+#include <sys/stat.h> // defines: lstat
+#include <unistd.h>   // defines: access
+#include <math.h>     // defines: NAN, cos, fmin, isfinite, log, pow, sqrt
+#include <signal.h>   // defines: sigaction
+#include <stdlib.h>   // defines: free, strtoll
+#include <string.h>   // defines: memmove, strcmp, strerror
+#include <errno.h>    // defines: errno
 #include "plumbing/plumbing.h"
 
 // ----------------------------------------------------------------------------
@@ -174,7 +176,12 @@ static void read_settings(int argc, char **argv) {
 static void check_settings(void) {
     DataFormat format;
     if (s.resume && (s.init || s.overwrite)) usage_error("--resume does not go with --init or --overwrite");
-    if (s.resume && s.out && strcmp(s.out, s.resume) != 0) usage_error("--out: --resume DIR saves to the same DIR");
+    if (s.resume && s.out && !same_file(s.out, s.resume)) usage_error("--out: --resume DIR saves to the same DIR");
+    if (s.eval && s.resume && s.batch && !option_given(options, &s.batch)) {
+        if (s.data == NULL && s.val_data == NULL)
+            usage_error("--eval: the run in %s was trained on --batch %s; name a text with --data", s.resume, s.batch);
+        s.batch = NULL;
+    }
     if (s.eval && (s.out || s.overwrite || s.dump)) usage_error("--eval does not go with --out, --overwrite, --dump");
     if (strcmp(s.schedule, "constant") != 0 && strcmp(s.schedule, "linear") != 0 && strcmp(s.schedule, "cosine") != 0)
         usage_error("--schedule %s: it is constant, linear or cosine", s.schedule);
@@ -190,6 +197,9 @@ static void check_settings(void) {
     if (s.carry_state != recorded.carry_state)
         usage_error("--carry-state: the run in %s was begun without it; start another one with --init %s --out DIR",
                     s.resume, s.resume);
+    if (s.carry_state && (s.seq_len != recorded.seq_len || s.eot != recorded.eot))
+        usage_error("--seq-len %d --eot %d: the run in %s carries states with --seq-len %d --eot %d; leave them out",
+                    s.seq_len, s.eot, s.resume, recorded.seq_len, recorded.eot);
     if (s.carry_state && (s.batch_size != recorded.batch_size || s.grad_accum != recorded.grad_accum))
         usage_error("--batch-size %d --grad-accum %d: the run in %s carries the states of %d x %d rows; leave them out",
                     s.batch_size, s.grad_accum, s.resume, recorded.batch_size, recorded.grad_accum);
@@ -233,9 +243,14 @@ static Tokens open_tokens(const char *flag, const char **path, const char **prin
     DataFormat format;
     find_data_format(s.data_format, &format);
     claim_input(flag, *path);
+    if (s.resume && !option_given(options, path) && access(*path, R_OK) != 0)
+        fatal("%s: %s; the run was trained on it: bring it back, or name it with --%s", *path, strerror(errno), flag);
     const Tokens tokens = tokens_open_as(*path, V, format);
     char *now = allocate(FINGERPRINT_SIZE, 1);
     tokens_fingerprint(&tokens, now);
+    if (s.resume && !s.eval && s.carry_state && recorded_print && strcmp(now, recorded_print) != 0)
+        fatal("%s: is not the file that the run in %s carries states of (it had %s, this has %s)", *path, s.resume,
+              recorded_print, now);
     if (s.resume && recorded_print && !option_given(options, path) && strcmp(now, recorded_print) != 0)
         fatal("%s: has changed since the run began (it had %s, it has %s); bring the old file back, or give --%s again "
               "to go on with this one",
@@ -436,8 +451,8 @@ static double accumulate(Model *model, Data *d, int64_t step) {
     return sum / d->counted;
 }
 
-// The loss of the model as it is now, after the update, on the step's last batch from fresh states; not finite if the
-// model has diverged.
+// The loss of the model as it is now, after the update, on the last batch that was read, from fresh states; not finite
+// if the model has diverged.
 static double loss_now(Model *model, const Data *d) {
     const size_t first = s.batch == NULL ? (size_t)(s.grad_accum - 1) * (size_t)d->B * (size_t)d->L : 0;
     int64_t counted;
@@ -572,21 +587,30 @@ static bool is_log(const char *path) {
     return ok;
 }
 
-// The log, with the rows of the steps before `step` that an earlier part of this run wrote.
-static FILE *open_log(int64_t step) {
+static const char *log_path; // s.log, or the file that it links to
+
+// The log, under its temporary name, with the rows of the steps before `step` that an earlier part of this run wrote.
+static FILE *prepare_log(int64_t step) {
     char line[512] = "", tmp[PATH_SIZE];
-    FILE *old = step > 0 ? fopen(s.log, "r") : NULL;
-    snprintf(tmp, sizeof tmp, "%s%s", s.log, old ? ".tmp" : "");
-    FILE *file = fopen(tmp, "w");
-    if (file == NULL) fatal("--log %s: %s", s.log, strerror(errno));
+    FILE *old = step > 0 ? fopen(log_path, "r") : NULL;
+    snprintf(tmp, sizeof tmp, "%s.tmp", log_path);
+    FILE *file = access(tmp, F_OK) != 0 || is_log(tmp) ? fopen(tmp, "w") : NULL; // no stranger's
+    if (file == NULL) fatal("--log %s: cannot write: %s", tmp, strerror(errno));
+    remove_if_refused(tmp);
     fputs(log_header, file);
     if (old != NULL && fgets(line, sizeof line, old) == NULL) line[0] = 0; // its header
     while (old != NULL && fgets(line, sizeof line, old) != NULL) {
         if (strtoll(line, NULL, 10) <= step && strchr(line, '\n') != NULL) fputs(line, file); // whole rows only
     }
-    if (fflush(file) != 0 || ferror(file) || (old != NULL && (fclose(old) != 0 || rename(tmp, s.log) != 0)))
-        fatal("--log %s: %s", tmp, strerror(errno)); // the old one is as it was
+    if (fflush(file) != 0 || ferror(file)) fatal("--log %s: %s", tmp, strerror(errno)); // the old one is as it was
+    if (old != NULL) fclose(old);
     return file;
+}
+
+static void begin_log(void) {
+    char tmp[PATH_SIZE];
+    snprintf(tmp, sizeof tmp, "%s.tmp", log_path);
+    if (rename(tmp, log_path) != 0) fatal("--log %s: %s", log_path, strerror(errno));
 }
 
 // A whole step in the log. False if it could not be written.
@@ -619,8 +643,28 @@ static void claim_outputs(const char *out) {
     if (s.tokenizer) claim_input("tokenizer", s.tokenizer);
     if (ranks.rank > 0) return;
     if (out) run_claim(out, s.resume != NULL, s.overwrite);
-    if (s.log && !s.eval) claim_output("log", s.log, "a log of ./train", is_log);
+    if (out && s.log) run_refuse_inside(out, "log", s.log);
+    if (out && s.dump) run_refuse_inside(out, "dump", s.dump);
+    if (s.log && !s.eval) {
+        struct stat info;
+        log_path = s.log;
+        claim_output("log", s.log, "a log of ./train", is_log);
+        if (lstat(s.log, &info) == 0 && S_ISLNK(info.st_mode)) log_path = realpath(s.log, NULL); // the link stays
+        if (log_path == NULL) fatal("--log %s: %s", s.log, strerror(errno));
+    }
     if (s.dump) claim_output("dump", s.dump, "a dump of ./train", is_dump);
+    if (out) options_refuse_lines(options);
+}
+
+// A model that computes no finite loss, on the first tokens of the data, is not worth a run or a checkpoint.
+static void refuse_diverged(Model *model, Data *d) {
+    const size_t n = (size_t)d->B * (size_t)d->L * (size_t)s.grad_accum, there = d->train.tokens.count;
+    for (size_t i = 0; i < n && s.batch == NULL; i++) {
+        d->inputs[i] = token_at(&d->train.tokens, i % there);
+        d->targets[i] = token_at(&d->train.tokens, (i + 1) % there);
+    }
+    const double loss = loss_now(model, d);
+    if (!isfinite(loss)) fatal("%s: the model's loss is %g", s.init ? s.init : "the initial values", loss);
 }
 
 // Says how the learning rate differs from what the run's settings so far would give, and which settings changed.
@@ -784,20 +828,23 @@ int main(int argc, char **argv) {
     agree(&config, &data, model, step);
     if (s.resume && !s.eval) print_new_rate(step);
     const bool nothing_left = !s.eval && s.resume && step >= s.steps;
+    if (nothing_left && s.dump) usage_error("--dump: --steps %lld leaves no step to dump", (long long)s.steps);
+    if (!s.eval && (s.init || s.steps == 0)) refuse_diverged(model, &data);
     if (nothing_left)
         printf("step %lld of %lld: nothing left to do; --steps is the total\n", (long long)step, (long long)s.steps);
 
     // 6. nothing is refused any more; from here on a signal ends the run after a step, and a second one at once
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
     if (!s.eval) sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
-    keep_created();
+    FILE *log_file = s.log && !s.eval && !nothing_left && ranks.rank == 0 ? prepare_log(step) : NULL;
     if (out != NULL && ranks.rank == 0 && !nothing_left) run_begin(out, options, s.overwrite);
-    FILE *log_file = s.log && !s.eval && !nothing_left && ranks.rank == 0 ? open_log(step) : NULL;
+    keep_created();
+    if (log_file != NULL) begin_log();
 
     const double begin = seconds();
     bool failed = false;
     if (s.eval && !isfinite(validate(model, &data))) fatal("the validation loss is not finite");
-    if (!s.eval && s.steps == 0) {
+    if (!s.eval && s.steps == 0 && !nothing_left) {
         const double val_loss = !s.batch && s.val_every > 0 ? validate(model, &data) : NAN;
         if (out) save(out, model, &data, &config, 0, val_loss, false);
     }

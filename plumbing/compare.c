@@ -1,6 +1,6 @@
 // ./compare A B: the tensors that two safetensors files share, side by side, in the order in which the model
 // computes them, so that the first one over tolerance is the place to look. A is the reference.
-#include <math.h>    // defines: fabs, sqrt, isnan, isfinite
+#include <math.h>    // defines: fabs, sqrt, isnan, isfinite, sqrtl
 #include <stdbool.h> // defines: bool
 #include <stdlib.h>  // defines: qsort, calloc, strtod, getenv
 #include <string.h>  // defines: strcmp, strncmp, strlen
@@ -99,7 +99,7 @@ static bool measure(StFile *fa, StFile *fb, Row *r, char *err) {
     const bool whole = exact(r);
     const StType as = whole ? ST_I64 : ST_F64;
     if (whole) r->tolerance = 0;
-    double xx = 0, yy = 0, xy = 0, dd = 0;
+    long double xx = 0, yy = 0, xy = 0, dd = 0; // where it is longer, squares of any double fit
     bool a_zero = true, b_zero = true;
     r->max_abs = -1;
     for (int64_t n = st_count(r->a), start = 0; start < n; start += PIECE) {
@@ -123,8 +123,8 @@ static bool measure(StFile *fa, StFile *fb, Row *r, char *err) {
             r->worst_b = y;
         }
     }
-    r->relative = r->max_abs == 0 ? 0 : sqrt(dd) / sqrt(xx);
-    r->cosine = xx > 0 && yy > 0 ? xy / (sqrt(xx) * sqrt(yy)) : NAN;
+    r->relative = r->max_abs == 0 ? 0 : (double)(sqrtl(dd) / sqrtl(xx));
+    r->cosine = xx > 0 && yy > 0 ? (double)(xy / (sqrtl(xx) * sqrtl(yy))) : NAN;
     if (a_zero) snprintf(r->note, sizeof r->note, "all zero in %s", b_zero ? "both" : "A, but not in B");
     r->passed = a_zero ? b_zero : r->relative <= r->tolerance; // false for NaN
     return true;

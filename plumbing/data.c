@@ -281,6 +281,10 @@ Reader reader_new(const Tokens *t, const char *purpose, uint64_t seed, int rows,
         fatal("%s: %zu documents for %s, but --carry-state reads %d at a time (--batch-size x --grad-accum): use "
               "smaller ones, more documents, or leave out --eot",
               t->path, r.count, purpose, rows);
+    if (r.count > host_memory(ranks.here, 0) / sizeof *r.documents)
+        fatal("%s: a table of its %zu documents needs %zu MiB; there are %zu MiB: use a file with fewer documents, or "
+              "leave out --eot %d",
+              t->path, r.count, r.count * sizeof *r.documents >> 20, host_memory(ranks.here, 0) >> 20, eot);
     r.documents = allocate(r.count, sizeof *r.documents);
     find_documents(&r, r.documents);
     r.next = r.count; // before the first pass

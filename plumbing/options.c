@@ -169,6 +169,23 @@ const Option *option_given(const Option *options, const void *value) {
     return NULL;
 }
 
+void options_refuse_lines(const Option *options) {
+    for (const Option *o = options; o->kind != OPT_END; o++) {
+        char *text = NULL;
+        size_t size;
+        if (!o->kept || o->kind != OPT_PATH || !has_value(o)) continue;
+        FILE *f = open_memstream(&text, &size);
+        if (f == NULL) fatal("out of memory");
+        write_absolute(f, *(const char **)o->value);
+        fclose(f);
+        if (strchr(text, '\n') != NULL)
+            usage_error(
+                "--%s %s: its full path has a line break, so that the run could not be resumed; rename the directory",
+                o->name, text);
+        free(text);
+    }
+}
+
 void options_write(const Option *options, FILE *out) {
     for (const Option *o = options; o->kind != OPT_END; o++) {
         if (!o->kept || !has_value(o)) continue;

@@ -36,7 +36,7 @@ static void folder_of(char folder[PATH_SIZE], const char *path) {
     snprintf(folder, PATH_SIZE, "%.*s", length, slash == NULL ? "." : path);
 }
 
-static bool same_file(const char *a, const char *b) {
+bool same_file(const char *a, const char *b) {
     struct stat x, y;
     char folder[PATH_SIZE];
     if (stat(a, &x) == 0 && stat(b, &y) == 0) return x.st_dev == y.st_dev && x.st_ino == y.st_ino;
@@ -82,7 +82,11 @@ void claim_output(const char *flag, const char *path, const char *what, bool (*i
     if (is_ours == NULL) return;
     claim_name(flag, tmp);
     const bool exists = stat(path, &info) == 0;
+    const char *slash = strrchr(path, '/');
     if (!exists && errno != ENOENT) fatal("--%s %s: %s", flag, path, strerror(errno));
+    if (!exists && lstat(path, &info) == 0) fatal("--%s %s: a symbolic link to no file; remove it", flag, path);
+    if (exists && strcmp(slash ? slash + 1 : path, "lock") == 0)
+        fatal("--%s %s: exists and is not %s but perhaps the lock of a run; give another name", flag, path, what);
     if (exists && !S_ISREG(info.st_mode)) fatal("--%s %s: cannot write: not a regular file", flag, path);
     if (exists && info.st_size > 0 && !is_ours(path))
         fatal("--%s %s: exists and is not %s; give another name or remove it", flag, path, what);

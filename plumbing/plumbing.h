@@ -42,6 +42,8 @@ void beside_executable(char *path, size_t size, const char *name);
 
 enum { PATH_SIZE = 4096 };
 
+// Do two paths name the same file or directory, or the same place for one that does not exist yet?
+bool same_file(const char *a, const char *b);
 // Declares that `path` is read for --flag. A file that is claimed as an output already is a usage error.
 void claim_input(const char *flag, const char *path);
 // The flag for which a file was claimed as an input, NULL if it is none.
@@ -128,6 +130,7 @@ const Option *option_given(const Option *options, const void *value); // by wher
 
 // The kept ones, a line each: name, space, value. Names of files become absolute.
 void options_write(const Option *options, FILE *out);
+void options_refuse_lines(const Option *options); // usage error if a kept path would have a line break
 // Takes options from such a text. The text must stay: values point into it.
 bool options_read(Option *options, char *text, char *err);
 void write_number(FILE *out, double value); // with as many digits as bring the same number back
@@ -286,6 +289,8 @@ char *run_read_options(const char *dir);                                  // tex
 // Makes the directory, if there is none, and locks it. Nothing in it changes. Refused: a directory that holds a run
 // (unless resume or overwrite), one that holds other files and no run, one that another run has locked.
 void run_claim(const char *dir, bool resume, bool overwrite);
+// Refuses an output in the run's directory that would be, or lie in, a checkpoint: DIR/step-...
+void run_refuse_inside(const char *dir, const char *flag, const char *path);
 // Once nothing can be refused any more: writes options.txt and removes what killed runs left; overwrite: the older run.
 void run_begin(const char *dir, const Option *options, bool overwrite);
 // Writes the checkpoint of `step` updates; val_loss NaN if unknown; states (num_states), those that a run carries on.

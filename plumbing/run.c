@@ -51,13 +51,27 @@ static bool opens(const char *path, char *err) {
     return true;
 }
 
-// Do both files of a checkpoint open? A truncated one does not.
+static int64_t *damaged; // (num_damaged) steps whose checkpoints open and do not load, found by run_load
+static int num_damaged;
+
+// Do both files of a checkpoint open, and is the optimizer of that step?
 static bool is_whole(const char *dir, int64_t step, char *err) {
+    StFile f;
+    int64_t stored = -1;
     char path[PATH_SIZE];
+    for (int i = 0; i < num_damaged; i++) {
+        if (damaged[i] == step)
+            return snprintf(err, ST_ERR, "%.200s: step %lld did not load", dir, (long long)step), false;
+    }
     step_path(path, dir, step, "/model.safetensors");
     if (!opens(path, err)) return false;
     step_path(path, dir, step, "/optimizer.safetensors");
-    return opens(path, err);
+    if (!st_open(&f, path, err)) return false;
+    const StTensor *t = st_find(&f, "step");
+    const bool right = t != NULL && st_count(t) == 1 && st_read(&f, t, 0, 1, &stored, ST_I64, err) && stored == step;
+    if (!right) snprintf(err, ST_ERR, "%.200s: is no optimizer of step %lld", path, (long long)step);
+    st_close(&f);
+    return right;
 }
 
 int64_t run_newest(const char *dir, bool *is_run) {
@@ -102,7 +116,8 @@ static void keep_options(const char *dir, const Option *options) {
     char tmp[PATH_SIZE], path[PATH_SIZE];
     if (snprintf(tmp, sizeof tmp, "%s/options.txt.tmp", dir) >= PATH_SIZE) fatal("--out %s: name too long", dir);
     snprintf(path, sizeof path, "%s/options.txt", dir);
-    FILE *f = fopen(tmp, "w");
+    unlink(tmp); // left by a run that was killed, or a link to elsewhere
+    FILE *f = fopen(tmp, "wx");
     if (f != NULL) options_write(options, f);
     bool ok = f != NULL && fflush(f) == 0 && !ferror(f) && fsync(fileno(f)) == 0;
     if (f != NULL) ok = fclose(f) == 0 && ok;
@@ -145,26 +160,29 @@ static void lock_folder(const char *dir) {
 
 // Does a directory hold files, other than hidden ones and a lock, but no settings of a run?
 static bool is_strange(const char *dir) {
-    char path[PATH_SIZE];
+    char path[PATH_SIZE], err[ST_ERR];
     int files = 0;
     DIR *d = opendir(dir);
     for (struct dirent *e; d != NULL && (e = readdir(d)) != NULL;)
         files += e->d_name[0] != '.' && strcmp(e->d_name, "lock") != 0;
     if (d != NULL) closedir(d);
     snprintf(path, sizeof path, "%s/options.txt", dir);
-    return files > 0 && access(path, F_OK) != 0;
+    char *text = read_text(path, err);
+    const bool ours = text != NULL && strstr(text, "batch-size ") != NULL;
+    free(text);
+    return files > 0 && !ours;
 }
 
-// --overwrite must not delete what this command reads.
-static void refuse_to_overwrite_inputs(const char *dir, int64_t step) {
+// What run_begin deletes must not be what this command reads.
+static void refuse_to_delete_inputs(const char *dir, int64_t step, const char *suffix) {
     char folder[PATH_SIZE], path[PATH_SIZE];
-    step_path(folder, dir, step, "");
+    step_path(folder, dir, step, suffix);
     DIR *d = opendir(folder);
     for (struct dirent *e; d != NULL && (e = readdir(d)) != NULL;) {
         if (e->d_name[0] == '.' || snprintf(path, sizeof path, "%s/%s", folder, e->d_name) >= PATH_SIZE) continue;
         const char *flag = claimed_as_input(path);
         if (flag != NULL)
-            usage_error("--overwrite: would delete %s, which --%s reads; choose another --out", path, flag);
+            usage_error("--out %s: would delete %s, which --%s reads; choose another --out", dir, path, flag);
     }
     if (d != NULL) closedir(d);
 }
@@ -181,7 +199,10 @@ void run_claim(const char *dir, bool resume, bool overwrite) {
         fatal("--out %s: holds a run, at step %lld. Continue it with --resume %s, replace it with --overwrite, or "
               "choose another --out",
               dir, (long long)steps[0], dir);
-    for (int i = 0; i < count && overwrite; i++) refuse_to_overwrite_inputs(dir, steps[i]);
+    for (int i = 0; i < count && overwrite; i++) refuse_to_delete_inputs(dir, steps[i], "");
+    free(steps);
+    steps = list_steps(dir, ".tmp", &count);
+    for (int i = 0; i < count; i++) refuse_to_delete_inputs(dir, steps[i], ".tmp");
     free(steps);
     make_folders(dir);
     for (int i = 0; i < 3; i++) {
@@ -189,6 +210,25 @@ void run_claim(const char *dir, bool resume, bool overwrite) {
         claim_output("out", path, NULL, NULL);
     }
     lock_folder(dir);
+}
+
+void run_refuse_inside(const char *dir, const char *flag, const char *path) {
+    char at[PATH_SIZE], folder[PATH_SIZE];
+    struct stat run, here;
+    if (stat(dir, &run) != 0 || snprintf(at, sizeof at, "%s", path) >= PATH_SIZE) return;
+    for (char *slash = strrchr(at, '/');; slash = strrchr(at, '/')) {
+        const char *name = slash == NULL ? at : slash + 1;
+        snprintf(folder, sizeof folder, "%.*s",
+                 slash == NULL ? 1
+                 : slash == at ? 1
+                               : (int)(slash - at),
+                 slash == NULL ? "." : at);
+        if (strncmp(name, "step-", 5) == 0 && stat(folder, &here) == 0 && here.st_dev == run.st_dev &&
+            here.st_ino == run.st_ino)
+            usage_error("--%s %s: lies where the run in %s keeps its checkpoints; give another name", flag, path, dir);
+        if (slash == NULL || slash == at) return;
+        *slash = 0;
+    }
 }
 
 void run_begin(const char *dir, const Option *options, bool overwrite) {
@@ -280,6 +320,7 @@ void run_save(const char *dir, Model *model, State *const *states, int num_state
         fatal("%s", err);
     }
     remove_step(dir, step, ""); // a damaged one
+    for (int i = 0; i < num_damaged; i++) damaged[i] = damaged[i] == step ? -1 : damaged[i];
     step_path(path, dir, step, "");
     if (rename(tmp, path) != 0) fatal("%s: cannot rename it: %s", tmp, strerror(errno));
     if (!st_sync_folder(path, err)) fatal("%s", err);
@@ -319,12 +360,13 @@ int64_t run_load(const char *dir, Model *model, State *const *states, int num_st
     char err[ST_ERR];
     int count, i = 0;
     int64_t *steps = list_steps(dir, "", &count), step = -1;
+    damaged = allocate((size_t)count, sizeof *damaged);
     for (; i < count && step < 0; i++) {
         if (!is_whole(dir, steps[i], err)) continue; // run_newest has said so
         if (read_model(dir, steps[i], model, states, num_states, config, seed, err))
             step = steps[i];
         else
-            fprintf(stderr, "warning: passed over a checkpoint: %s\n", err);
+            fprintf(stderr, "warning: passed over a checkpoint: %s\n", err), damaged[num_damaged++] = steps[i];
     }
     if (step < 0) fatal("--resume %s: no checkpoint loads", dir);
     free(steps);

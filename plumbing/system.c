@@ -199,7 +199,8 @@ static void name_largest(const MemoryPlan *p, Mode mode, size_t extra, const cha
     } else if (p->scratch >= extra) {
         *part = "scratch", *remedy = "a smaller --batch-size, --seq-len or --chunk-size, or fewer --threads";
     } else {
-        *part = "states and buffers", *remedy = "a smaller --batch-size or --chunk-size, or fewer samples";
+        *part = "states and buffers",
+        *remedy = "a smaller --batch-size, --grad-accum, --seq-len or --chunk-size, or fewer samples";
     }
 }
 

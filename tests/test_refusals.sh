@@ -72,7 +72,7 @@ refused 1 "no-such-file: No such file" --resume A --data no-such-file --steps 6
 refused 1 "MiB" --resume A --batch-size 65536 --seq-len 9000 --steps 6
 refused 0 "step 4 of 2: nothing left to do" --resume A --steps 2
 refused 0 "step 4 of 4: nothing left to do" --resume A
-refused 2 "--overwrite: would delete A/step-00000004/model.safetensors, which --init reads" --init A --out A --overwrite --data text
+refused 2 "--out A: would delete A/step-00000004/model.safetensors, which --init reads" --init A --out A --overwrite --data text
 refused 1 "--out A: holds a run, at step 4" $small --out A
 cp -r A bad && printf '\000\000\300\177' | dd of=bad/step-00000004/model.safetensors bs=1 conv=notrunc \
     seek=$(($(wc -c < bad/step-00000004/model.safetensors) - 4)) 2> ../dd.out
@@ -82,8 +82,30 @@ refused 1 "'output.output.weight' is not finite" --init nan.safetensors --data t
 refused 1 "'output.output.weight' is not finite" --init nan.safetensors --data text --seq-len 32 --out new/folder
 refused 1 "short.safetensors" --init short.safetensors --data text --seq-len 32 --out A --overwrite
 refused 1 "no checkpoint loads" --resume bad --steps 6
+cp -r A large && i=0 && while [ $i -lt 16 ]; do printf '\377\377\177\177'; i=$((i + 1)); done | dd bs=1 conv=notrunc \
+    of=large/step-00000004/model.safetensors seek=$(($(wc -c < large/step-00000004/model.safetensors) - 64)) 2> ../dd.out
+refused 1 "large/step-00000004: the model's loss is" --init large/step-00000004 --data text --seq-len 32 --steps 0 --out H
+refused 1 "large/step-00000004: the model's loss is" --init large/step-00000004 --data text --seq-len 32 --out A --overwrite
 check "after all that, the run goes on" quiet --resume A --steps 6
 check "  and so does the one that carries states" quiet --resume C --steps 6
+
+refused 2 "--seq-len 64 --eot -1: the run in C carries states with --seq-len 32" --resume C --seq-len 64 --steps 8
+refused 2 "--dump: --steps 6 leaves no step to dump" --resume A --dump d
+refused 0 "step 6 of 0: nothing left to do" --resume A --steps 0
+refused 2 "--log A/step-00000006/log: lies where the run in A keeps its checkpoints" $small --steps 9 --out A --overwrite --log A/step-00000006/log
+refused 2 "--dump A/step-00000009: lies where the run in A keeps its checkpoints" $small --steps 9 --out A --overwrite --dump A/step-00000009
+cp -r A/step-00000006 A/step-00000009.tmp
+refused 2 "would delete A/step-00000009.tmp/model.safetensors, which --init reads" --init A/step-00000009.tmp/model.safetensors --data text --out A --overwrite
+rm -r A/step-00000009.tmp
+ln -s nothing dangling
+refused 1 "--log dangling: a symbolic link to no file" $small --steps 2 --out new --log dangling
+refused 1 "--log A/lock: exists and is not a log of ./train but perhaps the lock of a run" $small --steps 2 --out new --log A/lock
+mkdir strange && echo mine > strange/options.txt && echo "my thesis" > strange/thesis
+refused 1 "--out strange: holds files but no run" $small --steps 2 --out strange
+check "a run on a dump's batch" eval 'quiet $small --steps 1 --dump first && quiet --init A --batch first --steps 1 --out B'
+refused 2 "--eval: the run in B was trained on --batch" --resume B --eval
+check "  is measured on a text" quiet --resume B --eval --data text --val-batches 1
+check "  --resume with another name of the directory" quiet --resume A/ --out ./A --steps 7
 
 # ---------------------------------------------------------------- outputs are checked before the work
 
