@@ -1,6 +1,6 @@
 // ./compare A B: the tensors that two safetensors files share, side by side, in the order in which the model
 // computes them, so that the first one over tolerance is the place to look. A is the reference.
-#include <math.h>    // defines: fabs, sqrt, isnan, isfinite, sqrtl
+#include <math.h>    // defines: fabs, sqrtl, isnan, isfinite, sqrtl
 #include <stdbool.h> // defines: bool
 #include <stdlib.h>  // defines: qsort, calloc, strtod, getenv
 #include <string.h>  // defines: strcmp, strncmp, strlen
