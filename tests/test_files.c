@@ -350,7 +350,7 @@ static void test_entries(const char *program, const char *a, const char *b, int 
     snprintf(command, sizeof command, "'%s' '%s' '%s' 2>&1", program, file_a, file_b);
     FILE *pipe = popen(command, "r");
     output[fread(output, 1, sizeof output - 1, pipe)] = 0;
-    const int got = WEXITSTATUS(pclose(pipe));
+    const int got = exit_status(pclose(pipe));
     check(got == status, "compare returns %d: %s", got, words[0]);
     for (; *words != NULL; words++) {
         const bool absent = **words == '!';
