@@ -842,7 +842,7 @@ static __global__ void timestep_norm_sums_scan_kernel(Sums *blocks, Sums *total,
 }
 
 // What a token's group is computed with: dx = rstd w dy + shift + slope n, n = (x - mean) rstd.
-struct alignas(sizeof(Mean) == sizeof(float) ? 16 : 4) NormGrad { // 16 bytes at a time, if they are 16
+struct alignas(sizeof(Mean) == sizeof(float) ? 16 : 8) NormGrad { // 16 bytes are read at once
     Mean mean;
     float rstd, shift, slope;
 };
