@@ -994,7 +994,8 @@ static void attend_forward(real *o, real *lse, real *scores, const real *q, cons
     gemm(0, 0, nq, dv, nk, scores, nk, v, lde, 0, NULL, o, lde);
 }
 
-// P_ij = e^(S_ij - lse_i) again, divided by its sum, since lse_i is rounded: at S = 1e8 by up to 4. Then dv_j = sum_i P_ij do_i; dP_ij = do_i . v_j; through the softmax
+// P_ij = e^(S_ij - lse_i) again, divided by its sum, since lse_i is rounded: at S = 1e8 by up to 4. Then
+// dv_j = sum_i P_ij do_i; dP_ij = do_i . v_j; through the softmax
 // dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), whose sum is do_i . o_i; dq_i = sum_j dS_ij k_j, dk_j = sum_i dS_ij q_i.
 // With dropout, v meets P under the mask, and so does dP. dq is set, dk and dv are added to if `add`. scores, dscores
 // (QUERY_ROWS, nk) are scratch.

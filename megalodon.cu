@@ -2152,8 +2152,9 @@ static void attend_forward(act *o, float *lse, act *scores, const act *q, const 
     chunk_product(&s, 0, 0, s.nq, dv, s.nk, scores, s.ld, step_s, v, E, step_e, 0, o, E, step_e);
 }
 
-// P_ij = e^(S_ij - lse_i) again, divided by its sum, since lse_i is rounded; dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij). With dropout, v meets P under the mask, and so
-// does dP. A warp has a query's scores and their gradients dP: reads both twice, writes P and dS in their place.
+// P_ij = e^(S_ij - lse_i) again, divided by its sum, since lse_i is rounded; dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij).
+// With dropout, v meets P under the mask, and so does dP. A warp has a query's scores and their gradients dP: reads
+// both twice, writes P and dS in their place.
 
 static __global__ void attend_backward_kernel(act *scores, act *dscores, const float *lse, Queries s, Mask mask) {
     size_t task = (size_t)blockIdx.x * ROW_WARPS + threadIdx.y;
@@ -3795,8 +3796,8 @@ static size_t block_bytes(size_t n) { return (n * sizeof(float) + 255) / 256 * 2
 static size_t rounded_bytes(const Model *m) { return sizeof(act) < 4 ? block_bytes(m->num_params) / 2 : 0; }
 
 // Ends the program if a kernel cannot run on this device with these dimensions. What else depends on them stays below
-// SHARED_NEEDED: TimestepNorm's kernels have at most 32 * (128 + 2) * sizeof(NormGrad) and 4 * model_dim bytes of shared memory;
-// decoding leaves to the general path what its kernels have no room for.
+// SHARED_NEEDED: TimestepNorm's kernels have at most 32 * (128 + 2) * sizeof(NormGrad) and 4 * model_dim bytes of
+// shared memory; decoding leaves to the general path what its kernels have no room for.
 static void check_dimensions(const Config *c, Mode mode) {
     int dz = c->z_dim / c->num_heads, most = gpu.max_shared / (int)qk_backward_shared(1);
     if (c->model_dim > MOST_COLUMNS) {

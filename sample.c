@@ -430,7 +430,7 @@ int main(int argc, char **argv) {
         fprintf(stderr, "# --tokenizer %s: %d tokens; the model's other %d are taken for padding\n", tokenizer_path,
                 tokenizer_count(tokenizer), config.vocab_size - tokenizer_count(tokenizer));
     sampling.eot = eot > 0 ? eot : 0;
-    if (state_out) claim_output("state-out", state_out, "a state of ./sample", is_state);
+    if (state_out) state_out = claim_output("state-out", state_out, "a state of ./sample", is_state);
     keep_created();
 
     size_t count = 0;

@@ -1,13 +1,12 @@
 // ./train: trains a Megalodon language model, or only measures one (--eval). Without arguments: a small model
-// of bytes on the text in dev/data/demo.txt. In this order: settings, setting up, one step, validation, a
-// sample, the log, main.
-#include <sys/stat.h> // defines: lstat
-#include <unistd.h>   // defines: access
-#include <math.h>     // defines: NAN, cos, fmin, isfinite, log, pow, sqrt
-#include <signal.h>   // defines: sigaction
-#include <stdlib.h>   // defines: free, strtoll
-#include <string.h>   // defines: memmove, strcmp, strerror
-#include <errno.h>    // defines: errno
+// of bytes on the text in dev/data/demo.txt. In this order: settings; what is read before the first step; a step,
+// validation, a sample; states and the log; memory plan and outputs; the loop over the steps; main.
+#include <math.h>   // defines: NAN, cos, fmax, fmin, isfinite, log, pow, sqrt
+#include <signal.h> // defines: sigaction
+#include <stdlib.h> // defines: free, strtoll
+#include <string.h> // defines: memmove, strcmp, strerror
+#include <errno.h>  // defines: errno
+#include <unistd.h> // defines: access
 #include "plumbing/plumbing.h"
 
 // ----------------------------------------------------------------------------
@@ -75,7 +74,7 @@ static Option options[] = {
     {OPT_INT, "seq-len", &s.seq_len, 1, 1 << 28, .help = "tokens of a sequence"},
     {OPT_INT, "grad-accum", &s.grad_accum, 1, 1 << 14, .help = "batches of a step"},
     {OPT_INT, "eot", &s.eot, -1, MAX_DIM, .help = "token that ends a document: rows start where one starts; -1: none"},
-    {OPT_SWITCH, "carry-state", &s.carry_state, .help = "each row continues where it ended in the step before, with its state"},
+    {OPT_SWITCH, "carry-state", &s.carry_state, .help = "rows continue where they ended in the step before"},
 
     {OPT_HEADING, .help = "Optimization", .kept = true},
     {OPT_INT64, "steps", &s.steps, 0, 1e9, .help = "updates in all, those before --resume included; 0: save at once"},
@@ -182,7 +181,8 @@ static void check_settings(void) {
             usage_error("--eval: the run in %s was trained on --batch %s; name a text with --data", s.resume, s.batch);
         s.batch = NULL;
     }
-    if (s.eval && (s.out || s.overwrite || s.dump)) usage_error("--eval does not go with --out, --overwrite, --dump");
+    if (s.eval && (s.out || s.overwrite || s.dump || option_given(options, &s.log)))
+        usage_error("--eval does not go with --out, --overwrite, --dump, --log");
     if (strcmp(s.schedule, "constant") != 0 && strcmp(s.schedule, "linear") != 0 && strcmp(s.schedule, "cosine") != 0)
         usage_error("--schedule %s: it is constant, linear or cosine", s.schedule);
     if (!find_data_format(s.data_format, &format))
@@ -524,6 +524,9 @@ static void write_sample(Model *model, State *state, const Data *d, int V, const
     free(logits);
 }
 
+// ----------------------------------------------------------------------------
+// states and the log
+
 // With --carry-state, the states of all processes together, in the first one: (grad_accum), of batch_size rows. All
 // pieces of a sequence have the same state, so a group's first one speaks for it. A process alone has them already.
 static State **gather_states(const Data *d, const Config *c) {
@@ -594,7 +597,7 @@ static FILE *prepare_log(int64_t step) {
     char line[512] = "", tmp[PATH_SIZE];
     FILE *old = step > 0 ? fopen(log_path, "r") : NULL;
     snprintf(tmp, sizeof tmp, "%s.tmp", log_path);
-    FILE *file = access(tmp, F_OK) != 0 || is_log(tmp) ? fopen(tmp, "w") : NULL; // no stranger's
+    FILE *file = fopen(tmp, "w");
     if (file == NULL) fatal("--log %s: cannot write: %s", tmp, strerror(errno));
     remove_if_refused(tmp);
     fputs(log_header, file);
@@ -621,6 +624,9 @@ static bool log_step(FILE *file, int64_t step, double loss, double norm, double 
     return fputc('\n', file) != EOF && fflush(file) == 0;
 }
 
+// ----------------------------------------------------------------------------
+// memory plan and outputs, then the loop over the steps
+
 static volatile sig_atomic_t stopped; // the signal that asks to finish, 0 until then
 static void on_signal(int number) { stopped = number; }
 
@@ -645,14 +651,8 @@ static void claim_outputs(const char *out) {
     if (out) run_claim(out, s.resume != NULL, s.overwrite);
     if (out && s.log) run_refuse_inside(out, "log", s.log);
     if (out && s.dump) run_refuse_inside(out, "dump", s.dump);
-    if (s.log && !s.eval) {
-        struct stat info;
-        log_path = s.log;
-        claim_output("log", s.log, "a log of ./train", is_log);
-        if (lstat(s.log, &info) == 0 && S_ISLNK(info.st_mode)) log_path = realpath(s.log, NULL); // the link stays
-        if (log_path == NULL) fatal("--log %s: %s", s.log, strerror(errno));
-    }
-    if (s.dump) claim_output("dump", s.dump, "a dump of ./train", is_dump);
+    if (s.log && !s.eval) log_path = claim_output("log", s.log, "a log of ./train", is_log);
+    if (s.dump) s.dump = claim_output("dump", s.dump, "a dump of ./train", is_dump);
     if (out) options_refuse_lines(options);
 }
 
@@ -664,7 +664,9 @@ static void refuse_diverged(Model *model, Data *d) {
         d->targets[i] = token_at(&d->train.tokens, (i + 1) % there);
     }
     const double loss = loss_now(model, d);
-    if (!isfinite(loss)) fatal("%s: the model's loss is %g", s.init ? s.init : "the initial values", loss);
+    if (!isfinite(loss))
+        fatal("%s%s: the model's loss is %g; start from another checkpoint or --init-mode", s.init ? "--init " : "",
+              s.init ? s.init : "the initial values", loss);
 }
 
 // Says how the learning rate differs from what the run's settings so far would give, and which settings changed.
@@ -719,7 +721,8 @@ static void save_if_finite(const char *out, Model *model, const Data *d, const C
         (long long)step, loss, out, kept);
 }
 
-// Steps from `step` on, to the last one or a signal. Returns the number of steps done; *failed: what could not be written.
+// Trains from step `step` on, to the last one or to a signal. Returns the number of steps done. *failed: the log or the
+// dump could not be written.
 static int64_t train(Model *model, State *state, Data *d, const Config *c, const Tokenizer *tokenizer, const char *out,
                      FILE *log_file, int64_t step, bool *failed) {
     const double positions = (double)s.batch_size * s.seq_len * s.grad_accum;
@@ -829,7 +832,7 @@ int main(int argc, char **argv) {
     if (s.resume && !s.eval) print_new_rate(step);
     const bool nothing_left = !s.eval && s.resume && step >= s.steps;
     if (nothing_left && s.dump) usage_error("--dump: --steps %lld leaves no step to dump", (long long)s.steps);
-    if (!s.eval && (s.init || s.steps == 0)) refuse_diverged(model, &data);
+    if (!s.eval && !nothing_left && (s.init || s.steps == 0)) refuse_diverged(model, &data);
     if (nothing_left)
         printf("step %lld of %lld: nothing left to do; --steps is the total\n", (long long)step, (long long)s.steps);
 
@@ -846,7 +849,7 @@ int main(int argc, char **argv) {
     if (s.eval && !isfinite(validate(model, &data))) fatal("the validation loss is not finite");
     if (!s.eval && s.steps == 0 && !nothing_left) {
         const double val_loss = !s.batch && s.val_every > 0 ? validate(model, &data) : NAN;
-        if (out) save(out, model, &data, &config, 0, val_loss, false);
+        if (out) save_if_finite(out, model, &data, &config, 0, val_loss, false);
     }
     if (!s.eval) step = train(model, state, &data, &config, tokenizer, out, log_file, step, &failed);
     const bool halted = !s.eval && step < s.steps;

@@ -1,7 +1,7 @@
 #include <errno.h>  // defines: errno, ERANGE
 #include <math.h>   // defines: isfinite
 #include <stdlib.h> // defines: free, realpath, strtod, strtoll
-#include <string.h> // defines: strcmp, strncmp, strlen, strcspn, strrchr, strtok
+#include <string.h> // defines: strcmp, strncmp, strlen, strcspn, strtok
 #include "plumbing.h"
 
 static const char *const kind_names[] = {"", "", "", "", "an integer", "an integer", "a number", "", ""};
@@ -20,14 +20,13 @@ void write_number(FILE *out, double value) {
 // A path from the root, so that it means the same in another working directory. The file itself need not exist.
 static void write_absolute(FILE *out, const char *path) {
     char folder[PATH_SIZE];
-    const char *slash = strrchr(path, '/'), *name = slash == NULL ? path : slash + 1;
-    snprintf(folder, sizeof folder, "%.*s", slash == NULL ? 1 : (int)(slash - path) + 1, slash == NULL ? "." : path);
-    char *real_folder = realpath(folder, NULL);
-    if (real_folder == NULL)
+    const char *name = split_path(path, folder);
+    char *full = realpath(folder, NULL);
+    if (full == NULL)
         fputs(path, out);
     else
-        fprintf(out, "%s/%s", strcmp(real_folder, "/") == 0 ? "" : real_folder, name);
-    free(real_folder);
+        fprintf(out, "%s/%s", strcmp(full, "/") == 0 ? "" : full, name);
+    free(full);
 }
 
 static void print_value(FILE *out, const Option *o) {

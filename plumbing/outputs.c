@@ -2,9 +2,9 @@
 // and a command that is refused removes what it had created.
 #include <errno.h>    // defines: errno, ENOENT
 #include <fcntl.h>    // defines: open
-#include <stdlib.h>   // defines: free, realloc
+#include <stdlib.h>   // defines: free, realloc, realpath
 #include <string.h>   // defines: strerror, strrchr
-#include <sys/stat.h> // defines: stat
+#include <sys/stat.h> // defines: lstat, stat
 #include <unistd.h>   // defines: access, rmdir, unlink
 #include "plumbing.h"
 
@@ -29,23 +29,22 @@ static void remember(const char *flag, const char *path, bool output) {
     if (claims[num_claims++].path == NULL) fatal("out of memory");
 }
 
-// The directory part of a path, "." if it has none.
-static void folder_of(char folder[PATH_SIZE], const char *path) {
+const char *split_path(const char *path, char folder[PATH_SIZE]) {
     const char *slash = strrchr(path, '/');
-    const int length = slash == NULL ? 1 : slash == path ? 1 : (int)(slash - path);
+    const int length = slash == NULL || slash == path ? 1 : (int)(slash - path);
     snprintf(folder, PATH_SIZE, "%.*s", length, slash == NULL ? "." : path);
+    return slash == NULL ? path : slash + 1;
+}
+
+static bool same_inode(const char *a, const char *b) {
+    struct stat x, y;
+    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
 bool same_file(const char *a, const char *b) {
-    struct stat x, y;
-    char folder[PATH_SIZE];
-    if (stat(a, &x) == 0 && stat(b, &y) == 0) return x.st_dev == y.st_dev && x.st_ino == y.st_ino;
-    const char *a_name = strrchr(a, '/'), *b_name = strrchr(b, '/');
-    if (strcmp(a_name ? a_name + 1 : a, b_name ? b_name + 1 : b) != 0) return false;
-    folder_of(folder, a);
-    if (stat(folder, &x) != 0) return false;
-    folder_of(folder, b);
-    return stat(folder, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+    char a_folder[PATH_SIZE], b_folder[PATH_SIZE];
+    if (same_inode(a, b)) return true;
+    return strcmp(split_path(a, a_folder), split_path(b, b_folder)) == 0 && same_inode(a_folder, b_folder);
 }
 
 static const Claim *find_claim(const char *path) {
@@ -66,39 +65,39 @@ const char *claimed_as_input(const char *path) {
     return c != NULL && !c->output ? c->flag : NULL;
 }
 
-// Refuses one name of an output: that of the file, or of the temporary file that becomes it.
-static void claim_name(const char *flag, const char *path) {
+void claim_name(const char *flag, const char *path) {
     const Claim *c = find_claim(path);
     if (c != NULL)
         usage_error("--%s %s: is what --%s %s; give another name", flag, path, c->flag, c->output ? "writes" : "reads");
     remember(flag, path, true);
 }
 
-void claim_output(const char *flag, const char *path, const char *what, bool (*is_ours)(const char *path)) {
+const char *claim_output(const char *flag, const char *path, const char *what, bool (*is_ours)(const char *path)) {
     struct stat info;
-    char tmp[PATH_SIZE];
-    if (snprintf(tmp, sizeof tmp, "%s.tmp", path) >= PATH_SIZE) fatal("--%s %s: name too long", flag, path);
+    char tmp[PATH_SIZE], folder[PATH_SIZE];
+    const bool link = lstat(path, &info) == 0 && S_ISLNK(info.st_mode);
+    const char *target = link ? realpath(path, NULL) : path;
+    if (target == NULL) fatal("--%s %s: a symbolic link to no file; remove it", flag, path);
+    if (snprintf(tmp, sizeof tmp, "%s.tmp", target) >= PATH_SIZE) fatal("--%s %s: name too long", flag, path);
     claim_name(flag, path);
-    if (is_ours == NULL) return;
     claim_name(flag, tmp);
     const bool exists = stat(path, &info) == 0;
-    const char *slash = strrchr(path, '/');
     if (!exists && errno != ENOENT) fatal("--%s %s: %s", flag, path, strerror(errno));
-    if (!exists && lstat(path, &info) == 0) fatal("--%s %s: a symbolic link to no file; remove it", flag, path);
-    if (exists && strcmp(slash ? slash + 1 : path, "lock") == 0)
+    if (exists && strcmp(split_path(target, folder), "lock") == 0)
         fatal("--%s %s: exists and is not %s but perhaps the lock of a run; give another name", flag, path, what);
     if (exists && !S_ISREG(info.st_mode)) fatal("--%s %s: cannot write: not a regular file", flag, path);
     if (exists && info.st_size > 0 && !is_ours(path))
         fatal("--%s %s: exists and is not %s; give another name or remove it", flag, path, what);
     if (exists && access(path, W_OK) != 0) fatal("--%s %s: %s", flag, path, strerror(errno));
-    const bool left = stat(tmp, &info) == 0 && S_ISREG(info.st_mode) && (info.st_size == 0 || is_ours(tmp));
-    if (left) return; // by a command that was killed: it will be replaced
+    const bool left = lstat(tmp, &info) == 0 && S_ISREG(info.st_mode) && (info.st_size == 0 || is_ours(tmp));
+    if (left) return target; // by a command that was killed: it will be replaced
     const int fd = open(tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (fd < 0 && errno == EEXIST)
         fatal("--%s %s: %s exists, perhaps left by a command that was killed; remove it", flag, path, tmp);
     if (fd < 0) fatal("--%s %s: cannot write: %s", flag, path, strerror(errno));
     close(fd);
     unlink(tmp);
+    return target;
 }
 
 void remove_if_refused(const char *path) {
@@ -108,7 +107,7 @@ void remove_if_refused(const char *path) {
     created[num_created++] = copy;
 }
 
-static void forget_created(void) {
+void keep_created(void) {
     for (int i = 0; i < num_created; i++) free(created[i]);
     free(created);
     created = NULL, num_created = 0;
@@ -118,7 +117,5 @@ void remove_created(void) {
     for (int i = num_created - 1; i >= 0; i--) {
         if (unlink(created[i]) != 0) rmdir(created[i]); // a directory only if it is empty
     }
-    forget_created();
+    keep_created();
 }
-
-void keep_created(void) { forget_created(); }

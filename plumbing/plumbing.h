@@ -42,17 +42,21 @@ void beside_executable(char *path, size_t size, const char *name);
 
 enum { PATH_SIZE = 4096 };
 
+// The last name of a path; folder gets the directory before it, "." if there is none.
+const char *split_path(const char *path, char folder[PATH_SIZE]);
 // Do two paths name the same file or directory, or the same place for one that does not exist yet?
 bool same_file(const char *a, const char *b);
 // Declares that `path` is read for --flag. A file that is claimed as an output already is a usage error.
 void claim_input(const char *flag, const char *path);
 // The flag for which a file was claimed as an input, NULL if it is none.
 const char *claimed_as_input(const char *path);
+// Declares that `path` is written for --flag. A file that is claimed already is a usage error.
+void claim_name(const char *flag, const char *path);
 // Declares that `path` (and path.tmp meanwhile) will be written for --flag, and checks that it can be: it is no input
 // and no other output, its directory can be written to, and if it exists it is a regular file, writable, and empty or
-// is_ours(path); `what` names such files in the message, "a dump". is_ours NULL: only the name is claimed. Nothing is
-// created or changed.
-void claim_output(const char *flag, const char *path, const char *what, bool (*is_ours)(const char *path));
+// is_ours(path); `what` names such files in the message, "a dump". Nothing is created or changed.
+// Returns the file to write: `path`, or what it links to, so that a link stays one.
+const char *claim_output(const char *flag, const char *path, const char *what, bool (*is_ours)(const char *path));
 
 void remove_if_refused(const char *path); // a file or an empty directory that this command has created
 void remove_created(void);                // does so; fatal() and usage_error() call it
@@ -285,7 +289,7 @@ void state_copy(const State *from, int i, State *to, int j, const Config *config
 // named on stderr. is_run: are there any, whole or damaged?
 int64_t run_newest(const char *dir, bool *is_run);
 void run_model(char path[PATH_SIZE], const char *dir, int64_t step); // the path of that checkpoint's model
-char *run_read_options(const char *dir);                                  // text for options_read; NULL, with a warning
+char *run_read_options(const char *dir);                             // text for options_read; NULL, with a warning
 // Makes the directory, if there is none, and locks it. Nothing in it changes. Refused: a directory that holds a run
 // (unless resume or overwrite), one that holds other files and no run, one that another run has locked.
 void run_claim(const char *dir, bool resume, bool overwrite);

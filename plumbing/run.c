@@ -207,27 +207,20 @@ void run_claim(const char *dir, bool resume, bool overwrite) {
     make_folders(dir);
     for (int i = 0; i < 3; i++) {
         snprintf(path, sizeof path, "%s/%s", dir, names[i]);
-        claim_output("out", path, NULL, NULL);
+        claim_name("out", path);
     }
     lock_folder(dir);
 }
 
 void run_refuse_inside(const char *dir, const char *flag, const char *path) {
     char at[PATH_SIZE], folder[PATH_SIZE];
-    struct stat run, here;
-    if (stat(dir, &run) != 0 || snprintf(at, sizeof at, "%s", path) >= PATH_SIZE) return;
-    for (char *slash = strrchr(at, '/');; slash = strrchr(at, '/')) {
-        const char *name = slash == NULL ? at : slash + 1;
-        snprintf(folder, sizeof folder, "%.*s",
-                 slash == NULL ? 1
-                 : slash == at ? 1
-                               : (int)(slash - at),
-                 slash == NULL ? "." : at);
-        if (strncmp(name, "step-", 5) == 0 && stat(folder, &here) == 0 && here.st_dev == run.st_dev &&
-            here.st_ino == run.st_ino)
+    snprintf(at, sizeof at, "%s", path);
+    for (;;) { // from the file up through its directories
+        const char *name = split_path(at, folder);
+        if (strncmp(name, "step-", 5) == 0 && same_file(folder, dir))
             usage_error("--%s %s: lies where the run in %s keeps its checkpoints; give another name", flag, path, dir);
-        if (slash == NULL || slash == at) return;
-        *slash = 0;
+        if (name == at || strcmp(at, folder) == 0) return;
+        memcpy(at, folder, sizeof at);
     }
 }
 
@@ -242,13 +235,13 @@ void run_begin(const char *dir, const Option *options, bool overwrite) {
     free(steps);
 }
 
-// The validation loss that a checkpoint remembers; infinite if it has none or is damaged.
+// The validation loss that a whole checkpoint remembers; infinite if it has none.
 static double step_loss(const char *dir, int64_t step) {
     StFile f;
     char path[PATH_SIZE], err[ST_ERR];
     double loss = INFINITY;
     step_path(path, dir, step, "/optimizer.safetensors");
-    if (!is_whole(dir, step, err) || !st_open(&f, path, err)) return INFINITY;
+    if (!st_open(&f, path, err)) return INFINITY;
     const StTensor *t = st_find(&f, "val_loss");
     if (t != NULL && st_count(t) == 1) st_read(&f, t, 0, 1, &loss, ST_F64, err);
     st_close(&f);
@@ -263,23 +256,24 @@ static bool is_stopped(const char *dir, int64_t step) {
 }
 
 // Keeps the newest two whole checkpoints and the best by validation; of those that only a signal caused, this one.
+// Damaged ones go once there are two whole ones that are newer.
 static void prune(const char *dir, int64_t step) {
     char err[ST_ERR];
-    int count, whole = 0;
-    int64_t *steps = list_steps(dir, "", &count), best = -1;
-    double lowest = INFINITY, loss;
+    int count, newest = 0, best = -1;
+    int64_t *steps = list_steps(dir, "", &count);
+    bool *keep = allocate((size_t)count, sizeof *keep);
+    double lowest = INFINITY;
     for (int i = 0; i < count; i++) {
-        if (!is_stopped(dir, steps[i]) && (loss = step_loss(dir, steps[i])) < lowest) best = steps[i], lowest = loss;
+        const bool stopped = is_stopped(dir, steps[i]), whole = !stopped && is_whole(dir, steps[i], err);
+        const double loss = whole ? step_loss(dir, steps[i]) : INFINITY;
+        keep[i] = stopped ? steps[i] == step : newest < 2;
+        newest += whole;
+        if (loss < lowest) best = i, lowest = loss;
     }
     for (int i = 0; i < count; i++) {
-        if (is_stopped(dir, steps[i])) {
-            if (steps[i] != step) remove_step(dir, steps[i], "");
-        } else if (whole >= 2) {
-            if (steps[i] != best) remove_step(dir, steps[i], "");
-        } else {
-            whole += is_whole(dir, steps[i], err);
-        }
+        if (!keep[i] && i != best) remove_step(dir, steps[i], "");
     }
+    free(keep);
     free(steps);
 }
 
@@ -358,10 +352,10 @@ char *run_read_options(const char *dir) {
 int64_t run_load(const char *dir, Model *model, State *const *states, int num_states, const Config *config,
                  int64_t seed) {
     char err[ST_ERR];
-    int count, i = 0;
+    int count;
     int64_t *steps = list_steps(dir, "", &count), step = -1;
     damaged = allocate((size_t)count, sizeof *damaged);
-    for (; i < count && step < 0; i++) {
+    for (int i = 0; i < count && step < 0; i++) {
         if (!is_whole(dir, steps[i], err)) continue; // run_newest has said so
         if (read_model(dir, steps[i], model, states, num_states, config, seed, err))
             step = steps[i];

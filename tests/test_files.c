@@ -330,6 +330,22 @@ static void test_order(const char *program) {
           "compare: gradients from output to embedding, first marked");
 }
 
+// Doubles whose squares a double cannot hold: a sum of them that overflows, or is 0, must not pass for equality.
+static void test_extremes(const char *program) {
+    const double pairs[][2] = {{1.35e154, 1e153}, {1e200, 2e200}, {3e-170, 6e-170}};
+    char command[512];
+    for (int i = 0; i < 3; i++) {
+        for (int round = 0; round < 2; round++) {
+            StTensor t = {.name = "loss", .type = ST_F64};
+            StWriter w;
+            st_create(&w, round == 0 ? file_a : file_b, NULL, &t, 1, err);
+            st_write(&w, &pairs[i][round], sizeof(double), err), st_finish(&w, err);
+        }
+        snprintf(command, sizeof command, "'%s' '%s' '%s' > /dev/null 2>&1", program, file_a, file_b);
+        check(exit_status(system(command)) == 1, "compare: %g and %g differ", pairs[i][0], pairs[i][1]);
+    }
+}
+
 // A file with the header that is given by its entries, and 64 bytes of data: floats 1, 2, 3, ...
 static void write_entries(const char *path, const char *entries) {
     const uint64_t length = strlen(entries) + 2;
@@ -435,6 +451,7 @@ static void test_compares(const char *program) {
     check(exit_status(system(command)) == 2, "compare: an unreadable file");
 
     test_order(program);
+    test_extremes(program);
     test_types(program);
 }
 

@@ -1,26 +1,9 @@
 # Data files that are truncated while ./train reads them, and file systems that lack calls: what is trained, saved and
 # said. Run from the repository's root.
-train=$PWD/train
-compare=$PWD/compare
 preload=$PWD/tests/preload.c
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+. tests/check.sh
 cd "$folder" || exit 1
-passed=0
-failed=0
 
-check() { # NAME COMMAND...: the command must succeed
-    name=$1
-    shift
-    if "$@" > check.out 2>&1; then
-        echo "ok    $name"
-        passed=$((passed + 1))
-    else
-        echo "FAIL  $name"
-        sed 's/^/      /' check.out | tail -n 5
-        failed=$((failed + 1))
-    fi
-}
 quiet() { "$train" --threads 1 "$@" > quiet.out 2> quiet.err; }
 said() { cat quiet.err; [ "$(grep -c -F -e "$1" quiet.err)" -eq "$2" ]; } # TEXT TIMES
 

@@ -73,6 +73,9 @@ else
     [ "$count" = 1 ]
     verdict $? "a model of 16 dimensions trains in $count thread with --threads 8"
 
+    timeout 60 "$train" $tiny --threads 200 --steps 1 --out run --overwrite > out 2> err
+    verdict $? "200 threads, for which BLAS would take more address space than there is memory"
+
     "$train" --data text --batch-size 1 --seq-len 64 --steps 1 --val-every 0 --out model > out 2> err
     rate() { # the better of two runs
         for i in 1 2; do

@@ -1,14 +1,9 @@
 # ./train as several processes under mpirun: every split into groups and pieces against one process, what crosses, what
 # is refused, what happens when one dies. Run from the repository's root.
-train=$PWD/train
 double=$PWD/build/double/train
 other=${1:+$PWD/$1} # a program of another backend, to be held against ./train; nothing else is tried then
-compare=$PWD/compare
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+. tests/check.sh
 cd "$folder" || exit 1
-passed=0
-failed=0
 # as root, and more processes than cores, Open MPI wants to be told; the library itself leaks
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
 export ASAN_OPTIONS=detect_leaks=0
@@ -18,19 +13,6 @@ if ! command -v mpirun > /dev/null || ! mpirun -n 2 "${other:-$train}" --help > 
     echo "0 passed, 0 failed"
     exit 0
 fi
-
-check() { # NAME COMMAND...: the command must succeed
-    name=$1
-    shift
-    if "$@" > check.out 2>&1; then
-        echo "ok    $name"
-        passed=$((passed + 1))
-    else
-        echo "FAIL  $name"
-        sed 's/^/      /' check.out | tail -n 5
-        failed=$((failed + 1))
-    fi
-}
 
 awk 'BEGIN { for (i = 0; i < 600; i++) printf "%d squared is %d\n", i, i * i }' > text
 model="--model-dim 12 --num-layers 2 --z-dim 8 --value-dim 8 --num-heads 2 --ffn-hidden-dim 8 --cema-ndim 3

@@ -1,25 +1,10 @@
 # A command that is refused changes nothing, no output overwrites an input or a file that is not ours, and a stopped run
 # keeps what the uninterrupted one keeps. Run from the repository's root.
-train=$PWD/train sample=$PWD/sample
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+. tests/check.sh
 cd "$folder" || exit 1
-passed=0 failed=0
 
-check() { # NAME COMMAND...: the command must succeed
-    name=$1
-    shift
-    if "$@" > ../check.out 2>&1; then
-        echo "ok    $name"
-        passed=$((passed + 1))
-    else
-        echo "FAIL  $name"
-        sed 's/^/      /' ../check.out | tail -n 5
-        failed=$((failed + 1))
-    fi
-}
 fails() { ! "$@"; }
-quiet() { "$train" --threads 1 "$@" > ../quiet.out 2>&1; }
+quiet() { "$train" --threads 1 "$@" > "$folder/quiet.out" 2>&1; }
 
 # Everything in the working directory, names and contents.
 snapshot() {
@@ -30,16 +15,16 @@ snapshot() {
 refused() { # STATUS TEXT OPTIONS...: ./train ends with that status, says the text, and changes no file
     status=$1 text=$2
     shift 2
-    snapshot > ../before
-    "$train" --threads 1 "$@" > ../out 2> ../err
+    snapshot > "$folder/before"
+    "$train" --threads 1 "$@" > "$folder/out" 2> "$folder/err"
     got=$?
-    snapshot > ../after
-    if [ $got -eq "$status" ] && grep -q -F -e "$text" ../err ../out && cmp -s ../before ../after; then
+    snapshot > "$folder/after"
+    if [ $got -eq "$status" ] && grep -q -F -e "$text" "$folder/err" "$folder/out" && cmp -s "$folder/before" "$folder/after"; then
         echo "ok    refused, nothing changed: $*"
         passed=$((passed + 1))
     else
         echo "FAIL  refused, nothing changed: $* (status $got, expected $status and '$text')"
-        { cat ../err; diff ../before ../after; } | sed 's/^/      /' | tail -n 8
+        { cat "$folder/err"; diff "$folder/before" "$folder/after"; } | sed 's/^/      /' | tail -n 8
         failed=$((failed + 1))
     fi
 }
@@ -132,6 +117,11 @@ echo "my notes" > stale.tmp
 refused 1 "stale.tmp exists, perhaps left by a command that was killed" $small --steps 2 --dump stale
 echo "step,loss,grad_norm,lr,ms,tokens_per_s,val_loss" > stale.csv.tmp
 check "what a killed command left of a log is replaced" quiet $small --steps 2 --out E --log stale.csv
+: > empty.csv.tmp
+check "  or an empty one" quiet $small --steps 2 --out E --overwrite --log empty.csv
+ln -s linked.csv link.csv && cp stale.csv linked.csv
+check "a log that is a link stays one" quiet $small --steps 3 --out E --overwrite --log link.csv
+check "  and the file that it names is the log" [ -L link.csv -a "$(wc -l < linked.csv)" -eq 4 ]
 check "an empty file may become a log" quiet $small --steps 2 --out E --overwrite --log empty-log
 check "  a log a log" quiet $small --steps 2 --out E --overwrite --log empty-log
 check "  with a row a step" [ "$(wc -l < empty-log)" -eq 3 ]
@@ -158,6 +148,12 @@ if (ulimit -v 2000000 && "$train" --help > ../out 2>&1) && ! ldd "$train" 2> /de
 else
     echo "skipped: the memory plan against the peak (sanitizers take memory of their own)"
 fi
+
+line=$(printf 'a\nb')
+mkdir "$line" && cp text "$line" && cd "$line" || exit 1
+refused 2 "its full path has a line break" $small --steps 2 --out new
+cd .. && rm -r "$line"
+refused 2 "--eval does not go with" --resume A --eval --log new.csv
 
 # ---------------------------------------------------------------- no output is an input
 
@@ -205,6 +201,15 @@ refused 1 "held: has changed since the run began" --resume V --steps 4
 
 # ---------------------------------------------------------------- damaged checkpoints
 
+check "a run with two checkpoints" quiet $small --steps 6 --save-every 2 --out N
+cp N/step-00000004/optimizer.safetensors N/step-00000006
+check "an optimizer of another step: ./sample takes the checkpoint before" eval '"$sample" --threads 1 --model N --num-tokens 2 > ../out 2> ../err'
+check "  and says so" grep -q "N/step-00000006/optimizer.safetensors: is no optimizer of step 6" ../err
+check "the same run again" quiet $small --steps 6 --save-every 2 --out N --overwrite
+printf '\000\000\300\177' | dd of=N/step-00000006/optimizer.safetensors bs=1 conv=notrunc \
+    seek=$(($(wc -c < N/step-00000006/optimizer.safetensors) - 64)) 2> ../dd.out
+check "  a checkpoint that does not load is passed over" eval 'quiet --resume N --steps 5 && grep -q "passed over" ../quiet.out'
+check "    and does not count among the newest two" [ -d N/step-00000004 -a -d N/step-00000005 ]
 check "a run with three checkpoints" quiet $small --steps 6 --save-every 2 --out D
 truncate() { head -c 900 "$1" > cut && mv cut "$1"; }
 truncate D/step-00000006/optimizer.safetensors

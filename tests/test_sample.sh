@@ -19,6 +19,10 @@ refused() { # status, word, arguments
 
 ./train --threads 1 --steps 25 --batch-size 2 --seq-len 128 --val-every 0 --data megalodon.h --out "$tmp/run" > "$tmp/log" 2>&1
 verdict $? "a model to write with"
+sleep 5 | ./sample --model "$tmp/run" --threads 1 --prompt-file - --state-out "$tmp/never" > "$tmp/log" 2> "$tmp/err" &
+sleep 1 && kill -TERM $! && wait $! 2> /dev/null
+[ $? -eq 143 ] && [ ! -e "$tmp/never" ]
+verdict $? "SIGTERM while a prompt is awaited ends ./sample at once"
 # hot, so that no text is like another; a --temperature behind it counts
 export LC_ALL=C
 s="./sample --model $tmp/run --threads 1 --temperature 1.5 --top-p 1"

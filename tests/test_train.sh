@@ -1,23 +1,6 @@
 # ./train as a user meets it: runs, checkpoints, resuming, signals, what is refused. Run from the repository's root.
-train=$PWD/train
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+. tests/check.sh
 cd "$folder" || exit 1
-passed=0
-failed=0
-
-check() { # NAME COMMAND...: the command must succeed
-    name=$1
-    shift
-    if "$@" > check.out 2>&1; then
-        echo "ok    $name"
-        passed=$((passed + 1))
-    else
-        echo "FAIL  $name"
-        sed 's/^/      /' check.out | tail -n 5
-        failed=$((failed + 1))
-    fi
-}
 
 refused() { # STATUS TEXT OPTIONS...: ./train must end with that status and say the text on stderr
     status=$1
