@@ -110,10 +110,10 @@ static bool measure(StFile *fa, StFile *fb, Row *r, char *err) {
             double x = whole ? (double)a[i].whole : a[i].real, y = whole ? (double)b[i].whole : b[i].real;
             double diff = fabs(x - y);
             if (whole && a[i].whole != b[i].whole) diff = fmax(diff, 1); // a double may not tell them apart
-            xx += x * x;
-            yy += y * y;
-            xy += x * y;
-            dd += diff * diff;
+            xx += (long double)x * x;
+            yy += (long double)y * y;
+            xy += (long double)x * y;
+            dd += (long double)diff * diff;
             a_zero = a_zero && x == 0;
             b_zero = b_zero && y == 0;
             if (isnan(r->max_abs) || diff <= r->max_abs) continue;
