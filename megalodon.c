@@ -39,7 +39,7 @@ Easy to get wrong
 
 enum {
     CEMA_BLOCK = 64,  // tokens between two stored states of CEMA
-    QUERY_ROWS = 64,  // queries whose scores exist at a time
+    QUERY_TILE = 64,  // queries whose scores exist at a time
     LOGITS = 1 << 22, // that exist at a time, in whole positions; at least LOGIT_ROWS of these
     LOGIT_ROWS = 128,
     COLUMNS = 16,      // columns a task sums over all rows, for parameter gradients
@@ -117,7 +117,7 @@ static inline real sigmoid(real x) { return 1 / (1 + exp_real(-x)); }
 #ifdef MEGALODON_BLAS
 
 // By the library, which has one thread: ours share the work.
-static void gemm_serial(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, int add,
+static void matmul_serial(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, int add,
                         real *C, int ldc) {
 #ifdef MEGALODON_DOUBLE
 #define cblas_gemm cblas_dgemm
@@ -160,7 +160,7 @@ static int take_buffers(int threads) { return threads > 0; }
 // keeps a TILE_M x TILE_N piece of C in registers.
 enum { TILE_M = 6, TILE_N = 2 * LANES, GEMM_M = 24 * TILE_M, GEMM_N = 16 * TILE_N, GEMM_K = 256 };
 
-static void gemm_tile(real *C, int ldc, const real *a, const real *b, int K, int rows, int columns, int add) {
+static void matmul_tile(real *C, int ldc, const real *a, const real *b, int K, int rows, int columns, int add) {
     // a is (K, TILE_M), b is (K, TILE_N)
     vec sum[TILE_M][2] = {0};
     for (int k = 0; k < K; k++, a += TILE_M, b += TILE_N) {
@@ -186,7 +186,7 @@ static void gemm_tile(real *C, int ldc, const real *a, const real *b, int K, int
 
 // Packs `count` rows (or columns) of a matrix, K long, into panels of `width`: out (panels, K, width), zero
 // where the last panel has no more. Element (i,k) lies at A[i*si + k*sk]; one of the strides is 1.
-static void gemm_pack(real *out, const real *A, size_t si, size_t sk, int count, int K, int width) {
+static void matmul_pack(real *out, const real *A, size_t si, size_t sk, int count, int K, int width) {
     for (int i0 = 0; i0 < count; i0 += width, out += (size_t)K * width) {
         const real *panel = A + (size_t)i0 * si;
         int inside = min(width, count - i0);
@@ -203,7 +203,7 @@ static void gemm_pack(real *out, const real *A, size_t si, size_t sk, int count,
     }
 }
 
-static void gemm_serial(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, int add,
+static void matmul_serial(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, int add,
                         real *C, int ldc) {
     static _Thread_local real a[GEMM_M * GEMM_K], b[GEMM_N * GEMM_K];
     size_t ai = ta ? 1 : (size_t)lda, ak = ta ? (size_t)lda : 1; // A's element (i,k) is A[i*ai + k*ak]
@@ -211,13 +211,13 @@ static void gemm_serial(int ta, int tb, int M, int N, int K, const real *A, int 
     for (int j0 = 0; j0 < N; j0 += GEMM_N) {
         for (int k0 = 0; k0 < K; k0 += GEMM_K) {
             int n = min(GEMM_N, N - j0), depth = min(GEMM_K, K - k0);
-            gemm_pack(b, B + j0 * bj + k0 * bk, bj, bk, n, depth, TILE_N);
+            matmul_pack(b, B + j0 * bj + k0 * bk, bj, bk, n, depth, TILE_N);
             for (int i0 = 0; i0 < M; i0 += GEMM_M) {
                 int m = min(GEMM_M, M - i0);
-                gemm_pack(a, A + i0 * ai + k0 * ak, ai, ak, m, depth, TILE_M);
+                matmul_pack(a, A + i0 * ai + k0 * ak, ai, ak, m, depth, TILE_M);
                 for (int j = 0; j < n; j += TILE_N) {
                     for (int i = 0; i < m; i += TILE_M) {
-                        gemm_tile(C + (size_t)(i0 + i) * ldc + j0 + j, ldc, a + (size_t)i * depth,
+                        matmul_tile(C + (size_t)(i0 + i) * ldc + j0 + j, ldc, a + (size_t)i * depth,
                                   b + (size_t)j * depth, depth, min(TILE_M, m - i), min(TILE_N, n - j), k0 > 0 || add);
                     }
                 }
@@ -229,7 +229,7 @@ static void gemm_serial(int ta, int tb, int M, int N, int K, const real *A, int 
 #endif
 
 // One row times a matrix: every number of B is used once, so it is read as it lies.
-static void gemm_row(int tb, int N, int K, const real *a, const real *B, int ldb, int add, real *c) {
+static void matmul_row(int tb, int N, int K, const real *a, const real *B, int ldb, int add, real *c) {
     for (int j = 0; j < N; j++) {
         real sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -243,7 +243,7 @@ static void gemm_row(int tb, int N, int K, const real *a, const real *B, int ldb
 
 // The threads share C out in a grid of nearly equal pieces, near squares, for which least of A and B is read. Without
 // a library an element's sum runs over k in the same order whatever the grid. bias (N), or NULL: added to every row.
-static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, int add,
+static void matmul(int ta, int tb, int M, int N, int K, const real *A, int lda, const real *B, int ldb, int add,
                  const real *bias, real *C, int ldc) {
     double macs = (double)M * N * K; // multiply-adds; those of a single row wait for memory
     int threads = is_large(macs / (M == 1 ? 4 : 16)) ? threads_here() : 1, rows = M, columns = N;
@@ -263,9 +263,9 @@ static void gemm(int ta, int tb, int M, int N, int K, const real *A, int lda, co
                 for (int j = 0; j < n; j++) c[(size_t)i * ldc + j] = bias[j0 + j] + (add ? c[(size_t)i * ldc + j] : 0);
             }
             if (M == 1 && !ta) {
-                gemm_row(tb, n, K, a, b, ldb, add || bias, c);
+                matmul_row(tb, n, K, a, b, ldb, add || bias, c);
             } else {
-                gemm_serial(ta, tb, m, n, K, a, lda, b, ldb, add || bias, c, ldc);
+                matmul_serial(ta, tb, m, n, K, a, lda, b, ldb, add || bias, c, ldc);
             }
         }
     }
@@ -375,14 +375,14 @@ static void dropout(real *out, const real *inp, Mask mask, size_t n) {
 // mean stays double for the backward pass: where it is 10,000 times the deviation, a rounded one is off by 5e-4 of that.
 
 static void timestep_norm_forward(real *out, double *mean, real *rstd, double *mean_out, double *m2_out,
-                                  const real *inp, const real *weight, const real *bias, const double *mean_in,
-                                  const double *m2_in, const int64_t *count, int B, int L, int D, int G, double eps) {
+                                  const real *inp, const real *weight, const real *bias, const double *prev_mean,
+                                  const double *prev_m2, const int64_t *count, int B, int L, int D, int G, double eps) {
     int g = D / G;
 #pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D))
     for (int b = 0; b < B; b++) {
         for (int j = 0; j < G; j++) {
             const real *w = weight + (size_t)j * g, *bs = bias + (size_t)j * g;
-            double m = mean_in ? mean_in[b * G + j] : 0, m2 = m2_in ? m2_in[b * G + j] : 0;
+            double m = prev_mean ? prev_mean[b * G + j] : 0, m2 = prev_m2 ? prev_m2[b * G + j] : 0;
             double n = count ? (double)g * (double)count[b] : 0;
             for (int t = 0; t < L; t++) {
                 size_t row = (size_t)b * L + t;
@@ -455,21 +455,21 @@ static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, doubl
     sum_rows(dbias, dout, NULL, NULL, NULL, B * L, D, 1);
 }
 
-// Pieces of one sequence. The moments (mean, M2) of n and n' scalars, d = mean' - mean apart, are together
+// ChunkParallel of one sequence. The moments (mean, M2) of n and n' scalars, d = mean' - mean apart, are together
 //
 //     mean + d n'/(n + n'),    M2 + M2' + d^2 n n'/(n + n')
 //
 // all (pieces,2,B,G): the moments of each piece alone. mean, m2 (B,G): those before the whole sequence, where count
 // (B) tokens were, replaced by those before this piece. mean_end, m2_end (B,G), or NULL, get those after the last.
 
-static void timestep_norm_join(double *mean, double *m2, double *mean_end, double *m2_end, const double *all,
-                               const int64_t *count, const Pieces *p, int B, int D, int G) {
+static void timestep_norm_combine(double *mean, double *m2, double *mean_end, double *m2_end, const double *all,
+                               const int64_t *count, const ChunkParallel *p, int B, int D, int G) {
     size_t rows = (size_t)B * G;
     for (size_t i = 0; i < rows; i++, all++) {
         double n = count ? (double)(D / G) * (double)count[i / G] : 0, m = mean[i], s = m2[i];
-        for (int k = 0; k < p->pieces; k++) {
+        for (int k = 0; k < p->cp_size; k++) {
             double there = (double)(D / G) * (double)p->lengths[k], d = all[2 * k * rows] - m;
-            if (k == p->piece) mean[i] = m, m2[i] = s;
+            if (k == p->cp_rank) mean[i] = m, m2[i] = s;
             m += d * there / (n + there);
             s += all[(2 * k + 1) * rows] + d * d * n * there / (n + there);
             n += there;
@@ -480,14 +480,14 @@ static void timestep_norm_join(double *mean, double *m2, double *mean_end, doubl
 
 // all (pieces,B,G,3): U, V, W of each piece alone. Those of the later ones are added to every token's here:
 // dx_s += U + 2 (x_s V - W).
-static void timestep_norm_join_backward(real *dinp, const real *inp, const double *all, const Pieces *p, int B, int L,
+static void timestep_norm_combine_backward(real *dinp, const real *inp, const double *all, const ChunkParallel *p, int B, int L,
                                         int D, int G) {
     int g = D / G;
 #pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D))
     for (int b = 0; b < B; b++) {
         for (int j = 0; j < G; j++) {
             double U = 0, V = 0, W = 0;
-            for (int k = p->piece + 1; k < p->pieces; k++) {
+            for (int k = p->cp_rank + 1; k < p->cp_size; k++) {
                 const double *uvw = all + 3 * (((size_t)k * B + b) * G + j);
                 U += uvw[0], V += uvw[1], W += uvw[2];
             }
@@ -514,9 +514,9 @@ static int strip_channels(int D) { return ceil_div(D, STRIP) * STRIP; }
 
 typedef struct {
     real *p, *q_re, *q_im, *g_re, *g_im;
-} Coefs; // g is gamma/sqrt(N)
+} Coeffs; // g is gamma/sqrt(N)
 
-static void cema_coefs_forward(Coefs *c, const real *alpha, const real *delta, const real *theta, const real *gamma,
+static void cema_coeffs_forward(Coeffs *c, const real *alpha, const real *delta, const real *theta, const real *gamma,
                                int D, int N) {
 #pragma omp parallel for schedule(static) if (is_large(64.0 * D * N))
     for (int d = 0; d < D; d++) {
@@ -535,7 +535,7 @@ static void cema_coefs_forward(Coefs *c, const real *alpha, const real *delta, c
 
 // The gradient G of a complex number c is kept so that dLoss = Re(conj(G) dc) = G_re dc_re + G_im dc_im. Hence
 // d|q| = Re(conj(G_q) e^(i phi)) and dphi = Re(conj(G_q) i q).
-static void cema_coefs_backward(real *dalpha, real *ddelta, real *dtheta, real *dgamma, const Coefs *dc,
+static void cema_coeffs_backward(real *dalpha, real *ddelta, real *dtheta, real *dgamma, const Coeffs *dc,
                                 const real *alpha, const real *delta, const real *theta, int D, int N) {
 #pragma omp parallel for schedule(static) if (is_large(64.0 * D * N))
     for (int d = 0; d < D; d++) {
@@ -575,9 +575,9 @@ static void strip_add(real *dst, const vec v[2], int width) {
 
 typedef struct {
     vec p[2], q_re[2], q_im[2], g_re[2], g_im[2];
-} StripCoefs; // of one mode n
-static StripCoefs strip_coefs(const Coefs *c, int n, int D, int d0) {
-    StripCoefs s;
+} StripCoeffs; // of one mode n
+static StripCoeffs strip_coeffs(const Coeffs *c, int n, int D, int d0) {
+    StripCoeffs s;
     size_t at = (size_t)n * strip_channels(D) + d0;
     memcpy(s.p, c->p + at, sizeof s.p);
     memcpy(s.q_re, c->q_re + at, sizeof s.p);
@@ -592,7 +592,7 @@ static StripCoefs strip_coefs(const Coefs *c, int n, int D, int d0) {
 // h_blocks (B, blocks, 2, N, D): h before each block, for the backward pass; h_in, h_out (B,2,N,D); any may be
 // NULL. h_in and h_out may be the same.
 
-static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp, const Coefs *coefs, const real *omega,
+static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp, const Coeffs *coeffs, const real *omega,
                          const real *h_in, int B, int L, int D, int N) {
     int blocks = ceil_div(L, CEMA_BLOCK);
 #pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D * N))
@@ -613,7 +613,7 @@ static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp
                     for (int u = 0; u < 2; u++) y[t][u] = om[u] * x[t][u];
                 }
                 for (int n = 0; n < N; n++) {
-                    StripCoefs c = strip_coefs(coefs, n, D, d0);
+                    StripCoeffs c = strip_coeffs(coeffs, n, D, d0);
                     vec re[2] = {h[n][0], h[n][1]}, im[2] = {h[N + n][0], h[N + n][1]};
                     for (int t = 0; t < T; t++) {
                         for (int u = 0; u < 2; u++) {
@@ -641,11 +641,11 @@ static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp
 //     by the incoming state: conj(q) G_1
 //
 // A block's h are computed again from the one kept at its start. A task owns a strip of channels of all
-// sequences, so the parameters' sums need nothing shared. dcoefs is set. dh (B,2,N,D), or NULL: gradient by the
+// sequences, so the parameters' sums need nothing shared. dcoeffs is set. dh (B,2,N,D), or NULL: gradient by the
 // outgoing state, replaced by that by the incoming one.
 
-static void cema_backward(real *dinp, Coefs *dcoefs, real *domega, real *dh, const real *dout, const real *inp,
-                          const real *h_blocks, const Coefs *coefs, const real *omega, int B, int L, int D, int N) {
+static void cema_backward(real *dinp, Coeffs *dcoeffs, real *domega, real *dh, const real *dout, const real *inp,
+                          const real *h_blocks, const Coeffs *coeffs, const real *omega, int B, int L, int D, int N) {
     int blocks = ceil_div(L, CEMA_BLOCK);
 #pragma omp parallel for schedule(static) if (is_large((double)B * L * D * N))
     for (int d0 = 0; d0 < D; d0 += STRIP) {
@@ -653,7 +653,7 @@ static void cema_backward(real *dinp, Coefs *dcoefs, real *domega, real *dh, con
         vec x[CEMA_BLOCK][2], dy[CEMA_BLOCK][2], dx[CEMA_BLOCK][2];
         vec h_re[CEMA_BLOCK + 1][2], h_im[CEMA_BLOCK + 1][2]; // of one mode, [t] is before token t
         vec future[2 * N][2];                                 // conj(q) G_(t+1): gradient by h_t from later tokens
-        StripCoefs grad[N];
+        StripCoeffs grad[N];
         vec om[2], dom[2] = {0};
         memset(grad, 0, sizeof grad);
         strip_read(om, omega + d0, width);
@@ -672,7 +672,7 @@ static void cema_backward(real *dinp, Coefs *dcoefs, real *domega, real *dh, con
                 }
                 const real *h0 = h_blocks + ((size_t)b * blocks + block) * 2 * N * D + d0;
                 for (int n = 0; n < N; n++) {
-                    StripCoefs c = strip_coefs(coefs, n, D, d0), s = {0}; // s: this block's sums
+                    StripCoeffs c = strip_coeffs(coeffs, n, D, d0), s = {0}; // s: this block's sums
                     strip_read(h_re[0], h0 + (size_t)n * D, width);
                     strip_read(h_im[0], h0 + ((size_t)N + n) * D, width);
                     for (int t = 0; t < T; t++) {
@@ -707,22 +707,22 @@ static void cema_backward(real *dinp, Coefs *dcoefs, real *domega, real *dh, con
         }
         for (int n = 0; n < N; n++) {
             size_t at = (size_t)n * strip_channels(D) + d0;
-            strip_write(dcoefs->p + at, grad[n].p, STRIP);
-            strip_write(dcoefs->q_re + at, grad[n].q_re, STRIP);
-            strip_write(dcoefs->q_im + at, grad[n].q_im, STRIP);
-            strip_write(dcoefs->g_re + at, grad[n].g_re, STRIP);
-            strip_write(dcoefs->g_im + at, grad[n].g_im, STRIP);
+            strip_write(dcoeffs->p + at, grad[n].p, STRIP);
+            strip_write(dcoeffs->q_re + at, grad[n].q_re, STRIP);
+            strip_write(dcoeffs->q_im + at, grad[n].q_im, STRIP);
+            strip_write(dcoeffs->g_re + at, grad[n].g_re, STRIP);
+            strip_write(dcoeffs->g_im + at, grad[n].g_im, STRIP);
         }
         strip_add(domega + d0, dom, width);
     }
 }
 
-// Pieces of one sequence. h behind a piece of l tokens is q^l times h before it, plus what the piece gives alone; the
+// ChunkParallel of one sequence. h behind a piece of l tokens is q^l times h before it, plus what the piece gives alone; the
 // gradient by h before it is conj(q)^l times that by h behind it, plus what the piece gives alone. So pieces are to
 // these sums what tokens are to h. First the piece alone, from a zero start: forward, h (B,2,N,D) from inp (B,L,D);
 // backward, sum_t conj(q)^t conj(g) dy_t from dout, last token first.
 
-static void cema_piece(real *h, const real *inp, const Coefs *coefs, int backward, int B, int L, int D, int N) {
+static void cema_reduce(real *h, const real *inp, const Coeffs *coeffs, int backward, int B, int L, int D, int N) {
 #pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D * N))
     for (int b = 0; b < B; b++) {
         for (int d0 = 0; d0 < D; d0 += STRIP) {
@@ -736,7 +736,7 @@ static void cema_piece(real *h, const real *inp, const Coefs *coefs, int backwar
                     strip_read(x[t], inp + ((size_t)b * L + token) * D + d0, width);
                 }
                 for (int n = 0; n < N; n++) {
-                    StripCoefs c = strip_coefs(coefs, n, D, d0);
+                    StripCoeffs c = strip_coeffs(coeffs, n, D, d0);
                     for (int u = 0; u < 2; u++) {
                         vec re = sum[n][u], im = sum[N + n][u], q_re = c.q_re[u], q_im = c.q_im[u];
                         vec in_re = c.p[u], in_im = {0}; // what x is multiplied by: p, backward conj(q g)
@@ -769,22 +769,22 @@ static double complex power(double complex q, int64_t n) {
 
 // all (pieces,B,2,N,D): each piece alone. h (B,2,N,D): h before the whole sequence, backward the gradient behind it;
 // replaced by that before, or behind, this piece. end (B,2,N,D), or NULL, gets what is at the other end of it all.
-static void cema_join(real *h, real *end, const real *all, const Coefs *coefs, int backward, const Pieces *p, int B,
+static void cema_combine(real *h, real *end, const real *all, const Coeffs *coeffs, int backward, const ChunkParallel *p, int B,
                       int D, int N) {
-#pragma omp parallel for collapse(2) schedule(static) if (is_large((double)p->pieces * B * D * N))
+#pragma omp parallel for collapse(2) schedule(static) if (is_large((double)p->cp_size * B * D * N))
     for (int n = 0; n < N; n++) {
         for (int d = 0; d < D; d++) {
             size_t coef = (size_t)n * strip_channels(D) + d;
-            double complex q = coefs->q_re[coef] + coefs->q_im[coef] * I, decay = 1;
+            double complex q = coeffs->q_re[coef] + coeffs->q_im[coef] * I, decay = 1;
             int64_t length = 0; // that decay is for
             if (backward) q = conj(q);
             for (int b = 0; b < B; b++) {
                 size_t re = ((size_t)b * 2 * N + n) * D + d, im = re + (size_t)N * D;
                 double complex sum = h[re] + h[im] * I;
-                for (int i = 0; i < p->pieces; i++) {
-                    int k = backward ? p->pieces - 1 - i : i;
+                for (int i = 0; i < p->cp_size; i++) {
+                    int k = backward ? p->cp_size - 1 - i : i;
                     const real *alone = all + (size_t)k * B * 2 * N * D;
-                    if (k == p->piece) h[re] = (real)creal(sum), h[im] = (real)cimag(sum);
+                    if (k == p->cp_rank) h[re] = (real)creal(sum), h[im] = (real)cimag(sum);
                     if (p->lengths[k] != length) decay = power(q, length = p->lengths[k]);
                     sum = decay * sum + alone[re] + alone[im] * I;
                 }
@@ -833,13 +833,13 @@ static void rmsnorm_backward(real *dinp, real *dweight, const real *dout, const 
 
 static void linear_forward(real *out, int add, const real *inp, const real *weight, const real *bias, int R, int K,
                            int M) {
-    gemm(0, 1, R, M, K, inp, K, weight, K, add, bias, out, M);
+    matmul(0, 1, R, M, K, inp, K, weight, K, add, bias, out, M);
 }
 
 static void linear_backward(real *dinp, int add, real *dweight, real *dbias, const real *dout, const real *inp,
                             const real *weight, int R, int K, int M) {
-    gemm(0, 0, R, K, M, dout, M, weight, K, add, NULL, dinp, K);
-    gemm(1, 0, M, K, R, dout, M, inp, K, 1, NULL, dweight, K);
+    matmul(0, 0, R, K, M, dout, M, weight, K, add, NULL, dinp, K);
+    matmul(1, 0, M, K, R, dout, M, inp, K, 1, NULL, dweight, K);
     if (dbias) sum_rows(dbias, dout, NULL, NULL, NULL, R, M, 1);
 }
 
@@ -966,13 +966,13 @@ static void gate_backward(real *da, real *db, const real *dout, const real *a, c
 //
 //     S_ij = q_i . k_j for j <= i        P = softmax over j        o_i = sum_j P_ij v_j
 //
-// QUERY_ROWS queries at a time, against the keys up to the last of them: scores above the diagonal are few.
+// QUERY_TILE queries at a time, against the keys up to the last of them: scores above the diagonal are few.
 // Of P only lse_i = log sum_j e^(S_ij) is kept. Rows of q, k are ldz long, of v, o lde, of lse ldh.
-// scores (QUERY_ROWS, nk) is scratch. mask: the dropout of P, C elements apart from query to query.
+// scores (QUERY_TILE, nk) is scratch. mask: the dropout of P, C elements apart from query to query.
 
-static void attend_forward(real *o, real *lse, real *scores, const real *q, const real *k, const real *v, Mask mask,
+static void attention_chunk_forward(real *o, real *lse, real *scores, const real *q, const real *k, const real *v, Mask mask,
                            int nq, int nk, int dz, int dv, int ldz, int lde, int ldh, int C) {
-    gemm(0, 1, nq, nk, dz, q, ldz, k, ldz, 0, NULL, scores, nk);
+    matmul(0, 1, nq, nk, dz, q, ldz, k, ldz, 0, NULL, scores, nk);
 #pragma omp parallel for schedule(static) if (is_large((double)nq * nk))
     for (int i = 0; i < nq; i++) {
         real *s = scores + (size_t)i * nk, top = -INFINITY, sum = 0, overflow = 0;
@@ -991,20 +991,20 @@ static void attend_forward(real *o, real *lse, real *scores, const real *q, cons
         lse[(size_t)i * ldh] = top + (real)log(sum);
         dropout(s, s, mask_row(mask, i, C), (size_t)seen);
     }
-    gemm(0, 0, nq, dv, nk, scores, nk, v, lde, 0, NULL, o, lde);
+    matmul(0, 0, nq, dv, nk, scores, nk, v, lde, 0, NULL, o, lde);
 }
 
 // P_ij = e^(S_ij - lse_i) again, divided by its sum, since lse_i is rounded: at S = 1e8 by up to 4. Then
 // dv_j = sum_i P_ij do_i; dP_ij = do_i . v_j; through the softmax
 // dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), whose sum is do_i . o_i; dq_i = sum_j dS_ij k_j, dk_j = sum_i dS_ij q_i.
 // With dropout, v meets P under the mask, and so does dP. dq is set, dk and dv are added to if `add`. scores, dscores
-// (QUERY_ROWS, nk) are scratch.
+// (QUERY_TILE, nk) are scratch.
 
-static void attend_backward(real *dq, real *dk, real *dv_out, real *scores, real *dscores, int add, const real *dout,
+static void attention_chunk_backward(real *dq, real *dk, real *dv_out, real *scores, real *dscores, int add, const real *dout,
                             const real *o, const real *lse, const real *q, const real *k, const real *v, Mask mask,
                             int nq, int nk, int dz, int dv, int ldz, int lde, int ldh, int C) {
-    gemm(0, 1, nq, nk, dz, q, ldz, k, ldz, 0, NULL, scores, nk);
-    gemm(0, 1, nq, nk, dv, dout, lde, v, lde, 0, NULL, dscores, nk);
+    matmul(0, 1, nq, nk, dz, q, ldz, k, ldz, 0, NULL, scores, nk);
+    matmul(0, 1, nq, nk, dv, dout, lde, v, lde, 0, NULL, dscores, nk);
 #pragma omp parallel for schedule(static) if (is_large((double)nq * nk))
     for (int i = 0; i < nq; i++) {
         real *s = scores + (size_t)i * nk, *ds = dscores + (size_t)i * nk, dot = 0, sum = 0, l = lse[(size_t)i * ldh];
@@ -1025,9 +1025,9 @@ static void attend_backward(real *dq, real *dk, real *dv_out, real *scores, real
         for (int j = seen; j < nk; j++) s[j] = ds[j] = 0;
         dropout(s, s, mask_row(mask, i, C), (size_t)seen);
     }
-    gemm(0, 0, nq, dz, nk, dscores, nk, k, ldz, 0, NULL, dq, ldz);
-    gemm(1, 0, nk, dz, nq, dscores, nk, q, ldz, add, NULL, dk, ldz);
-    gemm(1, 0, nk, dv, nq, scores, nk, dout, lde, add, NULL, dv_out, lde);
+    matmul(0, 0, nq, dz, nk, dscores, nk, k, ldz, 0, NULL, dq, ldz);
+    matmul(1, 0, nk, dz, nq, dscores, nk, q, ldz, add, NULL, dk, ldz);
+    matmul(1, 0, nk, dv, nq, scores, nk, dout, lde, add, NULL, dv_out, lde);
 }
 
 // Chunked attention: sequences are cut into chunks of C tokens; a token sees its own chunk up to itself, nothing
@@ -1036,7 +1036,7 @@ static void attend_backward(real *dq, real *dk, real *dv_out, real *scores, real
 // call's go there too, as far as their chunk stays unfinished. Without: NULL.
 //
 // A task is a block of queries of one head; where there are fewer tasks than threads, these share each product
-// instead. scores (threads, QUERY_ROWS, C) is scratch.
+// instead. scores (threads, QUERY_TILE, C) is scratch.
 
 // Puts n tokens' keys and values, from t on, into the cache of row b, from place `at` on.
 static void cache_chunk(real *cache_k, real *cache_v, const real *k, const real *v, int b, int t, int at, int n, int L,
@@ -1055,7 +1055,7 @@ static Mask mask_query(Mask mask, int b, int h, int H, int t, int C) {
 static void attention_forward(real *o, real *lse, real *cache_k, real *cache_v, real *scores, const real *q,
                               const real *k, const real *v, const int64_t *count, Mask mask, int B, int L, int C, int H,
                               int Z, int E, int threads) {
-    int dz = Z / H, dv = E / H, blocks = ceil_div(min(C, L), QUERY_ROWS);
+    int dz = Z / H, dv = E / H, blocks = ceil_div(min(C, L), QUERY_TILE);
     int chunks = count ? ceil_div(L - 1, C) + 1 : ceil_div(L, C); // that L tokens may touch
     int shared = B * chunks * H * blocks >= threads && is_large((double)B * L * C * (Z + E) / 16);
     (void)threads, (void)shared; // without OpenMP
@@ -1070,11 +1070,11 @@ static void attention_forward(real *o, real *lse, real *cache_k, real *cache_v, 
                 for (int block = 0; block < blocks; block++) {
                     int past = count ? (int)(count[b] % C) : 0, cached = past > 0 && chunk == 0;
                     int from = max(chunk * C - past, 0), end = min((chunk + 1) * C - past, L); // of the chunk here
-                    int t = from + block * QUERY_ROWS, nq = min(QUERY_ROWS, end - t);
+                    int t = from + block * QUERY_TILE, nq = min(QUERY_TILE, end - t);
                     if (nq <= 0) continue;
                     size_t query = (size_t)b * L + t, key = (size_t)b * L + from, cache = (size_t)b * C;
-                    attend_forward(
-                        o + query * E + h * dv, lse + query * H + h, scores + (size_t)thread_number() * QUERY_ROWS * C,
+                    attention_chunk_forward(
+                        o + query * E + h * dv, lse + query * H + h, scores + (size_t)thread_number() * QUERY_TILE * C,
                         q + query * Z + h * dz, (cached ? cache_k + cache * Z : k + key * Z) + h * dz,
                         (cached ? cache_v + cache * E : v + key * E) + h * dv, mask_query(mask, b, h, H, t, C), nq,
                         (cached ? past : 0) + t - from + nq, dz, dv, Z, E, H, C);
@@ -1099,12 +1099,12 @@ static void attention_backward(real *dq, real *dk, real *dv_out, real *scores, r
         for (int t0 = 0; t0 < L; t0 += C) {
             for (int h = 0; h < H; h++) {
                 size_t z = ((size_t)b * L + t0) * Z + h * dz, e = ((size_t)b * L + t0) * E + h * dv;
-                size_t scratch = (size_t)thread_number() * QUERY_ROWS * C;
-                int n = min(C, L - t0), last = (n - 1) / QUERY_ROWS * QUERY_ROWS;
-                for (int i = last; i >= 0; i -= QUERY_ROWS) { // the last block sees all keys: it sets dk and dv
-                    int nq = min(QUERY_ROWS, n - i);
+                size_t scratch = (size_t)thread_number() * QUERY_TILE * C;
+                int n = min(C, L - t0), last = (n - 1) / QUERY_TILE * QUERY_TILE;
+                for (int i = last; i >= 0; i -= QUERY_TILE) { // the last block sees all keys: it sets dk and dv
+                    int nq = min(QUERY_TILE, n - i);
                     size_t zi = z + (size_t)i * Z, ei = e + (size_t)i * E;
-                    attend_backward(dq + zi, dk + z, dv_out + e, scores + scratch, dscores + scratch, i < last,
+                    attention_chunk_backward(dq + zi, dk + z, dv_out + e, scores + scratch, dscores + scratch, i < last,
                                     dout + ei, o + ei, lse + ((size_t)b * L + t0 + i) * H + h, q + zi, k + z, v + e,
                                     mask_query(mask, b, h, H, t0 + i, C), nq, i + nq, dz, dv, Z, E, H, C);
                 }
@@ -1242,7 +1242,7 @@ typedef struct {          // of one layer: what its backward pass reads
     real *mx;             // (B,L,D) RMSNorm(CEMA(xt))
     real *z, *z_rstd;     // (B,L,Z), (B,L,H) before its norm
     real *q, *k;          // (B,L,Z) before the rotation
-    real *v_in, *r_in;    // (B,L,E) before silu
+    real *v_pre, *r_pre;    // (B,L,E) before silu
     real *o, *lse;        // (B,L,E), (B,L,H)
     real *y;              // (B,L,D) the sub-layer's output
     double *ffn_mean;     // (B,L) LayerNorm's
@@ -1255,14 +1255,14 @@ typedef struct {          // of one layer: what its backward pass reads
 typedef struct {                    // used by every layer in turn; what begins with d, for backward only
     real *logits;                   // (logit_rows,V)
     real *dx, *dy, *dxt, *dmx;      // (B,L,D)
-    real *zn, *q_turned, *k_turned; // (B,L,Z) of the attention sub-layer, here and below
+    real *zn, *q_rotated, *k_rotated; // (B,L,Z) of the attention sub-layer, here and below
     real *v, *gated;                // (B,L,E)
-    real *scores;                   // (threads,QUERY_ROWS,C)
+    real *scores;                   // (threads,QUERY_TILE,C)
     real *dmega, *dema;             // (B,L,D)
     real *dq, *dk, *dzn, *dz;       // (B,L,Z)
-    real *do_, *dr_in, *dv;         // (B,L,E)
-    real *dscores;                  // (threads,QUERY_ROWS,C)
-    Coefs dcoefs;
+    real *do_, *dr_pre, *dv;         // (B,L,E)
+    real *dscores;                  // (threads,QUERY_TILE,C)
+    Coeffs dcoeffs;
     real *hidden, *dhidden, *df1; // (B,L,F) of the FFN sub-layer
 } Scratch;
 
@@ -1273,7 +1273,7 @@ struct Model {
     Tensor *tensors;
     int num_tensors;
     size_t num_params;
-    Range *own;      // (num_own) of them, that this process updates,
+    Shard *own;      // (num_own) of them, that this process updates,
     int num_own;     // in all
     size_t owned;    // so many
     real *memory[4]; // PARAMS, GRADS; MOMENT1, MOMENT2 (owned)
@@ -1287,13 +1287,13 @@ struct Model {
     double *norm_parts;       // of megalodon_grad_norm
     int32_t *tokens;          // (B,L)
     real *rope;               // (C, dz/2, 2)
-    Coefs *coefs;             // (num_layers)
-    int coefs_valid;
+    Coeffs *coeffs;             // (num_layers)
+    int coeffs_valid;
     Scratch scratch;
     int threads;                         // that scratch has room for
-    Draw draw;                           // of dropout, if
+    DropoutKey draw;                           // of dropout, if
     int dropping;                        // it is on
-    Pieces pieces;                       // the sequences' others; pieces.pieces 1: none
+    ChunkParallel cp;                       // the sequences' others; pieces.cp_size 1: none
     int64_t start;                       // place of this piece in them,
     int64_t whole;                       // of so many tokens
     real *exchange;                      // memory of theirs: mine, all, and a gradient by CEMA's state, or NULL
@@ -1337,7 +1337,7 @@ static void layer_acts_take(LayerActs *a, Arena *arena, const Config *c, int B, 
     take(&a->mx, arena, R * D);
     take(&a->z, arena, R * Z), take(&a->z_rstd, arena, R * H);
     take(&a->q, arena, R * Z), take(&a->k, arena, R * Z);
-    take(&a->v_in, arena, R * E), take(&a->r_in, arena, R * E);
+    take(&a->v_pre, arena, R * E), take(&a->r_pre, arena, R * E);
     take(&a->o, arena, R * E), take(&a->lse, arena, R * H);
     take(&a->y, arena, R * D);
     take_double(&a->ffn_mean, arena, R), take(&a->ffn_rstd, arena, R);
@@ -1346,27 +1346,27 @@ static void layer_acts_take(LayerActs *a, Arena *arena, const Config *c, int B, 
     take(&a->f2, arena, c->rescale_nffn ? R * D : 0);
 }
 
-static void coefs_take(Coefs *coefs, Arena *arena, const Config *c) {
+static void coeffs_take(Coeffs *coeffs, Arena *arena, const Config *c) {
     size_t n = (size_t)c->cema_ndim * strip_channels(c->model_dim);
-    take(&coefs->p, arena, n), take(&coefs->q_re, arena, n), take(&coefs->q_im, arena, n);
-    take(&coefs->g_re, arena, n), take(&coefs->g_im, arena, n);
+    take(&coeffs->p, arena, n), take(&coeffs->q_re, arena, n), take(&coeffs->q_im, arena, n);
+    take(&coeffs->g_re, arena, n), take(&coeffs->g_im, arena, n);
 }
 
 // The two sub-layers take turns, so theirs lie in the same place.
 static void scratch_take(Scratch *s, Arena *arena, const Config *c, Mode mode, int B, int L, int threads) {
     size_t R = (size_t)B * L, D = c->model_dim, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim;
-    size_t scores = (size_t)threads * QUERY_ROWS * c->chunk_size, start = arena->used;
+    size_t scores = (size_t)threads * QUERY_TILE * c->chunk_size, start = arena->used;
     int backward = mode != MEGALODON_INFER;
-    take(&s->zn, arena, R * Z), take(&s->q_turned, arena, R * Z), take(&s->k_turned, arena, R * Z);
+    take(&s->zn, arena, R * Z), take(&s->q_rotated, arena, R * Z), take(&s->k_rotated, arena, R * Z);
     take(&s->v, arena, R * E), take(&s->gated, arena, R * E);
     take(&s->scores, arena, scores);
     if (backward) {
         take(&s->dmega, arena, R * D), take(&s->dema, arena, R * D);
         take(&s->dq, arena, R * Z), take(&s->dk, arena, R * Z);
         take(&s->dzn, arena, R * Z), take(&s->dz, arena, R * Z);
-        take(&s->do_, arena, R * E), take(&s->dr_in, arena, R * E), take(&s->dv, arena, R * E);
+        take(&s->do_, arena, R * E), take(&s->dr_pre, arena, R * E), take(&s->dv, arena, R * E);
         take(&s->dscores, arena, scores);
-        coefs_take(&s->dcoefs, arena, c);
+        coeffs_take(&s->dcoeffs, arena, c);
     }
     size_t end = arena->used;
     arena->used = start;
@@ -1385,7 +1385,7 @@ static void scratch_take(Scratch *s, Arena *arena, const Config *c, Mode mode, i
 
 // The dropout of one place in one layer (-1: none of them), for an activation of `width` numbers a token.
 static Mask mask_of(const Model *m, int layer, int place, double p, int width) {
-    uint64_t whole = m->pieces.pieces > 1 ? (uint64_t)m->whole : (uint64_t)m->L; // tokens of a row
+    uint64_t whole = m->cp.cp_size > 1 ? (uint64_t)m->whole : (uint64_t)m->L; // tokens of a row
     return (Mask){.p = m->dropping ? p : 0,
                   .seed = m->draw.seed,
                   .stream = STREAM_DROPOUT + (uint32_t)place,
@@ -1408,18 +1408,18 @@ static Mask mask_of_attention(const Model *m, int layer) {
 // ----------------------------------------------------------------------------
 // TimestepNorm and CEMA in the model: a piece of a sequence joins the others
 
-int megalodon_pieces(Model *m, const Pieces *pieces) {
+int megalodon_chunk_parallel(Model *m, const ChunkParallel *pieces) {
     const Config *c = &m->config;
     free(m->exchange);
-    m->exchange = NULL, m->pieces = (Pieces){.pieces = 1}, m->start = m->whole = 0;
-    if (!pieces || pieces->pieces == 1) return 1;
+    m->exchange = NULL, m->cp = (ChunkParallel){.cp_size = 1}, m->start = m->whole = 0;
+    if (!pieces || pieces->cp_size == 1) return 1;
     size_t sums = 2 * (size_t)m->max_B * 3 * c->norm_num_groups; // double
     size_t h = (size_t)m->max_B * 2 * c->cema_ndim * c->model_dim;
-    m->exchange = zeros(((size_t)pieces->pieces + 1) * (sums > h ? sums : h) * sizeof(real) + h * sizeof(real));
+    m->exchange = zeros(((size_t)pieces->cp_size + 1) * (sums > h ? sums : h) * sizeof(real) + h * sizeof(real));
     if (!m->exchange) return 0;
-    m->pieces = *pieces;
-    for (int i = 0; i < pieces->pieces; i++) {
-        m->start += i < pieces->piece ? pieces->lengths[i] : 0;
+    m->cp = *pieces;
+    for (int i = 0; i < pieces->cp_size; i++) {
+        m->start += i < pieces->cp_rank ? pieces->lengths[i] : 0;
         m->whole += pieces->lengths[i];
     }
     return 1;
@@ -1428,12 +1428,12 @@ int megalodon_pieces(Model *m, const Pieces *pieces) {
 // What all pieces have found out alone, one behind the other: m->exchange has this one's at its start.
 static void *gather(Model *m, size_t bytes) {
     char *mine = (char *)m->exchange;
-    m->pieces.gather(m->pieces.context, mine, mine + bytes, bytes);
+    m->cp.gather(m->cp.context, mine, mine + bytes, bytes);
     return mine + bytes;
 }
 
 // TimestepNorm number `layer`; that behind all layers is the final one. in, out: see mega_forward.
-static void time_norm_forward(Model *m, int layer, real *y, double *mean, real *rstd, const real *x, const real *weight,
+static void timestep_norm_layer_forward(Model *m, int layer, real *y, double *mean, real *rstd, const real *x, const real *weight,
                               const real *bias, const State *in, State *out) {
     int B = m->B, L = m->L, D = m->config.model_dim, G = m->config.norm_num_groups;
     size_t at = (size_t)layer * B * G, rows = (size_t)B * G;
@@ -1442,7 +1442,7 @@ static void time_norm_forward(Model *m, int layer, real *y, double *mean, real *
         double *mine = (double *)(void *)m->exchange;
         timestep_norm_forward(y, mean, rstd, mine, mine + rows, x, weight, bias, NULL, NULL, NULL, B, L, D, G, eps);
         double *all = gather(m, 2 * rows * sizeof *mine);
-        timestep_norm_join(in->mean + at, in->m2 + at, mean_out, m2_out, all, out ? out->count : NULL, &m->pieces, B, D,
+        timestep_norm_combine(in->mean + at, in->m2 + at, mean_out, m2_out, all, out ? out->count : NULL, &m->cp, B, D,
                            G);
         mean_out = m2_out = NULL;
     }
@@ -1450,47 +1450,47 @@ static void time_norm_forward(Model *m, int layer, real *y, double *mean, real *
                           in ? in->m2 + at : NULL, in ? in->count : NULL, B, L, D, G, eps);
 }
 
-static void time_norm_backward(Model *m, real *dx, real *dweight, real *dbias, const real *dy, const real *x,
+static void timestep_norm_layer_backward(Model *m, real *dx, real *dweight, real *dbias, const real *dy, const real *x,
                                const real *weight, const double *mean, const real *rstd) {
     int B = m->B, L = m->L, D = m->config.model_dim, G = m->config.norm_num_groups;
     double *mine = (double *)(void *)m->exchange;
     timestep_norm_backward(dx, dweight, dbias, mine, dy, x, weight, mean, rstd, m->before.count, B, L, D, G);
-    if (m->pieces.pieces == 1) return;
+    if (m->cp.cp_size == 1) return;
     double *all = gather(m, (size_t)B * G * 3 * sizeof *mine);
-    timestep_norm_join_backward(dx, x, all, &m->pieces, B, L, D, G);
+    timestep_norm_combine_backward(dx, x, all, &m->cp, B, L, D, G);
 }
 
-static void ema_forward(Model *m, int layer, const State *in, State *out) {
+static void cema_layer_forward(Model *m, int layer, const State *in, State *out) {
     int B = m->B, L = m->L, D = m->config.model_dim, N = m->config.cema_ndim;
     size_t modes = (size_t)B * 2 * N * D, at = layer * modes;
     LayerActs *a = &m->acts[layer];
     real *h_out = out ? out->h + at : NULL;
     if (m->joining) {
-        cema_piece(m->exchange, a->xt, &m->coefs[layer], 0, B, L, D, N);
+        cema_reduce(m->exchange, a->xt, &m->coeffs[layer], 0, B, L, D, N);
         real *all = gather(m, modes * sizeof *all);
-        cema_join(in->h + at, h_out, all, &m->coefs[layer], 0, &m->pieces, B, D, N);
+        cema_combine(in->h + at, h_out, all, &m->coeffs[layer], 0, &m->cp, B, D, N);
         h_out = NULL;
     }
-    cema_forward(a->ema, a->h, h_out, a->xt, &m->coefs[layer], m->params.layers[layer].cema_omega,
+    cema_forward(a->ema, a->h, h_out, a->xt, &m->coeffs[layer], m->params.layers[layer].cema_omega,
                  in ? in->h + at : NULL, B, L, D, N);
 }
 
-static void ema_backward(Model *m, int layer, real *dx, const real *dy) {
+static void cema_layer_backward(Model *m, int layer, real *dx, const real *dy) {
     int B = m->B, L = m->L, D = m->config.model_dim, N = m->config.cema_ndim;
     size_t modes = (size_t)B * 2 * N * D;
     const LayerActs *a = &m->acts[layer];
     const LayerParams *w = &m->params.layers[layer];
     LayerParams *dw = &m->grads.layers[layer];
-    Coefs *dcoefs = &m->scratch.dcoefs;
+    Coeffs *dcoeffs = &m->scratch.dcoeffs;
     real *dh = NULL;
-    if (m->pieces.pieces > 1) {
-        cema_piece(m->exchange, dy, &m->coefs[layer], 1, B, L, D, N);
+    if (m->cp.cp_size > 1) {
+        cema_reduce(m->exchange, dy, &m->coeffs[layer], 1, B, L, D, N);
         real *all = gather(m, modes * sizeof *all);
-        dh = memset(all + m->pieces.pieces * modes, 0, modes * sizeof *dh);
-        cema_join(dh, NULL, all, &m->coefs[layer], 1, &m->pieces, B, D, N);
+        dh = memset(all + m->cp.cp_size * modes, 0, modes * sizeof *dh);
+        cema_combine(dh, NULL, all, &m->coeffs[layer], 1, &m->cp, B, D, N);
     }
-    cema_backward(dx, dcoefs, dw->cema_omega, dh, dy, a->xt, a->h, &m->coefs[layer], w->cema_omega, B, L, D, N);
-    cema_coefs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, dcoefs, w->cema_alpha,
+    cema_backward(dx, dcoeffs, dw->cema_omega, dh, dy, a->xt, a->h, &m->coeffs[layer], w->cema_omega, B, L, D, N);
+    cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, dcoeffs, w->cema_alpha,
                         w->cema_delta, w->cema_theta, D, N);
 }
 
@@ -1506,24 +1506,24 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     real *cache_k = out && out->k ? out->k + chunk * Z : NULL, *cache_v = out && out->v ? out->v + chunk * E : NULL;
 
     // xt = TimestepNorm(x), mx = RMSNorm(CEMA(xt))
-    time_norm_forward(m, layer, a->xt, a->norm_mean, a->norm_rstd, x, w->timenorm_weight, w->timenorm_bias, in, out);
-    ema_forward(m, layer, in, out);
+    timestep_norm_layer_forward(m, layer, a->xt, a->norm_mean, a->norm_rstd, x, w->timenorm_weight, w->timenorm_bias, in, out);
+    cema_layer_forward(m, layer, in, out);
     rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, c->norm_eps);
     dropout(a->mx, a->mx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
     // z = RMSNorm_per_head(mx Wz' + bz), and from it q and k
     linear_forward(a->z, 0, a->mx, w->wz, w->wz_bias, R, D, Z);
     rmsnorm_forward(s->zn, a->z_rstd, a->z, NULL, R * H, dz, c->norm_eps);
     qk_forward(a->q, a->k, s->zn, w->gamma, w->beta, R, Z, dz);
-    rope_forward(s->q_turned, a->q, m->rope, count, B, L, Z, dz, C);
-    rope_forward(s->k_turned, a->k, m->rope, count, B, L, Z, dz, C);
+    rope_forward(s->q_rotated, a->q, m->rope, count, B, L, Z, dz, C);
+    rope_forward(s->k_rotated, a->k, m->rope, count, B, L, Z, dz, C);
     // v = silu(xt Wv' + bv)
-    linear_forward(a->v_in, 0, a->xt, w->wv, w->wv_bias, R, D, E);
-    silu_forward(s->v, a->v_in, (size_t)R * E);
-    attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->q_turned, s->k_turned, s->v, count,
+    linear_forward(a->v_pre, 0, a->xt, w->wv, w->wv_bias, R, D, E);
+    silu_forward(s->v, a->v_pre, (size_t)R * E);
+    attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->q_rotated, s->k_rotated, s->v, count,
                       mask_of_attention(m, layer), B, L, C, H, Z, E, m->threads);
     // y = (mx Wh1' + bh1) + (o * r) Wh2' + x, r = silu(mx Wr' + br)
-    linear_forward(a->r_in, 0, a->mx, w->wr, w->wr_bias, R, D, E);
-    gate_forward(s->gated, a->o, a->r_in, (size_t)R * E);
+    linear_forward(a->r_pre, 0, a->mx, w->wr, w->wr_bias, R, D, E);
+    gate_forward(s->gated, a->o, a->r_pre, (size_t)R * E);
     dropout(s->gated, s->gated, mask_of(m, layer, DROP_GATED, c->hidden_dropout, E), (size_t)R * E);
     linear_forward(a->y, 0, a->mx, w->wh1, w->wh1_bias, R, D, D);
     linear_forward(a->y, 1, s->gated, w->wh2, NULL, R, E, D);
@@ -1545,18 +1545,18 @@ static void mega_backward(Model *m, int layer, real *dx, const real *dy, const r
     const Mask gated_mask = mask_of(m, layer, DROP_GATED, c->hidden_dropout, E);
     const real *dsum = mega_mask.p > 0 ? s->dxt : dy; // gradient by wh1's and wh2's sum
     dropout(s->dxt, dy, mega_mask, (size_t)R * D);
-    gate_forward(s->gated, a->o, a->r_in, (size_t)R * E);
+    gate_forward(s->gated, a->o, a->r_pre, (size_t)R * E);
     dropout(s->gated, s->gated, gated_mask, (size_t)R * E);
     linear_backward(s->do_, 0, dw->wh2, NULL, dsum, s->gated, w->wh2, R, E, D);
     dropout(s->do_, s->do_, gated_mask, (size_t)R * E);
-    gate_backward(s->do_, s->dr_in, s->do_, a->o, a->r_in, (size_t)R * E);
+    gate_backward(s->do_, s->dr_pre, s->do_, a->o, a->r_pre, (size_t)R * E);
     linear_backward(s->dmx, 0, dw->wh1, dw->wh1_bias, dsum, a->mx, w->wh1, R, D, D);
-    linear_backward(s->dmx, 1, dw->wr, dw->wr_bias, s->dr_in, a->mx, w->wr, R, D, E);
+    linear_backward(s->dmx, 1, dw->wr, dw->wr_bias, s->dr_pre, a->mx, w->wr, R, D, E);
 
-    silu_forward(s->v, a->v_in, (size_t)R * E);
-    rope_forward(s->q_turned, a->q, m->rope, NULL, B, L, Z, dz, C);
-    rope_forward(s->k_turned, a->k, m->rope, NULL, B, L, Z, dz, C);
-    attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->o, a->lse, s->q_turned, s->k_turned, s->v,
+    silu_forward(s->v, a->v_pre, (size_t)R * E);
+    rope_forward(s->q_rotated, a->q, m->rope, NULL, B, L, Z, dz, C);
+    rope_forward(s->k_rotated, a->k, m->rope, NULL, B, L, Z, dz, C);
+    attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->o, a->lse, s->q_rotated, s->k_rotated, s->v,
                        mask_of_attention(m, layer), B, L, C, H, Z, E, m->threads);
     rope_backward(s->dq, s->dq, m->rope, NULL, B, L, Z, dz, C);
     rope_backward(s->dk, s->dk, m->rope, NULL, B, L, Z, dz, C);
@@ -1567,10 +1567,10 @@ static void mega_backward(Model *m, int layer, real *dx, const real *dy, const r
 
     dropout(s->dmx, s->dmx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
     rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, R, D);
-    ema_backward(m, layer, s->dxt, s->dema);
-    silu_backward(s->dv, s->dv, a->v_in, (size_t)R * E);
+    cema_layer_backward(m, layer, s->dxt, s->dema);
+    silu_backward(s->dv, s->dv, a->v_pre, (size_t)R * E);
     linear_backward(s->dxt, 1, dw->wv, dw->wv_bias, s->dv, a->xt, w->wv, R, D, E);
-    time_norm_backward(m, dx, dw->timenorm_weight, dw->timenorm_bias, s->dxt, x, w->timenorm_weight, a->norm_mean,
+    timestep_norm_layer_backward(m, dx, dw->timenorm_weight, dw->timenorm_bias, s->dxt, x, w->timenorm_weight, a->norm_mean,
                        a->norm_rstd);
     add(dx, dy, (size_t)R * D); // y = ... + x
 }
@@ -1662,7 +1662,7 @@ static void block_backward(Model *m, int layer, int B, int L) {
 
 static real embedding_scale(const Config *c) { return c->scale_emb ? (real)sqrt(c->model_dim) : 1; }
 
-void megalodon_dropout(Model *m, const Draw *draw) {
+void megalodon_dropout(Model *m, const DropoutKey *draw) {
     m->dropping = draw != NULL;
     if (draw) m->draw = *draw;
 }
@@ -1687,17 +1687,17 @@ static void remember(Model *m, const State *state, int B) {
 
 void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int L) {
     const Config *c = &m->config;
-    int D = c->model_dim, layers = c->num_layers, piece = m->pieces.pieces > 1;
+    int D = c->model_dim, layers = c->num_layers, piece = m->cp.cp_size > 1;
     assert(B > 0 && L > 0 && B <= m->max_B && L <= m->max_L && (!state || state->B == B));
-    assert(!piece || (L == m->pieces.lengths[m->pieces.piece] && !(state && state->k)));
+    assert(!piece || (L == m->cp.lengths[m->cp.cp_rank] && !(state && state->k)));
     for (size_t i = 0; i < (size_t)B * L; i++) assert(tokens[i] >= 0 && tokens[i] < c->vocab_size);
     m->B = B, m->L = L, m->acts_layer = -1;
     memcpy(m->tokens, tokens, (size_t)B * L * sizeof *tokens);
-    for (int l = 0; l < layers && !m->coefs_valid; l++) {
+    for (int l = 0; l < layers && !m->coeffs_valid; l++) {
         const LayerParams *w = &m->params.layers[l];
-        cema_coefs_forward(&m->coefs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, c->cema_ndim);
+        cema_coeffs_forward(&m->coeffs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, c->cema_ndim);
     }
-    m->coefs_valid = 1;
+    m->coeffs_valid = 1;
     if (m->mode != MEGALODON_INFER || piece) remember(m, state, B);
     const State *in = piece ? &m->before : state;
     m->joining = piece;
@@ -1705,7 +1705,7 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
     embedding_forward(m->x[0], tokens, m->params.embed, embedding_scale(c), B * L, D);
     dropout(m->x[0], m->x[0], mask_of(m, -1, DROP_EMBED, c->dropout, D), (size_t)B * L * D);
     for (int l = 0; l < layers; l++) block_forward(m, l, in, state, B, L);
-    time_norm_forward(m, layers, m->final, m->final_mean, m->final_rstd, m->x[layers], m->params.final_norm_weight,
+    timestep_norm_layer_forward(m, layers, m->final, m->final_mean, m->final_rstd, m->x[layers], m->params.final_norm_weight,
                       m->params.final_norm_bias, in, state);
     m->joining = 0;
     for (int b = 0; state && b < B; b++) state->count[b] += piece ? m->whole : L;
@@ -1732,7 +1732,7 @@ void megalodon_backward(Model *m) {
     Scratch *s = &m->scratch;
     assert(m->mode != MEGALODON_INFER);
     for (int b = 0; b < B; b++) assert(m->before.count[b] % c->chunk_size == 0);
-    time_norm_backward(m, s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, s->dxt, m->x[c->num_layers],
+    timestep_norm_layer_backward(m, s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, s->dxt, m->x[c->num_layers],
                        m->params.final_norm_weight, m->final_mean, m->final_rstd);
     if (m->ready) m->ready(m, c->num_layers + 1);
     for (int l = c->num_layers - 1; l >= 0; l--) {
@@ -1744,7 +1744,7 @@ void megalodon_backward(Model *m) {
     if (m->ready) m->ready(m, 0);
 }
 
-void megalodon_when_ready(Model *m, void (*ready)(Model *, int segment)) { m->ready = ready; }
+void megalodon_on_grad_ready(Model *m, void (*ready)(Model *, int segment)) { m->ready = ready; }
 
 void megalodon_logits(Model *m, size_t first, size_t rows, real *dst) {
     int D = m->config.model_dim, V = m->config.vocab_size;
@@ -1768,8 +1768,8 @@ int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
                                     {a->mx, c->model_dim, 0},
                                     {a->q, c->z_dim, 0},
                                     {a->k, c->z_dim, 0},
-                                    {a->v_in, c->value_dim, 1},
-                                    {a->r_in, c->value_dim, 1},
+                                    {a->v_pre, c->value_dim, 1},
+                                    {a->r_pre, c->value_dim, 1},
                                     {a->o, c->value_dim, 0},
                                     {a->y, c->model_dim, 0},
                                     {a->u, c->model_dim, 0},
@@ -1838,7 +1838,7 @@ void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, in
         }
         m1 += n, m2 += n;
     }
-    m->coefs_valid = 0;
+    m->coeffs_valid = 0;
 }
 
 // ----------------------------------------------------------------------------
@@ -1866,7 +1866,7 @@ static void work_take(Model *m, Arena *arena) {
     const Config *c = &m->config;
     scratch_take(&m->scratch, arena, c, m->mode, m->max_B, m->max_L, m->threads);
     take(&m->rope, arena, (size_t)c->chunk_size * (c->z_dim / c->num_heads));
-    for (int l = 0; l < c->num_layers; l++) coefs_take(&m->coefs[l], arena, c);
+    for (int l = 0; l < c->num_layers; l++) coeffs_take(&m->coeffs[l], arena, c);
     // double and int32_t arrays in the same block: at most two numbers of ours for each of theirs
     real *at;
     take(&at, arena, 2 * (size_t)m->max_B * m->max_L), m->losses = (double *)(void *)at;
@@ -1881,7 +1881,7 @@ static void work_take(Model *m, Arena *arena) {
 
 static int shard_part = 0, shard_parts = 1;
 
-void megalodon_shard(int part, int parts) { shard_part = part, shard_parts = parts; }
+void megalodon_set_shard(int part, int parts) { shard_part = part, shard_parts = parts; }
 
 // A model with its tables but no memory for numbers.
 static Model *model_outline(const Config *config, Mode mode, int B, int L) {
@@ -1889,16 +1889,16 @@ static Model *model_outline(const Config *config, Mode mode, int B, int L) {
     Model *m = calloc(1, sizeof *m);
     if (!m) return NULL;
     *m = (Model){.config = *config, .mode = mode, .max_B = B, .max_L = L, .threads = threads_here(), .acts_layer = -1};
-    m->pieces.pieces = 1;
+    m->cp.cp_size = 1;
     m->tensors = megalodon_tensors(config, &m->num_tensors, &m->num_params);
-    m->own = megalodon_ranges(config, shard_part, shard_parts, &m->num_own);
+    m->own = megalodon_shards(config, shard_part, shard_parts, &m->num_own);
     for (int s = 0; m->own && s < m->num_own; s++) m->owned += m->own[s].count;
     m->params.layers = calloc(layers, sizeof *m->params.layers);
     m->grads.layers = calloc(layers, sizeof *m->grads.layers);
     m->acts = calloc(layers, sizeof *m->acts);
     m->x = calloc(layers + 1, sizeof *m->x);
-    m->coefs = calloc(layers, sizeof *m->coefs);
-    if (m->tensors && m->own && m->params.layers && m->grads.layers && m->acts && m->x && m->coefs) return m;
+    m->coeffs = calloc(layers, sizeof *m->coeffs);
+    if (m->tensors && m->own && m->params.layers && m->grads.layers && m->acts && m->x && m->coeffs) return m;
     megalodon_free(m);
     return NULL;
 }
@@ -1950,16 +1950,16 @@ void megalodon_free(Model *m) {
     for (int i = 0; i < 4; i++) free(m->memory[i]);
     free(m->acts_memory), free(m->work_memory), free(m->exchange);
     free(m->tensors), free(m->own), free(m->params.layers), free(m->grads.layers), free(m->acts), free(m->x),
-        free(m->coefs);
+        free(m->coeffs);
     free(m);
 }
 
 // Copies what this process has of elements first .. first + n - 1, to dst or from src. Returns how many these are.
-static size_t block_copy(Model *m, Block block, size_t first, size_t n, real *dst, const real *src) {
-    Range whole = {0, m->num_params}, *held = block < MOMENT1 ? &whole : m->own;
-    int ranges = block < MOMENT1 ? 1 : m->num_own;
+static size_t buffer_copy(Model *m, Buffer buffer, size_t first, size_t n, real *dst, const real *src) {
+    Shard whole = {0, m->num_params}, *held = buffer < MOMENT1 ? &whole : m->own;
+    int ranges = buffer < MOMENT1 ? 1 : m->num_own;
     size_t copied = 0;
-    real *at = m->memory[block]; // of a range
+    real *at = m->memory[buffer]; // of a range
     assert(at && first + n <= m->num_params);
     for (int s = 0; s < ranges; at += held[s++].count) {
         size_t from = first > held[s].first ? first : held[s].first, to = held[s].first + held[s].count;
@@ -1972,15 +1972,15 @@ static size_t block_copy(Model *m, Block block, size_t first, size_t n, real *ds
     return copied;
 }
 
-void megalodon_read(Model *m, Block block, size_t first, size_t n, real *dst) {
-    size_t copied = block_copy(m, block, first, n, dst, NULL);
+void megalodon_read(Model *m, Buffer buffer, size_t first, size_t n, real *dst) {
+    size_t copied = buffer_copy(m, buffer, first, n, dst, NULL);
     assert(copied == n);
     (void)copied;
 }
 
-void megalodon_write(Model *m, Block block, size_t first, size_t n, const real *src) {
-    block_copy(m, block, first, n, NULL, src);
-    if (block == PARAMS) m->coefs_valid = 0;
+void megalodon_write(Model *m, Buffer buffer, size_t first, size_t n, const real *src) {
+    buffer_copy(m, buffer, first, n, NULL, src);
+    if (buffer == PARAMS) m->coeffs_valid = 0;
 }
 
 State *state_new(const Config *c, int B, int whole_chunks) {
@@ -2039,11 +2039,11 @@ void megalodon_threads(int threads) {
 
 int megalodon_on_gpu(void) { return 0; }
 
-size_t megalodon_room(int processes) {
+size_t megalodon_available_memory(int processes) {
     return host_memory(processes, (size_t)threads_here() * THREAD_BYTES);
 }
 
-size_t megalodon_peak(void) { // of the whole program
+size_t megalodon_peak_memory(void) { // of the whole program
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
 #ifdef __APPLE__

@@ -5,7 +5,7 @@ megalodon.c has the derivations, which are not repeated. Every kernel says what 
 bytes it moves for R = B*L rows.
 
 Numbers
-- act is what activations and matrices are kept in: bfloat16, or float with -DMEGALODON_FP32. Every kernel computes in
+- floatX is what activations and matrices are kept in: bfloat16, or float with -DMEGALODON_FP32. Every kernel computes in
   float; matrix products add up in float (no TF32). CEMA multiplies floats as sums of two or three bfloat16.
 - Parameters, gradients and moments are float. Matrices are multiplied as rounded copies of the parameters, which an
   update writes anew; the parameters of norms and of CEMA are used as they are.
@@ -35,32 +35,32 @@ extern "C" {
 }
 
 #ifdef MEGALODON_FP32
-typedef float act;
-static const cudaDataType_t ACT_TYPE = CUDA_R_32F;
-static __host__ __device__ float to_float(act x) { return x; }
-static __device__ void set(act *dst, float x) { *dst = x; }
+typedef float floatX;
+static const cudaDataType_t CUBLAS_TYPE = CUDA_R_32F;
+static __host__ __device__ float to_float(floatX x) { return x; }
+static __device__ void set(floatX *dst, float x) { *dst = x; }
 #else
-typedef __nv_bfloat16 act;
-static const cudaDataType_t ACT_TYPE = CUDA_R_16BF;
-static __host__ __device__ float to_float(act x) { return __bfloat162float(x); }
-static __device__ void set(act *dst, float x) { *dst = __float2bfloat16(x); } // to nearest
+typedef __nv_bfloat16 floatX;
+static const cudaDataType_t CUBLAS_TYPE = CUDA_R_16BF;
+static __host__ __device__ float to_float(floatX x) { return __bfloat162float(x); }
+static __device__ void set(floatX *dst, float x) { *dst = __float2bfloat16(x); } // to nearest
 #endif
 
 enum {
     WARP = 32,
-    VEC = 16 / sizeof(act),                    // numbers in a load of 16 bytes
+    VEC = 16 / sizeof(floatX),                    // numbers in a load of 16 bytes
     THREADS = 256,                             // of a block, where nothing else is said
     ROW_WARPS = 8,                             // of a block whose warps have rows
     NORM_BLOCK = 32,                           // tokens of TimestepNorm that a warp scans
     ACROSS = 128,                              // threads side by side in a row, where threads own columns
     CEMA_BLOCK = 64,                           // tokens between two stored states of CEMA
-    CEMA_COLUMNS = sizeof(act) == 4 ? 16 : 32, // blocks of tokens that a thread block has,
+    CEMA_COLUMNS = sizeof(floatX) == 4 ? 16 : 32, // blocks of tokens that a thread block has,
     CEMA_CHANNELS = 16,                        // channels,
     CEMA_WARPS = 8,                            // and warps
     CEMA_PAIRS = CEMA_BLOCK / 2 + 4,           // pairs of numbers of a block in shared memory, and
     CEMA_TILE = CEMA_COLUMNS * CEMA_PAIRS + 2, // of a channel: so many that threads meet in few banks
-    QUERY_ROWS = 512,                          // queries of a chunk whose scores exist at a time
-    FEW_ROWS = 8,                              // rows that are decoded at once
+    QUERY_TILE = 512,                          // queries of a chunk whose scores exist at a time
+    GEMV_ROWS = 8,                              // rows that are decoded at once
     VALUE_COLUMNS = 16,                        // columns of values that a block of decode_values_kernel owns
     SCORES = 1 << 24,                          // scores that exist at a time
     LOGITS = 1 << 27, // logits that exist at a time, in whole positions; at least LOGIT_ROWS of these
@@ -86,7 +86,7 @@ static __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 
 static struct {
     int open, devices; // devices of this machine
-    int early;         // a kernel can start before the one before it has ended
+    int has_pdl;       // a kernel can start before the one before it has ended
     int max_shared;    // bytes of dynamic shared memory that a thread block can have
     char name[300];
     size_t used, peak; // bytes of device memory
@@ -104,9 +104,8 @@ static void check_blas(cublasStatus_t status, const char *file, int line) {
     fprintf(stderr, "error: %s:%d: cuBLASLt: status %d\n", file, line, (int)status);
     exit(1);
 }
-#define CUDA(call) check_cuda((call), __FILE__, __LINE__)
-#define BLAS(call) check_blas((call), __FILE__, __LINE__)
-#define LAUNCHED() CUDA(cudaGetLastError()) // after every launch
+#define cudaCheck(call) check_cuda((call), __FILE__, __LINE__)
+#define cublasCheck(call) check_blas((call), __FILE__, __LINE__)
 
 // NULL when the device has no such room. bytes() long blocks begin where everything may begin.
 static void *device_new(size_t bytes) {
@@ -116,14 +115,14 @@ static void *device_new(size_t bytes) {
         cudaGetLastError(); // forgotten
         return NULL;
     }
-    CUDA(status);
+    cudaCheck(status);
     gpu.used += bytes;
     gpu.peak = gpu.peak > gpu.used ? gpu.peak : gpu.used;
     return memory;
 }
 static void device_free(void *memory, size_t bytes) {
     if (memory == NULL) return;
-    CUDA(cudaFree(memory));
+    cudaCheck(cudaFree(memory));
     gpu.used -= bytes;
 }
 
@@ -164,15 +163,15 @@ static void gpu_open(void) {
     int number = 0;
     for (int i = 2; i >= 0; i--) number = numbers[i] ? atoi(numbers[i]) : number;
     gpu.devices = count;
-    CUDA(cudaSetDevice(number % count));
-    CUDA(cudaGetDeviceProperties(&properties, number % count));
-    CUDA(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, number % count));
+    cudaCheck(cudaSetDevice(number % count));
+    cudaCheck(cudaGetDeviceProperties(&properties, number % count));
+    cudaCheck(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, number % count));
     check_device(&properties, shared);
     gpu.max_shared = shared - SHARED_DECLARED;
     snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s", properties.name, properties.major, properties.minor,
-             sizeof(act) == 4 ? "float32" : "bfloat16");
-    gpu.early = properties.major >= 9;
-    BLAS(cublasLtCreate(&gpu.lt));
+             sizeof(floatX) == 4 ? "float32" : "bfloat16");
+    gpu.has_pdl = properties.major >= 9;
+    cublasCheck(cublasLtCreate(&gpu.lt));
     gpu.workspace = device_new(WORKSPACE);
     if (gpu.workspace == NULL) {
         fprintf(stderr, "error: %s: no memory is left on the GPU\n", gpu.name);
@@ -184,13 +183,13 @@ static void gpu_open(void) {
 // ----------------------------------------------------------------------------
 // numbers and vectors of them: W at a time, all kernels compute in float
 
-template <int W> struct alignas(W * sizeof(act)) Vec { act v[W]; };
-template <int W> static __device__ void load(float x[W], const act *src) {
+template <int W> struct alignas(W * sizeof(floatX)) Vec { floatX v[W]; };
+template <int W> static __device__ void load(float x[W], const floatX *src) {
     Vec<W> vec = *(const Vec<W> *)src;
 #pragma unroll
     for (int i = 0; i < W; i++) x[i] = to_float(vec.v[i]);
 }
-template <int W> static __device__ void store(act *dst, const float x[W]) {
+template <int W> static __device__ void store(floatX *dst, const float x[W]) {
     Vec<W> vec;
 #pragma unroll
     for (int i = 0; i < W; i++) set(&vec.v[i], x[i]);
@@ -198,8 +197,8 @@ template <int W> static __device__ void store(act *dst, const float x[W]) {
 }
 
 // exp(x) and sigmoid: bfloat16 hides the error of the fast ones
-static __device__ float exp_act(float x) { return sizeof(act) == 4 ? expf(x) : __expf(x); }
-static __device__ float sigmoid(float x) { return 1 / (1 + exp_act(-x)); }
+static __device__ float exp_fast(float x) { return sizeof(floatX) == 4 ? expf(x) : __expf(x); }
+static __device__ float sigmoid(float x) { return 1 / (1 + exp_fast(-x)); }
 
 template <typename T> static __device__ T warp_sum(T x) {
 #pragma unroll
@@ -218,7 +217,7 @@ static unsigned blocks_for(size_t n, int threads) { return (unsigned)((n + (size
 // declares.
 template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes) {
     if (bytes > SHARED_DEFAULT - SHARED_DECLARED)
-        CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+        cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
 }
 
 // ----------------------------------------------------------------------------
@@ -229,32 +228,32 @@ typedef struct { // all that cuBLASLt's choice of an algorithm depends on
     int ta, tb, M, N, K, lda, ldb, ldc, batch, add, epilogue, align_a, align_b, align_add, align_c, align_bias;
     cudaDataType_t type; // of C
     int64_t stride_a, stride_b, stride_c;
-} Form;
+} MatmulKey;
 
 typedef struct {
-    Form form;
+    MatmulKey form;
     cublasLtMatmulDesc_t product;
     cublasLtMatrixLayout_t a, b, c;
     cublasLtMatmulAlgo_t algorithm;
-} Plan;
+} MatmulPlan;
 
 static cublasLtMatrixLayout_t matrix_layout(cudaDataType_t type, int rows, int columns, int ld, int batch,
                                             int64_t stride) {
     cublasLtMatrixLayout_t layout;
-    BLAS(cublasLtMatrixLayoutCreate(&layout, type, (uint64_t)columns, (uint64_t)rows, ld));
-    BLAS(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch));
-    BLAS(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride, sizeof stride));
+    cublasCheck(cublasLtMatrixLayoutCreate(&layout, type, (uint64_t)columns, (uint64_t)rows, ld));
+    cublasCheck(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch));
+    cublasCheck(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride, sizeof stride));
     return layout;
 }
 
 static void set_alignment(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t which,
                           int bytes) {
     uint32_t align = (uint32_t)bytes;
-    BLAS(cublasLtMatmulPreferenceSetAttribute(preference, which, &align, sizeof align));
+    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, which, &align, sizeof align));
 }
 
-static Plan plan_new(const Form *f, const act *bias) {
-    Plan p;
+static MatmulPlan plan_new(const MatmulKey *f, const floatX *bias) {
+    MatmulPlan p;
     cublasLtMatmulPreference_t preference;
     cublasLtMatmulHeuristicResult_t best;
     cublasOperation_t first = f->tb ? CUBLAS_OP_T : CUBLAS_OP_N, second = f->ta ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -262,17 +261,17 @@ static Plan plan_new(const Form *f, const act *bias) {
     size_t workspace = WORKSPACE;
     int found = 0;
     p.form = *f;
-    BLAS(cublasLtMatmulDescCreate(&p.product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
-    BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second));
-    BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+    cublasCheck(cublasLtMatmulDescCreate(&p.product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
     if (bias) // whose alignment matters, too
-        BLAS(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
-    p.a = matrix_layout(ACT_TYPE, f->ta ? f->K : f->M, f->ta ? f->M : f->K, f->lda, f->batch, f->stride_a);
-    p.b = matrix_layout(ACT_TYPE, f->tb ? f->N : f->K, f->tb ? f->K : f->N, f->ldb, f->batch, f->stride_b);
+        cublasCheck(cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+    p.a = matrix_layout(CUBLAS_TYPE, f->ta ? f->K : f->M, f->ta ? f->M : f->K, f->lda, f->batch, f->stride_a);
+    p.b = matrix_layout(CUBLAS_TYPE, f->tb ? f->N : f->K, f->tb ? f->K : f->N, f->ldb, f->batch, f->stride_b);
     p.c = matrix_layout(f->type, f->M, f->N, f->ldc, f->batch, f->stride_c);
-    BLAS(cublasLtMatmulPreferenceCreate(&preference));
-    BLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+    cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
+    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
                                               sizeof workspace));
     set_alignment(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, f->align_b);
     set_alignment(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, f->align_a);
@@ -285,21 +284,21 @@ static Plan plan_new(const Form *f, const act *bias) {
                 gpu.name);
         exit(1);
     }
-    BLAS(cublasLtMatmulPreferenceDestroy(preference));
+    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
     p.algorithm = best.algo;
     return p;
 }
 
 // Plans are made once for every form, since choosing takes longer than a small product.
-static const Plan *plan_for(const Form *form, const act *bias) {
-    static Plan *plans;
+static const MatmulPlan *plan_for(const MatmulKey *form, const floatX *bias) {
+    static MatmulPlan *plans;
     static int count, room, last;
     for (int i = 0; i < count; i++) { // products come in the same order step after step
         int at = (last + 1 + i) % count;
         if (memcmp(&plans[at].form, form, sizeof *form) == 0) return &plans[last = at];
     }
     if (count == room) {
-        plans = (Plan *)realloc(plans, (size_t)(room = 2 * room + 64) * sizeof *plans);
+        plans = (MatmulPlan *)realloc(plans, (size_t)(room = 2 * room + 64) * sizeof *plans);
         if (plans == NULL) {
             fprintf(stderr, "error: out of memory\n");
             exit(1);
@@ -315,23 +314,23 @@ static int alignment(const void *pointer) {
 }
 
 // add: what is added, of C's form, NULL for nothing, may be C. bias (N), added to every row, or NULL.
-static void product(Form form, const act *A, const act *B, const void *add, const act *bias, void *C) {
+static void matmul(MatmulKey form, const floatX *A, const floatX *B, const void *add, const floatX *bias, void *C) {
     const float one = 1, beta = add ? 1 : 0;
     form.add = add != NULL;
     form.align_a = alignment(A), form.align_b = alignment(B), form.align_c = alignment(C);
     form.align_add = add ? alignment(add) : form.align_c;
     form.align_bias = alignment(bias);
-    const Plan *p = plan_for(&form, bias);
-    if (bias) BLAS(cublasLtMatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
-    BLAS(cublasLtMatmul(gpu.lt, p->product, &one, B, p->b, A, p->a, &beta, add ? add : C, p->c, C, p->c, &p->algorithm,
+    const MatmulPlan *p = plan_for(&form, bias);
+    if (bias) cublasCheck(cublasLtMatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+    cublasCheck(cublasLtMatmul(gpu.lt, p->product, &one, B, p->b, A, p->a, &beta, add ? add : C, p->c, C, p->c, &p->algorithm,
                         gpu.workspace, WORKSPACE, 0));
 }
 
-static Form form_of(int ta, int tb, int M, int N, int K, int lda, int ldb, int ldc) {
-    Form f;
+static MatmulKey matmul_key(int ta, int tb, int M, int N, int K, int lda, int ldb, int ldc) {
+    MatmulKey f;
     memset(&f, 0, sizeof f); // also between the fields: forms are compared as bytes
     f.ta = ta, f.tb = tb, f.M = M, f.N = N, f.K = K, f.lda = lda, f.ldb = ldb, f.ldc = ldc, f.batch = 1;
-    f.type = ACT_TYPE, f.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    f.type = CUBLAS_TYPE, f.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
     return f;
 }
 
@@ -370,7 +369,7 @@ static void sum_parts(float *out, float *out2, int add, const float *parts, int 
                       size_t width2) {
     sum_parts_kernel<<<blocks_for(width + width2, WARP), dim3(WARP, WARP)>>>(out, out2, add, parts, P, stride, width,
                                                                              width2);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 // Where a thread stands in a block whose threads own W columns each, in `down` rows of threads.
@@ -391,7 +390,7 @@ static int column_parts(int W, int R, int D) {
 }
 
 // For gradients of biases: out (D) += sum_r dy (R,D). Reads R*D.
-template <int W> static __global__ void sum_rows_kernel(float *parts, const act *dy, int R, int D) {
+template <int W> static __global__ void sum_rows_kernel(float *parts, const floatX *dy, int R, int D) {
     Place p = place<W>(D);
     float x[W], sum[W] = {};
     if (p.row < 0) return;
@@ -403,11 +402,11 @@ template <int W> static __global__ void sum_rows_kernel(float *parts, const act 
     for (int i = 0; i < W; i++) parts[((size_t)blockIdx.x * p.down + p.row) * D + p.c + i] = sum[i];
 }
 
-static void sum_rows(float *out, const act *dy, float *parts, int R, int D) {
+static void sum_rows(float *out, const floatX *dy, float *parts, int R, int D) {
     int W = D % VEC == 0 ? VEC : 1, P = column_parts(W, R, D), down = THREADS / min_int(ACROSS, ceil_div(D, W));
     auto kernel = W == VEC ? sum_rows_kernel<VEC> : sum_rows_kernel<1>;
     kernel<<<grid_of(W, P, D), THREADS>>>(parts, dy, R, D);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
     sum_parts(out, NULL, 1, parts, P * down, D, D, 0);
 }
 
@@ -422,7 +421,7 @@ typedef struct {
 } Segment;
 
 template <int W>
-static __global__ void embedding_forward_kernel(act *out, const int32_t *tokens, const act *embed, float scale, int R,
+static __global__ void embedding_forward_kernel(floatX *out, const int32_t *tokens, const floatX *embed, float scale, int R,
                                                 int D) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W, r = i / D;
     float x[W];
@@ -433,13 +432,13 @@ static __global__ void embedding_forward_kernel(act *out, const int32_t *tokens,
     store<W>(out + i, x);
 }
 
-static void embedding_forward(act *out, const int32_t *tokens, const act *embed, float scale, int R, int D) {
+static void embedding_forward(floatX *out, const int32_t *tokens, const floatX *embed, float scale, int R, int D) {
     auto kernel = D % VEC == 0 ? embedding_forward_kernel<VEC> : embedding_forward_kernel<1>;
     kernel<<<blocks_for((size_t)R * D / (D % VEC == 0 ? VEC : 1), THREADS), THREADS>>>(out, tokens, embed, scale, R, D);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
-static __global__ void embedding_segments_kernel(float *dembed, float *parts, const act *dout, const Segment *segments,
+static __global__ void embedding_segments_kernel(float *dembed, float *parts, const floatX *dout, const Segment *segments,
                                                  const int *order, float scale, int D) {
     Segment s = segments[blockIdx.x];
     for (int c = threadIdx.x; c < D; c += blockDim.x) {
@@ -494,14 +493,14 @@ static Sorted sort_tokens(int *order, Segment *segments, int *first, const int32
     return n;
 }
 
-static void embedding_backward(float *dembed, float *parts, const act *dout, const int *order, const Segment *segments,
+static void embedding_backward(float *dembed, float *parts, const floatX *dout, const int *order, const Segment *segments,
                                Sorted n, float scale, int D) {
     embedding_segments_kernel<<<n.segments, THREADS>>>(dembed, parts, dout, segments, order, scale, D);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
     if (n.tokens == 0) return;
     embedding_tokens_kernel<<<dim3(n.tokens, ceil_div(D, THREADS)), THREADS>>>(dembed, parts, segments + n.segments,
                                                                                scale, D);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 // ----------------------------------------------------------------------------
@@ -534,7 +533,7 @@ static __device__ float mask_at(const Mask *mask, uint64_t i) {
     return word >= (uint32_t)(mask->p * 4294967296.0) ? (float)(1 / (1 - mask->p)) : 0;
 }
 
-static __global__ void dropout_kernel(act *out, const act *inp, Mask mask, size_t run, unsigned blocks) {
+static __global__ void dropout_kernel(floatX *out, const floatX *inp, Mask mask, size_t run, unsigned blocks) {
     size_t row = blockIdx.x / blocks, start = row * run;
     uint64_t first = mask.first + row * mask.row, four = first / 4 + (uint64_t)(blockIdx.x % blocks) * THREADS;
     uint32_t words[4], limit = (uint32_t)(mask.p * 4294967296.0);
@@ -548,12 +547,12 @@ static __global__ void dropout_kernel(act *out, const act *inp, Mask mask, size_
     }
 }
 
-static void dropout(act *out, const act *inp, Mask mask, size_t n) {
+static void dropout(floatX *out, const floatX *inp, Mask mask, size_t n) {
     size_t run = mask.run > 0 ? mask.run : n;
     unsigned blocks = blocks_for(run / 4 + 2, THREADS); // of a run
     if (mask.p == 0) return;
     dropout_kernel<<<blocks *(unsigned)(n / run), THREADS>>>(out, inp, mask, run, blocks);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 // ----------------------------------------------------------------------------
@@ -600,19 +599,19 @@ static int norm_width(int D, int G) { return D / G % VEC == 0 ? VEC : D / G % 4 
 #define NORM_KERNEL(kernel, W) ((W) == VEC ? kernel<VEC> : (W) == 4 ? kernel<4> : kernel<1>)
 
 template <int W>
-static __global__ void timestep_norm_moments_kernel(Prefix *prefix, Moments *blocks, const act *inp, int L, int D,
+static __global__ void timestep_norm_moments_kernel(Prefix *prefix, Moments *blocks, const floatX *inp, int L, int D,
                                                     int G) {
     int g = D / G, num_blocks = ceil_div(L, NORM_BLOCK), lane = threadIdx.x;
     int j = blockIdx.y * blockDim.y + threadIdx.y, t0 = blockIdx.x % num_blocks * NORM_BLOCK;
     size_t first_row = (size_t)(blockIdx.x / num_blocks) * L + t0;
     int T = min_int(NORM_BLOCK, L - t0);
     if (j >= G) return;
-    const act *x = inp + first_row * D + (size_t)j * g;
+    const floatX *x = inp + first_row * D + (size_t)j * g;
     float anchor = to_float(x[0]), k, mean, m2; // of k tokens; mean and m2 in this unit
     for (float unit = 1;; unit = SMALL_UNIT) {
         k = mean = m2 = 0;
         if (lane < T) {
-            const act *row = x + (size_t)lane * D;
+            const floatX *row = x + (size_t)lane * D;
             float from = to_float(row[0]) * unit, s1 = 0, s2 = 0;
             for (int c = 0; c < g; c += W) {
                 float v[W];
@@ -647,9 +646,9 @@ static __global__ void timestep_norm_moments_kernel(Prefix *prefix, Moments *blo
     }
 }
 
-// Replaces blocks' own moments by those of all tokens before them. mean_out may be mean_in.
+// Replaces blocks' own moments by those of all tokens before them. mean_out may be prev_mean.
 static __global__ void timestep_norm_scan_kernel(Moments *blocks, double *mean_out, double *m2_out,
-                                                 const double *mean_in, const double *m2_in, const int64_t *count,
+                                                 const double *prev_mean, const double *prev_m2, const int64_t *count,
                                                  int B, int L, int D, int G) {
     int pair = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x, num_blocks = ceil_div(L, NORM_BLOCK);
     if (pair >= B * G) return;
@@ -657,7 +656,7 @@ static __global__ void timestep_norm_scan_kernel(Moments *blocks, double *mean_o
     int to = min_int(from + share, num_blocks), g = D / G;
     Moments *mine = blocks + (size_t)b * num_blocks * G + j, all = {0, 0}, in = {0, 0};
     double n = 0, n_in = count ? (double)g * (double)count[b] : 0;
-    if (mean_in) in = Moments{mean_in[pair], m2_in[pair]};
+    if (prev_mean) in = Moments{prev_mean[pair], prev_m2[pair]};
     for (int i = from; i < to; i++) {
         double m = (double)g * min_int(NORM_BLOCK, L - i * NORM_BLOCK);
         all = merge(n, all, m, mine[(size_t)i * G]);
@@ -703,8 +702,8 @@ typedef struct {
 } Stats; // of a token's group
 
 template <int W>
-static __global__ void timestep_norm_apply_kernel(act *out, Mean *mean, float *rstd, const Prefix *prefix,
-                                                  const Moments *blocks, const act *inp, const float *weight,
+static __global__ void timestep_norm_apply_kernel(floatX *out, Mean *mean, float *rstd, const Prefix *prefix,
+                                                  const Moments *blocks, const floatX *inp, const float *weight,
                                                   const float *bias, const int64_t *count, int L, int D, int G,
                                                   double eps) {
     extern __shared__ Stats stats[]; // (NORM_BLOCK, groups)
@@ -740,25 +739,25 @@ static __global__ void timestep_norm_apply_kernel(act *out, Mean *mean, float *r
 }
 
 // prefix (R,G) and blocks (B, L/NORM_BLOCK, G) are scratch. out NULL: only the outgoing state.
-static void timestep_norm_forward(act *out, Mean *mean, float *rstd, double *mean_out, double *m2_out, const act *inp,
-                                  const float *weight, const float *bias, const double *mean_in, const double *m2_in,
+static void timestep_norm_forward(floatX *out, Mean *mean, float *rstd, double *mean_out, double *m2_out, const floatX *inp,
+                                  const float *weight, const float *bias, const double *prev_mean, const double *prev_m2,
                                   const int64_t *count, Prefix *prefix, Moments *blocks, int B, int L, int D, int G,
                                   double eps) {
     int num_blocks = B * ceil_div(L, NORM_BLOCK), W = norm_width(D, G);
     const int warps = 8;
     auto moments = NORM_KERNEL(timestep_norm_moments_kernel, W);
     moments<<<dim3(num_blocks, ceil_div(G, warps)), dim3(WARP, warps)>>>(prefix, blocks, inp, L, D, G);
-    LAUNCHED();
-    timestep_norm_scan_kernel<<<ceil_div(B * G, warps), dim3(WARP, warps)>>>(blocks, mean_out, m2_out, mean_in, m2_in,
+    cudaCheck(cudaGetLastError());
+    timestep_norm_scan_kernel<<<ceil_div(B * G, warps), dim3(WARP, warps)>>>(blocks, mean_out, m2_out, prev_mean, prev_m2,
                                                                              count, B, L, D, G);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
     if (out == NULL) return;
     size_t shared = (size_t)NORM_BLOCK * most_groups(W, D, G) * sizeof(Stats);
     auto apply = NORM_KERNEL(timestep_norm_apply_kernel, W);
     allow_shared(apply, shared);
     apply<<<grid_of(W, num_blocks, D), THREADS, shared>>>(out, mean, rstd, prefix, blocks, inp, weight, bias, count, L,
                                                           D, G, eps);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 // Backward: dx_s = rstd_s w dy_s + U_s + 2 (x_s V_s - W_s) with three sums over t >= s, see megalodon.c. The same three
@@ -772,7 +771,7 @@ typedef struct {
 } Sums;
 
 template <int W>
-static __global__ void timestep_norm_sums_kernel(Sums *suffix, Sums *blocks, const act *dout, const act *inp,
+static __global__ void timestep_norm_sums_kernel(Sums *suffix, Sums *blocks, const floatX *dout, const floatX *inp,
                                                  const float *weight, const Mean *mean, const float *rstd,
                                                  const int64_t *count, int L, int D, int G) {
     int g = D / G, num_blocks = ceil_div(L, NORM_BLOCK), b = blockIdx.x / num_blocks, lane = threadIdx.x;
@@ -789,7 +788,7 @@ static __global__ void timestep_norm_sums_kernel(Sums *suffix, Sums *blocks, con
     __syncthreads();
     if (j >= G) return;
     if (lane < T) {
-        const act *x = inp + row * D + (size_t)j * g, *dy = dout + row * D + (size_t)j * g;
+        const floatX *x = inp + row * D + (size_t)j * g, *dy = dout + row * D + (size_t)j * g;
         Mean m = mean[row * G + j];
         float r = rstd[row * G + j], s = 0, d = 0; // d: of what is normalised, so that it does not overflow
         for (int c = 0; c < g; c += W) {
@@ -850,8 +849,8 @@ struct alignas(sizeof(Mean) == sizeof(float) ? 16 : 8) NormGrad { // 16 bytes ar
 // parts (blocks*down, 2, D): dweight, dbias.
 template <int W>
 static __global__ void
-timestep_norm_backward_kernel(act *dinp, float *parts, const act *dout, const act *residual, const act *residual2,
-                              const act *inp, const float *weight, const Mean *mean, const float *rstd,
+timestep_norm_backward_kernel(floatX *dinp, float *parts, const floatX *dout, const floatX *residual, const floatX *residual2,
+                              const floatX *inp, const float *weight, const Mean *mean, const float *rstd,
                               const Sums *suffix, const Sums *blocks, const Sums *later, int B, int L, int D, int G) {
     extern __shared__ NormGrad factors[]; // (NORM_BLOCK, groups)
     int g = D / G, num_blocks = ceil_div(L, NORM_BLOCK);
@@ -906,7 +905,7 @@ timestep_norm_backward_kernel(act *dinp, float *parts, const act *dout, const ac
 }
 
 // The first two kernels. total (B,G), or NULL: the sums over all these tokens.
-static void timestep_norm_sums(Sums *total, Sums *suffix, Sums *blocks, const act *dout, const act *inp,
+static void timestep_norm_sums(Sums *total, Sums *suffix, Sums *blocks, const floatX *dout, const floatX *inp,
                                const float *weight, const Mean *mean, const float *rstd, const int64_t *count, int B,
                                int L, int D, int G) {
     int num_blocks = B * ceil_div(L, NORM_BLOCK);
@@ -916,14 +915,14 @@ static void timestep_norm_sums(Sums *total, Sums *suffix, Sums *blocks, const ac
     allow_shared(sums, scales);
     sums<<<dim3(num_blocks, ceil_div(G, warps)), dim3(WARP, warps), scales>>>(suffix, blocks, dout, inp, weight, mean,
                                                                               rstd, count, L, D, G);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
     timestep_norm_sums_scan_kernel<<<ceil_div(B * G, warps), dim3(WARP, warps)>>>(blocks, total, B, L, G);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 // The third. later (B,G), or NULL: sums over tokens behind these.
-static void timestep_norm_backward(act *dinp, float *dweight, float *dbias, const act *dout, const act *residual,
-                                   const act *residual2, const act *inp, const float *weight, const Mean *mean,
+static void timestep_norm_backward(floatX *dinp, float *dweight, float *dbias, const floatX *dout, const floatX *residual,
+                                   const floatX *residual2, const floatX *inp, const float *weight, const Mean *mean,
                                    const float *rstd, const Sums *suffix, const Sums *blocks, const Sums *later,
                                    float *parts, int B, int L, int D, int G) {
     int num_blocks = B * ceil_div(L, NORM_BLOCK), W = norm_width(D, G);
@@ -933,15 +932,15 @@ static void timestep_norm_backward(act *dinp, float *dweight, float *dbias, cons
     allow_shared(kernel, shared);
     kernel<<<grid_of(W, P, D), THREADS, shared>>>(dinp, parts, dout, residual, residual2, inp, weight, mean, rstd,
                                                   suffix, blocks, later, B, L, D, G);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
     sum_parts(dweight, dbias, 1, parts, P * down, 2 * (size_t)D, D, D);
 }
 
-// Pieces of one sequence: what this one found alone is joined with what the others did, see megalodon.c. A thread has a
+// ChunkParallel of one sequence: what this one found alone is joined with what the others did, see megalodon.c. A thread has a
 // sequence's group.
 // all (pieces,2,B,G): mean, M2 of each piece. mean, m2 (B,G): those before the whole sequence, replaced by those before this
 // piece; mean_end, m2_end, or NULL, get those after the last. count (B), or NULL: tokens before the whole sequence.
-static __global__ void timestep_norm_join_kernel(double *mean, double *m2, double *mean_end, double *m2_end,
+static __global__ void timestep_norm_combine_kernel(double *mean, double *m2, double *mean_end, double *m2_end,
                                                  const double *all, const int64_t *count, const int64_t *lengths,
                                                  int piece, int pieces, int B, int D, int G) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -959,7 +958,7 @@ static __global__ void timestep_norm_join_kernel(double *mean, double *m2, doubl
 }
 
 // later (B,G): the sums of all pieces behind this one.
-static __global__ void timestep_norm_join_backward_kernel(Sums *later, const Sums *all, int piece, int pieces,
+static __global__ void timestep_norm_combine_backward_kernel(Sums *later, const Sums *all, int piece, int pieces,
                                                           int rows) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     Sums sum = {0, 0, 0};
@@ -979,9 +978,9 @@ static __global__ void timestep_norm_join_backward_kernel(Sums *later, const Sum
 typedef struct {
     float *p, *q_re, *q_im, *g_re, *g_im; // g is gamma/sqrt(N)
     float *t_re, *t_im;                   // none in a gradient
-} Coefs;
+} Coeffs;
 
-static __global__ void cema_coefs_forward_kernel(Coefs c, const float *alpha, const float *delta, const float *theta,
+static __global__ void cema_coeffs_forward_kernel(Coeffs c, const float *alpha, const float *delta, const float *theta,
                                                  const float *gamma, int D, int N) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= D * N) return;
@@ -995,14 +994,14 @@ static __global__ void cema_coefs_forward_kernel(Coefs c, const float *alpha, co
     c.t_re[i] = (float)(over * cos(CEMA_BLOCK * phi)), c.t_im[i] = (float)(over * sin(CEMA_BLOCK * phi));
 }
 
-static void cema_coefs_forward(Coefs *c, const float *alpha, const float *delta, const float *theta, const float *gamma,
+static void cema_coeffs_forward(Coeffs *c, const float *alpha, const float *delta, const float *theta, const float *gamma,
                                int D, int N) {
-    cema_coefs_forward_kernel<<<blocks_for((size_t)D * N, THREADS), THREADS>>>(*c, alpha, delta, theta, gamma, D, N);
-    LAUNCHED();
+    cema_coeffs_forward_kernel<<<blocks_for((size_t)D * N, THREADS), THREADS>>>(*c, alpha, delta, theta, gamma, D, N);
+    cudaCheck(cudaGetLastError());
 }
 
 // A block has 32 channels, threadIdx.y their modes in turn.
-static __global__ void cema_coefs_backward_kernel(float *dalpha, float *ddelta, float *dtheta, float *dgamma, Coefs dc,
+static __global__ void cema_coeffs_backward_kernel(float *dalpha, float *ddelta, float *dtheta, float *dgamma, Coeffs dc,
                                                   const float *alpha, const float *delta, const float *theta, int D,
                                                   int N) {
     __shared__ double turns[8][WARP];
@@ -1028,11 +1027,11 @@ static __global__ void cema_coefs_backward_kernel(float *dalpha, float *ddelta, 
     dtheta[d] += (float)(dturn * turn * (1 - turn));
 }
 
-static void cema_coefs_backward(float *dalpha, float *ddelta, float *dtheta, float *dgamma, const Coefs *dc,
+static void cema_coeffs_backward(float *dalpha, float *ddelta, float *dtheta, float *dgamma, const Coeffs *dc,
                                 const float *alpha, const float *delta, const float *theta, int D, int N) {
-    cema_coefs_backward_kernel<<<ceil_div(D, WARP), dim3(WARP, 8)>>>(dalpha, ddelta, dtheta, dgamma, *dc, alpha, delta,
+    cema_coeffs_backward_kernel<<<ceil_div(D, WARP), dim3(WARP, 8)>>>(dalpha, ddelta, dtheta, dgamma, *dc, alpha, delta,
                                                                      theta, D, N);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 // Within a block of T = CEMA_BLOCK tokens, with h0 the state before it, everything is a product of matrices that are the
@@ -1061,8 +1060,8 @@ static void cema_coefs_backward(float *dalpha, float *ddelta, float *dtheta, flo
 // a constant length are unrolled, so that arrays are registers.
 
 enum {
-    ACT_PARTS = sizeof(act) == 4 ? 3 : 1, // of an act
-    OUT_PARTS = sizeof(act) == 4 ? 3 : 2, // of numbers that end in an act
+    ACT_PARTS = sizeof(floatX) == 4 ? 3 : 1, // of an floatX
+    OUT_PARTS = sizeof(floatX) == 4 ? 3 : 2, // of numbers that end in an floatX
     SUM_PARTS = 3                         // of numbers that end in a float
 };
 
@@ -1127,7 +1126,7 @@ typedef struct {
     float p;
     float2 q, g;
 } CemaMode;
-static __device__ CemaMode cema_mode(const Coefs &c, int n, int d, int D, int N) { // zeros behind the last
+static __device__ CemaMode cema_mode(const Coeffs &c, int n, int d, int D, int N) { // zeros behind the last
     size_t i = (size_t)n * D + d;
     if (n >= N) return CemaMode{0, make_float2(0, 0), make_float2(0, 0)};
     return CemaMode{c.p[i], make_float2(c.q_re[i], c.q_im[i]), make_float2(c.g_re[i], c.g_im[i])};
@@ -1142,7 +1141,7 @@ static __device__ const uint32_t cema_nothing[4] = {0, 0, 0, 0}; // what is read
 // Copies a thread block's tokens into its tiles, or with `write` back from them. W channels of two tokens at a time;
 // COUNT threads. Ends before the tiles are complete.
 template <int W, int COUNT, int CHANNELS = CEMA_CHANNELS>
-static __device__ void cema_copy(act *x, Pair *tiles, bool write, int order, int B, int L, int D) {
+static __device__ void cema_copy(floatX *x, Pair *tiles, bool write, int order, int B, int L, int D) {
     enum { PIECES = CHANNELS / W, PAIRS = CEMA_BLOCK / 2, AT_ONCE = 4 };
     static_assert(CEMA_COLUMNS * PAIRS * PIECES % (AT_ONCE * COUNT) == 0, "all threads have work in every round");
     __shared__ int first[CEMA_COLUMNS], tokens[CEMA_COLUMNS]; // rows
@@ -1188,10 +1187,10 @@ static __device__ void cema_tokens_tile(uint32_t b[2][ACT_PARTS], const Pair *x,
 // CEMA_COLUMNS columns, here and below; modes are taken eight at a time: C has their real parts, then their imaginary ones.
 template <int W>
 static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
-    cema_ends_kernel(float2 *states, const act *inp, Coefs coefs, int back, int B, int L, int D, int N) {
+    cema_ends_kernel(float2 *states, const floatX *inp, Coeffs coeffs, int back, int B, int L, int D, int N) {
     extern __shared__ Pair cema_tiles[];
     const int row = threadIdx.x / 4, pair = threadIdx.x % 4, columns = B * ceil_div(L, CEMA_BLOCK);
-    cema_copy<W, WARP * CEMA_WARPS>((act *)inp, cema_tiles, false, back ? FROM_END : FROM_FIRST, B, L, D);
+    cema_copy<W, WARP * CEMA_WARPS>((floatX *)inp, cema_tiles, false, back ? FROM_END : FROM_FIRST, B, L, D);
     __syncthreads();
     for (int i = 0; i < CEMA_CHANNELS / CEMA_WARPS; i++) {
         int c = threadIdx.y * (CEMA_CHANNELS / CEMA_WARPS) + i, d = blockIdx.x * CEMA_CHANNELS + c;
@@ -1199,7 +1198,7 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
         const Pair *x = cema_tiles + c * CEMA_TILE;
         for (int n0 = 0; n0 < N; n0 += 8) {
             int n = n0 + row;
-            CemaMode m = cema_mode(coefs, n, d, D, N);
+            CemaMode m = cema_mode(coeffs, n, d, D, N);
             uint32_t P[CEMA_BLOCK / 16][4][SUM_PARTS];
             float2 q8 = power8(m.q), in = back ? times(m.g, m.q) : make_float2(m.p, 0);
             float2 second = times(in, low_power(m.q, 6 - 2 * pair)); // of two neighbours, from the block's end
@@ -1229,13 +1228,13 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
 
 // From ends to states; start (B,2,N,D) or NULL: before the first block. back: the same from the last block, which has
 // `tail` tokens, to the first, for conjugates.
-static __global__ void cema_scan_kernel(float2 *states, const float *start, Coefs coefs, int back, int tail, int B,
+static __global__ void cema_scan_kernel(float2 *states, const float *start, Coeffs coeffs, int back, int tail, int B,
                                         int blocks, int D, int N) {
     enum { AHEAD = 8 }; // blocks whose numbers are on their way
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = i % N, b = i / N % B, d = i / N / B;
     if (d >= (size_t)D) return;
     size_t mode = n * D + d, re = b * 2 * N * D + mode, im = re + (size_t)N * D;
-    float2 q = make_float2(coefs.t_re[mode], coefs.t_im[mode]), h = make_float2(0, 0);
+    float2 q = make_float2(coeffs.t_re[mode], coeffs.t_im[mode]), h = make_float2(0, 0);
     if (start) h = make_float2(start[re], back ? -start[im] : start[im]);
     float2 *first = states + (d * B + b) * blocks * N + n;
     for (int k0 = 0; k0 < blocks; k0 += AHEAD) {
@@ -1249,20 +1248,20 @@ static __global__ void cema_scan_kernel(float2 *states, const float *start, Coef
             first[(size_t)(back ? blocks - 1 - k0 - k : k0 + k) * N] = h;
             if (k0 + k == blocks - 1) break;
             bool short_one = back && k0 + k == 0 && tail < CEMA_BLOCK; // not a whole block's power
-            h = plus(times(short_one ? power(make_float2(coefs.q_re[mode], coefs.q_im[mode]), tail) : q, h), end[k]);
+            h = plus(times(short_one ? power(make_float2(coeffs.q_re[mode], coeffs.q_im[mode]), tail) : q, h), end[k]);
         }
     }
 }
 
 // words[m]: k of row - 2 pair + 8 m and of one less, zero where that is negative. So tile (i,j) of the matrix k_(t-s), i >= j,
 // has the words [m], [m + 1], [m - 1], [m], m = 2 (i - j).
-static __device__ void cema_kernel_words(uint32_t words[CEMA_BLOCK / 8][OUT_PARTS], const Coefs &coefs, float omega,
+static __device__ void cema_kernel_words(uint32_t words[CEMA_BLOCK / 8][OUT_PARTS], const Coeffs &coeffs, float omega,
                                          int d, int D, int N) {
     const int row = threadIdx.x / 4, pair = threadIdx.x % 4;
     float k[CEMA_BLOCK / 8] = {}; // k of row + 8 m, first of every fourth mode
 #pragma unroll 4
     for (int n0 = 0; n0 < N; n0 += 4) {
-        CemaMode m = cema_mode(coefs, n0 + pair, d, D, N);
+        CemaMode m = cema_mode(coeffs, n0 + pair, d, D, N);
         float2 q8 = power8(m.q), v = times(times(m.p, m.g), low_power(m.q, row));
         for (int i = 0; i < CEMA_BLOCK / 8; i++, v = times(v, q8)) k[i] += v.x;
     }
@@ -1284,11 +1283,11 @@ static __device__ void cema_kernel_words(uint32_t words[CEMA_BLOCK / 8][OUT_PART
 // Two products, k x and S h0, added up in y, then written over x. Modes as for ends.
 template <int W>
 static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
-    cema_tokens_kernel(act *out, const float2 *states, const act *inp, Coefs coefs, const float *omega, int back, int B,
+    cema_tokens_kernel(floatX *out, const float2 *states, const floatX *inp, Coeffs coeffs, const float *omega, int back, int B,
                        int L, int D, int N) {
     extern __shared__ Pair cema_tiles[];
     const int row = threadIdx.x / 4, pair = threadIdx.x % 4, columns = B * ceil_div(L, CEMA_BLOCK);
-    cema_copy<W, WARP * CEMA_WARPS>((act *)inp, cema_tiles, false, back ? FROM_LAST : FROM_FIRST, B, L, D);
+    cema_copy<W, WARP * CEMA_WARPS>((floatX *)inp, cema_tiles, false, back ? FROM_LAST : FROM_FIRST, B, L, D);
     __syncthreads();
     for (int i = 0; i < CEMA_CHANNELS / CEMA_WARPS; i++) {
         int c = threadIdx.y * (CEMA_CHANNELS / CEMA_WARPS) + i, d = blockIdx.x * CEMA_CHANNELS + c;
@@ -1296,7 +1295,7 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
         Pair *x = cema_tiles + c * CEMA_TILE;
         float y[CEMA_COLUMNS / 8][CEMA_BLOCK / 16][4] = {};
         uint32_t k[CEMA_BLOCK / 8][OUT_PARTS];
-        cema_kernel_words(k, coefs, omega[d], d, D, N);
+        cema_kernel_words(k, coeffs, omega[d], d, D, N);
         for (int difference = 0; difference < CEMA_BLOCK / 16; difference++) { // of tiles' rows and columns
             uint32_t a[4][OUT_PARTS];
             for (int p = 0; p < OUT_PARTS; p++) {
@@ -1321,7 +1320,7 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
             }
             uint32_t S[CEMA_BLOCK / 16][4][OUT_PARTS];
             for (int u = 0; u < 2; u++) {
-                CemaMode m = cema_mode(coefs, n + 4 * u, d, D, N);
+                CemaMode m = cema_mode(coeffs, n + 4 * u, d, D, N);
                 float2 q8 = power8(m.q), from = back ? make_float2(m.p, 0) : times(m.g, m.q);
                 float2 v = times(from, low_power(m.q, row));
                 for (int i = 0; i < CEMA_BLOCK / 8; i++, v = times(v, q8))
@@ -1348,16 +1347,16 @@ static __global__ void __launch_bounds__(WARP *CEMA_WARPS, 2)
 }
 
 // The state after the last token. A thread has a mode of a channel of a sequence.
-static __global__ void cema_end_kernel(float *h_out, const float2 *states, const act *inp, Coefs coefs, int B, int L,
+static __global__ void cema_end_kernel(float *h_out, const float2 *states, const floatX *inp, Coeffs coeffs, int B, int L,
                                        int D, int N) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, modes = (size_t)N * D, b = i / modes, mode = i % modes;
     int blocks = ceil_div(L, CEMA_BLOCK);
     if (b >= (size_t)B) return;
     float2 h = states[((mode % D * B + b) * blocks + blocks - 1) * N + mode / D];
-    float2 q = make_float2(coefs.q_re[mode], coefs.q_im[mode]);
+    float2 q = make_float2(coeffs.q_re[mode], coeffs.q_im[mode]);
     for (int t = (blocks - 1) * CEMA_BLOCK; t < L; t++) {
         h = times(q, h);
-        h.x += coefs.p[mode] * to_float(inp[(b * L + t) * D + mode % D]);
+        h.x += coeffs.p[mode] * to_float(inp[(b * L + t) * D + mode % D]);
     }
     h_out[b * 2 * modes + mode] = h.x, h_out[(b * 2 + 1) * modes + mode] = h.y;
 }
@@ -1368,38 +1367,38 @@ static dim3 cema_grid(int B, int L, int D, int channels = CEMA_CHANNELS) {
 static const size_t CEMA_TILES = CEMA_CHANNELS * CEMA_TILE * sizeof(Pair); // bytes
 
 // States before each block, or behind it. start (B,2,N,D), or NULL: before the first, or behind the last.
-static void cema_states(float2 *states, const float *start, const act *x, const Coefs *coefs, int back, int B, int L,
+static void cema_states(float2 *states, const float *start, const floatX *x, const Coeffs *coeffs, int back, int B, int L,
                         int D, int N) {
     int blocks = ceil_div(L, CEMA_BLOCK);
     if (blocks > 1) {
         auto kernel = D % VEC == 0 ? cema_ends_kernel<VEC> : cema_ends_kernel<1>;
         allow_shared(kernel, CEMA_TILES);
-        kernel<<<cema_grid(B, L, D), dim3(WARP, CEMA_WARPS), CEMA_TILES>>>(states, x, *coefs, back, B, L, D, N);
-        LAUNCHED();
+        kernel<<<cema_grid(B, L, D), dim3(WARP, CEMA_WARPS), CEMA_TILES>>>(states, x, *coeffs, back, B, L, D, N);
+        cudaCheck(cudaGetLastError());
     }
     cema_scan_kernel<<<blocks_for((size_t)B * N * D, THREADS), THREADS>>>(
-        states, start, *coefs, back, L - (blocks - 1) * CEMA_BLOCK, B, blocks, D, N);
-    LAUNCHED();
+        states, start, *coeffs, back, L - (blocks - 1) * CEMA_BLOCK, B, blocks, D, N);
+    cudaCheck(cudaGetLastError());
 }
 
-static void cema_tokens(act *out, const float2 *states, const act *x, const Coefs *coefs, const float *omega, int back,
+static void cema_tokens(floatX *out, const float2 *states, const floatX *x, const Coeffs *coeffs, const float *omega, int back,
                         int B, int L, int D, int N) {
     auto kernel = D % VEC == 0 ? cema_tokens_kernel<VEC> : cema_tokens_kernel<1>;
     allow_shared(kernel, CEMA_TILES);
-    kernel<<<cema_grid(B, L, D), dim3(WARP, CEMA_WARPS), CEMA_TILES>>>(out, states, x, *coefs, omega, back, B, L, D, N);
-    LAUNCHED();
+    kernel<<<cema_grid(B, L, D), dim3(WARP, CEMA_WARPS), CEMA_TILES>>>(out, states, x, *coeffs, omega, back, B, L, D, N);
+    cudaCheck(cudaGetLastError());
 }
 
 // h_blocks (D,B,blocks,N,2): h before each block. h_in, h_out (B,2,N,D), or NULL; they may be the same. out NULL: only
 // the outgoing state.
-static void cema_forward(act *out, float *h_blocks, float *h_out, const act *inp, const Coefs *coefs,
+static void cema_forward(floatX *out, float *h_blocks, float *h_out, const floatX *inp, const Coeffs *coeffs,
                          const float *omega, const float *h_in, int B, int L, int D, int N) {
     float2 *states = (float2 *)(void *)h_blocks;
-    cema_states(states, h_in, inp, coefs, 0, B, L, D, N);
-    if (out) cema_tokens(out, states, inp, coefs, omega, 0, B, L, D, N);
+    cema_states(states, h_in, inp, coeffs, 0, B, L, D, N);
+    if (out) cema_tokens(out, states, inp, coeffs, omega, 0, B, L, D, N);
     if (h_out == NULL) return;
-    cema_end_kernel<<<blocks_for((size_t)B * N * D, THREADS), THREADS>>>(h_out, states, inp, *coefs, B, L, D, N);
-    LAUNCHED();
+    cema_end_kernel<<<blocks_for((size_t)B * N * D, THREADS), THREADS>>>(h_out, states, inp, *coeffs, B, L, D, N);
+    cudaCheck(cudaGetLastError());
 }
 
 // Of A = x with columns as inner index, columns 16 k to 16 k + 15: number t of each, or with `last` number last[.] - t.
@@ -1409,7 +1408,7 @@ static __device__ void cema_across(uint32_t near[ACT_PARTS], uint32_t far[ACT_PA
         Pair two = {};
         for (int u = 0; u < 2; u++) {
             int at = last ? last[2 * v + u] - t : t, column = 16 * k + 8 * v + 2 * (threadIdx.x % 4) + u;
-            if (at >= 0) two.v[u] = ((const act *)x)[column * 2 * CEMA_PAIRS + at];
+            if (at >= 0) two.v[u] = ((const floatX *)x)[column * 2 * CEMA_PAIRS + at];
         }
         split(v == 0 ? near : far, two);
     }
@@ -1433,16 +1432,16 @@ static __device__ Series evaluate(const float2 c[CEMA_BLOCK / 8], float2 z) {
 // channel, a thread block CHANNELS. CUT: last blocks have fewer tokens, and something behind them.
 template <int W, bool CUT, int CHANNELS>
 static __global__ void __launch_bounds__(WARP *CHANNELS, 1)
-    cema_sums_kernel(float *parts, const act *dout, const act *inp, const float2 *states, const float2 *futures,
-                     Coefs coefs, int B, int L, int D, int N) {
+    cema_sums_kernel(float *parts, const floatX *dout, const floatX *inp, const float2 *states, const float2 *futures,
+                     Coeffs coeffs, int B, int L, int D, int N) {
     extern __shared__ Pair cema_tiles[];
     const int row = threadIdx.x / 4, pair = threadIdx.x % 4, blocks = ceil_div(L, CEMA_BLOCK), columns = B * blocks;
     const int d = blockIdx.x * CHANNELS + threadIdx.y, tail = L - (blocks - 1) * CEMA_BLOCK;
     const Pair *x = cema_tiles + threadIdx.y * CEMA_TILE, *dy = x + CHANNELS * CEMA_TILE;
     float *part = parts + (size_t)blockIdx.y * (5 * N + 1) * D + d;
-    cema_copy<W, WARP * CHANNELS, CHANNELS>((act *)inp, cema_tiles, false, FROM_FIRST, B, L, D);
+    cema_copy<W, WARP * CHANNELS, CHANNELS>((floatX *)inp, cema_tiles, false, FROM_FIRST, B, L, D);
     __syncthreads(); // cema_copy writes its table of rows anew
-    cema_copy<W, WARP * CHANNELS, CHANNELS>((act *)dout, cema_tiles + CHANNELS * CEMA_TILE, false, FROM_FIRST, B, L, D);
+    cema_copy<W, WARP * CHANNELS, CHANNELS>((floatX *)dout, cema_tiles + CHANNELS * CEMA_TILE, false, FROM_FIRST, B, L, D);
     __syncthreads();
     if (d >= D) return;
 
@@ -1474,7 +1473,7 @@ static __global__ void __launch_bounds__(WARP *CHANNELS, 1)
 
     for (int n0 = 0; n0 < N; n0 += 8) {
         float A[2][CEMA_BLOCK / 16][4] = {}, E[2][CEMA_BLOCK / 16][4] = {}; // real, imaginary parts; C has (t, mode)
-        float2 over = make_float2(0, 0), q = cema_mode(coefs, n0 + row, d, D, N).q; // over: of q^T, slope included
+        float2 over = make_float2(0, 0), q = cema_mode(coeffs, n0 + row, d, D, N).q; // over: of q^T, slope included
         float2 whole = times(CEMA_BLOCK, times(low_power(q, 7), low_power(power8(q), 7))), cut = whole;
         if (CUT) cut = times(tail, power(q, tail - 1));
         for (int k = 0; k < CEMA_COLUMNS / 16; k++) {
@@ -1509,7 +1508,7 @@ static __global__ void __launch_bounds__(WARP *CHANNELS, 1)
         over = plus(over, make_float2(__shfl_xor_sync(~0u, over.x, 2), __shfl_xor_sync(~0u, over.y, 2)));
         for (int u = 0; u < 2; u++) {
             int n = n0 + 2 * pair + u;
-            CemaMode m = cema_mode(coefs, n, d, D, N);
+            CemaMode m = cema_mode(coeffs, n, d, D, N);
             float2 c[2][CEMA_BLOCK / 8];
             for (int i = 0; i < CEMA_BLOCK / 8; i++) {
                 c[0][i] = make_float2(A[0][i / 2][i % 2 * 2 + u], A[1][i / 2][i % 2 * 2 + u]);
@@ -1539,27 +1538,27 @@ static __global__ void __launch_bounds__(WARP *CHANNELS, 1)
 static size_t cema_sums_shared(int channels) { return 2 * (size_t)channels * CEMA_TILE * sizeof(Pair); } // bytes
 
 template <int CHANNELS>
-static void cema_sums_launch(float *parts, const act *dout, const act *inp, const float2 *states, const float2 *futures,
-                             const Coefs *coefs, bool cut, int B, int L, int D, int N) {
+static void cema_sums_launch(float *parts, const floatX *dout, const floatX *inp, const float2 *states, const float2 *futures,
+                             const Coeffs *coeffs, bool cut, int B, int L, int D, int N) {
     const size_t shared = cema_sums_shared(CHANNELS);
     auto kernel = D % VEC > 0 ? cema_sums_kernel<1, true, CHANNELS>
                   : cut       ? cema_sums_kernel<VEC, true, CHANNELS>
                               : cema_sums_kernel<VEC, false, CHANNELS>;
     allow_shared(kernel, shared);
-    kernel<<<cema_grid(B, L, D, CHANNELS), dim3(WARP, CHANNELS), shared>>>(parts, dout, inp, states, futures, *coefs, B,
+    kernel<<<cema_grid(B, L, D, CHANNELS), dim3(WARP, CHANNELS), shared>>>(parts, dout, inp, states, futures, *coeffs, B,
                                                                            L, D, N);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 // A thread block needs 147,968 bytes for all channels: more than 99 KB, so there it has half of them. Channels are
 // independent, so the results are equal bit for bit.
-static void cema_sums(float *parts, const act *dout, const act *inp, const float2 *states, const float2 *futures,
-                      const Coefs *coefs, bool cut, int B, int L, int D, int N) {
+static void cema_sums(float *parts, const floatX *dout, const floatX *inp, const float2 *states, const float2 *futures,
+                      const Coeffs *coeffs, bool cut, int B, int L, int D, int N) {
     static_assert(CEMA_CHANNELS * CEMA_TILE * sizeof(Pair) <= SHARED_NEEDED - SHARED_DECLARED,
                   "half of cema_sums' tiles, all of the other kernels'");
     if (cema_sums_shared(CEMA_CHANNELS) <= (size_t)gpu.max_shared)
-        return cema_sums_launch<CEMA_CHANNELS>(parts, dout, inp, states, futures, coefs, cut, B, L, D, N);
-    cema_sums_launch<CEMA_CHANNELS / 2>(parts, dout, inp, states, futures, coefs, cut, B, L, D, N);
+        return cema_sums_launch<CEMA_CHANNELS>(parts, dout, inp, states, futures, coeffs, cut, B, L, D, N);
+    cema_sums_launch<CEMA_CHANNELS / 2>(parts, dout, inp, states, futures, coeffs, cut, B, L, D, N);
 }
 
 // How many parts the sums over blocks of tokens have.
@@ -1567,12 +1566,12 @@ static int cema_parts(int B, int L, int D) { return cema_grid(B, L, D).y; }
 
 // The gradient by h before the first token, from that behind the first block. A thread has a mode of a channel of a
 // sequence.
-static __global__ void cema_start_kernel(float *dh, const float2 *futures, const act *dout, Coefs coefs, int B, int L,
+static __global__ void cema_start_kernel(float *dh, const float2 *futures, const floatX *dout, Coeffs coeffs, int B, int L,
                                          int D, int N) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, modes = (size_t)N * D, b = i / modes, mode = i % modes;
     if (b >= (size_t)B) return;
     float2 f = futures[(mode % D * B + b) * ceil_div(L, CEMA_BLOCK) * N + mode / D];
-    float2 q = make_float2(coefs.q_re[mode], coefs.q_im[mode]), g = make_float2(coefs.g_re[mode], coefs.g_im[mode]);
+    float2 q = make_float2(coeffs.q_re[mode], coeffs.q_im[mode]), g = make_float2(coeffs.g_re[mode], coeffs.g_im[mode]);
     for (int t = min_int(CEMA_BLOCK, L) - 1; t >= 0; t--)
         f = times(q, plus(times(to_float(dout[(b * L + t) * D + mode % D]), g), f));
     dh[b * 2 * modes + mode] = f.x, dh[(b * 2 + 1) * modes + mode] = -f.y;
@@ -1580,38 +1579,38 @@ static __global__ void cema_start_kernel(float *dh, const float2 *futures, const
 
 // The first two kernels. futures (D,B,blocks,N,2): the conjugate of the gradient by h behind each block; dh (B,2,N,D), or
 // NULL: by h behind the last token. dh_in, or NULL, gets that by h before the first.
-static void cema_futures(float *futures, float *dh_in, const act *dout, const float *dh, const Coefs *coefs, int B,
+static void cema_futures(float *futures, float *dh_in, const floatX *dout, const float *dh, const Coeffs *coeffs, int B,
                          int L, int D, int N) {
     float2 *states = (float2 *)(void *)futures;
-    cema_states(states, dh, dout, coefs, 1, B, L, D, N);
+    cema_states(states, dh, dout, coeffs, 1, B, L, D, N);
     if (dh_in == NULL) return;
-    cema_start_kernel<<<blocks_for((size_t)B * N * D, THREADS), THREADS>>>(dh_in, states, dout, *coefs, B, L, D, N);
-    LAUNCHED();
+    cema_start_kernel<<<blocks_for((size_t)B * N * D, THREADS), THREADS>>>(dh_in, states, dout, *coeffs, B, L, D, N);
+    cudaCheck(cudaGetLastError());
 }
 
-// All four. dcoefs, whose arrays lie one behind the other, is set. futures and parts are scratch.
-static void cema_backward(act *dinp, Coefs *dcoefs, float *domega, const float *dh, const act *dout, const act *inp,
-                          const float *h_blocks, const Coefs *coefs, const float *omega, float *futures, float *parts,
+// All four. dcoeffs, whose arrays lie one behind the other, is set. futures and parts are scratch.
+static void cema_backward(floatX *dinp, Coeffs *dcoeffs, float *domega, const float *dh, const floatX *dout, const floatX *inp,
+                          const float *h_blocks, const Coeffs *coeffs, const float *omega, float *futures, float *parts,
                           int B, int L, int D, int N) {
     const float2 *states = (const float2 *)(const void *)h_blocks, *behind = (const float2 *)(const void *)futures;
     const int count = cema_parts(B, L, D);
     size_t width = (size_t)(5 * N + 1) * D;
-    cema_futures(futures, NULL, dout, dh, coefs, B, L, D, N);
-    cema_tokens(dinp, behind, dout, coefs, omega, 1, B, L, D, N);
-    cema_sums(parts, dout, inp, states, behind, coefs, dh && L % CEMA_BLOCK > 0, B, L, D, N);
-    sum_parts(dcoefs->p, NULL, 0, parts, count, width, (size_t)5 * N * D, 0);
+    cema_futures(futures, NULL, dout, dh, coeffs, B, L, D, N);
+    cema_tokens(dinp, behind, dout, coeffs, omega, 1, B, L, D, N);
+    cema_sums(parts, dout, inp, states, behind, coeffs, dh && L % CEMA_BLOCK > 0, B, L, D, N);
+    sum_parts(dcoeffs->p, NULL, 0, parts, count, width, (size_t)5 * N * D, 0);
     sum_parts(domega, NULL, 1, parts + (size_t)5 * N * D, count, width, D, 0);
 }
 
-// Pieces of one sequence, see megalodon.c. all (pieces,B,2,N,D): each piece alone. h (B,2,N,D): h before the whole
+// ChunkParallel of one sequence, see megalodon.c. all (pieces,B,2,N,D): each piece alone. h (B,2,N,D): h before the whole
 // sequence, back: the gradient behind it; replaced by that before, or behind, this piece. end, or NULL, gets what is at
 // the other end of it all. A thread has a mode of a channel of a sequence.
-static __global__ void cema_join_kernel(float *h, float *end, const float *all, Coefs coefs, int back,
+static __global__ void cema_combine_kernel(float *h, float *end, const float *all, Coeffs coeffs, int back,
                                         const int64_t *lengths, int piece, int pieces, int B, int D, int N) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, modes = (size_t)N * D, b = i / modes, mode = i % modes;
     size_t re = b * 2 * modes + mode, im = re + modes;
     if (b >= (size_t)B) return;
-    float2 q = make_float2(coefs.q_re[mode], back ? -coefs.q_im[mode] : coefs.q_im[mode]),
+    float2 q = make_float2(coeffs.q_re[mode], back ? -coeffs.q_im[mode] : coeffs.q_im[mode]),
            sum = make_float2(h[re], h[im]);
     for (int n = 0; n < pieces; n++) {
         int k = back ? pieces - 1 - n : n;
@@ -1666,7 +1665,7 @@ static int row_vectors(int D) { return ceil_div(ceil_div(D, row_width(D)), row_t
 static int row_parts(int R) { return min_int(ceil_div(R, ROWS), MOST_PARTS); }
 
 // What a thread owns of ROWS rows from r on; zeros where there is nothing.
-template <int W, int V> static __device__ void load_rows(float x[ROWS][V][W], const act *src, size_t r, int R, int D) {
+template <int W, int V> static __device__ void load_rows(float x[ROWS][V][W], const floatX *src, size_t r, int R, int D) {
 #pragma unroll
     for (int k = 0; k < ROWS; k++) {
 #pragma unroll
@@ -1678,7 +1677,7 @@ template <int W, int V> static __device__ void load_rows(float x[ROWS][V][W], co
         }
     }
 }
-template <int W, int V> static __device__ void store_rows(act *dst, const float x[ROWS][V][W], size_t r, int R, int D) {
+template <int W, int V> static __device__ void store_rows(floatX *dst, const float x[ROWS][V][W], size_t r, int R, int D) {
 #pragma unroll
     for (int k = 0; k < ROWS; k++) {
 #pragma unroll
@@ -1723,7 +1722,7 @@ static __device__ bool overflowed(float unit[ROWS], RowSums squares) {
 
 template <int W, int V>
 static __global__ void __launch_bounds__(ROW_THREADS)
-    rmsnorm_forward_kernel(act *out, float *rstd, const act *inp, const float *weight, int R, int D, float eps) {
+    rmsnorm_forward_kernel(floatX *out, float *rstd, const floatX *inp, const float *weight, int R, int D, float eps) {
     float x[ROWS][V][W], w[V][W];
     load_columns<W, V>(w, weight, 1, 1, D);
     for (size_t r = (size_t)blockIdx.x * ROWS; r < (size_t)R; r += (size_t)gridDim.x * ROWS) {
@@ -1762,15 +1761,15 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     }
 }
 
-static void rmsnorm_forward(act *out, float *rstd, const act *inp, const float *weight, int R, int D, double eps) {
+static void rmsnorm_forward(floatX *out, float *rstd, const floatX *inp, const float *weight, int R, int D, double eps) {
     auto kernel = ROW_KERNEL(rmsnorm_forward_kernel, D);
     kernel<<<ceil_div(R, ROWS), row_threads(D)>>>(out, rstd, inp, weight, R, D, (float)eps);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 template <int W, int V>
 static __global__ void __launch_bounds__(ROW_THREADS)
-    rmsnorm_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp, const float *weight,
+    rmsnorm_backward_kernel(floatX *dinp, float *parts, const floatX *dout, const floatX *inp, const float *weight,
                             const float *rstd, int R, int D) {
     float x[ROWS][V][W], dy[ROWS][V][W], w[V][W], dw[V][W] = {};
     load_columns<W, V>(w, weight, 1, 1, D);
@@ -1806,11 +1805,11 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     store_columns<W, V>(parts + (size_t)blockIdx.x * D, dw, D);
 }
 
-static void rmsnorm_backward(act *dinp, float *dweight, const act *dout, const act *inp, const float *weight,
+static void rmsnorm_backward(floatX *dinp, float *dweight, const floatX *dout, const floatX *inp, const float *weight,
                              const float *rstd, float *parts, int R, int D) {
     auto kernel = ROW_KERNEL(rmsnorm_backward_kernel, D);
     kernel<<<row_parts(R), row_threads(D)>>>(dinp, parts, dout, inp, weight, rstd, R, D);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
     if (dweight) sum_parts(dweight, NULL, 1, parts, row_parts(R), D, D, 0);
 }
 
@@ -1819,27 +1818,27 @@ static void rmsnorm_backward(act *dinp, float *dweight, const act *dout, const a
 // backward: dinp = dout weight (added to what is there if `add`), dweight += dout' inp, dbias += sum of rows (the
 // library's epilogue for it is slower, and does not add)
 
-static void linear_forward(act *out, const act *add, const act *inp, const act *weight, const act *bias, int R, int K,
+static void linear_forward(floatX *out, const floatX *add, const floatX *inp, const floatX *weight, const floatX *bias, int R, int K,
                            int M) {
-    Form f = form_of(0, 1, R, M, K, K, K, M);
+    MatmulKey f = matmul_key(0, 1, R, M, K, K, K, M);
     if (bias) f.epilogue = CUBLASLT_EPILOGUE_BIAS;
-    product(f, inp, weight, add, bias, out);
+    matmul(f, inp, weight, add, bias, out);
 }
 
-static void linear_backward_inp(act *dinp, int add, const act *dout, const act *weight, int R, int K, int M) {
-    product(form_of(0, 0, R, K, M, M, K, K), dout, weight, add ? dinp : NULL, NULL, dinp);
+static void linear_backward_inp(floatX *dinp, int add, const floatX *dout, const floatX *weight, int R, int K, int M) {
+    matmul(matmul_key(0, 0, R, K, M, M, K, K), dout, weight, add ? dinp : NULL, NULL, dinp);
 }
 
-static void linear_backward_weight(float *dweight, float *dbias, const act *dout, const act *inp, float *parts, int R,
+static void linear_backward_weight(float *dweight, float *dbias, const floatX *dout, const floatX *inp, float *parts, int R,
                                    int K, int M) {
-    Form f = form_of(1, 0, M, K, R, M, K, K);
+    MatmulKey f = matmul_key(1, 0, M, K, R, M, K, K);
     f.type = CUDA_R_32F;
-    product(f, dout, inp, dweight, NULL, dweight);
+    matmul(f, dout, inp, dweight, NULL, dweight);
     if (dbias) sum_rows(dbias, dout, parts, R, M);
 }
 
-static void linear_backward(act *dinp, int add, float *dweight, float *dbias, const act *dout, const act *inp,
-                            const act *weight, float *parts, int R, int K, int M) {
+static void linear_backward(floatX *dinp, int add, float *dweight, float *dbias, const floatX *dout, const floatX *inp,
+                            const floatX *weight, float *parts, int R, int K, int M) {
     linear_backward_inp(dinp, add, dout, weight, R, K, M);
     linear_backward_weight(dweight, dbias, dout, inp, parts, R, K, M);
 }
@@ -1861,18 +1860,18 @@ static __global__ void rope_table_kernel(float2 *table, int C, int dz, double ba
 
 static void rope_table(float2 *table, int C, int dz, double base) {
     rope_table_kernel<<<blocks_for((size_t)C * (dz / 2), THREADS), THREADS>>>(table, C, dz, base);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 static __device__ float2 turn(float2 x, float2 by, int sign) {
     return make_float2(x.x * by.x - x.y * sign * by.y, x.x * sign * by.y + x.y * by.x);
 }
-static __device__ float2 load_pair(const act *src) {
+static __device__ float2 load_pair(const floatX *src) {
     float x[2];
     load<2>(x, src);
     return make_float2(x[0], x[1]);
 }
-static __device__ void store_pair(act *dst, float2 pair) {
+static __device__ void store_pair(floatX *dst, float2 pair) {
     const float x[2] = {pair.x, pair.y};
     store<2>(dst, x);
 }
@@ -1882,7 +1881,7 @@ static __device__ int position(const int64_t *count, int row, int L, int C) {
 }
 
 // rstd of a warp's head where its squares overflow
-static __device__ float large_head_rstd(const act *z, int dz) {
+static __device__ float large_head_rstd(const floatX *z, int dz) {
     float squares = 0;
     for (int j = threadIdx.x; j < dz / 2; j += WARP) {
         float2 x = load_pair(z + 2 * j);
@@ -1893,7 +1892,7 @@ static __device__ float large_head_rstd(const act *z, int dz) {
 }
 
 // A warp's head: q, k, z, gamma and beta begin there; k's gamma and beta are Z further on.
-static __device__ void qk_head(act *q, act *k, const act *z, const float *gamma, const float *beta, const float2 *turns,
+static __device__ void qk_head(floatX *q, floatX *k, const floatX *z, const float *gamma, const float *beta, const float2 *turns,
                                int Z, int dz, float eps) {
     const float *gamma1 = gamma + Z, *beta1 = beta + Z;
     float squares = 0, scale = 1 / sqrtf((float)dz);
@@ -1914,7 +1913,7 @@ static __device__ void qk_head(act *q, act *k, const act *z, const float *gamma,
     }
 }
 
-static __global__ void qk_forward_kernel(act *q, act *k, const act *z, const float *gamma, const float *beta,
+static __global__ void qk_forward_kernel(floatX *q, floatX *k, const floatX *z, const float *gamma, const float *beta,
                                          const float2 *table, const int64_t *count, int R, int L, int Z, int dz, int C,
                                          float eps) {
     int H = Z / dz, task = blockIdx.x * ROW_WARPS + threadIdx.y, row = task / H, h = task % H;
@@ -1924,18 +1923,18 @@ static __global__ void qk_forward_kernel(act *q, act *k, const act *z, const flo
     qk_head(q + at, k + at, z + at, gamma + h * dz, beta + h * dz, turns, Z, dz, eps);
 }
 
-static void qk_forward(act *q, act *k, const act *z, const float *gamma, const float *beta, const float2 *table,
+static void qk_forward(floatX *q, floatX *k, const floatX *z, const float *gamma, const float *beta, const float2 *table,
                        const int64_t *count, int R, int L, int Z, int dz, int C, double eps) {
     qk_forward_kernel<<<blocks_for((size_t)R * (Z / dz), ROW_WARPS), dim3(WARP, ROW_WARPS)>>>(
         q, k, z, gamma, beta, table, count, R, L, Z, dz, C, (float)eps);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 // Backward: the rotation turned back, then a = (dq (gamma0 + 1) + dk (gamma1 + 1))/sqrt(dz) is the gradient by n, and
 // dz = rstd (a - z rstd^2 mean(a z)). A warp goes through rows of a head and adds up its own sums for gamma and beta.
 // parts (gridDim.x, 4, Z): dgamma0, dgamma1, dbeta0, dbeta1. Reads 3 R*Z, writes R*Z.
 
-static __global__ void qk_backward_kernel(act *dz_out, float *parts, const act *dq, const act *dk, const act *z,
+static __global__ void qk_backward_kernel(floatX *dz_out, float *parts, const floatX *dq, const floatX *dk, const floatX *z,
                                           const float *gamma, const float2 *table, int R, int L, int Z, int dz, int C,
                                           float eps) {
     extern __shared__ float qk_sums[]; // (warps, 8, dz/2): a thread reads and writes its own
@@ -1984,7 +1983,7 @@ static __global__ void qk_backward_kernel(act *dz_out, float *parts, const act *
 
 static size_t qk_backward_shared(int dz) { return 4 * (size_t)dz * sizeof(float); } // bytes for a warp
 
-static void qk_backward(act *dz_out, float *dgamma, float *dbeta, const act *dq, const act *dk, const act *z,
+static void qk_backward(floatX *dz_out, float *dgamma, float *dbeta, const floatX *dq, const floatX *dk, const floatX *z,
                         const float *gamma, const float2 *table, float *parts, int R, int L, int Z, int dz, int C,
                         double eps) {
     size_t shared = qk_backward_shared(dz);
@@ -1993,7 +1992,7 @@ static void qk_backward(act *dz_out, float *dgamma, float *dbeta, const act *dq,
     allow_shared(qk_backward_kernel, warps * shared);
     qk_backward_kernel<<<dim3(blocks, Z / dz), dim3(WARP, warps), warps * shared>>>(dz_out, parts, dq, dk, z, gamma,
                                                                                     table, R, L, Z, dz, C, (float)eps);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
     sum_parts(dgamma, dbeta, 1, parts, blocks, 4 * (size_t)Z, 2 * (size_t)Z, 2 * (size_t)Z);
 }
 
@@ -2004,7 +2003,7 @@ static void qk_backward(act *dz_out, float *dgamma, float *dbeta, const act *dq,
 // A thread has VEC numbers; arrays have room for whole vectors. silu: reads and writes n, backward 2 n, 1 or 2 n;
 // gate: reads 2 n, writes n, backward 3 n and 3 n.
 
-static __global__ void silu_forward_kernel(act *out, const act *inp, size_t n) {
+static __global__ void silu_forward_kernel(floatX *out, const floatX *inp, size_t n) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     float x[VEC];
     if (i >= n) return;
@@ -2014,12 +2013,12 @@ static __global__ void silu_forward_kernel(act *out, const act *inp, size_t n) {
     store<VEC>(out + i, x);
 }
 
-static void silu_forward(act *out, const act *inp, size_t n) {
+static void silu_forward(floatX *out, const floatX *inp, size_t n) {
     silu_forward_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, inp, n);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
-static __global__ void silu_backward_kernel(act *out, act *dinp, const act *dout, const act *inp, size_t n) {
+static __global__ void silu_backward_kernel(floatX *out, floatX *dinp, const floatX *dout, const floatX *inp, size_t n) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     float x[VEC], d[VEC];
     if (i >= n) return;
@@ -2034,12 +2033,12 @@ static __global__ void silu_backward_kernel(act *out, act *dinp, const act *dout
     if (out) store<VEC>(out + i, x);
 }
 
-static void silu_backward(act *out, act *dinp, const act *dout, const act *inp, size_t n) {
+static void silu_backward(floatX *out, floatX *dinp, const floatX *dout, const floatX *inp, size_t n) {
     silu_backward_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, dinp, dout, inp, n);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
-static __global__ void gate_forward_kernel(act *out, const act *a, const act *b, size_t n) {
+static __global__ void gate_forward_kernel(floatX *out, const floatX *a, const floatX *b, size_t n) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     float x[VEC], y[VEC];
     if (i >= n) return;
@@ -2049,12 +2048,12 @@ static __global__ void gate_forward_kernel(act *out, const act *a, const act *b,
     store<VEC>(out + i, x);
 }
 
-static void gate_forward(act *out, const act *a, const act *b, size_t n) {
+static void gate_forward(floatX *out, const floatX *a, const floatX *b, size_t n) {
     gate_forward_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, a, b, n);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
-static __global__ void gate_backward_kernel(act *out, act *da, act *db, const act *dout, const act *a, const act *b,
+static __global__ void gate_backward_kernel(floatX *out, floatX *da, floatX *db, const floatX *dout, const floatX *a, const floatX *b,
                                             size_t n) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     float x[VEC], y[VEC], d[VEC];
@@ -2068,9 +2067,9 @@ static __global__ void gate_backward_kernel(act *out, act *da, act *db, const ac
     store<VEC>(out + i, x), store<VEC>(da + i, d), store<VEC>(db + i, y);
 }
 
-static void gate_backward(act *out, act *da, act *db, const act *dout, const act *a, const act *b, size_t n) {
+static void gate_backward(floatX *out, floatX *da, floatX *db, const floatX *dout, const floatX *a, const floatX *b, size_t n) {
     gate_backward_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, da, db, dout, a, b, n);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 // ----------------------------------------------------------------------------
@@ -2079,7 +2078,7 @@ static void gate_backward(act *out, act *da, act *db, const act *dout, const act
 //
 //     S_ij = q_i . k_j for j <= i        P = softmax over j        o_i = sum_j P_ij v_j
 //
-// Scores exist for QUERY_ROWS queries at a time, against the keys up to the last of them, so that those above the
+// Scores exist for QUERY_TILE queries at a time, against the keys up to the last of them, so that those above the
 // diagonal are few; S, P and their gradients are acts, softmax is float. Of P only lse_i = log sum_j e^(S_ij) is kept.
 // scores (batch, nq, ld). A warp has a query's scores: reads them twice, writes them once; they are in the L2 cache.
 
@@ -2097,11 +2096,11 @@ static __device__ uint64_t mask_query(const Mask *mask, const Queries *s, size_t
     return (row / s->L * s->H + s->h) * mask->row + row % s->L * s->C;
 }
 
-static __global__ void attend_forward_kernel(act *scores, float *lse, Queries s, Mask mask) {
+static __global__ void attention_chunk_forward_kernel(floatX *scores, float *lse, Queries s, Mask mask) {
     size_t task = (size_t)blockIdx.x * ROW_WARPS + threadIdx.y;
     if (task >= (size_t)s.batch * s.nq) return;
     size_t row = query_row(&s, task);
-    act *p = scores + task * s.ld;
+    floatX *p = scores + task * s.ld;
     int seen = s.nk - s.nq + (int)(task % s.nq) + 1; // keys at or before this query
     float x[VEC], top = -INFINITY, sum = 0;          // sum of e^(S - top) over what this lane has seen
     for (int j = threadIdx.x * VEC; j < seen; j += WARP * VEC) {
@@ -2109,22 +2108,22 @@ static __global__ void attend_forward_kernel(act *scores, float *lse, Queries s,
         float most = top;
 #pragma unroll
         for (int i = 0; i < VEC; i++) most = j + i < seen ? fmaxf(most, x[i]) : most;
-        if (most > top) sum *= exp_act(top - most), top = most;
+        if (most > top) sum *= exp_fast(top - most), top = most;
 #pragma unroll
         for (int i = 0; i < VEC; i++) { // x - x: NaN if it overflowed, for -infinity would pass for a probability of 0
-            sum += j + i < seen ? exp_act(x[i] - top) + (x[i] - x[i]) : 0;
+            sum += j + i < seen ? exp_fast(x[i] - top) + (x[i] - x[i]) : 0;
         }
     }
     float most = top;
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-    sum = warp_sum(sum != 0 ? sum * exp_act(top - most) : 0); // 0 of a lane that has no key
+    sum = warp_sum(sum != 0 ? sum * exp_fast(top - most) : 0); // 0 of a lane that has no key
     float l = most + logf(sum), scale = 1 / sum;
     for (int j = threadIdx.x * VEC; j < s.nk; j += WARP * VEC) {
         load<VEC>(x, p + j);
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
-            x[i] = j + i < seen ? exp_act(x[i] - most) * scale : 0;
+            x[i] = j + i < seen ? exp_fast(x[i] - most) * scale : 0;
             if (mask.p > 0) x[i] *= mask_at(&mask, mask_query(&mask, &s, row) + j + i);
         }
         store<VEC>(p + j, x);
@@ -2133,22 +2132,22 @@ static __global__ void attend_forward_kernel(act *scores, float *lse, Queries s,
 }
 
 // A product of every chunk's matrices; stored rows and their distances are those of Queries.
-static void chunk_product(const Queries *s, int ta, int tb, int M, int N, int K, const act *A, int lda,
-                          int64_t stride_a, const act *B, int ldb, int64_t stride_b, int add, act *C, int ldc,
+static void chunk_product(const Queries *s, int ta, int tb, int M, int N, int K, const floatX *A, int lda,
+                          int64_t stride_a, const floatX *B, int ldb, int64_t stride_b, int add, floatX *C, int ldc,
                           int64_t stride_c) {
-    Form f = form_of(ta, tb, M, N, K, lda, ldb, ldc);
+    MatmulKey f = matmul_key(ta, tb, M, N, K, lda, ldb, ldc);
     f.batch = s->batch, f.stride_a = stride_a, f.stride_b = stride_b, f.stride_c = stride_c;
-    product(f, A, B, add ? C : NULL, NULL, C);
+    matmul(f, A, B, add ? C : NULL, NULL, C);
 }
 
 // q, o begin with the first query, k, v with the first key; rows of q, k are Z long, of v, o E.
-static void attend_forward(act *o, float *lse, act *scores, const act *q, const act *k, const act *v, Queries s,
+static void attention_chunk_forward(floatX *o, float *lse, floatX *scores, const floatX *q, const floatX *k, const floatX *v, Queries s,
                            Mask mask, int dz, int dv, int Z, int E) {
     int64_t step_z = (int64_t)s.step * Z, step_e = (int64_t)s.step * E, step_s = (int64_t)s.nq * s.ld;
     chunk_product(&s, 0, 1, s.nq, s.nk, dz, q, Z, step_z, k, Z, step_z, 0, scores, s.ld, step_s);
-    attend_forward_kernel<<<blocks_for((size_t)s.batch * s.nq, ROW_WARPS), dim3(WARP, ROW_WARPS)>>>(scores, lse, s,
+    attention_chunk_forward_kernel<<<blocks_for((size_t)s.batch * s.nq, ROW_WARPS), dim3(WARP, ROW_WARPS)>>>(scores, lse, s,
                                                                                                     mask);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
     chunk_product(&s, 0, 0, s.nq, dv, s.nk, scores, s.ld, step_s, v, E, step_e, 0, o, E, step_e);
 }
 
@@ -2156,11 +2155,11 @@ static void attend_forward(act *o, float *lse, act *scores, const act *q, const 
 // With dropout, v meets P under the mask, and so does dP. A warp has a query's scores and their gradients dP: reads
 // both twice, writes P and dS in their place.
 
-static __global__ void attend_backward_kernel(act *scores, act *dscores, const float *lse, Queries s, Mask mask) {
+static __global__ void attention_chunk_backward_kernel(floatX *scores, floatX *dscores, const float *lse, Queries s, Mask mask) {
     size_t task = (size_t)blockIdx.x * ROW_WARPS + threadIdx.y;
     if (task >= (size_t)s.batch * s.nq) return;
     size_t row = query_row(&s, task);
-    act *p = scores + task * s.ld, *ds = dscores + task * s.ld;
+    floatX *p = scores + task * s.ld, *ds = dscores + task * s.ld;
     int seen = s.nk - s.nq + (int)(task % s.nq) + 1;
     float x[VEC], d[VEC], l = lse[row * s.H + s.h], dot = 0, sum = 0;
     for (int j = threadIdx.x * VEC; j < seen; j += WARP * VEC) {
@@ -2169,7 +2168,7 @@ static __global__ void attend_backward_kernel(act *scores, act *dscores, const f
         for (int i = 0; i < VEC; i++) {
             if (j + i >= seen) continue;
             if (mask.p > 0) d[i] *= mask_at(&mask, mask_query(&mask, &s, row) + j + i);
-            x[i] = exp_act(x[i] - l);
+            x[i] = exp_fast(x[i] - l);
             dot += x[i] * d[i], sum += x[i];
         }
     }
@@ -2180,7 +2179,7 @@ static __global__ void attend_backward_kernel(act *scores, act *dscores, const f
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
             float keep = mask.p > 0 && j + i < seen ? mask_at(&mask, mask_query(&mask, &s, row) + j + i) : 1;
-            x[i] = j + i < seen ? exp_act(x[i] - l) * scale : 0;
+            x[i] = j + i < seen ? exp_fast(x[i] - l) * scale : 0;
             d[i] = j + i < seen ? x[i] * (d[i] * keep - dot) : 0;
             x[i] *= keep;
         }
@@ -2189,15 +2188,15 @@ static __global__ void attend_backward_kernel(act *scores, act *dscores, const f
 }
 
 // dq is set; dk and dv are added to if `add`.
-static void attend_backward(act *dq, act *dk, act *dv_out, act *scores, act *dscores, int add, const act *dout,
-                            const float *lse, const act *q, const act *k, const act *v, Queries s, Mask mask, int dz,
+static void attention_chunk_backward(floatX *dq, floatX *dk, floatX *dv_out, floatX *scores, floatX *dscores, int add, const floatX *dout,
+                            const float *lse, const floatX *q, const floatX *k, const floatX *v, Queries s, Mask mask, int dz,
                             int dv, int Z, int E) {
     int64_t step_z = (int64_t)s.step * Z, step_e = (int64_t)s.step * E, step_s = (int64_t)s.nq * s.ld;
     chunk_product(&s, 0, 1, s.nq, s.nk, dz, q, Z, step_z, k, Z, step_z, 0, scores, s.ld, step_s);
     chunk_product(&s, 0, 1, s.nq, s.nk, dv, dout, E, step_e, v, E, step_e, 0, dscores, s.ld, step_s);
-    attend_backward_kernel<<<blocks_for((size_t)s.batch * s.nq, ROW_WARPS), dim3(WARP, ROW_WARPS)>>>(scores, dscores,
+    attention_chunk_backward_kernel<<<blocks_for((size_t)s.batch * s.nq, ROW_WARPS), dim3(WARP, ROW_WARPS)>>>(scores, dscores,
                                                                                                      lse, s, mask);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
     chunk_product(&s, 0, 0, s.nq, dz, s.nk, dscores, s.ld, step_s, k, Z, step_z, 0, dq, Z, step_z);
     chunk_product(&s, 1, 0, s.nk, dz, s.nq, dscores, s.ld, step_s, q, Z, step_z, add, dk, Z, step_z);
     chunk_product(&s, 1, 0, s.nk, dv, s.nq, scores, s.ld, step_s, dout, E, step_e, add, dv_out, E, step_e);
@@ -2213,7 +2212,7 @@ typedef struct {
 } Run; // chunks of n tokens, `step` rows apart
 
 static int score_columns(int C) { return ceil_div(C, VEC) * VEC; }
-static int score_rows(int C) { return min_int(QUERY_ROWS, C); }
+static int score_rows(int C) { return min_int(QUERY_TILE, C); }
 static int chunks_at_once(int C) { return max_int(SCORES / (score_rows(C) * score_columns(C)), 1); }
 
 static Run run_part(Run run, int first, int most) {
@@ -2226,27 +2225,27 @@ static Run run_number(int i, int B, int L, int C) {
 }
 
 // A thread has a number; reads and writes n.
-static __global__ void widen_kernel(float *out, const act *inp, size_t n) {
+static __global__ void widen_kernel(float *out, const floatX *inp, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i] = to_float(inp[i]);
 }
-static __global__ void narrow_kernel(act *out, const float *inp, size_t n) {
+static __global__ void narrow_kernel(floatX *out, const float *inp, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) set(&out[i], inp[i]);
 }
-static void widen(float *out, const act *inp, size_t n) {
+static void widen(float *out, const floatX *inp, size_t n) {
     if (n == 0) return;
     widen_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
-static void narrow(act *out, const float *inp, size_t n) {
+static void narrow(floatX *out, const float *inp, size_t n) {
     if (n == 0) return;
     narrow_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 // Puts n tokens' keys and values, from t on, into the cache of row b, from place `at` on.
-static void cache_chunk(float *cache_k, float *cache_v, const act *k, const act *v, int b, int t, int at, int n, int L,
+static void cache_chunk(float *cache_k, float *cache_v, const floatX *k, const floatX *v, int b, int t, int at, int n, int L,
                         int C, int Z, int E) {
     size_t from = (size_t)b * L + t, to = (size_t)b * C + at;
     widen(cache_k + to * Z, k + from * Z, (size_t)n * Z);
@@ -2254,18 +2253,18 @@ static void cache_chunk(float *cache_k, float *cache_v, const act *k, const act 
 }
 
 // One run's queries, block by block, head by head.
-static void attend_run(act *o, float *lse, act *scores, const act *q, const act *k, const act *v, Run run, int past,
+static void attention_chunk_run(floatX *o, float *lse, floatX *scores, const floatX *q, const floatX *k, const floatX *v, Run run, int past,
                        Mask mask, int L, int C, int H, int Z, int E) {
     int dz = Z / H, dv = E / H;
     for (int first = 0; first < run.chunks; first += chunks_at_once(C)) {
         Run part = run_part(run, first, chunks_at_once(C));
         size_t keys = (size_t)first * run.step;
         for (int h = 0; h < H; h++) {
-            for (int i = 0; i < part.n; i += QUERY_ROWS) {
-                int nq = min_int(QUERY_ROWS, part.n - i);
+            for (int i = 0; i < part.n; i += QUERY_TILE) {
+                int nq = min_int(QUERY_TILE, part.n - i);
                 size_t row = part.row + i;
                 Queries s = {row, part.step, part.chunks, nq, past + i + nq, score_columns(C), h, L, H, C};
-                attend_forward(o + row * E + h * dv, lse, scores, q + row * Z + h * dz, k + keys * Z + h * dz,
+                attention_chunk_forward(o + row * E + h * dv, lse, scores, q + row * Z + h * dz, k + keys * Z + h * dz,
                                v + keys * E + h * dv, s, mask, dz, dv, Z, E);
             }
         }
@@ -2275,14 +2274,14 @@ static void attend_run(act *o, float *lse, act *scores, const act *q, const act 
 // q, k (B,L,Z) are rotated, v, o (B,L,E), lse (B,L,H). past (B), on the host, NULL: all 0: tokens that the chunk at the
 // start has already; their keys and values are in cache_k (B,C,Z), cache_v (B,C,E), and this call's go there too, as
 // far as their chunk stays unfinished. chunk_k (C,Z), chunk_v (C,E) are scratch.
-static void attention_forward(act *o, float *lse, float *cache_k, float *cache_v, act *scores, act *chunk_k,
-                              act *chunk_v, const act *q, const act *k, const act *v, const int *past, Mask mask, int B,
+static void attention_forward(floatX *o, float *lse, float *cache_k, float *cache_v, floatX *scores, floatX *chunk_k,
+                              floatX *chunk_v, const floatX *q, const floatX *k, const floatX *v, const int *past, Mask mask, int B,
                               int L, int C, int H, int Z, int E) {
     int some = 0; // whether any sequence goes on inside a chunk
     for (int b = 0; past && b < B; b++) some |= past[b];
     for (int i = 0; !some && i < count_runs(L, C); i++) {
         Run run = run_number(i, B, L, C);
-        attend_run(o, lse, scores, q, k + run.row * Z, v + run.row * E, run, 0, mask, L, C, H, Z, E);
+        attention_chunk_run(o, lse, scores, q, k + run.row * Z, v + run.row * E, run, 0, mask, L, C, H, Z, E);
     }
     for (int b = 0; some && b < B; b++) {
         size_t row = (size_t)b * L, cache = (size_t)b * C;
@@ -2291,12 +2290,12 @@ static void attention_forward(act *o, float *lse, float *cache_k, float *cache_v
             cache_chunk(cache_k, cache_v, k, v, b, 0, past[b], n, L, C, Z, E);
             narrow(chunk_k, cache_k + cache * Z, (size_t)(past[b] + n) * Z);
             narrow(chunk_v, cache_v + cache * E, (size_t)(past[b] + n) * E);
-            attend_run(o, lse, scores, q, chunk_k, chunk_v, Run{row, L, 1, n}, past[b], mask, L, C, H, Z, E);
+            attention_chunk_run(o, lse, scores, q, chunk_k, chunk_v, Run{row, L, 1, n}, past[b], mask, L, C, H, Z, E);
             t = n;
         }
         for (; t < L; t += C) {
             Run run = {row + t, L, 1, min_int(C, L - t)};
-            attend_run(o, lse, scores, q, k + run.row * Z, v + run.row * E, run, 0, mask, L, C, H, Z, E);
+            attention_chunk_run(o, lse, scores, q, k + run.row * Z, v + run.row * E, run, 0, mask, L, C, H, Z, E);
         }
     }
     for (int b = 0; cache_k && b < B; b++) {
@@ -2305,22 +2304,22 @@ static void attention_forward(act *o, float *lse, float *cache_k, float *cache_v
     }
 }
 
-static void attention_backward(act *dq, act *dk, act *dv_out, act *scores, act *dscores, const act *dout,
-                               const float *lse, const act *q, const act *k, const act *v, Mask mask, int B, int L,
+static void attention_backward(floatX *dq, floatX *dk, floatX *dv_out, floatX *scores, floatX *dscores, const floatX *dout,
+                               const float *lse, const floatX *q, const floatX *k, const floatX *v, Mask mask, int B, int L,
                                int C, int H, int Z, int E) {
     int dz = Z / H, dv = E / H;
     for (int r = 0; r < count_runs(L, C); r++) {
         Run run = run_number(r, B, L, C);
         for (int first = 0; first < run.chunks; first += chunks_at_once(C)) {
             Run part = run_part(run, first, chunks_at_once(C));
-            int last = (part.n - 1) / QUERY_ROWS * QUERY_ROWS;
+            int last = (part.n - 1) / QUERY_TILE * QUERY_TILE;
             for (int h = 0; h < H; h++) {
                 size_t z = part.row * Z + h * dz, e = part.row * E + h * dv;
-                for (int i = last; i >= 0; i -= QUERY_ROWS) { // the last block sees all keys: it sets dk and dv
-                    int nq = min_int(QUERY_ROWS, part.n - i);
+                for (int i = last; i >= 0; i -= QUERY_TILE) { // the last block sees all keys: it sets dk and dv
+                    int nq = min_int(QUERY_TILE, part.n - i);
                     size_t zi = z + (size_t)i * Z, ei = e + (size_t)i * E;
                     Queries s = {part.row + i, part.step, part.chunks, nq, i + nq, score_columns(C), h, L, H, C};
-                    attend_backward(dq + zi, dk + z, dv_out + e, scores, dscores, i < last, dout + ei, lse, q + zi,
+                    attention_chunk_backward(dq + zi, dk + z, dv_out + e, scores, dscores, i < last, dout + ei, lse, q + zi,
                                     k + z, v + e, s, mask, dz, dv, Z, E);
                 }
             }
@@ -2335,7 +2334,7 @@ static void attention_backward(act *dq, act *dk, act *dv_out, act *scores, act *
 
 template <int W, int V>
 static __global__ void __launch_bounds__(ROW_THREADS)
-    layernorm_forward_kernel(act *out, float *mean, float *rstd, const act *inp, const float *weight, const float *bias,
+    layernorm_forward_kernel(floatX *out, float *mean, float *rstd, const floatX *inp, const float *weight, const float *bias,
                              int R, int D, float eps) {
     float x[ROWS][V][W], w[V][W], b[V][W];
     load_columns<W, V>(w, weight, 1, 1, D), load_columns<W, V>(b, bias, 0, 0, D);
@@ -2385,17 +2384,17 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     }
 }
 
-static void layernorm_forward(act *out, float *mean, float *rstd, const act *inp, const float *weight,
+static void layernorm_forward(floatX *out, float *mean, float *rstd, const floatX *inp, const float *weight,
                               const float *bias, int R, int D, double eps) {
     auto kernel = ROW_KERNEL(layernorm_forward_kernel, D);
     kernel<<<ceil_div(R, ROWS), row_threads(D)>>>(out, mean, rstd, inp, weight, bias, R, D, (float)eps);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 // parts (gridDim.x, 2, D): dweight, dbias
 template <int W, int V>
 static __global__ void __launch_bounds__(ROW_THREADS)
-    layernorm_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp, const float *weight,
+    layernorm_backward_kernel(floatX *dinp, float *parts, const floatX *dout, const floatX *inp, const float *weight,
                               const float *mean, const float *rstd, int R, int D) {
     float n[ROWS][V][W], dy[ROWS][V][W], w[V][W], dw[V][W] = {}, db[V][W] = {};
     load_columns<W, V>(w, weight, 1, 1, D);
@@ -2434,11 +2433,11 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     store_columns<W, V>(parts + ((size_t)blockIdx.x * 2 + 1) * D, db, D);
 }
 
-static void layernorm_backward(act *dinp, float *dweight, float *dbias, const act *dout, const act *inp,
+static void layernorm_backward(floatX *dinp, float *dweight, float *dbias, const floatX *dout, const floatX *inp,
                                const float *weight, const float *mean, const float *rstd, float *parts, int R, int D) {
     auto kernel = ROW_KERNEL(layernorm_backward_kernel, D);
     kernel<<<row_parts(R), row_threads(D)>>>(dinp, parts, dout, inp, weight, mean, rstd, R, D);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
     if (dweight) sum_parts(dweight, dbias, 1, parts, row_parts(R), 2 * (size_t)D, D, D);
 }
 
@@ -2447,17 +2446,17 @@ static void layernorm_backward(act *dinp, float *dweight, float *dbias, const ac
 // A thread has VEC numbers; backward, a block goes through rows and its threads own columns. Reads R*D, backward 2 R*D;
 // writes R*D.
 
-static __global__ void rescale_forward_kernel(act *out, const act *inp, const float *alpha, size_t n, int D) {
+static __global__ void rescale_forward_kernel(floatX *out, const floatX *inp, const float *alpha, size_t n, int D) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) set(&out[i], alpha[i % D] * to_float(inp[i]));
 }
 
-static void rescale_forward(act *out, const act *inp, const float *alpha, int R, int D) {
+static void rescale_forward(floatX *out, const floatX *inp, const float *alpha, int R, int D) {
     rescale_forward_kernel<<<blocks_for((size_t)R * D, THREADS), THREADS>>>(out, inp, alpha, (size_t)R * D, D);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
-static __global__ void rescale_backward_kernel(act *dinp, float *parts, const act *dout, const act *inp,
+static __global__ void rescale_backward_kernel(floatX *dinp, float *parts, const floatX *dout, const floatX *inp,
                                                const float *alpha, int R, int D) {
     for (int c = threadIdx.x; c < D; c += blockDim.x) {
         float sum = 0;
@@ -2470,15 +2469,15 @@ static __global__ void rescale_backward_kernel(act *dinp, float *parts, const ac
     }
 }
 
-static void rescale_backward(act *dinp, float *dalpha, const act *dout, const act *inp, const float *alpha,
+static void rescale_backward(floatX *dinp, float *dalpha, const floatX *dout, const floatX *inp, const float *alpha,
                              float *parts, int R, int D) {
     rescale_backward_kernel<<<row_parts(R), THREADS>>>(dinp, parts, dout, inp, alpha, R, D);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
     sum_parts(dalpha, NULL, 1, parts, row_parts(R), D, D, 0);
 }
 
 // a residual: out += inp, where no kernel before it adds it. A thread has VEC numbers; reads 2 n, writes n.
-static __global__ void add_kernel(act *out, const act *inp, size_t n) {
+static __global__ void add_kernel(floatX *out, const floatX *inp, size_t n) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     float x[VEC], y[VEC];
     if (i >= n) return;
@@ -2488,9 +2487,9 @@ static __global__ void add_kernel(act *out, const act *inp, size_t n) {
     store<VEC>(out + i, x);
 }
 
-static void add(act *out, const act *inp, size_t n) {
+static void add(floatX *out, const floatX *inp, size_t n) {
     add_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, inp, n);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 // ----------------------------------------------------------------------------
@@ -2502,11 +2501,11 @@ static void add(act *out, const act *inp, size_t n) {
 static int logit_rows(int V) { return max_int(LOGITS / V, LOGIT_ROWS); }
 
 template <int W>
-static __global__ void loss_kernel(float *losses, act *logits, const int32_t *targets, float grad_scale, int grad,
+static __global__ void loss_kernel(float *losses, floatX *logits, const int32_t *targets, float grad_scale, int grad,
                                    int V) {
     __shared__ float tops[WARP], sums[WARP];
     size_t r = blockIdx.x;
-    act *l = logits + r * V;
+    floatX *l = logits + r * V;
     int target = targets[r], lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float x[W], top = -INFINITY, sum = 0, at_target = target < 0 ? 0 : to_float(l[target]);
     for (int v = threadIdx.x * W; v < V; v += blockDim.x * W) {
@@ -2514,24 +2513,24 @@ static __global__ void loss_kernel(float *losses, act *logits, const int32_t *ta
         float most = top;
 #pragma unroll
         for (int i = 0; i < W; i++) most = fmaxf(most, x[i]);
-        if (most > top) sum *= exp_act(top - most), top = most;
+        if (most > top) sum *= exp_fast(top - most), top = most;
 #pragma unroll
-        for (int i = 0; i < W; i++) sum += (v + i == target ? 0 : exp_act(x[i] - top)) + (x[i] - x[i]);
+        for (int i = 0; i < W; i++) sum += (v + i == target ? 0 : exp_fast(x[i] - top)) + (x[i] - x[i]);
     }
     float most = top;
     for (int step = WARP / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-    sum = warp_sum(sum != 0 ? sum * exp_act(top - most) : 0); // 0 where there is no logit
+    sum = warp_sum(sum != 0 ? sum * exp_fast(top - most) : 0); // 0 where there is no logit
     if (lane == 0) tops[warp] = most, sums[warp] = sum;
     __syncthreads(); // all have read the target's logit, too
     top = lane < warps ? tops[lane] : -INFINITY, sum = lane < warps ? sums[lane] : 0, most = top;
     for (int step = WARP / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-    sum = warp_sum(sum != 0 ? sum * exp_act(top - most) : 0);
-    float own = exp_act(at_target - most), scale = target < 0 ? 0 : grad_scale / (sum + own);
+    sum = warp_sum(sum != 0 ? sum * exp_fast(top - most) : 0);
+    float own = exp_fast(at_target - most), scale = target < 0 ? 0 : grad_scale / (sum + own);
     if (threadIdx.x == 0) losses[r] = target < 0 ? 0 : (float)(log1p(sum + (own - 1.0)) + (most - at_target));
     for (int v = threadIdx.x * W; grad && v < V; v += blockDim.x * W) {
         load<W>(x, l + v);
 #pragma unroll
-        for (int i = 0; i < W; i++) x[i] = v + i == target ? -scale * sum : scale * exp_act(x[i] - most);
+        for (int i = 0; i < W; i++) x[i] = v + i == target ? -scale * sum : scale * exp_fast(x[i] - most);
         store<W>(l + v, x);
     }
 }
@@ -2551,29 +2550,29 @@ static __global__ void sum_losses_kernel(double *total, const float *losses, int
 }
 
 // total gets the sum of the losses (R)
-static void output_loss(double *total, float *losses, act *dx, float *doutput, act *logits, const act *x,
-                        const act *output, const int32_t *targets, double grad_scale, int R, int D, int V) {
+static void output_loss(double *total, float *losses, floatX *dx, float *doutput, floatX *logits, const floatX *x,
+                        const floatX *output, const int32_t *targets, double grad_scale, int R, int D, int V) {
     for (int r0 = 0; r0 < R; r0 += logit_rows(V)) {
         int rows = min_int(logit_rows(V), R - r0), threads = V > 4096 ? 512 : 64;
-        const act *xr = x + (size_t)r0 * D;
+        const floatX *xr = x + (size_t)r0 * D;
         linear_forward(logits, NULL, xr, output, NULL, rows, D, V);
         auto kernel = V % VEC == 0 ? loss_kernel<VEC> : loss_kernel<1>;
         kernel<<<rows, threads>>>(losses + r0, logits, targets + r0, (float)grad_scale, dx != NULL, V);
-        LAUNCHED();
+        cudaCheck(cudaGetLastError());
         if (dx) linear_backward(dx + (size_t)r0 * D, 0, doutput, NULL, logits, xr, output, NULL, rows, D, V);
     }
     sum_losses_kernel<<<1, THREADS>>>(total, losses, R);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 // ----------------------------------------------------------------------------
-// decoding: one token of each of B sequences, at most FEW_ROWS, that goes on from a state. Little is to be computed: what
+// decoding: one token of each of B sequences, at most GEMV_ROWS, that goes on from a state. Little is to be computed: what
 // takes time is reading every weight and the unfinished chunk once, and waiting for one kernel after the other, so these
 // are as few as the data's way through a layer allows: seven. Places are read from the state on the device, so that the
 // host waits for nothing. A kernel starts while the one before it ends, if the GPU can do that, and loads weights and what
-// the token before left in the state; what other kernels of this token wrote is there only behind wait_for_last.
+// the token before left in the state; what other kernels of this token wrote is there only behind pdl_wait.
 
-static __device__ void wait_for_last(void) {
+static __device__ void pdl_wait(void) {
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion(); // now the next one may start
@@ -2581,39 +2580,39 @@ static __device__ void wait_for_last(void) {
 }
 
 template <typename... Parameters, typename... Arguments>
-static void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Arguments... arguments) {
+static void launch_pdl(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Arguments... arguments) {
     cudaLaunchAttribute early;
     cudaLaunchConfig_t config = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared;
-    config.attrs = &early, config.numAttrs = gpu.early;
-    CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+    config.attrs = &early, config.numAttrs = gpu.has_pdl;
+    cudaCheck(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
 // 1. TimestepNorm and, if h is there, CEMA. A block has a group of a row: every warp finds its moments, then a lane has a
-// channel, and the warps take its modes in turns. Reads and writes 2*N*D floats of h (2,N,D) a row, reads 5*N*D of coefs.
+// channel, and the warps take its modes in turns. Reads and writes 2*N*D floats of h (2,N,D) a row, reads 5*N*D of coeffs.
 
 typedef struct {
     float p, q_re, q_im, g_re, g_im, re, im;
 } DecodeMode;
-static __device__ DecodeMode decode_mode(Coefs c, const float *h, size_t at, size_t modes) {
+static __device__ DecodeMode decode_mode(Coeffs c, const float *h, size_t at, size_t modes) {
     return DecodeMode{c.p[at], c.q_re[at], c.q_im[at], c.g_re[at], c.g_im[at], h[at], h[modes + at]};
 }
 
-static __global__ void decode_norm_kernel(act *xt, act *ema, double *mean, double *m2, float *h, const act *inp,
-                                          const float *weight, const float *bias, Coefs coefs, const float *omega,
+static __global__ void decode_norm_kernel(floatX *xt, floatX *ema, double *mean, double *m2, float *h, const floatX *inp,
+                                          const float *weight, const float *bias, Coeffs coeffs, const float *omega,
                                           const int64_t *count, int D, int G, int N, double eps) {
     __shared__ float sums[VALUE_COLUMNS][WARP];
     int g = D / G, lane = threadIdx.x, b = blockIdx.y, pair = b * G + blockIdx.x, d0 = blockIdx.x * g;
     size_t row = (size_t)b * D, modes = (size_t)N * D, mine = (size_t)threadIdx.y * D + d0 + lane;
-    const act *x = inp + row + d0;
+    const floatX *x = inp + row + d0;
     DecodeMode mode = {};
     if (h) h += b * 2 * modes;
-    if (h && lane < g && (int)threadIdx.y < N) mode = decode_mode(coefs, h, mine, modes);
+    if (h && lane < g && (int)threadIdx.y < N) mode = decode_mode(coeffs, h, mine, modes);
     double n = (double)g * (double)count[b];
     Moments before = {mean[pair], m2[pair]};
-    wait_for_last();
+    pdl_wait();
     float first = to_float(x[0]), s1 = 0, s2 = 0;
     for (int i = lane; i < g; i += WARP) {
         float d = to_float(x[i]) - first;
@@ -2625,12 +2624,12 @@ static __global__ void decode_norm_kernel(act *xt, act *ema, double *mean, doubl
     Mean shift = split_mean(all.mean);
     float rstd = (float)(1 / sqrt(all.m2 / (n + g) + eps));
     for (int i = lane; i - lane < g; i += WARP) {
-        act rounded = {};
+        floatX rounded = {};
         if (i < g) set(&rounded, centered(to_float(x[i]), shift) * rstd * (weight[d0 + i] + 1) + bias[d0 + i]);
         float v = to_float(rounded), y = 0;
         for (int k = threadIdx.y; h && i < g && k < N; k += blockDim.y) {
             size_t at = (size_t)k * D + d0 + i;
-            if (at != mine) mode = decode_mode(coefs, h, at, modes); // the first one is there
+            if (at != mine) mode = decode_mode(coeffs, h, at, modes); // the first one is there
             float re = mode.q_re * mode.re - mode.q_im * mode.im + mode.p * v;
             float im = mode.q_re * mode.im + mode.q_im * mode.re;
             h[at] = re, h[modes + at] = im;
@@ -2654,8 +2653,8 @@ static __global__ void decode_norm_kernel(act *xt, act *ema, double *mean, doubl
 // numbers of it are on their way before anything is waited for.
 
 typedef struct {
-    act *out;
-    const act *inp, *weight, *bias, *gate, *add;
+    floatX *out;
+    const floatX *inp, *weight, *bias, *gate, *add;
     const float *scale, *norm_weight, *norm_bias;
     int M, silu, norm; // NO_NORM, ..
 } Linear;
@@ -2663,32 +2662,32 @@ typedef struct {
     Linear of[4]; // M 0: none
 } Linears;
 enum { NO_NORM, RMS_NORM, LAYER_NORM };
-enum { FEW_WARPS = 16, FEW_THREADS = FEW_WARPS * WARP, FEW_LOADS = 4 }; // of a block; loads of a thread at once
+enum { GEMV_WARPS = 16, GEMV_THREADS = GEMV_WARPS * WARP, GEMV_LOADS = 4 }; // of a block; loads of a thread at once
 
 // A load, kept as it came: unpacked, numbers of 16 bits would take registers of 32.
 template <int W> struct Loaded { uint4 bits; };
-template <> struct Loaded<1> { act bits; };
+template <> struct Loaded<1> { floatX bits; };
 
-template <int W> static __device__ void few_load(Loaded<W> w[FEW_LOADS], const act *weight, int k0, int step, int K) {
+template <int W> static __device__ void gemv_load(Loaded<W> w[GEMV_LOADS], const floatX *weight, int k0, int step, int K) {
 #pragma unroll
-    for (int i = 0; i < FEW_LOADS; i++) {
+    for (int i = 0; i < GEMV_LOADS; i++) {
         if (k0 + i * step < K) w[i] = *(const Loaded<W> *)(weight + k0 + i * step);
     }
 }
 
 // Rows of x times a row of weights, whose first numbers are in w: columns k0, k0 + step, .. , W at each.
 template <int R, int W>
-static __device__ void few_dots(float sum[R], Loaded<W> w[FEW_LOADS], const act *weight, const act *x, int k0, int step,
+static __device__ void gemv_dots(float sum[R], Loaded<W> w[GEMV_LOADS], const floatX *weight, const floatX *x, int k0, int step,
                                 int B, int K) {
 #pragma unroll
     for (int r = 0; r < R; r++) sum[r] = 0;
 #pragma unroll 1
-    for (; k0 < K; k0 += FEW_LOADS * step) {
+    for (; k0 < K; k0 += GEMV_LOADS * step) {
 #pragma unroll
-        for (int i = 0; i < FEW_LOADS; i++) {
+        for (int i = 0; i < GEMV_LOADS; i++) {
             if (k0 + i * step >= K) break;
             float unpacked[W], y[W];
-            load<W>(unpacked, (const act *)&w[i]);
+            load<W>(unpacked, (const floatX *)&w[i]);
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 load<W>(y, x + (size_t)min_int(r, B - 1) * K + k0 + i * step);
@@ -2696,7 +2695,7 @@ static __device__ void few_dots(float sum[R], Loaded<W> w[FEW_LOADS], const act 
                 for (int u = 0; u < W; u++) sum[r] += unpacked[u] * y[u];
             }
         }
-        few_load<W>(w, weight, k0 + FEW_LOADS * step, step, K);
+        gemv_load<W>(w, weight, k0 + GEMV_LOADS * step, step, K);
     }
 #pragma unroll
     for (int r = 0; r < R; r++) sum[r] = warp_sum(sum[r]);
@@ -2708,21 +2707,21 @@ static __device__ float norm_scale(const Linear &l, int k, int K) {
 static __device__ float norm_shift(const Linear &l, int k, int K) { return l.norm_bias && k < K ? l.norm_bias[k] : 0; }
 
 // rows (B,K): inp, normalised. Every block does this again; a thread has a column, or several.
-static __device__ void few_norms(act *rows, const Linear &l, int B, int K, float eps) {
+static __device__ void gemv_norms(floatX *rows, const Linear &l, int B, int K, float eps) {
     enum { AHEAD = 2 };
     float scale[AHEAD], shift[AHEAD];
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {
-        int k = threadIdx.x + u * FEW_THREADS;
+        int k = threadIdx.x + u * GEMV_THREADS;
         scale[u] = norm_scale(l, k, K), shift[u] = norm_shift(l, k, K);
     }
-    wait_for_last();
+    pdl_wait();
     for (int r = 0; r < B; r++) {
-        const act *inp = l.inp + (size_t)r * K;
+        const floatX *inp = l.inp + (size_t)r * K;
         float from = l.norm == LAYER_NORM ? to_float(inp[0]) : 0;
         RowSums sums = {};
 #pragma unroll 2
-        for (int k = threadIdx.x; k < K; k += FEW_THREADS) {
+        for (int k = threadIdx.x; k < K; k += GEMV_THREADS) {
             float d = to_float(inp[k]) - from;
             sums.x[0] += d, sums.x[1] += d * d;
         }
@@ -2730,12 +2729,12 @@ static __device__ void few_norms(act *rows, const Linear &l, int B, int K, float
         float mean = l.norm == LAYER_NORM ? sums.x[0] / K : 0, square = sums.x[1] / K;
         float s = square <= LARGE ? 1 / sqrtf(fmaxf(square - mean * mean, 0) + eps) : NAN; // NaN if it overflowed
 #pragma unroll 1
-        for (int k0 = threadIdx.x; k0 < K; k0 += AHEAD * FEW_THREADS) {
+        for (int k0 = threadIdx.x; k0 < K; k0 += AHEAD * GEMV_THREADS) {
 #pragma unroll
             for (int u = 0; u < AHEAD; u++) {
-                int k = k0 + u * FEW_THREADS;
+                int k = k0 + u * GEMV_THREADS;
                 if (k >= K) break;
-                if (K > AHEAD * FEW_THREADS) scale[u] = norm_scale(l, k, K), shift[u] = norm_shift(l, k, K);
+                if (K > AHEAD * GEMV_THREADS) scale[u] = norm_scale(l, k, K), shift[u] = norm_shift(l, k, K);
                 set(&rows[(size_t)r * K + k], (to_float(inp[k]) - from - mean) * s * scale[u] + shift[u]);
             }
         }
@@ -2744,32 +2743,32 @@ static __device__ void few_norms(act *rows, const Linear &l, int B, int K, float
 }
 
 template <int R, int W>
-static __global__ void __launch_bounds__(FEW_THREADS, R < 3 ? 4 - R : 1) // so many blocks find registers
-    few_rows_kernel(const __grid_constant__ Linears all, int split, int B, int K, float eps) {
-    extern __shared__ float4 few_shared[]; // (B,K) acts, if there is a norm
-    __shared__ float dots[2][FEW_WARPS][R];
-    int block = blockIdx.x, each = FEW_WARPS / split, warp = threadIdx.x / WARP; // each: outputs of a block
+static __global__ void __launch_bounds__(GEMV_THREADS, R < 3 ? 4 - R : 1) // so many blocks find registers
+    gemv_rows_kernel(const __grid_constant__ Linears all, int split, int B, int K, float eps) {
+    extern __shared__ float4 gemv_shared[]; // (B,K) acts, if there is a norm
+    __shared__ float dots[2][GEMV_WARPS][R];
+    int block = blockIdx.x, each = GEMV_WARPS / split, warp = threadIdx.x / WARP; // each: outputs of a block
     const Linear *l = all.of;
     while (block >= ceil_div(l->M, each)) block -= ceil_div(l++->M, each); // whose blocks come one behind the other
     int k0 = (warp % split * WARP + threadIdx.x % WARP) * W, step = split * WARP * W;
     size_t at = (size_t)min_int(block * each + warp / split, l->M - 1) * K; // the last output more than once
-    Loaded<W> w[FEW_LOADS];
-    few_load<W>(w, l->weight + at, k0, step, K);
+    Loaded<W> w[GEMV_LOADS];
+    gemv_load<W>(w, l->weight + at, k0, step, K);
     int r = threadIdx.x % R, o = threadIdx.x / R, m = block * each + o; // what the thread writes in the end
     bool writes = o < each && m < l->M && r < B;
     float bias = writes && l->bias ? to_float(l->bias[m]) : 0, scale = writes && l->scale ? l->scale[m] : 1;
     float sum[R], gate[R] = {};
-    act *rows = (act *)few_shared;
+    floatX *rows = (floatX *)gemv_shared;
     if (l->norm)
-        few_norms(rows, *l, B, K, eps);
+        gemv_norms(rows, *l, B, K, eps);
     else
-        wait_for_last();
+        pdl_wait();
     float more = writes && l->add ? to_float(l->add[(size_t)r * l->M + m]) : 0;
-    const act *x = l->norm ? rows : l->inp;
-    few_dots<R, W>(sum, w, l->weight + at, x, k0, step, B, K);
+    const floatX *x = l->norm ? rows : l->inp;
+    gemv_dots<R, W>(sum, w, l->weight + at, x, k0, step, B, K);
     if (l->gate) {
-        few_load<W>(w, l->gate + at, k0, step, K);
-        few_dots<R, W>(gate, w, l->gate + at, x, k0, step, B, K);
+        gemv_load<W>(w, l->gate + at, k0, step, K);
+        gemv_dots<R, W>(gate, w, l->gate + at, x, k0, step, B, K);
     }
 #pragma unroll
     for (int i = 0; i < R; i++) {
@@ -2784,26 +2783,26 @@ static __global__ void __launch_bounds__(FEW_THREADS, R < 3 ? 4 - R : 1) // so m
     set(&l->out[(size_t)r * l->M + m], y * scale + more);
 }
 
-static size_t few_shared_bytes(int B, int K) { return (size_t)B * K * sizeof(act); }
+static size_t gemv_shared_bytes(int B, int K) { return (size_t)B * K * sizeof(floatX); }
 
-static void few_rows(Linears all, int B, int K, double eps) {
+static void gemv_rows(Linears all, int B, int K, double eps) {
     enum { WARPS = 4096 }; // enough to keep a large GPU's memory busy
     int blocks = 0, norm = 0, outputs = 0, split = 1, W = K % VEC == 0 ? VEC : 1;
     for (const Linear &l : all.of) {
         outputs += l.M, norm |= l.norm;
         if (alignment(l.weight) < 16 || alignment(l.gate) < 16) W = 1; // NULL is aligned
     }
-    while (split < FEW_WARPS && outputs * split < WARPS) split *= 2;
-    for (const Linear &l : all.of) blocks += ceil_div(l.M, FEW_WARPS / split);
+    while (split < GEMV_WARPS && outputs * split < WARPS) split *= 2;
+    for (const Linear &l : all.of) blocks += ceil_div(l.M, GEMV_WARPS / split);
 #define FEW(W)                                                                                                         \
-    (B == 1   ? few_rows_kernel<1, W>                                                                                  \
-     : B == 2 ? few_rows_kernel<2, W>                                                                                  \
-     : B <= 4 ? few_rows_kernel<4, W>                                                                                  \
-              : few_rows_kernel<FEW_ROWS, W>)
+    (B == 1   ? gemv_rows_kernel<1, W>                                                                                  \
+     : B == 2 ? gemv_rows_kernel<2, W>                                                                                  \
+     : B <= 4 ? gemv_rows_kernel<4, W>                                                                                  \
+              : gemv_rows_kernel<GEMV_ROWS, W>)
     auto kernel = W == VEC ? FEW(VEC) : FEW(1);
-    size_t shared = norm ? few_shared_bytes(B, K) : 0;
+    size_t shared = norm ? gemv_shared_bytes(B, K) : 0;
     allow_shared(kernel, shared);
-    launch_early(kernel, blocks, FEW_THREADS, shared, all, split, B, K, (float)eps);
+    launch_pdl(kernel, blocks, GEMV_THREADS, shared, all, split, B, K, (float)eps);
 }
 
 // 3. Scores (B,H,C) of one query against the keys of its chunk so far, cached as floats. A warp has a key. The one of this
@@ -2815,17 +2814,17 @@ static __device__ void key_load(float x[KEY_LOADS], const float *key, int from, 
     for (int i = 0; i < KEY_LOADS; i++) x[i] = from + i * WARP < dz ? key[from + i * WARP] : 0;
 }
 
-static __global__ void decode_scores_kernel(float *scores, float *cache_k, const act *z, const float *gamma,
+static __global__ void decode_scores_kernel(float *scores, float *cache_k, const floatX *z, const float *gamma,
                                             const float *beta, const float2 *table, const int64_t *count, int Z, int dz,
                                             int C, float eps) {
     extern __shared__ float4 decode_shared[];
-    act *q = (act *)decode_shared, *k = q + dz;
+    floatX *q = (floatX *)decode_shared, *k = q + dz;
     int h = blockIdx.y, b = blockIdx.z, c = h * dz, last = position(count, b, 1, C);
     int first = blockIdx.x * ROW_WARPS, j = min_int(first + threadIdx.y, last); // the last one more than once
     if (first > last) return;                                                   // the grid is for a whole chunk
     float *key = cache_k + ((size_t)b * C + j) * Z + c, x[KEY_LOADS], sum = 0;
     key_load(x, key, threadIdx.x, dz);
-    wait_for_last();
+    pdl_wait();
     if (threadIdx.y == 0)
         qk_head(q, k, z + (size_t)b * Z + c, gamma + c, beta + c, table + (size_t)last * (dz / 2), Z, dz, eps);
     __syncthreads();
@@ -2848,7 +2847,7 @@ static __global__ void decode_scores_kernel(float *scores, float *cache_k, const
 // every WARP-th key, with a softmax of its own, which are joined at the end, when a warp has a column. Reads E floats a
 // key.
 static __global__ void __launch_bounds__(WARP *VALUE_COLUMNS)
-    decode_values_kernel(act *gated, float *cache_v, const float *scores, const act *v, const act *r_in,
+    decode_values_kernel(floatX *gated, float *cache_v, const float *scores, const floatX *v, const floatX *r_pre,
                          const int64_t *count, int E, int C) {
     enum { AT_ONCE = 16 };
     __shared__ float tops[WARP], sums[WARP], values[VALUE_COLUMNS][WARP + 1];
@@ -2857,9 +2856,9 @@ static __global__ void __launch_bounds__(WARP *VALUE_COLUMNS)
     int c = h * dv + min_int(blockIdx.x * VALUE_COLUMNS + column, dv - 1); // the last one more than once
     float *cached = cache_v + (size_t)b * C * E + c, top = -INFINITY, sum = 0, o = 0;
     scores += ((size_t)b * H + h) * C;
-    wait_for_last();
+    pdl_wait();
     int mine = min_int(blockIdx.x * VALUE_COLUMNS + threadIdx.y, dv - 1); // the column this warp has in the end
-    float r = to_float(r_in[(size_t)b * E + h * dv + mine]);
+    float r = to_float(r_pre[(size_t)b * E + h * dv + mine]);
     if (last % WARP == turn) cached[(size_t)last * E] = to_float(v[(size_t)b * E + c]);
     for (int j0 = turn; j0 <= last; j0 += AT_ONCE * WARP) {
         float s[AT_ONCE], x[AT_ONCE], most = top;
@@ -2870,11 +2869,11 @@ static __global__ void __launch_bounds__(WARP *VALUE_COLUMNS)
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) most = fmaxf(most, s[i]);
-        float old = exp_act(top - most);
+        float old = exp_fast(top - most);
         sum *= old, o *= old, top = most;
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            float p = exp_act(s[i] - top);
+            float p = exp_fast(s[i] - top);
             sum += p, o += p * x[i];
         }
     }
@@ -2884,27 +2883,27 @@ static __global__ void __launch_bounds__(WARP *VALUE_COLUMNS)
     float most = top;
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-    float share = exp_act(top - most);
+    float share = exp_fast(top - most);
     sum = warp_sum(share * sums[threadIdx.x]);
     o = warp_sum(share * values[mine - blockIdx.x * VALUE_COLUMNS][threadIdx.x]) / sum;
     if (threadIdx.x == 0) set(&gated[(size_t)b * E + h * dv + mine], o * (r * sigmoid(r)));
 }
 
-static void decode_norm(act *xt, act *ema, double *mean, double *m2, float *h, const act *inp, const float *weight,
-                        const float *bias, Coefs coefs, const float *omega, const int64_t *count, int B, int D, int G,
+static void decode_norm(floatX *xt, floatX *ema, double *mean, double *m2, float *h, const floatX *inp, const float *weight,
+                        const float *bias, Coeffs coeffs, const float *omega, const int64_t *count, int B, int D, int G,
                         int N, double eps) {
-    launch_early(decode_norm_kernel, dim3(G, B), dim3(WARP, VALUE_COLUMNS), 0, xt, ema, mean, m2, h, inp, weight, bias,
-                 coefs, omega, count, D, G, N, eps);
+    launch_pdl(decode_norm_kernel, dim3(G, B), dim3(WARP, VALUE_COLUMNS), 0, xt, ema, mean, m2, h, inp, weight, bias,
+                 coeffs, omega, count, D, G, N, eps);
 }
 
-static void decode_attention(act *gated, float *cache_k, float *cache_v, float *scores, const act *z, const act *v,
-                             const act *r_in, const float *gamma, const float *beta, const float2 *table,
+static void decode_attention(floatX *gated, float *cache_k, float *cache_v, float *scores, const floatX *z, const floatX *v,
+                             const floatX *r_pre, const float *gamma, const float *beta, const float2 *table,
                              const int64_t *count, int B, int C, int H, int Z, int E, double eps) {
-    size_t shared = 2 * (size_t)(Z / H) * sizeof(act);
-    launch_early(decode_scores_kernel, dim3(ceil_div(C, ROW_WARPS), H, B), dim3(WARP, ROW_WARPS), shared, scores,
+    size_t shared = 2 * (size_t)(Z / H) * sizeof(floatX);
+    launch_pdl(decode_scores_kernel, dim3(ceil_div(C, ROW_WARPS), H, B), dim3(WARP, ROW_WARPS), shared, scores,
                  cache_k, z, gamma, beta, table, count, Z, Z / H, C, (float)eps);
-    launch_early(decode_values_kernel, dim3(ceil_div(E / H, VALUE_COLUMNS), H, B), dim3(WARP, VALUE_COLUMNS), 0, gated,
-                 cache_v, scores, v, r_in, count, E, C);
+    launch_pdl(decode_values_kernel, dim3(ceil_div(E / H, VALUE_COLUMNS), H, B), dim3(WARP, VALUE_COLUMNS), 0, gated,
+                 cache_v, scores, v, r_pre, count, E, C);
 }
 
 // ----------------------------------------------------------------------------
@@ -2913,42 +2912,42 @@ static void decode_attention(act *gated, float *cache_k, float *cache_v, float *
 typedef struct {                // of one layer: what its backward pass reads
     Mean *norm_mean;            // (B,L,G) TimestepNorm's
     float *norm_rstd;           // (B,L,G)
-    act *xt;                    // (B,L,D) TimestepNorm(x)
+    floatX *xt;                    // (B,L,D) TimestepNorm(x)
     float *h;                   // (B, L/CEMA_BLOCK, 2, N, D) CEMA's state before each block
-    act *ema;                   // (B,L,D) CEMA(xt)
+    floatX *ema;                   // (B,L,D) CEMA(xt)
     float *ema_rstd;            // (B,L) its RMSNorm's
-    act *mx;                    // (B,L,D) RMSNorm(CEMA(xt))
-    act *z;                     // (B,L,Z) before its norm
-    act *v_in, *r_in;           // (B,L,E) before silu
-    act *o;                     // (B,L,E)
+    floatX *mx;                    // (B,L,D) RMSNorm(CEMA(xt))
+    floatX *z;                     // (B,L,Z) before its norm
+    floatX *v_pre, *r_pre;           // (B,L,E) before silu
+    floatX *o;                     // (B,L,E)
     float *lse;                 // (B,L,H)
-    act *y;                     // (B,L,D) the sub-layer's output
+    floatX *y;                     // (B,L,D) the sub-layer's output
     float *ffn_mean, *ffn_rstd; // (B,L) LayerNorm's
-    act *u;                     // (B,L,D) LayerNorm(y)
-    act *f1, *f3;               // (B,L,F) u W1', u W3' (swiglu only)
-    act *f2;                    // (B,L,D) before alpha (rescale_nffn only)
+    floatX *u;                     // (B,L,D) LayerNorm(y)
+    floatX *f1, *f3;               // (B,L,F) u W1', u W3' (swiglu only)
+    floatX *f2;                    // (B,L,D) before alpha (rescale_nffn only)
 } LayerActs;
 
 typedef struct {                 // used by every layer in turn; what begins with d, for backward only
-    act *logits;                 // (logit_rows,V)
-    act *dx, *dy, *dxt, *dmx;    // (B,L,D)
+    floatX *logits;                 // (logit_rows,V)
+    floatX *dx, *dy, *dxt, *dmx;    // (B,L,D)
     Prefix *prefix;              // (B,L,G) TimestepNorm's, forward
     Sums *suffix;                // (B,L,G) and backward
     Moments *moments;            // (B, L/NORM_BLOCK, G) forward
     Sums *sums;                  // (B, L/NORM_BLOCK, G) backward
-    act *q_turned, *k_turned;    // (B,L,Z) of the attention sub-layer, here and below
-    act *v, *gated;              // (B,L,E)
-    act *scores;                 // (chunks_at_once, score_rows, score_columns)
-    act *chunk_k, *chunk_v;      // (C,Z), (C,E) a chunk that began before
-    float *decode_scores;        // (B,H,C), B at most FEW_ROWS
-    act *dema;                   // (B,L,D)
-    act *dq, *dk, *dz;           // (B,L,Z)
-    act *do_, *dr_in, *dv;       // (B,L,E)
-    act *dscores;                // as scores
+    floatX *q_rotated, *k_rotated;    // (B,L,Z) of the attention sub-layer, here and below
+    floatX *v, *gated;              // (B,L,E)
+    floatX *scores;                 // (chunks_at_once, score_rows, score_columns)
+    floatX *chunk_k, *chunk_v;      // (C,Z), (C,E) a chunk that began before
+    float *decode_scores;        // (B,H,C), B at most GEMV_ROWS
+    floatX *dema;                   // (B,L,D)
+    floatX *dq, *dk, *dz;           // (B,L,Z)
+    floatX *do_, *dr_pre, *dv;       // (B,L,E)
+    floatX *dscores;                // as scores
     float *futures;              // (D, B, L/CEMA_BLOCK, N, 2)
-    Coefs dcoefs;                // one behind the other
+    Coeffs dcoeffs;                // one behind the other
     float *parts;                // of sums over rows
-    act *hidden, *dhidden, *df1; // (B,L,F) of the FFN sub-layer
+    floatX *hidden, *dhidden, *df1; // (B,L,F) of the FFN sub-layer
 } Scratch;
 
 struct Model {
@@ -2958,21 +2957,21 @@ struct Model {
     Tensor *tensors;
     int num_tensors;
     size_t num_params;
-    Range *own;   // (num_own) of them, that this process updates,
+    Shard *own;   // (num_own) of them, that this process updates,
     int num_own;  // in all
     size_t owned; // so many
     MemoryPlan plan;
     void *params_memory;  // the parameters, then what they are rounded to
     void *moments_memory; // both
     float *memory[4];     // PARAMS, GRADS; MOMENT1, MOMENT2 (owned)
-    act *rounded;         // the parameters as acts; themselves in the float32 build
+    floatX *rounded;         // the parameters as acts; themselves in the float32 build
     Params params, grads;
     void *acts_memory, *work_memory;
     LayerActs *acts;           // (num_layers), all in the same memory unless mode is TRAIN
-    act **x;                   // (num_layers+1) of (B,L,D): blocks' inputs, the last one's output
+    floatX **x;                   // (num_layers+1) of (B,L,D): blocks' inputs, the last one's output
     Mean *final_mean;          // (B,L,G) final norm's
     float *final_rstd;         // (B,L,G)
-    act *final;                // (B,L,D) and its output
+    floatX *final;                // (B,L,D) and its output
     float *losses;             // (B,L)
     double *totals;            // (NORM_PARTS) of megalodon_grad_norm; of the loss
     int32_t *tokens, *targets; // (B,L)
@@ -2984,10 +2983,10 @@ struct Model {
     int64_t *host_count; // (B) state's count before the last forward
     int *past;           // (B) of it, tokens of an unfinished chunk
     float2 *rope;        // (C, dz/2)
-    Coefs *coefs;        // (num_layers)
-    int coefs_valid;
+    Coeffs *coeffs;        // (num_layers)
+    int coeffs_valid;
     Scratch scratch;
-    Pieces pieces;    // the sequences' others; pieces.pieces 1: none
+    ChunkParallel cp;    // the sequences' others; pieces.cp_size 1: none
     int64_t start;    // place of this piece in them,
     int64_t whole;    // of so many tokens
     int64_t *lengths; // (pieces) on the device
@@ -2995,7 +2994,7 @@ struct Model {
     size_t exchange_bytes;
     int joining;                         // in a forward of a piece: its incoming state is not yet known
     void (*ready)(Model *, int segment); // or NULL
-    Draw draw;                           // of dropout, if
+    DropoutKey draw;                           // of dropout, if
     int dropping;                        // it is on
     State before;                        // the last forward's incoming state without k and v, for the backward pass
     int with_before;                     // there was one
@@ -3022,7 +3021,7 @@ static void layer_acts_take(LayerActs *a, Arena *arena, const Config *c, int B, 
     take(&a->ema, arena, R * D), take(&a->ema_rstd, arena, R);
     take(&a->mx, arena, R * D);
     take(&a->z, arena, R * Z);
-    take(&a->v_in, arena, R * E), take(&a->r_in, arena, R * E);
+    take(&a->v_pre, arena, R * E), take(&a->r_pre, arena, R * E);
     take(&a->o, arena, R * E), take(&a->lse, arena, R * H);
     take(&a->y, arena, R * D);
     take(&a->ffn_mean, arena, R), take(&a->ffn_rstd, arena, R);
@@ -3031,11 +3030,11 @@ static void layer_acts_take(LayerActs *a, Arena *arena, const Config *c, int B, 
     take(&a->f2, arena, c->rescale_nffn ? R * D : 0);
 }
 
-static void coefs_take(Coefs *coefs, Arena *arena, const Config *c) {
+static void coeffs_take(Coeffs *coeffs, Arena *arena, const Config *c) {
     size_t n = (size_t)c->cema_ndim * c->model_dim;
     float *all;
     take(&all, arena, 7 * n);
-    *coefs = all ? Coefs{all, all + n, all + 2 * n, all + 3 * n, all + 4 * n, all + 5 * n, all + 6 * n} : Coefs{};
+    *coeffs = all ? Coeffs{all, all + n, all + 2 * n, all + 3 * n, all + 4 * n, all + 5 * n, all + 6 * n} : Coeffs{};
 }
 
 // Floats that the largest sum over rows needs for its parts.
@@ -3059,18 +3058,18 @@ static void scratch_take(Scratch *s, Arena *arena, const Config *c, Mode mode, i
     take(&s->prefix, arena, R * G), take(&s->moments, arena, blocks * G);
     if (backward) take(&s->suffix, arena, R * G), take(&s->sums, arena, blocks * G);
     size_t start = arena->used;
-    take(&s->q_turned, arena, R * Z), take(&s->k_turned, arena, R * Z);
+    take(&s->q_rotated, arena, R * Z), take(&s->k_rotated, arena, R * Z);
     take(&s->v, arena, R * E), take(&s->gated, arena, R * E);
     take(&s->scores, arena, scores);
     take(&s->chunk_k, arena, C * Z), take(&s->chunk_v, arena, C * E);
-    take(&s->decode_scores, arena, backward ? 0 : (size_t)min_int(B, FEW_ROWS) * c->num_heads * C);
+    take(&s->decode_scores, arena, backward ? 0 : (size_t)min_int(B, GEMV_ROWS) * c->num_heads * C);
     if (backward) {
         take(&s->dema, arena, R * D);
         take(&s->dq, arena, R * Z), take(&s->dk, arena, R * Z), take(&s->dz, arena, R * Z);
-        take(&s->do_, arena, R * E), take(&s->dr_in, arena, R * E), take(&s->dv, arena, R * E);
+        take(&s->do_, arena, R * E), take(&s->dr_pre, arena, R * E), take(&s->dv, arena, R * E);
         take(&s->dscores, arena, scores);
         take(&s->futures, arena, states);
-        coefs_take(&s->dcoefs, arena, c);
+        coeffs_take(&s->dcoeffs, arena, c);
     }
     size_t end = arena->used;
     arena->used = start;
@@ -3090,7 +3089,7 @@ static void scratch_take(Scratch *s, Arena *arena, const Config *c, Mode mode, i
 
 // The dropout of one place in one layer (-1: none of them), for an activation of `width` numbers a token.
 static Mask mask_of(const Model *m, int layer, int place, double p, int width) {
-    uint64_t whole = m->pieces.pieces > 1 ? (uint64_t)m->whole : (uint64_t)m->L; // tokens of a row
+    uint64_t whole = m->cp.cp_size > 1 ? (uint64_t)m->whole : (uint64_t)m->L; // tokens of a row
     Mask mask;
     mask.p = m->dropping ? p : 0;
     mask.seed = m->draw.seed;
@@ -3112,36 +3111,36 @@ static Mask mask_of_attention(const Model *m, int layer) {
 }
 
 // A parameter as products read it.
-static const act *rounded(const Model *m, const float *param) { return m->rounded + (param - m->memory[PARAMS]); }
+static const floatX *rounded(const Model *m, const float *param) { return m->rounded + (param - m->memory[PARAMS]); }
 
 // ----------------------------------------------------------------------------
 // TimestepNorm and CEMA in the model: a piece of a sequence joins the others
 
 static void pieces_free(Model *m) {
     device_free(m->exchange, m->exchange_bytes);
-    device_free(m->lengths, m->pieces.pieces * sizeof *m->lengths);
+    device_free(m->lengths, m->cp.cp_size * sizeof *m->lengths);
     m->exchange = NULL, m->lengths = NULL;
 }
 
-int megalodon_pieces(Model *m, const Pieces *pieces) {
+int megalodon_chunk_parallel(Model *m, const ChunkParallel *pieces) {
     const Config *c = &m->config;
     pieces_free(m);
-    memset(&m->pieces, 0, sizeof m->pieces);
-    m->pieces.pieces = 1, m->start = m->whole = 0;
-    if (!pieces || pieces->pieces == 1) return 1;
-    size_t sums = (size_t)m->max_B * c->norm_num_groups * sizeof(Sums), lengths = pieces->pieces * sizeof *m->lengths;
+    memset(&m->cp, 0, sizeof m->cp);
+    m->cp.cp_size = 1, m->start = m->whole = 0;
+    if (!pieces || pieces->cp_size == 1) return 1;
+    size_t sums = (size_t)m->max_B * c->norm_num_groups * sizeof(Sums), lengths = pieces->cp_size * sizeof *m->lengths;
     size_t h = (size_t)m->max_B * 2 * c->cema_ndim * c->model_dim * sizeof(float), most = sums > h ? sums : h;
-    m->exchange_bytes = ((size_t)pieces->pieces + 2) * most;
-    m->pieces = *pieces;
+    m->exchange_bytes = ((size_t)pieces->cp_size + 2) * most;
+    m->cp = *pieces;
     m->exchange = (char *)device_new(m->exchange_bytes), m->lengths = (int64_t *)device_new(lengths);
     if (!m->exchange || !m->lengths) {
         pieces_free(m);
-        m->pieces.pieces = 1;
+        m->cp.cp_size = 1;
         return 0;
     }
-    CUDA(cudaMemcpy(m->lengths, pieces->lengths, lengths, cudaMemcpyHostToDevice));
-    for (int i = 0; i < pieces->pieces; i++) {
-        m->start += i < pieces->piece ? pieces->lengths[i] : 0;
+    cudaCheck(cudaMemcpy(m->lengths, pieces->lengths, lengths, cudaMemcpyHostToDevice));
+    for (int i = 0; i < pieces->cp_size; i++) {
+        m->start += i < pieces->cp_rank ? pieces->lengths[i] : 0;
         m->whole += pieces->lengths[i];
     }
     return 1;
@@ -3149,14 +3148,14 @@ int megalodon_pieces(Model *m, const Pieces *pieces) {
 
 // What all pieces have found out alone, one behind the other: m->exchange has this one's at its start.
 static void *gather(Model *m, size_t bytes) {
-    m->pieces.gather(m->pieces.context, m->exchange, m->exchange + bytes, bytes);
+    m->cp.gather(m->cp.context, m->exchange, m->exchange + bytes, bytes);
     return m->exchange + bytes;
 }
 
 // TimestepNorm number `layer`; that behind all layers is the final one. in, out: see mega_forward.
-static void time_norm_forward(Model *m, int layer, act *y, Mean *mean, float *rstd, const act *x, const float *weight,
+static void timestep_norm_layer_forward(Model *m, int layer, floatX *y, Mean *mean, float *rstd, const floatX *x, const float *weight,
                               const float *bias, const State *in, State *out) {
-    const Pieces *p = &m->pieces;
+    const ChunkParallel *p = &m->cp;
     Scratch *s = &m->scratch;
     int B = m->B, L = m->L, D = m->config.model_dim, G = m->config.norm_num_groups;
     size_t at = (size_t)layer * B * G, rows = (size_t)B * G;
@@ -3166,81 +3165,81 @@ static void time_norm_forward(Model *m, int layer, act *y, Mean *mean, float *rs
         timestep_norm_forward(NULL, mean, rstd, mine, mine + rows, x, weight, bias, NULL, NULL, NULL, s->prefix,
                               s->moments, B, L, D, G, eps);
         double *all = (double *)gather(m, 2 * rows * sizeof *mine);
-        timestep_norm_join_kernel<<<blocks_for(rows, THREADS), THREADS>>>(in->mean + at, in->m2 + at, mean_out, m2_out,
+        timestep_norm_combine_kernel<<<blocks_for(rows, THREADS), THREADS>>>(in->mean + at, in->m2 + at, mean_out, m2_out,
                                                                           all, out ? out->count : NULL, m->lengths,
-                                                                          p->piece, p->pieces, B, D, G);
-        LAUNCHED();
+                                                                          p->cp_rank, p->cp_size, B, D, G);
+        cudaCheck(cudaGetLastError());
         mean_out = m2_out = NULL;
     }
     timestep_norm_forward(y, mean, rstd, mean_out, m2_out, x, weight, bias, in ? in->mean + at : NULL,
                           in ? in->m2 + at : NULL, in ? in->count : NULL, s->prefix, s->moments, B, L, D, G, eps);
 }
 
-static void time_norm_backward(Model *m, act *dx, float *dweight, float *dbias, const act *dy, const act *residual,
-                               const act *residual2, const act *x, const float *weight, const Mean *mean,
+static void timestep_norm_layer_backward(Model *m, floatX *dx, float *dweight, float *dbias, const floatX *dy, const floatX *residual,
+                               const floatX *residual2, const floatX *x, const float *weight, const Mean *mean,
                                const float *rstd) {
-    const Pieces *p = &m->pieces;
+    const ChunkParallel *p = &m->cp;
     Scratch *s = &m->scratch;
     int B = m->B, L = m->L, D = m->config.model_dim, G = m->config.norm_num_groups, rows = B * G;
     Sums *mine = (Sums *)(void *)m->exchange, *later = NULL;
     timestep_norm_sums(mine, s->suffix, s->sums, dy, x, weight, mean, rstd, m->with_before ? m->before.count : NULL, B,
                        L, D, G);
-    if (p->pieces > 1) {
+    if (p->cp_size > 1) {
         Sums *all = (Sums *)gather(m, rows * sizeof *mine);
-        later = all + (size_t)p->pieces * rows;
-        timestep_norm_join_backward_kernel<<<blocks_for(rows, THREADS), THREADS>>>(later, all, p->piece, p->pieces,
+        later = all + (size_t)p->cp_size * rows;
+        timestep_norm_combine_backward_kernel<<<blocks_for(rows, THREADS), THREADS>>>(later, all, p->cp_rank, p->cp_size,
                                                                                    rows);
-        LAUNCHED();
+        cudaCheck(cudaGetLastError());
     }
     timestep_norm_backward(dx, dweight, dbias, dy, residual, residual2, x, weight, mean, rstd, s->suffix, s->sums,
                            later, s->parts, B, L, D, G);
 }
 
-static void ema_forward(Model *m, int layer, const State *in, State *out) {
-    const Pieces *p = &m->pieces;
+static void cema_layer_forward(Model *m, int layer, const State *in, State *out) {
+    const ChunkParallel *p = &m->cp;
     int B = m->B, L = m->L, D = m->config.model_dim, N = m->config.cema_ndim;
     size_t modes = (size_t)B * 2 * N * D, at = layer * modes;
     LayerActs *a = &m->acts[layer];
-    const Coefs *coefs = &m->coefs[layer];
+    const Coeffs *coeffs = &m->coeffs[layer];
     const float *omega = m->params.layers[layer].cema_omega;
     float *h_out = out ? out->h + at : NULL;
     if (m->joining) {
-        cema_forward(NULL, a->h, (float *)(void *)m->exchange, a->xt, coefs, omega, NULL, B, L, D, N);
+        cema_forward(NULL, a->h, (float *)(void *)m->exchange, a->xt, coeffs, omega, NULL, B, L, D, N);
         float *all = (float *)gather(m, modes * sizeof *all);
-        cema_join_kernel<<<blocks_for(modes / 2, THREADS), THREADS>>>(in->h + at, h_out, all, *coefs, 0, m->lengths,
-                                                                      p->piece, p->pieces, B, D, N);
-        LAUNCHED();
+        cema_combine_kernel<<<blocks_for(modes / 2, THREADS), THREADS>>>(in->h + at, h_out, all, *coeffs, 0, m->lengths,
+                                                                      p->cp_rank, p->cp_size, B, D, N);
+        cudaCheck(cudaGetLastError());
         h_out = NULL;
     }
-    cema_forward(a->ema, a->h, h_out, a->xt, coefs, omega, in ? in->h + at : NULL, B, L, D, N);
+    cema_forward(a->ema, a->h, h_out, a->xt, coeffs, omega, in ? in->h + at : NULL, B, L, D, N);
 }
 
-static void ema_backward(Model *m, int layer, act *dx, const act *dy) {
-    const Pieces *p = &m->pieces;
+static void cema_layer_backward(Model *m, int layer, floatX *dx, const floatX *dy) {
+    const ChunkParallel *p = &m->cp;
     int B = m->B, L = m->L, D = m->config.model_dim, N = m->config.cema_ndim;
     size_t modes = (size_t)B * 2 * N * D;
     const LayerActs *a = &m->acts[layer];
     const LayerParams *w = &m->params.layers[layer];
     LayerParams *dw = &m->grads.layers[layer];
     Scratch *s = &m->scratch;
-    const Coefs *coefs = &m->coefs[layer];
+    const Coeffs *coeffs = &m->coeffs[layer];
     float *dh = NULL;
-    if (p->pieces > 1) {
-        cema_futures(s->futures, (float *)(void *)m->exchange, dy, NULL, coefs, B, L, D, N);
+    if (p->cp_size > 1) {
+        cema_futures(s->futures, (float *)(void *)m->exchange, dy, NULL, coeffs, B, L, D, N);
         float *all = (float *)gather(m, modes * sizeof *all);
-        dh = all + p->pieces * modes;
-        CUDA(cudaMemsetAsync(dh, 0, modes * sizeof *dh));
-        cema_join_kernel<<<blocks_for(modes / 2, THREADS), THREADS>>>(dh, NULL, all, *coefs, 1, m->lengths, p->piece,
-                                                                      p->pieces, B, D, N);
-        LAUNCHED();
+        dh = all + p->cp_size * modes;
+        cudaCheck(cudaMemsetAsync(dh, 0, modes * sizeof *dh));
+        cema_combine_kernel<<<blocks_for(modes / 2, THREADS), THREADS>>>(dh, NULL, all, *coeffs, 1, m->lengths, p->cp_rank,
+                                                                      p->cp_size, B, D, N);
+        cudaCheck(cudaGetLastError());
     }
-    cema_backward(dx, &s->dcoefs, dw->cema_omega, dh, dy, a->xt, a->h, coefs, w->cema_omega, s->futures, s->parts, B, L,
+    cema_backward(dx, &s->dcoeffs, dw->cema_omega, dh, dy, a->xt, a->h, coeffs, w->cema_omega, s->futures, s->parts, B, L,
                   D, N);
-    cema_coefs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoefs, w->cema_alpha,
+    cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoeffs, w->cema_alpha,
                         w->cema_delta, w->cema_theta, D, N);
 }
 
-static void mega_forward(Model *m, int layer, const State *in, State *out, const act *x, int B, int L) {
+static void mega_forward(Model *m, int layer, const State *in, State *out, const floatX *x, int B, int L) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layers[layer];
     LayerActs *a = &m->acts[layer];
@@ -3252,24 +3251,24 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     float *cache_k = out && out->k ? out->k + chunk * Z : NULL, *cache_v = out && out->v ? out->v + chunk * E : NULL;
 
     // xt = TimestepNorm(x), mx = RMSNorm(CEMA(xt))
-    time_norm_forward(m, layer, a->xt, a->norm_mean, a->norm_rstd, x, w->timenorm_weight, w->timenorm_bias, in, out);
-    ema_forward(m, layer, in, out);
+    timestep_norm_layer_forward(m, layer, a->xt, a->norm_mean, a->norm_rstd, x, w->timenorm_weight, w->timenorm_bias, in, out);
+    cema_layer_forward(m, layer, in, out);
     rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, c->norm_eps);
     dropout(a->mx, a->mx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
     // z = mx Wz' + bz, and from its norm q and k
     linear_forward(a->z, NULL, a->mx, rounded(m, w->wz), rounded(m, w->wz_bias), R, D, Z);
-    qk_forward(s->q_turned, s->k_turned, a->z, w->gamma, w->beta, m->rope, count, R, L, Z, dz, C, c->norm_eps);
+    qk_forward(s->q_rotated, s->k_rotated, a->z, w->gamma, w->beta, m->rope, count, R, L, Z, dz, C, c->norm_eps);
     // v = silu(xt Wv' + bv)
-    linear_forward(a->v_in, NULL, a->xt, rounded(m, w->wv), rounded(m, w->wv_bias), R, D, E);
-    silu_forward(s->v, a->v_in, (size_t)R * E);
-    attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->chunk_k, s->chunk_v, s->q_turned, s->k_turned, s->v,
+    linear_forward(a->v_pre, NULL, a->xt, rounded(m, w->wv), rounded(m, w->wv_bias), R, D, E);
+    silu_forward(s->v, a->v_pre, (size_t)R * E);
+    attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->chunk_k, s->chunk_v, s->q_rotated, s->k_rotated, s->v,
                       in ? m->past : NULL, mask_of_attention(m, layer), B, L, C, H, Z, E);
     // y = (mx Wh1' + bh1) + (o * r) Wh2' + x, r = silu(mx Wr' + br)
-    linear_forward(a->r_in, NULL, a->mx, rounded(m, w->wr), rounded(m, w->wr_bias), R, D, E);
-    gate_forward(s->gated, a->o, a->r_in, (size_t)R * E);
+    linear_forward(a->r_pre, NULL, a->mx, rounded(m, w->wr), rounded(m, w->wr_bias), R, D, E);
+    gate_forward(s->gated, a->o, a->r_pre, (size_t)R * E);
     dropout(s->gated, s->gated, mask_of(m, layer, DROP_GATED, c->hidden_dropout, E), (size_t)R * E);
     Mask mask = mask_of(m, layer, DROP_MEGA, c->dropout, D);
-    const act *residual = mask.p > 0 ? NULL : x; // the product adds it, unless a dropout comes between
+    const floatX *residual = mask.p > 0 ? NULL : x; // the product adds it, unless a dropout comes between
     linear_forward(a->y, residual, a->mx, rounded(m, w->wh1), rounded(m, w->wh1_bias), R, D, D);
     linear_forward(a->y, a->y, s->gated, rounded(m, w->wh2), NULL, R, E, D);
     dropout(a->y, a->y, mask, (size_t)R * D);
@@ -3277,7 +3276,7 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
 }
 
 // dx = gradient by x, from dy that by y, and added to it that of the block's other residual, which may be dx itself.
-static void mega_backward(Model *m, int layer, act *dx, const act *dy, const act *residual, const act *x, int B,
+static void mega_backward(Model *m, int layer, floatX *dx, const floatX *dy, const floatX *residual, const floatX *x, int B,
                           int L) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layers[layer];
@@ -3289,19 +3288,19 @@ static void mega_backward(Model *m, int layer, act *dx, const act *dy, const act
 
     const Mask mega_mask = mask_of(m, layer, DROP_MEGA, c->dropout, D);
     const Mask gated_mask = mask_of(m, layer, DROP_GATED, c->hidden_dropout, E);
-    const act *dsum = mega_mask.p > 0 ? s->dxt : dy; // gradient by wh1's and wh2's sum
+    const floatX *dsum = mega_mask.p > 0 ? s->dxt : dy; // gradient by wh1's and wh2's sum
     dropout(s->dxt, dy, mega_mask, (size_t)R * D);
     linear_backward_inp(s->do_, 0, dsum, rounded(m, w->wh2), R, E, D);
     dropout(s->do_, s->do_, gated_mask, (size_t)R * E);
-    gate_backward(s->gated, s->do_, s->dr_in, s->do_, a->o, a->r_in, (size_t)R * E);
+    gate_backward(s->gated, s->do_, s->dr_pre, s->do_, a->o, a->r_pre, (size_t)R * E);
     dropout(s->gated, s->gated, gated_mask, (size_t)R * E);
     linear_backward_weight(dw->wh2, NULL, dsum, s->gated, s->parts, R, E, D);
     linear_backward(s->dmx, 0, dw->wh1, dw->wh1_bias, dsum, a->mx, rounded(m, w->wh1), s->parts, R, D, D);
-    linear_backward(s->dmx, 1, dw->wr, dw->wr_bias, s->dr_in, a->mx, rounded(m, w->wr), s->parts, R, D, E);
+    linear_backward(s->dmx, 1, dw->wr, dw->wr_bias, s->dr_pre, a->mx, rounded(m, w->wr), s->parts, R, D, E);
 
-    silu_forward(s->v, a->v_in, (size_t)R * E);
-    qk_forward(s->q_turned, s->k_turned, a->z, w->gamma, w->beta, m->rope, NULL, R, L, Z, dz, C, c->norm_eps);
-    attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->lse, s->q_turned, s->k_turned, s->v,
+    silu_forward(s->v, a->v_pre, (size_t)R * E);
+    qk_forward(s->q_rotated, s->k_rotated, a->z, w->gamma, w->beta, m->rope, NULL, R, L, Z, dz, C, c->norm_eps);
+    attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->lse, s->q_rotated, s->k_rotated, s->v,
                        mask_of_attention(m, layer), B, L, C, H, Z, E);
     qk_backward(s->dz, dw->gamma, dw->beta, s->dq, s->dk, a->z, w->gamma, m->rope, s->parts, R, L, Z, dz, C,
                 c->norm_eps);
@@ -3309,10 +3308,10 @@ static void mega_backward(Model *m, int layer, act *dx, const act *dy, const act
 
     dropout(s->dmx, s->dmx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
     rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, s->parts, R, D);
-    ema_backward(m, layer, s->dxt, s->dema);
-    silu_backward(NULL, s->dv, s->dv, a->v_in, (size_t)R * E);
+    cema_layer_backward(m, layer, s->dxt, s->dema);
+    silu_backward(NULL, s->dv, s->dv, a->v_pre, (size_t)R * E);
     linear_backward(s->dxt, 1, dw->wv, dw->wv_bias, s->dv, a->xt, rounded(m, w->wv), s->parts, R, D, E);
-    time_norm_backward(m, dx, dw->timenorm_weight, dw->timenorm_bias, s->dxt, dy, residual, x, w->timenorm_weight,
+    timestep_norm_layer_backward(m, dx, dw->timenorm_weight, dw->timenorm_bias, s->dxt, dy, residual, x, w->timenorm_weight,
                        a->norm_mean, a->norm_rstd);
 }
 
@@ -3320,7 +3319,7 @@ static void mega_backward(Model *m, int layer, act *dx, const act *dy, const act
 // the FFN sub-layer with the block's residual: out = [alpha *] hidden W2' + x,
 // hidden = silu(u W1') [* (u W3')], u = LayerNorm(y)
 
-static void nffn_forward(Model *m, int layer, act *out, const act *x, int R) {
+static void nffn_forward(Model *m, int layer, floatX *out, const floatX *x, int R) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layers[layer];
     LayerActs *a = &m->acts[layer];
@@ -3337,8 +3336,8 @@ static void nffn_forward(Model *m, int layer, act *out, const act *x, int R) {
     }
     dropout(s->hidden, s->hidden, mask_of(m, layer, DROP_HIDDEN, c->hidden_dropout, F), (size_t)R * F);
     Mask mask = mask_of(m, layer, DROP_NFFN, c->dropout, D);
-    const act *residual = mask.p > 0 || c->rescale_nffn ? NULL : x; // the product adds it, if nothing comes between
-    act *f2 = c->rescale_nffn ? a->f2 : out;
+    const floatX *residual = mask.p > 0 || c->rescale_nffn ? NULL : x; // the product adds it, if nothing comes between
+    floatX *f2 = c->rescale_nffn ? a->f2 : out;
     linear_forward(f2, residual, s->hidden, rounded(m, w->fc2), NULL, R, F, D);
     dropout(f2, f2, mask, (size_t)R * D);
     if (c->rescale_nffn) rescale_forward(out, f2, w->alpha, R, D);
@@ -3346,7 +3345,7 @@ static void nffn_forward(Model *m, int layer, act *out, const act *x, int R) {
 }
 
 // dy = gradient by y, from dout. The residual's share, dout itself, is the block's to add.
-static void nffn_backward(Model *m, int layer, act *dy, const act *dout, int R) {
+static void nffn_backward(Model *m, int layer, floatX *dy, const floatX *dout, int R) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layers[layer];
     LayerParams *dw = &m->grads.layers[layer];
@@ -3356,7 +3355,7 @@ static void nffn_backward(Model *m, int layer, act *dy, const act *dout, int R) 
 
     const Mask hidden_mask = mask_of(m, layer, DROP_HIDDEN, c->hidden_dropout, F);
     const Mask nffn_mask = mask_of(m, layer, DROP_NFFN, c->dropout, D);
-    const act *df2 = dout;
+    const floatX *df2 = dout;
     if (c->rescale_nffn) {
         rescale_backward(s->dmx, dw->alpha, dout, a->f2, w->alpha, s->parts, R, D);
         df2 = s->dmx;
@@ -3365,7 +3364,7 @@ static void nffn_backward(Model *m, int layer, act *dy, const act *dout, int R) 
     if (nffn_mask.p > 0) df2 = s->dmx;
     linear_backward_inp(s->dhidden, 0, df2, rounded(m, w->fc2), R, F, D);
     dropout(s->dhidden, s->dhidden, hidden_mask, (size_t)R * F);
-    act *du = s->dxt;
+    floatX *du = s->dxt;
     if (c->swiglu) { // dhidden becomes df3
         gate_backward(s->hidden, s->dhidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F);
         linear_backward(du, 0, dw->fc3, NULL, s->dhidden, a->u, rounded(m, w->fc3), s->parts, R, D, F);
@@ -3388,7 +3387,7 @@ static void block_forward(Model *m, int layer, const State *in, State *out, int 
     m->acts_layer = layer;
 }
 
-static Linear linear_of(const Model *m, act *out, const act *inp, const float *weight, const float *bias, int M) {
+static Linear linear_of(const Model *m, floatX *out, const floatX *inp, const float *weight, const float *bias, int M) {
     Linear l;
     memset(&l, 0, sizeof l);
     l.out = out, l.inp = inp, l.weight = rounded(m, weight), l.bias = bias ? rounded(m, bias) : NULL, l.M = M;
@@ -3401,31 +3400,31 @@ static void block_decode(Model *m, int layer, const State *state, int B) {
     const LayerParams *w = &m->params.layers[layer];
     LayerActs *a = &m->acts[layer];
     Scratch *s = &m->scratch;
-    const act *x = m->x[layer];
+    const floatX *x = m->x[layer];
     int D = c->model_dim, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim, C = c->chunk_size;
     int G = c->norm_num_groups, N = c->cema_ndim;
     size_t row = (size_t)layer * B;
     decode_norm(a->xt, a->ema, state->mean + row * G, state->m2 + row * G, state->h + row * 2 * N * D, x,
-                w->timenorm_weight, w->timenorm_bias, m->coefs[layer], w->cema_omega, state->count, B, D, G, N,
+                w->timenorm_weight, w->timenorm_bias, m->coeffs[layer], w->cema_omega, state->count, B, D, G, N,
                 c->norm_eps);
     Linears first = {
-        {linear_of(m, s->v, a->xt, w->wv, w->wv_bias, E), linear_of(m, a->r_in, a->ema, w->wr, w->wr_bias, E),
+        {linear_of(m, s->v, a->xt, w->wv, w->wv_bias, E), linear_of(m, a->r_pre, a->ema, w->wr, w->wr_bias, E),
          linear_of(m, a->y, a->ema, w->wh1, w->wh1_bias, D), linear_of(m, a->z, a->ema, w->wz, w->wz_bias, Z)}};
     first.of[0].silu = 1, first.of[2].add = x;
     for (int i = 1; i < 4; i++) first.of[i].norm = RMS_NORM, first.of[i].norm_weight = w->rmsnorm_weight;
-    few_rows(first, B, D, c->norm_eps);
-    decode_attention(s->gated, state->k + row * C * Z, state->v + row * C * E, s->decode_scores, a->z, s->v, a->r_in,
+    gemv_rows(first, B, D, c->norm_eps);
+    decode_attention(s->gated, state->k + row * C * Z, state->v + row * C * E, s->decode_scores, a->z, s->v, a->r_pre,
                      w->gamma, w->beta, m->rope, state->count, B, C, c->num_heads, Z, E, c->norm_eps);
     Linears wh2 = {{linear_of(m, a->y, s->gated, w->wh2, NULL, D)}},
             fc1 = {{linear_of(m, s->hidden, a->y, w->fc1, NULL, F)}};
     wh2.of[0].add = a->y;
-    few_rows(wh2, B, E, c->norm_eps);
+    gemv_rows(wh2, B, E, c->norm_eps);
     fc1.of[0].norm = LAYER_NORM, fc1.of[0].norm_weight = w->norm_weight, fc1.of[0].norm_bias = w->norm_bias;
     fc1.of[0].silu = 1, fc1.of[0].gate = w->fc3 ? rounded(m, w->fc3) : NULL;
-    few_rows(fc1, B, D, c->norm_eps);
+    gemv_rows(fc1, B, D, c->norm_eps);
     Linears fc2 = {{linear_of(m, m->x[layer + 1], s->hidden, w->fc2, NULL, D)}};
     fc2.of[0].add = x, fc2.of[0].scale = w->alpha;
-    few_rows(fc2, B, F, c->norm_eps);
+    gemv_rows(fc2, B, F, c->norm_eps);
 }
 
 // A block's forward again, for its activations.
@@ -3448,21 +3447,21 @@ static void block_backward(Model *m, int layer, int B, int L) {
 static float embedding_scale(const Config *c) { return c->scale_emb ? (float)sqrt((double)c->model_dim) : 1; }
 
 static void upload(void *dst, const void *src, size_t bytes) {
-    CUDA(cudaMemcpy(dst, src, bytes, cudaMemcpyHostToDevice));
+    cudaCheck(cudaMemcpy(dst, src, bytes, cudaMemcpyHostToDevice));
 }
 
 // Copies n acts to floats of the host.
-static void download(float *dst, const act *src, size_t n) {
+static void download(float *dst, const floatX *src, size_t n) {
     enum { PIECE = 1 << 16 };
-    static act piece[PIECE];
+    static floatX piece[PIECE];
     for (size_t done = 0; done < n; done += PIECE) {
         size_t some = n - done < PIECE ? n - done : (size_t)PIECE;
-        CUDA(cudaMemcpy(piece, src + done, some * sizeof *piece, cudaMemcpyDeviceToHost));
+        cudaCheck(cudaMemcpy(piece, src + done, some * sizeof *piece, cudaMemcpyDeviceToHost));
         for (size_t i = 0; i < some; i++) dst[done + i] = to_float(piece[i]);
     }
 }
 
-void megalodon_dropout(Model *m, const Draw *draw) {
+void megalodon_dropout(Model *m, const DropoutKey *draw) {
     m->dropping = draw != NULL;
     if (draw) m->draw = *draw;
 }
@@ -3474,7 +3473,7 @@ static __global__ void advance_kernel(int64_t *count, int B, int64_t L) {
 }
 static void advance(int64_t *count, int B, int64_t L) {
     advance_kernel<<<blocks_for(B, THREADS), THREADS>>>(count, B, L);
-    LAUNCHED();
+    cudaCheck(cudaGetLastError());
 }
 
 // Keeps what the backward pass, or a block's forward again, needs of the incoming state. Of a piece, layer after layer
@@ -3484,26 +3483,26 @@ static void remember(Model *m, const State *state, int B) {
     size_t layers = c->num_layers, moments = (layers + 1) * B * c->norm_num_groups * sizeof(double);
     size_t h = layers * B * 2 * c->cema_ndim * c->model_dim * sizeof(float), count = B * sizeof(int64_t);
     State *s = &m->before;
-    m->with_before = state != NULL || m->pieces.pieces > 1;
+    m->with_before = state != NULL || m->cp.cp_size > 1;
     if (state) {
-        CUDA(cudaMemcpyAsync(s->count, state->count, count, cudaMemcpyDeviceToDevice));
-        CUDA(cudaMemcpyAsync(s->mean, state->mean, moments, cudaMemcpyDeviceToDevice));
-        CUDA(cudaMemcpyAsync(s->m2, state->m2, moments, cudaMemcpyDeviceToDevice));
-        CUDA(cudaMemcpyAsync(s->h, state->h, h, cudaMemcpyDeviceToDevice));
+        cudaCheck(cudaMemcpyAsync(s->count, state->count, count, cudaMemcpyDeviceToDevice));
+        cudaCheck(cudaMemcpyAsync(s->mean, state->mean, moments, cudaMemcpyDeviceToDevice));
+        cudaCheck(cudaMemcpyAsync(s->m2, state->m2, moments, cudaMemcpyDeviceToDevice));
+        cudaCheck(cudaMemcpyAsync(s->h, state->h, h, cudaMemcpyDeviceToDevice));
     } else if (m->with_before) {
-        CUDA(cudaMemsetAsync(s->count, 0, count));
-        CUDA(cudaMemsetAsync(s->mean, 0, moments)), CUDA(cudaMemsetAsync(s->m2, 0, moments));
-        CUDA(cudaMemsetAsync(s->h, 0, h));
+        cudaCheck(cudaMemsetAsync(s->count, 0, count));
+        cudaCheck(cudaMemsetAsync(s->mean, 0, moments)), cudaCheck(cudaMemsetAsync(s->m2, 0, moments));
+        cudaCheck(cudaMemsetAsync(s->h, 0, h));
     }
-    if (m->pieces.pieces == 1) return;
+    if (m->cp.cp_size == 1) return;
     advance(s->count, B, m->start);
 }
 
 // Of whole chunks a state has no keys and values. What shared memory has no room for is left to the general way.
 static int can_decode(const Model *m, const State *state, int B, int L) {
-    return L == 1 && B <= FEW_ROWS && state && state->k && m->mode == MEGALODON_INFER && m->pieces.pieces == 1 &&
-           !m->dropping && few_shared_bytes(B, m->config.model_dim) <= (size_t)gpu.max_shared &&
-           few_shared_bytes(2, m->config.z_dim) <= SHARED_DEFAULT;
+    return L == 1 && B <= GEMV_ROWS && state && state->k && m->mode == MEGALODON_INFER && m->cp.cp_size == 1 &&
+           !m->dropping && gemv_shared_bytes(B, m->config.model_dim) <= (size_t)gpu.max_shared &&
+           gemv_shared_bytes(2, m->config.z_dim) <= SHARED_DEFAULT;
 }
 
 static void decode_token(Model *m, const State *state, int B) {
@@ -3513,27 +3512,27 @@ static void decode_token(Model *m, const State *state, int B) {
     embedding_forward(m->x[0], m->tokens, rounded(m, m->params.embed), embedding_scale(c), B, D);
     for (int l = 0; l < layers; l++) block_decode(m, l, state, B);
     decode_norm(m->final, NULL, state->mean + row * G, state->m2 + row * G, NULL, m->x[layers],
-                m->params.final_norm_weight, m->params.final_norm_bias, Coefs{}, NULL, state->count, B, D, G, 0,
+                m->params.final_norm_weight, m->params.final_norm_bias, Coeffs{}, NULL, state->count, B, D, G, 0,
                 c->norm_eps);
     advance(state->count, B, 1);
 }
 
 void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int L) {
     const Config *c = &m->config;
-    int D = c->model_dim, layers = c->num_layers, piece = m->pieces.pieces > 1;
+    int D = c->model_dim, layers = c->num_layers, piece = m->cp.cp_size > 1;
     size_t R = (size_t)B * L;
     assert(B > 0 && L > 0 && B <= m->max_B && L <= m->max_L && (!state || state->B == B));
     for (size_t i = 0; i < R; i++) assert(tokens[i] >= 0 && tokens[i] < c->vocab_size);
     m->B = B, m->L = L, m->acts_layer = -1;
     upload(m->tokens, tokens, R * sizeof *tokens);
-    for (int l = 0; l < layers && !m->coefs_valid; l++) {
+    for (int l = 0; l < layers && !m->coeffs_valid; l++) {
         const LayerParams *w = &m->params.layers[l];
-        cema_coefs_forward(&m->coefs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, c->cema_ndim);
+        cema_coeffs_forward(&m->coeffs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, c->cema_ndim);
     }
-    m->coefs_valid = 1;
+    m->coeffs_valid = 1;
     if (can_decode(m, state, B, L)) return decode_token(m, state, B);
     memset(m->host_count, 0, (size_t)B * sizeof *m->host_count);
-    if (state) CUDA(cudaMemcpy(m->host_count, state->count, B * sizeof *m->host_count, cudaMemcpyDeviceToHost));
+    if (state) cudaCheck(cudaMemcpy(m->host_count, state->count, B * sizeof *m->host_count, cudaMemcpyDeviceToHost));
     for (int b = 0; b < B; b++) m->past[b] = (int)(m->host_count[b] % c->chunk_size);
     if (m->mode != MEGALODON_INFER || piece) remember(m, state, B);
     const State *in = piece ? &m->before : state;
@@ -3547,7 +3546,7 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
         upload(m->order, m->host_order, R * sizeof *m->order);
         upload(m->segments, m->host_segments, (size_t)(m->sorted.segments + m->sorted.tokens) * sizeof *m->segments);
     }
-    time_norm_forward(m, layers, m->final, m->final_mean, m->final_rstd, m->x[layers], m->params.final_norm_weight,
+    timestep_norm_layer_forward(m, layers, m->final, m->final_mean, m->final_rstd, m->x[layers], m->params.final_norm_weight,
                       m->params.final_norm_bias, in, state);
     m->joining = 0;
     if (!state) return;
@@ -3563,8 +3562,8 @@ double megalodon_loss(Model *m, const int32_t *targets, double grad_scale, int64
                 m->final, rounded(m, m->params.output), m->targets, grad_scale, R, D, V);
     *counted = 0;
     for (int r = 0; r < R; r++) *counted += targets[r] >= 0;
-    CUDA(cudaMemcpy(&sum, m->totals, sizeof sum, cudaMemcpyDeviceToHost));
-    if (losses) CUDA(cudaMemcpy(losses, m->losses, (size_t)R * sizeof *losses, cudaMemcpyDeviceToHost));
+    cudaCheck(cudaMemcpy(&sum, m->totals, sizeof sum, cudaMemcpyDeviceToHost));
+    if (losses) cudaCheck(cudaMemcpy(losses, m->losses, (size_t)R * sizeof *losses, cudaMemcpyDeviceToHost));
     return sum;
 }
 
@@ -3574,7 +3573,7 @@ void megalodon_backward(Model *m) {
     Scratch *s = &m->scratch;
     assert(m->mode != MEGALODON_INFER);
     for (int b = 0; b < B; b++) assert(m->past[b] == 0);
-    time_norm_backward(m, s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, s->dxt, NULL, NULL,
+    timestep_norm_layer_backward(m, s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, s->dxt, NULL, NULL,
                        m->x[c->num_layers], m->params.final_norm_weight, m->final_mean, m->final_rstd);
     if (m->ready) m->ready(m, c->num_layers + 1);
     for (int l = c->num_layers - 1; l >= 0; l--) {
@@ -3586,16 +3585,16 @@ void megalodon_backward(Model *m) {
     if (m->ready) m->ready(m, 0);
 }
 
-void megalodon_when_ready(Model *m, void (*ready)(Model *, int segment)) { m->ready = ready; }
+void megalodon_on_grad_ready(Model *m, void (*ready)(Model *, int segment)) { m->ready = ready; }
 
 void megalodon_logits(Model *m, size_t first, size_t rows, real *dst) {
     int D = m->config.model_dim, V = m->config.vocab_size, most = logit_rows(V);
     assert(first + rows <= (size_t)m->B * m->L);
     for (size_t r = 0; r < rows; r += most) {
         int some = rows - r < (size_t)most ? (int)(rows - r) : most;
-        const act *x = m->final + (first + r) * D;
-        if (some <= FEW_ROWS)
-            few_rows(Linears{{linear_of(m, m->scratch.logits, x, m->params.output, NULL, V)}}, some, D, 0);
+        const floatX *x = m->final + (first + r) * D;
+        if (some <= GEMV_ROWS)
+            gemv_rows(Linears{{linear_of(m, m->scratch.logits, x, m->params.output, NULL, V)}}, some, D, 0);
         else
             linear_forward(m->scratch.logits, NULL, x, rounded(m, m->params.output), NULL, some, D, V);
         download(dst + r * V, m->scratch.logits, (size_t)some * V);
@@ -3605,7 +3604,7 @@ void megalodon_logits(Model *m, size_t first, size_t rows, real *dst) {
 int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
     const Config *c = &m->config;
     size_t R = (size_t)m->B * m->L;
-    const act *src = m->final;
+    const floatX *src = m->final;
     int width = c->model_dim;
     assert(m->mode != MEGALODON_INFER);
     if (layer >= 0) {
@@ -3614,10 +3613,10 @@ int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
         Scratch *s = &m->scratch;
         const int Z = c->z_dim, E = c->value_dim;
         const struct {
-            const act *src;
+            const floatX *src;
             int width;
-        } table[NUM_ACTIVATIONS] = {{a->xt, width},   {a->ema, width}, {a->mx, width},          {s->q_turned, Z},
-                                    {s->k_turned, Z}, {s->v, E},       {s->gated, E},           {a->o, E},
+        } table[NUM_ACTIVATIONS] = {{a->xt, width},   {a->ema, width}, {a->mx, width},          {s->q_rotated, Z},
+                                    {s->k_rotated, Z}, {s->v, E},       {s->gated, E},           {a->o, E},
                                     {a->y, width},    {a->u, width},   {m->x[layer + 1], width}};
         int i = 0;
         while (i < NUM_ACTIVATIONS && strcmp(name, megalodon_activations[i])) i++;
@@ -3625,9 +3624,9 @@ int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
         src = table[i].src, width = table[i].width;
         if (dst) {
             block_again(m, layer);
-            qk_forward(s->q_turned, s->k_turned, a->z, w->gamma, w->beta, NULL, NULL, (int)R, m->L, Z, Z / c->num_heads,
+            qk_forward(s->q_rotated, s->k_rotated, a->z, w->gamma, w->beta, NULL, NULL, (int)R, m->L, Z, Z / c->num_heads,
                        c->chunk_size, c->norm_eps);
-            silu_forward(s->v, a->v_in, R * E), silu_forward(s->gated, a->r_in, R * E);
+            silu_forward(s->v, a->v_pre, R * E), silu_forward(s->gated, a->r_pre, R * E);
         }
     } else if (strcmp(name, "final_norm")) {
         return 0;
@@ -3640,7 +3639,7 @@ int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
 // optimizer
 
 void megalodon_zero_grad(Model *m) {
-    CUDA(cudaMemsetAsync(m->memory[GRADS], 0, m->num_params * sizeof *m->memory[GRADS]));
+    cudaCheck(cudaMemsetAsync(m->memory[GRADS], 0, m->num_params * sizeof *m->memory[GRADS]));
 }
 
 // A block sums a part, always the same one; a thread reads four numbers at a time. Reads the gradients.
@@ -3666,20 +3665,20 @@ double megalodon_grad_norm(Model *m) {
     for (int s = 0; s < m->num_own; s++) {
         const float4 *grads = (const float4 *)(m->memory[GRADS] + m->own[s].first);
         square_kernel<<<NORM_PARTS, THREADS>>>(m->totals, grads, m->own[s].count, s > 0);
-        LAUNCHED();
+        cudaCheck(cudaGetLastError());
     }
-    CUDA(cudaMemcpy(sums, m->totals, sizeof sums, cudaMemcpyDeviceToHost));
+    cudaCheck(cudaMemcpy(sums, m->totals, sizeof sums, cudaMemcpyDeviceToHost));
     for (int p = 0; p < NORM_PARTS; p++) total += sums[p];
     return sqrt(total);
 }
 
 // AdamW, see megalodon.c, and the parameters rounded anew. A thread has four parameters; blocks of memory have room for
-// whole fours. Reads 16 bytes and writes 12 and an act for each parameter.
+// whole fours. Reads 16 bytes and writes 12 and an floatX for each parameter.
 typedef struct {
     float b1, b2, c1, c2, eps, scale, step, root, keep;
 } Factors;
 
-static __global__ void update_kernel(float4 *params, act *rounded, float4 *moment1, float4 *moment2,
+static __global__ void update_kernel(float4 *params, floatX *rounded, float4 *moment1, float4 *moment2,
                                      const float4 *grads, Factors f, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (4 * i >= n) return;
@@ -3696,7 +3695,7 @@ static __global__ void update_kernel(float4 *params, act *rounded, float4 *momen
     params[i] = make_float4(p[0], p[1], p[2], p[3]);
     moment1[i] = make_float4(m1[0], m1[1], m1[2], m1[3]);
     moment2[i] = make_float4(m2[0], m2[1], m2[2], m2[3]);
-    if (sizeof(act) < 4) store<4>(rounded + 4 * i, p);
+    if (sizeof(floatX) < 4) store<4>(rounded + 4 * i, p);
 }
 
 void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, int64_t update) {
@@ -3717,10 +3716,10 @@ void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, in
         update_kernel<<<blocks_for(n, 4 * THREADS), THREADS>>>((float4 *)(m->memory[PARAMS] + first),
                                                                m->rounded + first, (float4 *)moment1, (float4 *)moment2,
                                                                (const float4 *)(m->memory[GRADS] + first), f, n);
-        LAUNCHED();
+        cudaCheck(cudaGetLastError());
         moment1 += n, moment2 += n;
     }
-    m->coefs_valid = 0;
+    m->coeffs_valid = 0;
 }
 
 // ----------------------------------------------------------------------------
@@ -3735,9 +3734,9 @@ static void acts_take(Model *m, Arena *arena) {
         if (m->mode != MEGALODON_TRAIN) arena->used = kept; // every layer gets the same memory
         layer_acts_take(&m->acts[l], arena, c, B, L);
     }
-    act *in = NULL, *out = NULL;
+    floatX *in = NULL, *out = NULL;
     for (int l = 0; l <= layers; l++) {
-        act **x = l % 2 ? &out : &in; // without a backward pass two take turns
+        floatX **x = l % 2 ? &out : &in; // without a backward pass two take turns
         if (m->mode != MEGALODON_INFER || l < 2) take(x, arena, R * D);
         m->x[l] = *x;
     }
@@ -3749,7 +3748,7 @@ static void work_take(Model *m, Arena *arena) {
     size_t R = (size_t)m->max_B * m->max_L, rows = (size_t)m->max_B * c->num_layers;
     scratch_take(&m->scratch, arena, c, m->mode, m->max_B, m->max_L);
     take(&m->rope, arena, (size_t)c->chunk_size * (c->z_dim / c->num_heads / 2));
-    for (int l = 0; l < c->num_layers; l++) coefs_take(&m->coefs[l], arena, c);
+    for (int l = 0; l < c->num_layers; l++) coeffs_take(&m->coeffs[l], arena, c);
     take(&m->losses, arena, R), take(&m->totals, arena, NORM_PARTS);
     take(&m->tokens, arena, R), take(&m->targets, arena, R);
     size_t moments = (rows + m->max_B) * c->norm_num_groups;
@@ -3762,7 +3761,7 @@ static void work_take(Model *m, Arena *arena) {
 
 static int shard_part = 0, shard_parts = 1;
 
-void megalodon_shard(int part, int parts) { shard_part = part, shard_parts = parts; }
+void megalodon_set_shard(int part, int parts) { shard_part = part, shard_parts = parts; }
 
 // A model with its tables but no memory for numbers.
 static Model *model_outline(const Config *config, Mode mode, int B, int L) {
@@ -3770,21 +3769,21 @@ static Model *model_outline(const Config *config, Mode mode, int B, int L) {
     Model *m = (Model *)calloc(1, sizeof *m);
     if (!m) return NULL;
     m->config = *config, m->mode = mode, m->max_B = B, m->max_L = L, m->acts_layer = -1;
-    m->pieces.pieces = 1;
+    m->cp.cp_size = 1;
     m->tensors = megalodon_tensors(config, &m->num_tensors, &m->num_params);
-    m->own = megalodon_ranges(config, shard_part, shard_parts, &m->num_own);
+    m->own = megalodon_shards(config, shard_part, shard_parts, &m->num_own);
     for (int s = 0; m->own && s < m->num_own; s++) m->owned += m->own[s].count;
     m->params.layers = (LayerParams *)calloc(layers, sizeof *m->params.layers);
     m->grads.layers = (LayerParams *)calloc(layers, sizeof *m->grads.layers);
     m->acts = (LayerActs *)calloc(layers, sizeof *m->acts);
-    m->x = (act **)calloc(layers + 1, sizeof *m->x);
-    m->coefs = (Coefs *)calloc(layers, sizeof *m->coefs);
+    m->x = (floatX **)calloc(layers + 1, sizeof *m->x);
+    m->coeffs = (Coeffs *)calloc(layers, sizeof *m->coeffs);
     m->host_count = (int64_t *)calloc(B, sizeof *m->host_count);
     m->past = (int *)calloc(B, sizeof *m->past);
     m->host_order = (int *)malloc(R * sizeof *m->host_order);
     m->host_segments = (Segment *)malloc(2 * R * sizeof *m->host_segments);
     m->host_first = (int *)malloc(((size_t)config->vocab_size + 1) * sizeof *m->host_first);
-    if (m->tensors && m->own && m->params.layers && m->grads.layers && m->acts && m->x && m->coefs && m->host_count &&
+    if (m->tensors && m->own && m->params.layers && m->grads.layers && m->acts && m->x && m->coeffs && m->host_count &&
         m->past && m->host_order && m->host_segments && m->host_first)
         return m;
     megalodon_free(m);
@@ -3793,7 +3792,7 @@ static Model *model_outline(const Config *config, Mode mode, int B, int L) {
 
 // Bytes of a block of parameters, and of what they are rounded to: of whole vectors.
 static size_t block_bytes(size_t n) { return (n * sizeof(float) + 255) / 256 * 256; }
-static size_t rounded_bytes(const Model *m) { return sizeof(act) < 4 ? block_bytes(m->num_params) / 2 : 0; }
+static size_t rounded_bytes(const Model *m) { return sizeof(floatX) < 4 ? block_bytes(m->num_params) / 2 : 0; }
 
 // Ends the program if a kernel cannot run on this device with these dimensions. What else depends on them stays below
 // SHARED_NEEDED: TimestepNorm's kernels have at most 32 * (128 + 2) * sizeof(NormGrad) and 4 * model_dim bytes of
@@ -3832,7 +3831,7 @@ MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
 
 static void *zeros(size_t bytes) {
     void *memory = device_new(bytes);
-    if (memory) CUDA(cudaMemset(memory, 0, bytes));
+    if (memory) cudaCheck(cudaMemset(memory, 0, bytes));
     return memory;
 }
 
@@ -3857,7 +3856,7 @@ Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
         megalodon_free(m);
         return NULL;
     }
-    m->rounded = sizeof(act) < 4 ? (act *)(void *)(m->memory[PARAMS] + n) : (act *)(void *)m->memory[PARAMS];
+    m->rounded = sizeof(floatX) < 4 ? (floatX *)(void *)(m->memory[PARAMS] + n) : (floatX *)(void *)m->memory[PARAMS];
     Arena acts = {(char *)m->acts_memory, 0}, work = {(char *)m->work_memory, 0};
     acts_take(m, &acts);
     work_take(m, &work);
@@ -3874,43 +3873,43 @@ void megalodon_free(Model *m) {
     device_free(m->moments_memory, m->plan.moments);
     device_free(m->acts_memory, m->plan.activations), device_free(m->work_memory, m->plan.scratch);
     free(m->tensors), free(m->own), free(m->params.layers), free(m->grads.layers), free(m->acts), free(m->x),
-        free(m->coefs);
+        free(m->coeffs);
     free(m->host_count), free(m->past), free(m->host_order), free(m->host_segments), free(m->host_first);
     free(m);
 }
 
 // Copies what this process has of elements first .. first + n - 1, to dst or from src. Returns how many these are.
-static size_t block_copy(Model *m, Block block, size_t first, size_t n, real *dst, const real *src) {
-    Range whole = {0, m->num_params}, *held = block < MOMENT1 ? &whole : m->own;
-    int ranges = block < MOMENT1 ? 1 : m->num_own;
+static size_t buffer_copy(Model *m, Buffer buffer, size_t first, size_t n, real *dst, const real *src) {
+    Shard whole = {0, m->num_params}, *held = buffer < MOMENT1 ? &whole : m->own;
+    int ranges = buffer < MOMENT1 ? 1 : m->num_own;
     size_t copied = 0;
-    float *at = m->memory[block]; // of a range
+    float *at = m->memory[buffer]; // of a range
     assert(at && first + n <= m->num_params);
     for (int s = 0; s < ranges; at += held[s++].count) {
         size_t from = first > held[s].first ? first : held[s].first, to = held[s].first + held[s].count;
         if (first + n < to) to = first + n;
         if (from >= to) continue;
         float *here = at + (from - held[s].first);
-        if (dst) CUDA(cudaMemcpy(dst + (from - first), here, (to - from) * sizeof *dst, cudaMemcpyDefault));
-        if (src) CUDA(cudaMemcpy(here, src + (from - first), (to - from) * sizeof *src, cudaMemcpyDefault));
+        if (dst) cudaCheck(cudaMemcpy(dst + (from - first), here, (to - from) * sizeof *dst, cudaMemcpyDefault));
+        if (src) cudaCheck(cudaMemcpy(here, src + (from - first), (to - from) * sizeof *src, cudaMemcpyDefault));
         copied += to - from;
     }
     return copied;
 }
 
-void megalodon_read(Model *m, Block block, size_t first, size_t n, real *dst) {
-    size_t copied = block_copy(m, block, first, n, dst, NULL);
+void megalodon_read(Model *m, Buffer buffer, size_t first, size_t n, real *dst) {
+    size_t copied = buffer_copy(m, buffer, first, n, dst, NULL);
     assert(copied == n);
     (void)copied;
 }
 
-float *megalodon_block(Model *m, Block block) { return m->memory[block]; }
+float *megalodon_device_ptr(Model *m, Buffer buffer) { return m->memory[buffer]; }
 
-void megalodon_write(Model *m, Block block, size_t first, size_t n, const real *src) {
-    block_copy(m, block, first, n, NULL, src);
-    if (block != PARAMS) return;
-    if (sizeof(act) < 4) narrow(m->rounded + first, m->memory[PARAMS] + first, n);
-    m->coefs_valid = 0;
+void megalodon_write(Model *m, Buffer buffer, size_t first, size_t n, const real *src) {
+    buffer_copy(m, buffer, first, n, NULL, src);
+    if (buffer != PARAMS) return;
+    if (sizeof(floatX) < 4) narrow(m->rounded + first, m->memory[PARAMS] + first, n);
+    m->coeffs_valid = 0;
 }
 
 State *state_new(const Config *c, int B, int whole_chunks) {
@@ -3935,17 +3934,17 @@ void state_free(State *s) {
 // k and v need not be cleared: what lies beyond count % C is not read.
 void state_reset(State *s, int row) {
     size_t moments = (size_t)s->G * sizeof *s->mean, modes = s->modes * sizeof *s->h;
-    CUDA(cudaMemsetAsync(s->count + row, 0, sizeof *s->count));
+    cudaCheck(cudaMemsetAsync(s->count + row, 0, sizeof *s->count));
     for (size_t i = (size_t)row; i < (size_t)(s->layers + 1) * s->B; i += (size_t)s->B) {
-        CUDA(cudaMemsetAsync(s->mean + i * s->G, 0, moments));
-        CUDA(cudaMemsetAsync(s->m2 + i * s->G, 0, moments));
-        if (i < (size_t)s->layers * s->B) CUDA(cudaMemsetAsync(s->h + i * s->modes, 0, modes));
+        cudaCheck(cudaMemsetAsync(s->mean + i * s->G, 0, moments));
+        cudaCheck(cudaMemsetAsync(s->m2 + i * s->G, 0, moments));
+        if (i < (size_t)s->layers * s->B) cudaCheck(cudaMemsetAsync(s->h + i * s->modes, 0, modes));
     }
 }
 
 void state_read(const State *s, size_t first, size_t bytes, void *dst) {
     assert(first + bytes <= s->bytes);
-    CUDA(cudaMemcpy(dst, (char *)s->memory + first, bytes, cudaMemcpyDeviceToHost));
+    cudaCheck(cudaMemcpy(dst, (char *)s->memory + first, bytes, cudaMemcpyDeviceToHost));
 }
 
 void state_write(State *s, size_t first, size_t bytes, const void *src) {
@@ -3960,14 +3959,14 @@ void megalodon_threads(int threads) { (void)threads; } // the device has its own
 
 int megalodon_on_gpu(void) { return 1; }
 
-size_t megalodon_room(int processes) {
+size_t megalodon_available_memory(int processes) {
     size_t free_bytes, total;
     gpu_open();
-    CUDA(cudaMemGetInfo(&free_bytes, &total));
+    cudaCheck(cudaMemGetInfo(&free_bytes, &total));
     return free_bytes / ceil_div(processes, gpu.devices);
 }
 
-size_t megalodon_peak(void) { return gpu.peak; }
+size_t megalodon_peak_memory(void) { return gpu.peak; }
 
 const char *megalodon_backend(void) {
     gpu_open();

@@ -221,13 +221,13 @@ __host__ __device__
 // Consecutive elements of a block.
 typedef struct {
     size_t first, count;
-} Range;
+} Shard;
 
 // What process `part` of `parts` updates. The block is cut into segments, the embedding, each layer and what is behind
 // them, each of which is cut into parts of nearly as many elements. Cuts are at whole fours: the few elements before
 // one belong to the segment before. *count gets the number of segments: num_layers + 2, but for one part 1, the whole
 // block. Freed by the caller; NULL when memory is out.
-Range *megalodon_ranges(const Config *config, int part, int parts, int *count);
+Shard *megalodon_shards(const Config *config, int part, int parts, int *count);
 
 // Fills values (tensor->size) with the tensor's initial values, see Init.
 void megalodon_init(real *values, const Tensor *tensor, const Config *config, uint64_t seed);
@@ -249,7 +249,7 @@ typedef struct {
 
 // Several processes train the same model: this one is `part` of `parts`, and updates no more than its range of every
 // segment. Moments exist only there, and megalodon_grad_norm covers no more. Before the two functions below.
-void megalodon_shard(int part, int parts);
+void megalodon_set_shard(int part, int parts);
 
 // What a model for up to B sequences of L tokens will allocate.
 MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L);
@@ -260,12 +260,12 @@ void megalodon_free(Model *model);
 
 // Copies n elements from element `first` on of a block laid out as megalodon_tensors() says. Moments outside of this
 // process's ranges cannot be read; writing them does nothing. On a GPU src and dst may be memory of the device, too.
-typedef enum { PARAMS, GRADS, MOMENT1, MOMENT2 } Block;
-void megalodon_read(Model *model, Block block, size_t first, size_t n, real *dst);
-void megalodon_write(Model *model, Block block, size_t first, size_t n, const real *src);
+typedef enum { PARAMS, GRADS, MOMENT1, MOMENT2 } Buffer;
+void megalodon_read(Model *model, Buffer buffer, size_t first, size_t n, real *dst);
+void megalodon_write(Model *model, Buffer buffer, size_t first, size_t n, const real *src);
 
 // On a GPU only: where PARAMS or GRADS lie in the device's memory, whose stream 0 works on them.
-float *megalodon_block(Model *model, Block block);
+float *megalodon_device_ptr(Model *model, Buffer buffer);
 
 // ----------------------------------------------------------------------------
 // state: all that a model remembers of the tokens it has read. Its size does not depend on how many.
@@ -301,22 +301,22 @@ typedef struct {
     uint64_t seed;
     int64_t step; // updates before this one
     int64_t row;  // of the step's batch, which the forward's first row is
-} Draw;
-void megalodon_dropout(Model *model, const Draw *draw);
+} DropoutKey;
+void megalodon_dropout(Model *model, const DropoutKey *draw);
 
 // Chunk parallelism: from the next forward on this model has one piece of each of its sequences, and other processes
 // have the others, which call the same functions with as many rows. A model reduces its piece as if nothing were
 // around it; the small results are gathered, and it combines those of the pieces before it, in the backward pass
 // those behind it. NULL, as at first: sequences are whole. Returns 0 when memory is out.
 typedef struct {
-    int piece, pieces;      // this one, of how many
+    int cp_rank, cp_size;    // this rank and the number of ranks
     const int64_t *lengths; // (pieces) tokens of each, whole chunks but for the last; to stay while it is in use
     // all (pieces, bytes) gets what every process gives as mine, both in the backend's memory, on a GPU in the order of
     // stream 0; context is what stands here
     void (*gather)(void *context, const void *mine, void *all, size_t bytes);
     void *context;
-} Pieces;
-int megalodon_pieces(Model *model, const Pieces *pieces);
+} ChunkParallel;
+int megalodon_chunk_parallel(Model *model, const ChunkParallel *pieces);
 
 // Reads tokens (B,L), each in 0..V-1, up to the final norm's output. With a state (of B rows) the sequences
 // continue where it stands and it moves on: whole, in pieces or token by token gives the same numbers to
@@ -336,7 +336,7 @@ void megalodon_backward(Model *model);
 // From the next backward on `ready` is called as soon as nothing more will be added to a segment's gradients: first for
 // the last one, then for the layers down, last for the embedding. On a GPU: in the order of stream 0. NULL, as at first:
 // nobody is told.
-void megalodon_when_ready(Model *model, void (*ready)(Model *model, int segment));
+void megalodon_on_grad_ready(Model *model, void (*ready)(Model *model, int segment));
 
 void megalodon_zero_grad(Model *model);
 double megalodon_grad_norm(Model *model); // one L2 norm over all gradients of this process's ranges
@@ -361,8 +361,8 @@ enum { NUM_ACTIVATIONS = sizeof megalodon_activations / sizeof megalodon_activat
 
 void megalodon_threads(int threads); // how many the backend uses, where that is a choice
 int megalodon_on_gpu(void);          // 1: models and states lie in a device's memory, 0: in main memory
-size_t megalodon_room(int processes); // bytes of the backend's memory for each of so many processes on this machine
-size_t megalodon_peak(void);         // bytes of it that this program has taken at most so far
+size_t megalodon_available_memory(int processes); // bytes of the backend's memory for each of so many processes on this machine
+size_t megalodon_peak_memory(void);         // bytes of it that this program has taken at most so far
 const char *megalodon_backend(void); // one line: what runs this, e.g. "CPU, float32, 2 threads, BLAS"
 
 #endif

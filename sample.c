@@ -120,7 +120,7 @@ static void plan_memory(const Config *c, size_t text) {
     const size_t vocabulary = tokenizer_path ? 32 * V : 0; // pieces and their table
     const size_t prompts = text + (text + 2) * sizeof(int32_t) + (tokenizer_path ? tokenizer_encode_bytes(text) : 0);
     const size_t others = sample_bytes(c->vocab_size) + vocabulary + 4 * PIECE * sizeof(real);
-    const double mib = 1048576, available = (double)megalodon_room(1) / mib;
+    const double mib = 1048576, available = (double)megalodon_available_memory(1) / mib;
     const double room = available > 0 ? available : INFINITY; // check_memory says why there is none
     if ((double)states / mib > room)
         fatal(

@@ -131,7 +131,7 @@ static double count_targets(const int32_t *targets, int64_t n) {
 
 // Cuts this process's part out of a whole batch (B,L), in place.
 static void cut(int32_t *values) {
-    const int64_t length = ranks.lengths[ranks.piece];
+    const int64_t length = ranks.lengths[ranks.cp_rank];
     for (int64_t b = 0; b < ranks.rows; b++)
         memmove(values + b * length, values + (ranks.row + b) * s.seq_len + ranks.start,
                 (size_t)length * sizeof *values);
@@ -140,7 +140,7 @@ static void cut(int32_t *values) {
 static Reader open_reader(const Tokens *tokens, const char *purpose, int rows, bool carry) {
     Reader r = reader_new(tokens, purpose, (uint64_t)s.seed, rows, s.seq_len, s.eot, carry);
     r.batch = s.batch_size, r.row = ranks.row, r.here = ranks.rows;
-    r.from = (int)ranks.start, r.length = (int)ranks.lengths[ranks.piece];
+    r.from = (int)ranks.start, r.length = (int)ranks.lengths[ranks.cp_rank];
     return r;
 }
 
@@ -272,7 +272,7 @@ static Data open_data(const Config *c) {
         s.batch_size = d.B, s.seq_len = d.L;
     }
     ranks_deal(s.chunk_parallel, s.batch_size, s.seq_len, c->chunk_size);
-    d.B = ranks.rows, d.L = (int)ranks.lengths[ranks.piece];
+    d.B = ranks.rows, d.L = (int)ranks.lengths[ranks.cp_rank];
     if (s.batch != NULL) {
         cut(d.inputs), cut(d.targets);
         d.counted = count_targets(d.targets, (int64_t)d.B * d.L) * s.grad_accum;
@@ -395,7 +395,7 @@ static void print_header(const Config *c, const Data *d, const MemoryPlan *p) {
         printf("dropout     %g, hidden %g, attention %g\n", c->dropout, c->hidden_dropout, c->attention_dropout);
     if (ranks.started)
         printf("processes   %d: %d groups of %d pieces; this one has %d sequences, %d tokens of each; %s\n", ranks.size,
-               ranks.groups, ranks.pieces, d->B, d->L,
+               ranks.dp_size, ranks.cp_size, d->B, d->L,
                ranks.near == 1            ? "all goes through MPI"
                : ranks.near == ranks.size ? "all read each other's memory"
                                           : "those of a machine read each other's memory");
@@ -417,11 +417,11 @@ static double learning_rate(const Settings *x, int64_t k) {
     return x->lr;
 }
 
-static Pieces pieces; // of the sequences, see ranks_deal
+static ChunkParallel pieces; // of the sequences, see ranks_deal
 
 static void join_pieces(Model *model, bool joined) {
-    if (!megalodon_pieces(model, joined ? &pieces : NULL))
-        fatal("out of memory for the states of %d pieces", pieces.pieces);
+    if (!megalodon_chunk_parallel(model, joined ? &pieces : NULL))
+        fatal("out of memory for the states of %d pieces", pieces.cp_size);
 }
 
 // Gradients of the step's mean loss, summed over its batches and all processes. Returns the loss: this process's share.
@@ -437,14 +437,14 @@ static double accumulate(Model *model, Data *d, int64_t step) {
     for (int a = 0; a < s.grad_accum; a++) {
         const size_t first = s.batch == NULL ? (size_t)a * batch : 0;
         State *state = d->states ? d->states[a] : NULL;
-        const Draw draw = {.seed = (uint64_t)s.seed, .step = step, .row = (int64_t)a * s.batch_size + ranks.row};
+        const DropoutKey draw = {.seed = (uint64_t)s.seed, .step = step, .row = (int64_t)a * s.batch_size + ranks.row};
         for (int b = 0; b < d->B && state != NULL; b++) {
             if (d->fresh[a * d->B + b]) state_reset(state, b);
         }
         megalodon_dropout(model, &draw);
         megalodon_forward(model, state, d->inputs + first, d->B, d->L);
         sum += megalodon_loss(model, d->targets + first, 1 / d->counted, &counted, NULL);
-        megalodon_when_ready(model, ranks.size > 1 && a == s.grad_accum - 1 ? ranks_sum_gradients : NULL);
+        megalodon_on_grad_ready(model, ranks.size > 1 && a == s.grad_accum - 1 ? ranks_sum_gradients : NULL);
         megalodon_backward(model);
     }
     megalodon_dropout(model, NULL);
@@ -537,9 +537,9 @@ static State **gather_states(const Data *d, const Config *c) {
         void *memory = allocate(bytes, 1);
         State *part = state_new(c, d->B, 1);
         if ((all[a] = state_new(c, s.batch_size, 1)) == NULL || part == NULL) fatal("out of memory for the states");
-        for (int g = 0; g < ranks.groups; g++) {
+        for (int g = 0; g < ranks.dp_size; g++) {
             state_read(d->states[a], 0, bytes, memory);
-            ranks_fetch(memory, memory, bytes, g * ranks.pieces);
+            ranks_fetch(memory, memory, bytes, g * ranks.cp_size);
             state_write(part, 0, bytes, memory);
             for (int b = 0; b < d->B; b++) state_copy(part, b, all[a], g * d->B + b, c);
         }
@@ -803,7 +803,7 @@ int main(int argc, char **argv) {
 
     // 3. memory
     const Mode mode = s.eval ? MEGALODON_INFER : s.recompute ? MEGALODON_RECOMPUTE : MEGALODON_TRAIN;
-    megalodon_shard(ranks.part, ranks.size);
+    megalodon_set_shard(ranks.part, ranks.size);
     const MemoryPlan plan = plan_memory(&config, mode, &data);
 
     // 4. outputs: locked, and checked to be writable, but not changed yet
@@ -816,7 +816,7 @@ int main(int argc, char **argv) {
     State *state = s.eval || s.batch ? NULL : state_new(&config, 1, 0); // for samples
     if (model == NULL || (state == NULL && !s.eval && !s.batch)) fatal("out of memory");
     ranks_open(model, &config);
-    pieces = (Pieces){.piece = ranks.piece, .pieces = ranks.pieces, .lengths = ranks.lengths, .gather = ranks_gather};
+    pieces = (ChunkParallel){.cp_rank = ranks.cp_rank, .cp_size = ranks.cp_size, .lengths = ranks.lengths, .gather = ranks_gather};
     join_pieces(model, true);
     print_header(&config, &data, &plan);
     int64_t step = 0;
@@ -855,7 +855,7 @@ int main(int argc, char **argv) {
     const bool halted = !s.eval && step < s.steps;
     if (!s.eval)
         printf("%s at step %lld after %.1f s, peak memory %.0f MiB%s%s%s%s\n", halted ? "stopped" : "done",
-               (long long)step, seconds() - begin, (double)megalodon_peak() / 1048576, out ? "; saved in " : "",
+               (long long)step, seconds() - begin, (double)megalodon_peak_memory() / 1048576, out ? "; saved in " : "",
                out ? out : "", halted && out ? "; continue with --resume " : "", halted && out ? out : "");
     if (ranks.started)
         printf("process 0: %lld collective operations, %lld bytes sent\n", (long long)ranks.exchanges,

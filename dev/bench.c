@@ -67,7 +67,7 @@ enum { SIDE = 3072, COPIED = 64 << 20 }; // of the matrices; numbers to copy, we
 static real *large[3];
 static double sink;
 
-static void run_product(void) { gemm(0, 1, SIDE, SIDE, SIDE, large[0], SIDE, large[1], SIDE, 0, NULL, large[2], SIDE); }
+static void run_product(void) { matmul(0, 1, SIDE, SIDE, SIDE, large[0], SIDE, large[1], SIDE, 0, NULL, large[2], SIDE); }
 static void run_copy(void) {
 #pragma omp parallel for simd schedule(static)
     for (size_t i = 0; i < COPIED; i++) large[1][i] = large[0][i];
@@ -115,7 +115,7 @@ static const AdamW adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_de
 static int64_t counted;
 
 static void run_step(void) {
-    const Draw draw = {.seed = 1};
+    const DropoutKey draw = {.seed = 1};
     megalodon_dropout(m, dropped > 0 ? &draw : NULL);
     megalodon_zero_grad(m);
     megalodon_forward(m, NULL, tokens, batch_size, seq_len);
@@ -150,13 +150,13 @@ static void norm_backward(void) {
     }
 }
 static void run_cema_forward(void) {
-    EACH_LAYER { LAYER cema_forward(a->ema, a->h, NULL, a->xt, &m->coefs[l], w->cema_omega, NULL, B, L, D, N); }
+    EACH_LAYER { LAYER cema_forward(a->ema, a->h, NULL, a->xt, &m->coeffs[l], w->cema_omega, NULL, B, L, D, N); }
 }
 static void run_cema_backward(void) {
     EACH_LAYER {
-        LAYER cema_backward(s->dxt, &s->dcoefs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coefs[l], w->cema_omega,
+        LAYER cema_backward(s->dxt, &s->dcoeffs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coeffs[l], w->cema_omega,
                             B, L, D, N);
-        cema_coefs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoefs, w->cema_alpha,
+        cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoeffs, w->cema_alpha,
                             w->cema_delta, w->cema_theta, D, N);
     }
 }
@@ -175,18 +175,18 @@ static void rows_backward(void) {
 }
 // Of linear_backward, the product for the inputs' gradient, the one for the weight's, and the sum for the bias's.
 static void dx_of(real *dinp, int add, const real *dout, const real *weight, int R, int K, int M) {
-    gemm(0, 0, R, K, M, dout, M, weight, K, add, NULL, dinp, K);
+    matmul(0, 0, R, K, M, dout, M, weight, K, add, NULL, dinp, K);
 }
 static void dw_of(real *dweight, const real *dout, const real *inp, int R, int K, int M) {
-    gemm(1, 0, M, K, R, dout, M, inp, K, 1, NULL, dweight, K);
+    matmul(1, 0, M, K, R, dout, M, inp, K, 1, NULL, dweight, K);
 }
 static void db_of(real *dbias, const real *dout, int R, int M) { sum_rows(dbias, dout, NULL, NULL, NULL, R, M, 1); }
 
 static void projections_forward(void) {
     EACH_LAYER {
         LAYER linear_forward(a->z, 0, a->mx, w->wz, w->wz_bias, R, D, Z);
-        linear_forward(a->v_in, 0, a->xt, w->wv, w->wv_bias, R, D, E);
-        linear_forward(a->r_in, 0, a->mx, w->wr, w->wr_bias, R, D, E);
+        linear_forward(a->v_pre, 0, a->xt, w->wv, w->wv_bias, R, D, E);
+        linear_forward(a->r_pre, 0, a->mx, w->wr, w->wr_bias, R, D, E);
         linear_forward(a->y, 0, a->mx, w->wh1, w->wh1_bias, R, D, D);
         linear_forward(a->y, 1, s->gated, w->wh2, NULL, R, E, D);
     }
@@ -195,7 +195,7 @@ static void projections_dx(void) {
     EACH_LAYER {
         LAYER dx_of(s->do_, 0, s->dy, w->wh2, R, E, D);
         dx_of(s->dmx, 0, s->dy, w->wh1, R, D, D);
-        dx_of(s->dmx, 1, s->dr_in, w->wr, R, D, E);
+        dx_of(s->dmx, 1, s->dr_pre, w->wr, R, D, E);
         dx_of(s->dmx, 1, s->dz, w->wz, R, D, Z);
         dx_of(s->dxt, 1, s->dv, w->wv, R, D, E);
     }
@@ -204,14 +204,14 @@ static void projections_dw(void) {
     EACH_LAYER {
         LAYER dw_of(dw->wh2, s->dy, s->gated, R, E, D);
         dw_of(dw->wh1, s->dy, a->mx, R, D, D);
-        dw_of(dw->wr, s->dr_in, a->mx, R, D, E);
+        dw_of(dw->wr, s->dr_pre, a->mx, R, D, E);
         dw_of(dw->wz, s->dz, a->mx, R, D, Z);
         dw_of(dw->wv, s->dv, a->xt, R, D, E);
     }
 }
 static void biases(void) {
     EACH_LAYER {
-        LAYER db_of(dw->wh1_bias, s->dy, R, D), db_of(dw->wr_bias, s->dr_in, R, E);
+        LAYER db_of(dw->wh1_bias, s->dy, R, D), db_of(dw->wr_bias, s->dr_pre, R, E);
         db_of(dw->wz_bias, s->dz, R, Z), db_of(dw->wv_bias, s->dv, R, E);
     }
 }
@@ -239,22 +239,22 @@ static void ffn_dw(void) {
 #define ATTENTION_MASK mask_of_attention(m, l)
 static void run_attention_forward(void) {
     EACH_LAYER {
-        LAYER attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->q_turned, s->k_turned, s->v, NULL,
+        LAYER attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->q_rotated, s->k_rotated, s->v, NULL,
                                 ATTENTION_MASK, B, L, C, H, Z, E, m->threads);
     }
 }
 static void run_attention_backward(void) {
     EACH_LAYER {
-        LAYER attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->o, a->lse, s->q_turned,
-                                 s->k_turned, s->v, ATTENTION_MASK, B, L, C, H, Z, E, m->threads);
+        LAYER attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->o, a->lse, s->q_rotated,
+                                 s->k_rotated, s->v, ATTENTION_MASK, B, L, C, H, Z, E, m->threads);
     }
 }
 static void qk_both(void) { // forward, the rotation again, and backward
     EACH_LAYER {
         LAYER for (int again = 0; again < 2; again++) {
             rmsnorm_forward(s->zn, a->z_rstd, a->z, NULL, R * H, Z / H, c->norm_eps);
-            rope_forward(s->q_turned, a->q, m->rope, NULL, B, L, Z, Z / H, C);
-            rope_forward(s->k_turned, a->k, m->rope, NULL, B, L, Z, Z / H, C);
+            rope_forward(s->q_rotated, a->q, m->rope, NULL, B, L, Z, Z / H, C);
+            rope_forward(s->k_rotated, a->k, m->rope, NULL, B, L, Z, Z / H, C);
         }
         qk_forward(a->q, a->k, s->zn, w->gamma, w->beta, R, Z, Z / H);
         rope_backward(s->dq, s->dq, m->rope, NULL, B, L, Z, Z / H, C);
@@ -266,13 +266,13 @@ static void qk_both(void) { // forward, the rotation again, and backward
 static void gates_both(void) { // forward, again, and backward, not in place: numbers would vanish, which is slow
     EACH_LAYER {
         LAYER for (int again = 0; again < 2; again++) {
-            silu_forward(s->v, a->v_in, (size_t)R * E);
-            gate_forward(s->gated, a->o, a->r_in, (size_t)R * E);
+            silu_forward(s->v, a->v_pre, (size_t)R * E);
+            gate_forward(s->gated, a->o, a->r_pre, (size_t)R * E);
             if (c->swiglu) gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
             if (!c->swiglu) silu_forward(s->hidden, a->f1, (size_t)R * F);
         }
-        silu_backward(s->v, s->dv, a->v_in, (size_t)R * E);
-        gate_backward(s->gated, s->dr_in, s->do_, a->o, a->r_in, (size_t)R * E);
+        silu_backward(s->v, s->dv, a->v_pre, (size_t)R * E);
+        gate_backward(s->gated, s->dr_pre, s->do_, a->o, a->r_pre, (size_t)R * E);
         if (c->swiglu) gate_backward(s->hidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F);
         if (!c->swiglu) silu_backward(s->df1, s->dhidden, a->f1, (size_t)R * F);
     }
@@ -359,7 +359,7 @@ static void bench_step(void) {
     int count = FIRST;
     while (!brief && parts[count].name != NULL) count++;
     run_step();
-    const double peak = (double)megalodon_peak() / 1048576; // before the machine's own arrays
+    const double peak = (double)megalodon_peak_memory() / 1048576; // before the machine's own arrays
     machine_new();
     time_parts(parts, count);
     print_machine(parts);

@@ -67,9 +67,9 @@ static double median(const Line &l) { return l.ms[l.ms.size() / 2] / 1e3; } // s
 
 enum { SIDE = 8192 };                         // of the matrices
 static const size_t COPIED = (size_t)1 << 30; // bytes, well beyond the caches
-static act *large[2];                         // of so many bytes each
+static floatX *large[2];                         // of so many bytes each
 
-static __global__ void random_kernel(act *dst, size_t n) { // -1..1
+static __global__ void random_kernel(floatX *dst, size_t n) { // -1..1
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     uint32_t words[4];
     if (4 * i >= n) return;
@@ -77,19 +77,19 @@ static __global__ void random_kernel(act *dst, size_t n) { // -1..1
     for (int k = 0; k < 4; k++) set(&dst[4 * i + k], (float)words[k] * (2.0f / 4294967296.0f) - 1);
 }
 
-static void run_copy(void) { CUDA(cudaMemcpyAsync(large[1], large[0], COPIED, cudaMemcpyDeviceToDevice)); }
+static void run_copy(void) { cudaCheck(cudaMemcpyAsync(large[1], large[0], COPIED, cudaMemcpyDeviceToDevice)); }
 static void run_product(void) {
-    const act *A = large[0], *B = A + (size_t)SIDE * SIDE;
-    product(form_of(0, 1, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE), A, B, NULL, NULL, large[1]);
+    const floatX *A = large[0], *B = A + (size_t)SIDE * SIDE;
+    matmul(matmul_key(0, 1, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE), A, B, NULL, NULL, large[1]);
 }
 
 static void list_machine(void) {
-    const size_t n = COPIED / sizeof(act);
-    for (act *&memory : large) {
-        memory = (act *)device_new(COPIED);
+    const size_t n = COPIED / sizeof(floatX);
+    for (floatX *&memory : large) {
+        memory = (floatX *)device_new(COPIED);
         if (memory == NULL) stop(1, "no room on the GPU for the arrays to copy: ", "a smaller --batch-size may help");
         random_kernel<<<blocks_for(n / 4, THREADS), THREADS>>>(memory, n);
-        LAUNCHED();
+        cudaCheck(cudaGetLastError());
     }
     part("copy", 0, 2.0 * COPIED, run_copy);
     part("product", 2.0 * SIDE * SIDE * SIDE, 0, run_product);
@@ -136,50 +136,50 @@ static double step_operations(void) {
 // parts of it. Calls are those of mega_*, nffn_* and megalodon_*, but what these do in place goes elsewhere where there
 // is room: numbers that vanish or grow would be another load.
 
-static double acts(double width) { return (double)sizeof(act) * R * width; } // bytes of an array (R, width)
-static const act *weight(const float *param) { return param ? rounded(m, param) : NULL; }
+static double acts(double width) { return (double)sizeof(floatX) * R * width; } // bytes of an array (R, width)
+static const floatX *weight(const float *param) { return param ? rounded(m, param) : NULL; }
 
-static void forward(const char *name, act *out, const act *add, const act *inp, const float *w, const float *bias,
+static void forward(const char *name, floatX *out, const floatX *add, const floatX *inp, const float *w, const float *bias,
                     int K, int M) {
     part(name, linear(K, M), 0, [=] { linear_forward(out, add, inp, weight(w), weight(bias), R, K, M); });
 }
-static void backward_inp(const char *name, act *dinp, int add, const act *dout, const float *w, int K, int M) {
+static void backward_inp(const char *name, floatX *dinp, int add, const floatX *dout, const float *w, int K, int M) {
     part(std::string(name) + " dinp", linear(K, M), 0,
          [=] { linear_backward_inp(dinp, add, dout, weight(w), R, K, M); });
 }
-static void backward_weight(const char *name, float *dw, float *dbias, const act *dout, const act *inp, int K, int M) {
+static void backward_weight(const char *name, float *dw, float *dbias, const floatX *dout, const floatX *inp, int K, int M) {
     part(std::string(name) + " dweight", linear(K, M), 0,
          [=] { linear_backward_weight(dw, dbias, dout, inp, s->parts, R, K, M); });
 }
 
-// attend_forward's calls, or attend_backward's, for all blocks of queries as attention_backward goes through them.
+// attention_chunk_forward's calls, or attention_chunk_backward's, for all blocks of queries as attention_backward goes through them.
 static void list_block(const LayerActs *a, bool backward, const Queries &q, int add, size_t zk, size_t ek, size_t zq,
                        size_t eq) {
     const int dz = Z / H, dv = E / H, ld = q.ld;
-    const double bytes = (double)sizeof(act) * q.batch * q.nq * q.nk;
+    const double bytes = (double)sizeof(floatX) * q.batch * q.nq * q.nk;
     const dim3 grid(blocks_for((size_t)q.batch * q.nq, ROW_WARPS)), warps(WARP, ROW_WARPS);
-    auto times = [=](const char *name, int width, int ta, int tb, const act *x, int ldx, const act *y, int ldy, int add,
-                     act *out, int ldo) {
+    auto times = [=](const char *name, int width, int ta, int tb, const floatX *x, int ldx, const floatX *y, int ldy, int add,
+                     floatX *out, int ldo) {
         const double causal = (double)q.batch * q.nq * (q.nk - (q.nq - 1) / 2.0);
         const int M = ta ? q.nk : q.nq, N = tb ? q.nk : width, K = tb ? width : ta ? q.nq : q.nk;
-        auto apart = [=](const act *p, int ld) {
+        auto apart = [=](const floatX *p, int ld) {
             return (int64_t)ld * (p == s->scores || p == s->dscores ? q.nq : q.step);
         };
         const int64_t x_apart = apart(x, ldx), y_apart = apart(y, ldy), out_apart = apart(out, ldo);
         part(name, 2 * causal * width, 0,
              [=] { chunk_product(&q, ta, tb, M, N, K, x, ldx, x_apart, y, ldy, y_apart, add, out, ldo, out_apart); });
     };
-    times(backward ? "  scores again" : "  scores", dz, 0, 1, s->q_turned + zq, Z, s->k_turned + zk, Z, 0, s->scores,
+    times(backward ? "  scores again" : "  scores", dz, 0, 1, s->q_rotated + zq, Z, s->k_rotated + zk, Z, 0, s->scores,
           ld);
     if (backward) times("  dscores", dv, 0, 1, s->do_ + eq, E, s->v + ek, E, 0, s->dscores, ld);
     part(backward ? "  softmax backward" : "  softmax", 0, backward ? 4 * bytes : 2 * bytes, [=] {
-        if (backward) attend_backward_kernel<<<grid, warps>>>(s->scores, s->dscores, a->lse, q, Mask{});
-        if (!backward) attend_forward_kernel<<<grid, warps>>>(s->scores, a->lse, q, Mask{});
-        LAUNCHED();
+        if (backward) attention_chunk_backward_kernel<<<grid, warps>>>(s->scores, s->dscores, a->lse, q, Mask{});
+        if (!backward) attention_chunk_forward_kernel<<<grid, warps>>>(s->scores, a->lse, q, Mask{});
+        cudaCheck(cudaGetLastError());
     });
     if (!backward) return times("  values", dv, 0, 0, s->scores, ld, s->v + ek, E, 0, a->o + eq, E);
-    times("  dq", dz, 0, 0, s->dscores, ld, s->k_turned + zk, Z, 0, s->dq + zq, Z);
-    times("  dk", dz, 1, 0, s->dscores, ld, s->q_turned + zq, Z, add, s->dk + zk, Z);
+    times("  dq", dz, 0, 0, s->dscores, ld, s->k_rotated + zk, Z, 0, s->dq + zq, Z);
+    times("  dk", dz, 1, 0, s->dscores, ld, s->q_rotated + zq, Z, add, s->dk + zk, Z);
     times("  dv", dv, 1, 0, s->scores, ld, s->do_ + eq, E, add, s->dv + ek, E);
 }
 
@@ -188,11 +188,11 @@ static void list_attention(const LayerActs *a, bool backward) {
         const Run run = run_number(r, B, L, C);
         for (int first = 0; first < run.chunks; first += chunks_at_once(C)) {
             const Run p = run_part(run, first, chunks_at_once(C));
-            const int last = (p.n - 1) / QUERY_ROWS * QUERY_ROWS;
+            const int last = (p.n - 1) / QUERY_TILE * QUERY_TILE;
             for (int h = 0; h < H; h++) {
                 const size_t z = p.row * Z + h * (Z / H), e = p.row * E + h * (E / H);
-                for (int i = last; i >= 0; i -= QUERY_ROWS) {
-                    const int nq = min_int(QUERY_ROWS, p.n - i);
+                for (int i = last; i >= 0; i -= QUERY_TILE) {
+                    const int nq = min_int(QUERY_TILE, p.n - i);
                     const Queries q = {p.row + i, p.step, p.chunks, nq, i + nq, score_columns(C), h, L, H, C};
                     list_block(a, backward, q, i < last, z, e, z + (size_t)i * Z, e + (size_t)i * E);
                 }
@@ -202,58 +202,58 @@ static void list_attention(const LayerActs *a, bool backward) {
 }
 
 // CEMA's kernels, as cema_forward or cema_backward launches them.
-static void list_cema(const LayerActs *a, const LayerParams *w, const Coefs coefs, double states, bool backward) {
+static void list_cema(const LayerActs *a, const LayerParams *w, const Coeffs coeffs, double states, bool backward) {
     const int blocks = ceil_div(L, CEMA_BLOCK);
     const dim3 grid = cema_grid(B, L, D), threads(WARP, CEMA_WARPS);
     float2 *h = (float2 *)(void *)(backward ? s->futures : a->h);
     const float2 *before = (const float2 *)(const void *)a->h;
-    const act *x = backward ? s->dema : a->xt;
+    const floatX *x = backward ? s->dema : a->xt;
     const bool vectors = D % VEC == 0;
     part(backward ? "  ends back" : "  ends", 0, acts(D) + states, [=] {
         auto kernel = vectors ? cema_ends_kernel<VEC> : cema_ends_kernel<1>;
-        kernel<<<grid, threads, CEMA_TILES>>>(h, x, coefs, backward, B, L, D, N);
-        LAUNCHED();
+        kernel<<<grid, threads, CEMA_TILES>>>(h, x, coeffs, backward, B, L, D, N);
+        cudaCheck(cudaGetLastError());
     });
     part(backward ? "  scan back" : "  scan", 0, 2 * states, [=] {
-        cema_scan_kernel<<<blocks_for((size_t)B * N * D, THREADS), THREADS>>>(h, NULL, coefs, backward, CEMA_BLOCK, B,
+        cema_scan_kernel<<<blocks_for((size_t)B * N * D, THREADS), THREADS>>>(h, NULL, coeffs, backward, CEMA_BLOCK, B,
                                                                               blocks, D, N);
-        LAUNCHED();
+        cudaCheck(cudaGetLastError());
     });
     part(backward ? "  tokens back" : "  tokens", 0, acts(2 * D) + states,
-         [=] { cema_tokens(backward ? s->dxt : a->ema, h, x, &coefs, w->cema_omega, backward, B, L, D, N); });
+         [=] { cema_tokens(backward ? s->dxt : a->ema, h, x, &coeffs, w->cema_omega, backward, B, L, D, N); });
     if (!backward) return;
     part("  sums", 0, acts(2 * D) + 2 * states,
-         [=] { cema_sums(s->parts, s->dema, a->xt, before, h, &coefs, false, B, L, D, N); });
+         [=] { cema_sums(s->parts, s->dema, a->xt, before, h, &coeffs, false, B, L, D, N); });
 }
 
 static void list_qkv(const LayerActs *a, const LayerParams *w, const char *again) {
     part(std::string("q, k") + again, 0, acts(3 * Z),
-         [=] { qk_forward(s->q_turned, s->k_turned, a->z, w->gamma, w->beta, m->rope, NULL, R, L, Z, Z / H, C, eps); });
-    part(std::string("silu of v") + again, 0, acts(2 * E), [=] { silu_forward(s->v, a->v_in, (size_t)R * E); });
+         [=] { qk_forward(s->q_rotated, s->k_rotated, a->z, w->gamma, w->beta, m->rope, NULL, R, L, Z, Z / H, C, eps); });
+    part(std::string("silu of v") + again, 0, acts(2 * E), [=] { silu_forward(s->v, a->v_pre, (size_t)R * E); });
 }
 
 static void list_forward(int l, double states) {
     const LayerParams *w = &m->params.layers[l];
     LayerActs *a = &m->acts[l];
-    const act *x = m->x[l];
+    const floatX *x = m->x[l];
     part("TimestepNorm", 0, acts(2 * D) + 8.0 * R * G, [=] {
         timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, NULL, NULL, x, w->timenorm_weight, w->timenorm_bias,
                               NULL, NULL, NULL, s->prefix, s->moments, B, L, D, G, eps);
     });
     part("CEMA", 0, acts(2 * D) + states,
-         [=] { cema_forward(a->ema, a->h, NULL, a->xt, &m->coefs[l], w->cema_omega, NULL, B, L, D, N); });
-    list_cema(a, w, m->coefs[l], states, false);
+         [=] { cema_forward(a->ema, a->h, NULL, a->xt, &m->coeffs[l], w->cema_omega, NULL, B, L, D, N); });
+    list_cema(a, w, m->coeffs[l], states, false);
     part("RMSNorm", 0, acts(2 * D), [=] { rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, eps); });
     forward("wz", a->z, NULL, a->mx, w->wz, w->wz_bias, D, Z);
-    forward("wv", a->v_in, NULL, a->xt, w->wv, w->wv_bias, D, E);
+    forward("wv", a->v_pre, NULL, a->xt, w->wv, w->wv_bias, D, E);
     list_qkv(a, w, "");
     part("attention", attention(Z + E), 0, [=] {
-        attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->chunk_k, s->chunk_v, s->q_turned, s->k_turned, s->v,
+        attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->chunk_k, s->chunk_v, s->q_rotated, s->k_rotated, s->v,
                           NULL, Mask{}, B, L, C, H, Z, E);
     });
     list_attention(a, false);
-    forward("wr", a->r_in, NULL, a->mx, w->wr, w->wr_bias, D, E);
-    part("gate", 0, acts(3 * E), [=] { gate_forward(s->gated, a->o, a->r_in, (size_t)R * E); });
+    forward("wr", a->r_pre, NULL, a->mx, w->wr, w->wr_bias, D, E);
+    part("gate", 0, acts(3 * E), [=] { gate_forward(s->gated, a->o, a->r_pre, (size_t)R * E); });
     forward("wh1", a->y, x, a->mx, w->wh1, w->wh1_bias, D, D);
     forward("wh2", a->y, a->y, s->gated, w->wh2, NULL, E, D);
     part("LayerNorm", 0, acts(2 * D),
@@ -286,15 +286,15 @@ static void list_backward(int l, double states) {
     });
     backward_inp("wh2", s->do_, 0, s->dy, w->wh2, E, D);
     part("gate backward", 0, acts(6 * E),
-         [=] { gate_backward(s->gated, s->dv, s->dr_in, s->do_, a->o, a->r_in, (size_t)R * E); });
+         [=] { gate_backward(s->gated, s->dv, s->dr_pre, s->do_, a->o, a->r_pre, (size_t)R * E); });
     backward_weight("wh2", dw->wh2, NULL, s->dy, s->gated, E, D);
     backward_inp("wh1", s->dmx, 0, s->dy, w->wh1, D, D);
     backward_weight("wh1", dw->wh1, dw->wh1_bias, s->dy, a->mx, D, D);
-    backward_inp("wr", s->dmx, 1, s->dr_in, w->wr, D, E);
-    backward_weight("wr", dw->wr, dw->wr_bias, s->dr_in, a->mx, D, E);
+    backward_inp("wr", s->dmx, 1, s->dr_pre, w->wr, D, E);
+    backward_weight("wr", dw->wr, dw->wr_bias, s->dr_pre, a->mx, D, E);
     list_qkv(a, w, " again");
     part("attention backward", 2 * attention(Z + E), 0, [=] {
-        attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->lse, s->q_turned, s->k_turned, s->v,
+        attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->lse, s->q_rotated, s->k_rotated, s->v,
                            Mask{}, B, L, C, H, Z, E);
     });
     list_attention(a, true);
@@ -308,13 +308,13 @@ static void list_backward(int l, double states) {
         rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, s->parts, R, D);
     });
     part("CEMA backward", 0, acts(3 * D) + states, [=] {
-        cema_backward(s->dxt, &s->dcoefs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coefs[l], w->cema_omega,
+        cema_backward(s->dxt, &s->dcoeffs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coeffs[l], w->cema_omega,
                       s->futures, s->parts, B, L, D, N);
-        cema_coefs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoefs, w->cema_alpha,
+        cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoeffs, w->cema_alpha,
                             w->cema_delta, w->cema_theta, D, N);
     });
-    list_cema(a, w, m->coefs[l], states, true);
-    part("silu of v backward", 0, acts(3 * E), [=] { silu_backward(NULL, s->do_, s->dv, a->v_in, (size_t)R * E); });
+    list_cema(a, w, m->coeffs[l], states, true);
+    part("silu of v backward", 0, acts(3 * E), [=] { silu_backward(NULL, s->do_, s->dv, a->v_pre, (size_t)R * E); });
     backward_inp("wv", s->dxt, 1, s->dv, w->wv, D, E);
     backward_weight("wv", dw->wv, dw->wv_bias, s->dv, a->xt, D, E);
     part("TimestepNorm backward", 0, acts(5 * D) + 8.0 * R * G, [=] {
@@ -336,13 +336,13 @@ static void list_output(void) {
     for (int r = 0; r < R; r += logit_rows(V)) {
         const int rows = min_int(logit_rows(V), R - r), threads = V > 4096 ? 512 : 64;
         const double operations = 2.0 * rows * D * V;
-        const act *x = m->final + (size_t)r * D;
+        const floatX *x = m->final + (size_t)r * D;
         part("  logits", operations, 0,
              [=] { linear_forward(s->logits, NULL, x, weight(w->output), NULL, rows, D, V); });
-        part("  loss", 0, 2.0 * sizeof(act) * rows * V, [=] {
+        part("  loss", 0, 2.0 * sizeof(floatX) * rows * V, [=] {
             auto kernel = V % VEC == 0 ? loss_kernel<VEC> : loss_kernel<1>;
             kernel<<<rows, threads>>>(m->losses + r, s->logits, m->targets + r, 1.0f / R, 1, V);
-            LAUNCHED();
+            cudaCheck(cudaGetLastError());
         });
         part("  output dinp", operations, 0,
              [=] { linear_backward_inp(s->dxt + (size_t)r * D, 0, s->logits, weight(w->output), rows, D, V); });
@@ -372,7 +372,7 @@ static void list_step(void) {
     for (int l = 0; l < layers; l++) {
         const LayerParams *w = &m->params.layers[l];
         part("CEMA's coefficients", 0, 4.0 * (11.0 * N * D + D), [=] {
-            cema_coefs_forward(&m->coefs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, N);
+            cema_coeffs_forward(&m->coeffs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, N);
         });
     }
     part("embedding", 0, acts(2 * D),
@@ -384,7 +384,7 @@ static void list_step(void) {
         embedding_backward(m->grads.embed, s->parts, s->dx, m->order, m->segments, n, embedding_scale(&m->config), D);
     });
     part("grad_norm", 0, 4 * P, [] { sink += megalodon_grad_norm(m); });
-    part("AdamW", 0, P * (28 + (sizeof(act) < 4 ? sizeof(act) : 0)), run_update);
+    part("AdamW", 0, P * (28 + (sizeof(floatX) < 4 ? sizeof(floatX) : 0)), run_update);
 }
 
 // ----------------------------------------------------------------------------
@@ -395,23 +395,23 @@ static void list_step(void) {
 static void time_lines(void) {
     enum { WARM_UPS = 2 };
     cudaEvent_t from, to;
-    CUDA(cudaEventCreate(&from));
-    CUDA(cudaEventCreate(&to));
+    cudaCheck(cudaEventCreate(&from));
+    cudaCheck(cudaEventCreate(&to));
     for (int round = -WARM_UPS; round < repeats; round++) {
         for (Line &l : lines) {
             float ms;
             if (l.name != "step") run_copy();
-            CUDA(cudaEventRecord(from));
+            cudaCheck(cudaEventRecord(from));
             for (const Call &call : l.calls) call();
-            CUDA(cudaEventRecord(to));
-            CUDA(cudaEventSynchronize(to));
-            CUDA(cudaEventElapsedTime(&ms, from, to));
+            cudaCheck(cudaEventRecord(to));
+            cudaCheck(cudaEventSynchronize(to));
+            cudaCheck(cudaEventElapsedTime(&ms, from, to));
             if (round >= 0) l.ms.push_back(ms);
         }
     }
     for (Line &l : lines) std::sort(l.ms.begin(), l.ms.end());
-    CUDA(cudaEventDestroy(from));
-    CUDA(cudaEventDestroy(to));
+    cudaCheck(cudaEventDestroy(from));
+    cudaCheck(cudaEventDestroy(to));
 }
 
 // ----------------------------------------------------------------------------
@@ -446,7 +446,7 @@ static void bench_decode(void) {
     time_lines();
     const double rate = lines[0].bytes / median(lines[0]);
     const double layer = D * (3.0 * E + Z + D + (2.0 + m->config.swiglu) * F);
-    const double weights = sizeof(act) * (layers * layer + (double)D * V);
+    const double weights = sizeof(floatX) * (layers * layer + (double)D * V);
     printf("%s\na copy of %zu MiB: %.0f GB/s, read and write\n", megalodon_backend(), COPIED >> 20, rate / 1e9);
     printf("decoding, %s, %d texts, medians of %d rounds of %d tokens\n", preset, B, repeats, count);
     const struct {
@@ -497,7 +497,7 @@ int main(int argc, char **argv) {
     H = c->num_heads;
     Z = c->z_dim, E = c->value_dim, C = c->chunk_size, F = c->ffn_hidden_dim, G = c->norm_num_groups, V = c->vocab_size;
     eps = c->norm_eps;
-    const double room = (double)megalodon_room(1);
+    const double room = (double)megalodon_available_memory(1);
     const Mode mode = decoding ? MEGALODON_INFER : MEGALODON_TRAIN;
     const MemoryPlan p = megalodon_memory(c, mode, B, L);
     m = megalodon_new(c, mode, B, L);
@@ -519,7 +519,7 @@ int main(int argc, char **argv) {
         return 0;
     }
     run_step();
-    const double taken = room - (double)megalodon_room(1);
+    const double taken = room - (double)megalodon_available_memory(1);
     list_machine();
     part("step", step_operations(), 0, run_step);
     if (!brief) list_step();
@@ -536,6 +536,6 @@ int main(int argc, char **argv) {
            (double)(p.params + p.grads + p.moments + p.activations + p.scratch) / GiB, taken / GiB);
     if (!brief) print_lines(step, product_rate, copy_rate);
     megalodon_free(m);
-    for (act *memory : large) device_free(memory, COPIED);
+    for (floatX *memory : large) device_free(memory, COPIED);
     return 0;
 }

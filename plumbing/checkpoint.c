@@ -44,15 +44,15 @@ void layout_free(Layout *a) {
     free(a->params);
 }
 
-static bool write_block(StWriter *w, Model *m, Block block, size_t first, size_t n, char *err) {
+static bool write_block(StWriter *w, Model *m, Buffer buffer, size_t first, size_t n, char *err) {
     static real values[PIECE];
     static float floats[PIECE];
     for (size_t done = 0; done < n; done += PIECE) {
         size_t piece = n - done < PIECE ? n - done : PIECE;
-        if (block == PARAMS)
-            megalodon_read(m, block, first + done, piece, values);
+        if (buffer == PARAMS)
+            megalodon_read(m, buffer, first + done, piece, values);
         else
-            ranks_read(m, block, first + done, piece, values);
+            ranks_read(m, buffer, first + done, piece, values);
         for (size_t i = 0; i < piece; i++) {
             floats[i] = (float)values[i];
             if (!isfinite(floats[i]))
@@ -63,19 +63,19 @@ static bool write_block(StWriter *w, Model *m, Block block, size_t first, size_t
     return true;
 }
 
-static bool read_block(StFile *f, const StTensor *t, Model *m, Block block, size_t first, char *err) {
+static bool read_block(StFile *f, const StTensor *t, Model *m, Buffer buffer, size_t first, char *err) {
     static real values[PIECE];
     const int64_t n = st_count(t);
     for (int64_t done = 0; done < n; done += PIECE) {
         int64_t piece = n - done < PIECE ? n - done : PIECE;
         if (!st_read(f, t, done, piece, values, REAL, err)) return false;
         for (int64_t i = 0; i < piece; i++) {
-            const bool negative = block == MOMENT2 && values[i] < 0; // its root would be no number
+            const bool negative = buffer == MOMENT2 && values[i] < 0; // its root would be no number
             if (negative || !isfinite(values[i]))
                 return fail(err, "%.200s: tensor '%s' is %s at element %" PRId64, f->path, t->name,
                             negative ? "negative" : "not finite", done + i);
         }
-        megalodon_write(m, block, first + (size_t)done, (size_t)piece, values);
+        megalodon_write(m, buffer, first + (size_t)done, (size_t)piece, values);
     }
     return true;
 }
@@ -264,9 +264,9 @@ bool save_optimizer(const char *path, Model *m, const Config *c, int64_t seed, i
 void lend_optimizer(Model *m, const Config *c) {
     static real values[PIECE];
     Layout a = new_layout(c);
-    for (Block block = MOMENT1; block <= MOMENT2; block++) {
+    for (Buffer buffer = MOMENT1; buffer <= MOMENT2; buffer++) {
         for (size_t done = 0; done < a.size; done += PIECE)
-            ranks_read(m, block, done, a.size - done < PIECE ? a.size - done : PIECE, values);
+            ranks_read(m, buffer, done, a.size - done < PIECE ? a.size - done : PIECE, values);
     }
     layout_free(&a);
 }
@@ -333,10 +333,10 @@ enum { DUMP_TOKENS = 256 }; // whose numbers are fetched and written at a time
 // Nothing is written once `ok` is false. Returns whether all was written so far.
 static bool put_rows(StWriter *w, Model *m, const void *mine, size_t bytes, bool ok, char *err) {
     void *values = allocate(DUMP_TOKENS, bytes);
-    for (int b = 0; b < ranks.rows * ranks.groups; b++) {
-        for (int p = 0; p < ranks.pieces; p++) {
+    for (int b = 0; b < ranks.rows * ranks.dp_size; b++) {
+        for (int p = 0; p < ranks.cp_size; p++) {
             const size_t length = (size_t)ranks.lengths[p];
-            const int owner = b / ranks.rows * ranks.pieces + p;
+            const int owner = b / ranks.rows * ranks.cp_size + p;
             for (size_t t = 0; t < length; t += DUMP_TOKENS) {
                 const size_t n = length - t < DUMP_TOKENS ? length - t : DUMP_TOKENS,
                              at = (size_t)(b % ranks.rows) * length + t;
@@ -374,8 +374,8 @@ bool write_dump(const char *path, Model *m, const Config *c, const int32_t *inpu
     const real loss_value = (real)loss;
     StWriter w;
     int whole = 0; // tokens of a row
-    for (int p = 0; p < ranks.pieces; p++) whole += (int)ranks.lengths[p];
-    Layout a = dump_layout(m, c, ranks.rows * ranks.groups, whole);
+    for (int p = 0; p < ranks.cp_size; p++) whole += (int)ranks.lengths[p];
+    Layout a = dump_layout(m, c, ranks.rows * ranks.dp_size, whole);
     real *values = allocate(dump_room(c, B, L), sizeof *values);
     bool ok = ranks.rank > 0 || st_create(&w, path, NULL, a.list, a.n, err);
     // after a failure process 0 goes on with the others, without writing

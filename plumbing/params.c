@@ -81,17 +81,17 @@ Tensor *megalodon_tensors(const Config *config, int *count, size_t *size) {
 }
 
 // Part `part` of `parts` of the elements from first to end.
-static Range cut(size_t first, size_t end, int part, int parts) {
+static Shard cut(size_t first, size_t end, int part, int parts) {
     const size_t size = end - first, each = ((size + (size_t)parts - 1) / (size_t)parts + 3) / 4 * 4;
     const size_t at = each * (size_t)part < size ? each * (size_t)part : size;
-    return (Range){first + at, size - at < each ? size - at : each};
+    return (Shard){first + at, size - at < each ? size - at : each};
 }
 
-Range *megalodon_ranges(const Config *config, int part, int parts, int *count) {
+Shard *megalodon_shards(const Config *config, int part, int parts, int *count) {
     int tensors;
     size_t size, end;
     Tensor *list = megalodon_tensors(config, &tensors, &size);
-    Range *ranges = malloc(((size_t)config->num_layers + 2) * sizeof *ranges);
+    Shard *ranges = malloc(((size_t)config->num_layers + 2) * sizeof *ranges);
     if (list == NULL || ranges == NULL) {
         free(list), free(ranges);
         return NULL;

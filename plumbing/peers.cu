@@ -26,7 +26,7 @@ enum { BLOCK = 256 }; // threads
 static void check(cudaError_t status, int line) {
     if (status != cudaSuccess) fatal("%s:%d: CUDA: %s", __FILE__, line, cudaGetErrorString(status));
 }
-#define CUDA(call) check((call), __LINE__)
+#define cudaCheck(call) check((call), __LINE__)
 
 typedef struct {
     MPI_Comm comm;
@@ -48,18 +48,18 @@ static void open_memory(const Circle *c, void *mine, void **all) {
     cudaIpcMemHandle_t handle, handles[MOST_PEERS];
     all[c->me] = mine;
     if (c->n == 1) return;
-    CUDA(cudaIpcGetMemHandle(&handle, mine));
+    cudaCheck(cudaIpcGetMemHandle(&handle, mine));
     MPI_Allgather(&handle, sizeof handle, MPI_BYTE, handles, sizeof handle, MPI_BYTE, c->comm);
     for (int p = 0; p < c->n; p++) {
-        if (p != c->me) CUDA(cudaIpcOpenMemHandle(&all[p], handles[p], cudaIpcMemLazyEnablePeerAccess));
+        if (p != c->me) cudaCheck(cudaIpcOpenMemHandle(&all[p], handles[p], cudaIpcMemLazyEnablePeerAccess));
     }
 }
 
 // Behind this the owner may free it.
 static void close_memory(const Circle *c, void **all) {
-    CUDA(cudaDeviceSynchronize());
+    cudaCheck(cudaDeviceSynchronize());
     for (int p = 0; p < c->n; p++) {
-        if (p != c->me) CUDA(cudaIpcCloseMemHandle(all[p]));
+        if (p != c->me) cudaCheck(cudaIpcCloseMemHandle(all[p]));
     }
     MPI_Barrier(c->comm);
 }
@@ -71,29 +71,29 @@ static void circle_open(Circle *c, MPI_Comm comm) {
     MPI_Comm_size(comm, &c->n);
     for (int turn = 0; turn < 2; turn++) {
         cudaEvent_t *mine = &c->events[c->me][turn];
-        CUDA(cudaEventCreateWithFlags(mine, cudaEventDisableTiming | (c->n > 1 ? cudaEventInterprocess : 0)));
+        cudaCheck(cudaEventCreateWithFlags(mine, cudaEventDisableTiming | (c->n > 1 ? cudaEventInterprocess : 0)));
         if (c->n == 1) continue;
-        CUDA(cudaIpcGetEventHandle(&handle, *mine));
+        cudaCheck(cudaIpcGetEventHandle(&handle, *mine));
         MPI_Allgather(&handle, sizeof handle, MPI_BYTE, handles, sizeof handle, MPI_BYTE, comm);
         for (int p = 0; p < c->n; p++) {
-            if (p != c->me) CUDA(cudaIpcOpenEventHandle(&c->events[p][turn], handles[p]));
+            if (p != c->me) cudaCheck(cudaIpcOpenEventHandle(&c->events[p][turn], handles[p]));
         }
     }
 }
 
 static void circle_close(Circle *c) {
     for (int p = 0; p < c->n; p++) {
-        CUDA(cudaEventDestroy(c->events[p][0]));
-        CUDA(cudaEventDestroy(c->events[p][1]));
+        cudaCheck(cudaEventDestroy(c->events[p][0]));
+        cudaCheck(cudaEventDestroy(c->events[p][1]));
     }
     c->n = 0;
 }
 
 // The stream goes on when stream 0 of everyone has come to where he calls this.
 static void meet(Circle *c, cudaStream_t stream) {
-    CUDA(cudaEventRecord(c->events[c->me][c->turn], 0));
+    cudaCheck(cudaEventRecord(c->events[c->me][c->turn], 0));
     MPI_Barrier(c->comm);
-    for (int p = 0; p < c->n; p++) CUDA(cudaStreamWaitEvent(stream, c->events[p][c->turn], 0));
+    for (int p = 0; p < c->n; p++) cudaCheck(cudaStreamWaitEvent(stream, c->events[p][c->turn], 0));
     c->turn = 1 - c->turn;
 }
 
@@ -121,11 +121,11 @@ int peers_reach(MPI_Comm machine) {
 }
 
 void peers_open(MPI_Comm near, Model *model) {
-    CUDA(cudaStreamCreateWithFlags(&aside, cudaStreamNonBlocking));
-    CUDA(cudaEventCreateWithFlags(&summed, cudaEventDisableTiming));
+    cudaCheck(cudaStreamCreateWithFlags(&aside, cudaStreamNonBlocking));
+    cudaCheck(cudaEventCreateWithFlags(&summed, cudaEventDisableTiming));
     circle_open(&near_ones, near);
-    open_memory(&near_ones, megalodon_block(model, PARAMS), (void **)params);
-    if (megalodon_block(model, GRADS)) open_memory(&near_ones, megalodon_block(model, GRADS), (void **)grads);
+    open_memory(&near_ones, megalodon_device_ptr(model, PARAMS), (void **)params);
+    if (megalodon_device_ptr(model, GRADS)) open_memory(&near_ones, megalodon_device_ptr(model, GRADS), (void **)grads);
 }
 
 // ----------------------------------------------------------------------------
@@ -147,7 +147,7 @@ static __global__ void sum_kernel(float4 *sum, Others others, int n, size_t four
     sum[i] = s;
 }
 
-void peers_sum(Range range) {
+void peers_sum(Shard range) {
     const int n = near_ones.n, me = near_ones.me;
     const size_t fours = (range.count + 3) / 4; // at a block's end there is room for whole ones
     Others others;
@@ -156,7 +156,7 @@ void peers_sum(Range range) {
     for (int p = 1; p < n; p++) others.at[p - 1] = (const float4 *)(grads[(me + p) % n] + range.first);
     float4 *sum = (float4 *)(grads[me] + range.first);
     sum_kernel<<<(unsigned)((fours + BLOCK - 1) / BLOCK), BLOCK, 0, aside>>>(sum, others, n - 1, fours);
-    CUDA(cudaGetLastError());
+    cudaCheck(cudaGetLastError());
 }
 
 // Does MPI take pointers to device memory? It may say so, or the environment does.
@@ -178,18 +178,18 @@ float *peers_memory(size_t n) {
     return (float *)memory;
 }
 
-void peers_release(float *memory) { CUDA(cuda_aware() ? cudaFree(memory) : cudaFreeHost(memory)); }
+void peers_release(float *memory) { cudaCheck(cuda_aware() ? cudaFree(memory) : cudaFreeHost(memory)); }
 
-void peers_read(Model *model, Range r, float *dst) {
-    const float *src = megalodon_block(model, GRADS) + r.first;
-    CUDA(cudaMemcpyAsync(dst, src, r.count * sizeof *dst, cudaMemcpyDefault, aside));
-    CUDA(cudaStreamSynchronize(aside));
+void peers_read(Model *model, Shard r, float *dst) {
+    const float *src = megalodon_device_ptr(model, GRADS) + r.first;
+    cudaCheck(cudaMemcpyAsync(dst, src, r.count * sizeof *dst, cudaMemcpyDefault, aside));
+    cudaCheck(cudaStreamSynchronize(aside));
 }
 
-void peers_write(Model *model, Range r, const float *src) {
-    float *dst = megalodon_block(model, GRADS) + r.first;
-    CUDA(cudaMemcpyAsync(dst, src, r.count * sizeof *dst, cudaMemcpyDefault, aside));
-    CUDA(cudaStreamSynchronize(aside));
+void peers_write(Model *model, Shard r, const float *src) {
+    float *dst = megalodon_device_ptr(model, GRADS) + r.first;
+    cudaCheck(cudaMemcpyAsync(dst, src, r.count * sizeof *dst, cudaMemcpyDefault, aside));
+    cudaCheck(cudaStreamSynchronize(aside));
 }
 
 // A thread has a number.
@@ -204,25 +204,25 @@ static __global__ void add_kernel(float *sum, int others, size_t n) {
 int peers_add(float *sum, int others, size_t n) {
     if (!cuda_aware()) return 0;
     add_kernel<<<(unsigned)((n + BLOCK - 1) / BLOCK), BLOCK, 0, aside>>>(sum, others, n);
-    CUDA(cudaGetLastError());
+    cudaCheck(cudaGetLastError());
     return 1;
 }
 
-void peers_wait(void) { CUDA(cudaStreamSynchronize(0)); }
+void peers_wait(void) { cudaCheck(cudaStreamSynchronize(0)); }
 
 void peers_finish(void) {
-    CUDA(cudaEventRecord(summed, aside));
-    CUDA(cudaStreamWaitEvent(0, summed, 0));
+    cudaCheck(cudaEventRecord(summed, aside));
+    cudaCheck(cudaStreamWaitEvent(0, summed, 0));
 }
 
 // ----------------------------------------------------------------------------
 // parameters. Nobody overwrites his before others have copied them: an update comes behind the next step's meetings.
 
-void peers_share(Model *model, Range *const *of, int n) {
+void peers_share(Model *model, Shard *const *of, int n) {
     meet(&near_ones, 0);
     for (int i = 1; i < near_ones.n; i++) {
         const int p = (near_ones.me + i) % near_ones.n; // everyone begins with another one
-        for (const Range *r = of[p]; r < of[p] + n; r++)
+        for (const Shard *r = of[p]; r < of[p] + n; r++)
             if (r->count > 0) megalodon_write(model, PARAMS, r->first, r->count, params[p] + r->first);
     }
 }
@@ -239,26 +239,26 @@ static size_t host_bytes;
 static void windows_close(void) {
     if (room == 0) return;
     close_memory(&group, (void **)windows);
-    CUDA(cudaFree(windows[group.me]));
+    cudaCheck(cudaFree(windows[group.me]));
     room = 0;
 }
 
 static void gather_by_mpi(MPI_Comm comm, const void *mine, void *all, size_t bytes) {
     int n;
     if (cuda_aware()) {
-        CUDA(cudaStreamSynchronize(0));
+        cudaCheck(cudaStreamSynchronize(0));
         MPI_Allgather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, comm);
         return;
     }
     MPI_Comm_size(comm, &n);
     if (host_bytes < bytes * (size_t)(n + 1)) {
-        CUDA(cudaFreeHost(host));
+        cudaCheck(cudaFreeHost(host));
         host_bytes = bytes * (size_t)(n + 1);
-        CUDA(cudaMallocHost((void **)&host, host_bytes));
+        cudaCheck(cudaMallocHost((void **)&host, host_bytes));
     }
-    CUDA(cudaMemcpy(host, mine, bytes, cudaMemcpyDeviceToHost));
+    cudaCheck(cudaMemcpy(host, mine, bytes, cudaMemcpyDeviceToHost));
     MPI_Allgather(host, (int)bytes, MPI_BYTE, host + bytes, (int)bytes, MPI_BYTE, comm);
-    CUDA(cudaMemcpy(all, host + bytes, bytes * (size_t)n, cudaMemcpyHostToDevice));
+    cudaCheck(cudaMemcpy(all, host + bytes, bytes * (size_t)n, cudaMemcpyHostToDevice));
 }
 
 void peers_gather(MPI_Comm comm, int near, const void *mine, void *all, size_t bytes) {
@@ -271,14 +271,14 @@ void peers_gather(MPI_Comm comm, int near, const void *mine, void *all, size_t b
         void *window = NULL;
         windows_close();
         room = (bytes + 255) / 256 * 256;
-        CUDA(cudaMalloc(&window, 2 * room));
+        cudaCheck(cudaMalloc(&window, 2 * room));
         open_memory(&group, window, (void **)windows);
     }
     const size_t slot = (size_t)group.turn * room;
-    CUDA(cudaMemcpyAsync(windows[group.me] + slot, mine, bytes, cudaMemcpyDeviceToDevice, 0));
+    cudaCheck(cudaMemcpyAsync(windows[group.me] + slot, mine, bytes, cudaMemcpyDeviceToDevice, 0));
     meet(&group, 0);
     for (int p = 0; p < group.n; p++)
-        CUDA(cudaMemcpyAsync((char *)all + (size_t)p * bytes, windows[p] + slot, bytes, cudaMemcpyDefault, 0));
+        cudaCheck(cudaMemcpyAsync((char *)all + (size_t)p * bytes, windows[p] + slot, bytes, cudaMemcpyDefault, 0));
 }
 
 void peers_close(void) {
@@ -287,7 +287,7 @@ void peers_close(void) {
     close_memory(&near_ones, (void **)params);
     if (grads[near_ones.me] != NULL) close_memory(&near_ones, (void **)grads);
     circle_close(&near_ones);
-    CUDA(cudaEventDestroy(summed));
-    CUDA(cudaStreamDestroy(aside));
-    CUDA(cudaFreeHost(host));
+    cudaCheck(cudaEventDestroy(summed));
+    cudaCheck(cudaStreamDestroy(aside));
+    cudaCheck(cudaFreeHost(host));
 }

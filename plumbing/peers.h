@@ -16,9 +16,9 @@ void peers_close(void);
 
 // Adds to this process's gradients in `range`, which is no other's, those of the others. It is done beside what stream 0
 // does from now on, in the order of calls; reading and writing wait for it, and after peers_finish stream 0 does.
-void peers_sum(Range range);
-void peers_read(Model *model, Range range, float *dst); // gradients, to and from messages; all below are one's own
-void peers_write(Model *model, Range range, const float *src);
+void peers_sum(Shard range);
+void peers_read(Model *model, Shard range, float *dst); // gradients, to and from messages; all below are one's own
+void peers_write(Model *model, Shard range, const float *src);
 void peers_finish(void);
 // Memory for messages of n numbers: the device's where MPI reads and writes that (a CUDA-aware one), else the host's.
 float *peers_memory(size_t n);
@@ -27,7 +27,7 @@ int peers_add(float *sum, int others, size_t n); // there, adds to n numbers tho
 void peers_wait(void);                           // until stream 0 is done
 
 // Parameters: takes from process p of `near` its n ranges of[p]. In the order of stream 0.
-void peers_share(Model *model, Range *const *of, int n);
+void peers_share(Model *model, Shard *const *of, int n);
 
-// For Pieces: what the processes of `group` give. near: they reach each other, otherwise through MPI.
+// For ChunkParallel: what the processes of `group` give. near: they reach each other, otherwise through MPI.
 void peers_gather(MPI_Comm group, int near, const void *mine, void *all, size_t bytes);

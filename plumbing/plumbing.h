@@ -71,8 +71,8 @@ void keep_created(void);                  // the command is accepted: nothing wi
 typedef struct {
     int size, rank, here; // processes, this one's number, those on this machine; number 0 prints and writes files
     bool started;         // by mpirun or its like
-    int near, part;       // those that reach each other's memory (GPUs of a machine); what it updates (megalodon_shard)
-    int groups, group, pieces, piece;
+    int near, part;       // those that reach each other's memory (GPUs of a machine); what it updates (megalodon_set_shard)
+    int dp_size, dp_rank, cp_size, cp_rank;
     int rows, row;            // sequences of a group; this group's first one in the batch
     int64_t start, *lengths;  // where this process's piece starts in a sequence; (pieces) tokens of each piece
     int64_t exchanges, bytes; // of steps and validations: that this process took part in, what it gave to them
@@ -89,17 +89,17 @@ void ranks_exit(int status) __attribute__((noreturn)); // called by one, ends al
 bool ranks_agree(uint64_t number);                     // have all the same? If not, at least one of them learns it
 
 void ranks_sum(double *values, int n);
-void ranks_gather(void *context, const void *mine, void *all, size_t bytes); // in a group, for its model's Pieces
+void ranks_gather(void *context, const void *mine, void *all, size_t bytes); // in a group, for its model's ChunkParallel
 void ranks_fetch(void *dst, const void *mine, size_t bytes, int owner);      // the owner's mine to process 0's dst
 
-// Before and after the following. Gradients: the sum, of what it updates, to each process; for megalodon_when_ready, so
+// Before and after the following. Gradients: the sum, of what it updates, to each process; for megalodon_on_grad_ready, so
 // that a layer's are summed beside the backward pass of those below. Parameters: what each one updates to all.
 void ranks_open(Model *model, const Config *config);
 void ranks_close(void);
 void ranks_sum_gradients(Model *model, int segment);
 void ranks_share_params(Model *model);
 // megalodon_read in process 0 of what is only right, or only there, where each one updates: gradients, moments.
-void ranks_read(Model *model, Block block, size_t first, size_t n, real *dst);
+void ranks_read(Model *model, Buffer buffer, size_t first, size_t n, real *dst);
 
 // ----------------------------------------------------------------------------
 // options.c: the command line

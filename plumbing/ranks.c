@@ -5,7 +5,7 @@
 #include <unistd.h> // defines: usleep
 #include "plumbing.h"
 
-Ranks ranks = {.size = 1, .here = 1, .near = 1, .groups = 1, .pieces = 1, .rows = 1};
+Ranks ranks = {.size = 1, .here = 1, .near = 1, .dp_size = 1, .cp_size = 1, .rows = 1};
 
 // How many processes mpirun says there are, before MPI itself is asked: Open MPI's and PMIx's, MPICH's and Intel's.
 static long announced(void) {
@@ -38,11 +38,11 @@ static void count(size_t bytes) { ranks.exchanges++, ranks.bytes += (int64_t)byt
 static int peers_reach(MPI_Comm comm) { return comm == MPI_COMM_NULL; }
 static void peers_open(MPI_Comm comm, Model *model) { (void)comm, (void)model; }
 static void peers_close(void) {}
-static void peers_sum(Range range) { (void)range; }
+static void peers_sum(Shard range) { (void)range; }
 static void peers_finish(void) {}
-static void peers_share(Model *model, Range *const *of, int n) { (void)model, (void)of, (void)n; }
-static void peers_read(Model *model, Range r, real *dst) { megalodon_read(model, GRADS, r.first, r.count, dst); }
-static void peers_write(Model *model, Range r, const real *src) {
+static void peers_share(Model *model, Shard *const *of, int n) { (void)model, (void)of, (void)n; }
+static void peers_read(Model *model, Shard r, real *dst) { megalodon_read(model, GRADS, r.first, r.count, dst); }
+static void peers_write(Model *model, Shard r, const real *src) {
     megalodon_write(model, GRADS, r.first, r.count, src);
 }
 static int peers_add(const real *sum, int others, size_t n) { return (void)sum, (void)others, (void)n, 0; }
@@ -77,7 +77,7 @@ void ranks_start(void) {
 static void make_groups(void) {
     int n, place;
     if (!ranks.started) return;
-    MPI_Comm_split(MPI_COMM_WORLD, ranks.group, ranks.piece, &group);
+    MPI_Comm_split(MPI_COMM_WORLD, ranks.dp_rank, ranks.cp_rank, &group);
     MPI_Comm_size(machine, &n);
     MPI_Comm_rank(machine, &place);
     int least[3] = {peers_reach(machine) && ranks.rank % n == place, n, -n};
@@ -103,7 +103,7 @@ void ranks_sum(double *values, int n) {
 void ranks_gather(void *context, const void *mine, void *all, size_t bytes) {
     (void)context;
     count(bytes);
-    peers_gather(group, ranks.near % ranks.pieces == 0, mine, all, bytes);
+    peers_gather(group, ranks.near % ranks.cp_size == 0, mine, all, bytes);
 }
 
 void ranks_fetch(void *dst, const void *mine, size_t bytes, int owner) {
@@ -117,14 +117,14 @@ void ranks_fetch(void *dst, const void *mine, size_t bytes, int owner) {
 }
 
 // ----------------------------------------------------------------------------
-// gradients and parameters, segment by segment, see megalodon_ranges. Within a circle others' numbers come from their
+// gradients and parameters, segment by segment, see megalodon_shards. Within a circle others' numbers come from their
 // memory, between circles by messages. Process l of circle f, of F, updates part l F + f. So those with the same l have
 // parts that follow each other: l's stretch, which it sums for its circle, and then they do among themselves.
 
 enum { PART = 1 << 18 }; // numbers of each part that go into a message
 
-static Range **parts;     // (size) of (segments)
-static Range **stretches; // (near) of (segments)
+static Shard **parts;     // (size) of (segments)
+static Shard **stretches; // (near) of (segments)
 static int segments;
 static real *out, *in;      // messages: (circles, PART) to and from each circle
 static int unfinished = -1; // segment whose gradients are summed within circles and not yet between them
@@ -134,13 +134,13 @@ void ranks_open(Model *model, const Config *config) {
     parts = allocate((size_t)ranks.size, sizeof *parts);
     stretches = allocate((size_t)ranks.near, sizeof *stretches);
     for (int p = 0; p < ranks.size; p++) {
-        if ((parts[p] = megalodon_ranges(config, p, ranks.size, &segments)) == NULL) fatal("out of memory");
+        if ((parts[p] = megalodon_shards(config, p, ranks.size, &segments)) == NULL) fatal("out of memory");
     }
     for (int l = 0; l < ranks.near; l++) {
         stretches[l] = allocate((size_t)segments, sizeof *stretches[l]);
         for (int s = 0; s < segments; s++) {
-            const Range first = parts[l * circles][s], last = parts[(l + 1) * circles - 1][s];
-            stretches[l][s] = (Range){first.first, last.first + last.count - first.first};
+            const Shard first = parts[l * circles][s], last = parts[(l + 1) * circles - 1][s];
+            stretches[l][s] = (Shard){first.first, last.first + last.count - first.first};
         }
     }
     peers_open(near, model);
@@ -157,8 +157,8 @@ void ranks_close(void) {
 }
 
 // Of circle f's part in this process's stretch, what follows the first `done`, at most PART.
-static Range piece_of(int f, int segment, size_t done) {
-    Range r = parts[seat * circles + f][segment];
+static Shard piece_of(int f, int segment, size_t done) {
+    Shard r = parts[seat * circles + f][segment];
     r.first += done;
     r.count = r.count < done ? 0 : r.count - done < PART ? r.count - done : PART;
     return r;
@@ -170,7 +170,7 @@ static void sum_between_circles(Model *model, int segment) {
     size_t n; // of the first part, which is the longest
     for (size_t done = 0; circles > 1 && (n = piece_of(0, segment, done).count) > 0; done += PART) {
         for (int f = 0; f < circles; f++) {
-            const Range r = piece_of(f, segment, done);
+            const Shard r = piece_of(f, segment, done);
             if (r.count > 0) peers_read(model, r, out + (size_t)f * n);
         }
         count((size_t)circles * n * sizeof *out);
@@ -180,7 +180,7 @@ static void sum_between_circles(Model *model, int segment) {
 #pragma omp parallel for simd schedule(static) if (parallel : n > 32768) // as in megalodon.c
             for (size_t i = 0; i < n; i++) in[i] += in[(size_t)f * n + i];
         }
-        const Range own = piece_of(circle, segment, done);
+        const Shard own = piece_of(circle, segment, done);
         if (own.count > 0) peers_write(model, own, in);
     }
 }
@@ -204,13 +204,13 @@ void ranks_share_params(Model *model) {
     if (ranks.size == 1) return;
     for (int s = 0; s < segments; s++) {
         for (size_t done = 0; circles > 1 && (n = piece_of(0, s, done).count) > 0; done += PART) {
-            const Range r = piece_of(circle, s, done);
+            const Shard r = piece_of(circle, s, done);
             if (r.count > 0) megalodon_read(model, PARAMS, r.first, r.count, out);
             count(n * sizeof *out);
             peers_wait();
             MPI_Allgather(out, (int)n, real_type(), in, (int)n, real_type(), far);
             for (int f = 0; f < circles; f++) {
-                const Range there = piece_of(f, s, done);
+                const Shard there = piece_of(f, s, done);
                 if (f != circle && there.count > 0)
                     megalodon_write(model, PARAMS, there.first, there.count, in + (size_t)f * n);
             }
@@ -221,16 +221,16 @@ void ranks_share_params(Model *model) {
     peers_share(model, stretches, segments);
 }
 
-void ranks_read(Model *model, Block block, size_t first, size_t n, real *dst) {
-    if (ranks.size == 1) megalodon_read(model, block, first, n, dst);
+void ranks_read(Model *model, Buffer buffer, size_t first, size_t n, real *dst) {
+    if (ranks.size == 1) megalodon_read(model, buffer, first, n, dst);
     for (int i = 0; i < ranks.size * segments; i++) {
-        const Range own = parts[i / segments][i % segments];
+        const Shard own = parts[i / segments][i % segments];
         const size_t from = first > own.first ? first : own.first, end = own.first + own.count;
         const size_t to = first + n < end ? first + n : end;
         if (from >= to) continue;
         const int owner = i / segments % circles * ranks.near + i / segments / circles;
         real *place = dst + (from - first);
-        if (owner == ranks.rank) megalodon_read(model, block, from, to - from, place);
+        if (owner == ranks.rank) megalodon_read(model, buffer, from, to - from, place);
         ranks_fetch(place, place, (to - from) * sizeof *dst, owner);
     }
 }
@@ -253,8 +253,8 @@ void ranks_open(Model *model, const Config *config) { (void)model, (void)config;
 void ranks_close(void) {}
 void ranks_sum_gradients(Model *model, int segment) { (void)model, (void)segment; }
 void ranks_share_params(Model *model) { (void)model; }
-void ranks_read(Model *model, Block block, size_t first, size_t n, real *dst) {
-    megalodon_read(model, block, first, n, dst);
+void ranks_read(Model *model, Buffer buffer, size_t first, size_t n, real *dst) {
+    megalodon_read(model, buffer, first, n, dst);
 }
 
 #endif
@@ -270,20 +270,20 @@ void ranks_deal(int pieces, int B, int L, int C) {
     const int chunks = (L - 1) / C + 1;
     if (ranks.size % pieces != 0)
         usage_error("--chunk-parallel %d does not divide the number of processes, %d", pieces, ranks.size);
-    ranks.pieces = pieces, ranks.groups = ranks.size / pieces;
-    ranks.group = ranks.rank / pieces, ranks.piece = ranks.rank % pieces;
-    if (B % ranks.groups != 0)
+    ranks.cp_size = pieces, ranks.dp_size = ranks.size / pieces;
+    ranks.dp_rank = ranks.rank / pieces, ranks.cp_rank = ranks.rank % pieces;
+    if (B % ranks.dp_size != 0)
         usage_error("--batch-size %d cannot be divided evenly among %d groups of processes: give a multiple of %d", B,
-                    ranks.groups, ranks.groups);
+                    ranks.dp_size, ranks.dp_size);
     if (chunks < pieces)
         usage_error("--chunk-parallel %d: --seq-len %d has %d chunk%s of %d tokens, and each process needs one", pieces,
                     L, chunks, chunks > 1 ? "s" : "", C);
-    ranks.rows = B / ranks.groups, ranks.row = ranks.rows * ranks.group;
+    ranks.rows = B / ranks.dp_size, ranks.row = ranks.rows * ranks.dp_rank;
     ranks.lengths = allocate((size_t)pieces, sizeof *ranks.lengths);
     for (int64_t p = 0; p < pieces; p++) {
         const int64_t from = p * chunks / pieces * C, to = (p + 1) * chunks / pieces * C;
         ranks.lengths[p] = (to < L ? to : L) - from;
-        if (p == ranks.piece) ranks.start = from;
+        if (p == ranks.cp_rank) ranks.start = from;
     }
     make_groups();
 }

@@ -212,7 +212,7 @@ MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t states,
             "--seq-len or --grad-accum",
             B, L, host >> 20, host_memory(ranks.here, 0) >> 20, least_limit);
     least_limit = "";
-    const double mib = 1048576, room = (double)megalodon_room(ranks.here) / mib;
+    const double mib = 1048576, room = (double)megalodon_available_memory(ranks.here) / mib;
     const char *limit = least_limit, *largest, *remedy;
     MemoryPlan plan, other;
     const double need = plan_mib(&plan, c, mode, B, L, extra, room);

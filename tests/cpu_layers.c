@@ -36,9 +36,9 @@ void cpu_dropout(float *out, const float *inp, double p, uint64_t seed, uint32_t
 }
 
 void cpu_timestep_norm_forward(float *out, double *mean, float *rstd, double *mean_out, double *m2_out,
-                               const float *inp, const float *weight, const float *bias, const double *mean_in,
-                               const double *m2_in, const int64_t *count, int B, int L, int D, int G, double eps) {
-    timestep_norm_forward(out, mean, rstd, mean_out, m2_out, inp, weight, bias, mean_in, m2_in, count, B, L, D, G, eps);
+                               const float *inp, const float *weight, const float *bias, const double *prev_mean,
+                               const double *prev_m2, const int64_t *count, int B, int L, int D, int G, double eps) {
+    timestep_norm_forward(out, mean, rstd, mean_out, m2_out, inp, weight, bias, prev_mean, prev_m2, count, B, L, D, G, eps);
 }
 void cpu_timestep_norm_backward(float *dinp, float *dweight, float *dbias, const float *dout, const float *inp,
                                 const float *weight, const double *mean, const float *rstd, const int64_t *count, int B,
@@ -49,50 +49,50 @@ void cpu_timestep_norm_backward(float *dinp, float *dweight, float *dbias, const
 // ----------------------------------------------------------------------------
 // CEMA, whose coefficients are padded to whole strips here
 
-static Coefs coefs_new(int D, int N) { // five arrays one behind the other, freed by c.p
+static Coeffs coeffs_new(int D, int N) { // five arrays one behind the other, freed by c.p
     size_t n = (size_t)N * strip_channels(D);
     real *all = scratch(5 * n);
-    return (Coefs){all, all + n, all + 2 * n, all + 3 * n, all + 4 * n};
+    return (Coeffs){all, all + n, all + 2 * n, all + 3 * n, all + 4 * n};
 }
-static Coefs coefs_padded(const float *coefs, int D, int N) {
-    Coefs c = coefs_new(D, N);
+static Coeffs coeffs_padded(const float *coeffs, int D, int N) {
+    Coeffs c = coeffs_new(D, N);
     for (size_t i = 0; i < 5 * (size_t)N; i++) {
-        memcpy(c.p + i * strip_channels(D), coefs + i * D, (size_t)D * sizeof *coefs);
+        memcpy(c.p + i * strip_channels(D), coeffs + i * D, (size_t)D * sizeof *coeffs);
     }
     return c;
 }
-static void coefs_take_back(float *coefs, Coefs c, int D, int N) {
+static void coeffs_take_back(float *coeffs, Coeffs c, int D, int N) {
     for (size_t i = 0; i < 5 * (size_t)N; i++) {
-        memcpy(coefs + i * D, c.p + i * strip_channels(D), (size_t)D * sizeof *coefs);
+        memcpy(coeffs + i * D, c.p + i * strip_channels(D), (size_t)D * sizeof *coeffs);
     }
     free(c.p);
 }
 
-void cpu_cema_coefs_forward(float *coefs, const float *alpha, const float *delta, const float *theta,
+void cpu_cema_coeffs_forward(float *coeffs, const float *alpha, const float *delta, const float *theta,
                             const float *gamma, int D, int N) {
-    Coefs c = coefs_new(D, N);
-    cema_coefs_forward(&c, alpha, delta, theta, gamma, D, N);
-    coefs_take_back(coefs, c, D, N);
+    Coeffs c = coeffs_new(D, N);
+    cema_coeffs_forward(&c, alpha, delta, theta, gamma, D, N);
+    coeffs_take_back(coeffs, c, D, N);
 }
-void cpu_cema_coefs_backward(float *dalpha, float *ddelta, float *dtheta, float *dgamma, const float *dcoefs,
+void cpu_cema_coeffs_backward(float *dalpha, float *ddelta, float *dtheta, float *dgamma, const float *dcoeffs,
                              const float *alpha, const float *delta, const float *theta, int D, int N) {
-    Coefs dc = coefs_padded(dcoefs, D, N);
-    cema_coefs_backward(dalpha, ddelta, dtheta, dgamma, &dc, alpha, delta, theta, D, N);
+    Coeffs dc = coeffs_padded(dcoeffs, D, N);
+    cema_coeffs_backward(dalpha, ddelta, dtheta, dgamma, &dc, alpha, delta, theta, D, N);
     free(dc.p);
 }
-void cpu_cema_forward(float *out, float *h_out, const float *inp, const float *coefs, const float *omega,
+void cpu_cema_forward(float *out, float *h_out, const float *inp, const float *coeffs, const float *omega,
                       const float *h_in, int B, int L, int D, int N) {
-    Coefs c = coefs_padded(coefs, D, N);
+    Coeffs c = coeffs_padded(coeffs, D, N);
     cema_forward(out, NULL, h_out, inp, &c, omega, h_in, B, L, D, N);
     free(c.p);
 }
-void cpu_cema_backward(float *dinp, float *dcoefs, float *domega, const float *dout, const float *inp,
-                       const float *coefs, const float *omega, const float *h_in, int B, int L, int D, int N) {
-    Coefs c = coefs_padded(coefs, D, N), dc = coefs_new(D, N);
+void cpu_cema_backward(float *dinp, float *dcoeffs, float *domega, const float *dout, const float *inp,
+                       const float *coeffs, const float *omega, const float *h_in, int B, int L, int D, int N) {
+    Coeffs c = coeffs_padded(coeffs, D, N), dc = coeffs_new(D, N);
     real *h_blocks = scratch((size_t)B * ceil_div(L, CEMA_BLOCK) * 2 * N * D), *out = scratch((size_t)B * L * D);
     cema_forward(out, h_blocks, NULL, inp, &c, omega, h_in, B, L, D, N);
     cema_backward(dinp, &dc, domega, NULL, dout, inp, h_blocks, &c, omega, B, L, D, N);
-    coefs_take_back(dcoefs, dc, D, N);
+    coeffs_take_back(dcoeffs, dc, D, N);
     free(c.p), free(h_blocks), free(out);
 }
 
@@ -155,7 +155,7 @@ void cpu_gate_backward(float *da, float *db, const float *dout, const float *a, 
 void cpu_attention_forward(float *o, float *lse, float *cache_k, float *cache_v, const float *q, const float *k,
                            const float *v, const int64_t *count, double p, uint64_t seed, uint32_t stream,
                            uint32_t step, uint32_t layer, uint64_t first, int B, int L, int C, int H, int Z, int E) {
-    real *scores = scratch((size_t)QUERY_ROWS * C);
+    real *scores = scratch((size_t)QUERY_TILE * C);
     Mask mask = mask_from(p, seed, stream, step, layer, first);
     mask.row = (uint64_t)L * (uint64_t)C;
     attention_forward(o, lse, cache_k, cache_v, scores, q, k, v, count, mask, B, L, C, H, Z, E, 1);
@@ -164,10 +164,10 @@ void cpu_attention_forward(float *o, float *lse, float *cache_k, float *cache_v,
 void cpu_attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *o, const float *lse,
                             const float *q, const float *k, const float *v, double p, uint64_t seed, uint32_t stream,
                             uint32_t step, uint32_t layer, uint64_t first, int B, int L, int C, int H, int Z, int E) {
-    real *scores = scratch(2 * (size_t)QUERY_ROWS * C);
+    real *scores = scratch(2 * (size_t)QUERY_TILE * C);
     Mask mask = mask_from(p, seed, stream, step, layer, first);
     mask.row = (uint64_t)L * (uint64_t)C;
-    attention_backward(dq, dk, dv, scores, scores + (size_t)QUERY_ROWS * C, dout, o, lse, q, k, v, mask, B, L, C, H, Z,
+    attention_backward(dq, dk, dv, scores, scores + (size_t)QUERY_TILE * C, dout, o, lse, q, k, v, mask, B, L, C, H, Z,
                        E, 1);
     free(scores);
 }
@@ -202,7 +202,7 @@ void cpu_output_loss(double *losses, float *dx, float *doutput, const float *x, 
 
 double cpu_grad_norm(const float *grads, size_t n) {
     double *parts = calloc(n / NORM_PART + 1, sizeof *parts);
-    Range whole = {0, n};
+    Shard whole = {0, n};
     Model m = {.own = &whole, .num_own = 1, .memory = {[GRADS] = (real *)grads}, .norm_parts = parts};
     double norm = megalodon_grad_norm(&m);
     free(parts);
@@ -210,7 +210,7 @@ double cpu_grad_norm(const float *grads, size_t n) {
 }
 void cpu_update(float *params, float *moment1, float *moment2, const float *grads, size_t n, double beta1, double beta2,
                 double eps, double weight_decay, double lr, double grad_scale, int64_t update) {
-    Range whole = {0, n};
+    Shard whole = {0, n};
     Model m = {.own = &whole, .num_own = 1, .memory = {params, (real *)grads, moment1, moment2}};
     AdamW adamw = {beta1, beta2, eps, weight_decay};
     megalodon_update(&m, &adamw, lr, grad_scale, update);

@@ -21,21 +21,21 @@ void cpu_dropout(float *out, const float *inp, double p, uint64_t seed, uint32_t
                  uint64_t first, size_t n);
 
 void cpu_timestep_norm_forward(float *out, double *mean, float *rstd, double *mean_out, double *m2_out,
-                               const float *inp, const float *weight, const float *bias, const double *mean_in,
-                               const double *m2_in, const int64_t *count, int B, int L, int D, int G, double eps);
+                               const float *inp, const float *weight, const float *bias, const double *prev_mean,
+                               const double *prev_m2, const int64_t *count, int B, int L, int D, int G, double eps);
 void cpu_timestep_norm_backward(float *dinp, float *dweight, float *dbias, const float *dout, const float *inp,
                                 const float *weight, const double *mean, const float *rstd, const int64_t *count, int B,
                                 int L, int D, int G);
 
-// coefs, dcoefs (5,N,D): p, q_re, q_im, g_re, g_im
-void cpu_cema_coefs_forward(float *coefs, const float *alpha, const float *delta, const float *theta,
+// coeffs, dcoeffs (5,N,D): p, q_re, q_im, g_re, g_im
+void cpu_cema_coeffs_forward(float *coeffs, const float *alpha, const float *delta, const float *theta,
                             const float *gamma, int D, int N);
-void cpu_cema_coefs_backward(float *dalpha, float *ddelta, float *dtheta, float *dgamma, const float *dcoefs,
+void cpu_cema_coeffs_backward(float *dalpha, float *ddelta, float *dtheta, float *dgamma, const float *dcoeffs,
                              const float *alpha, const float *delta, const float *theta, int D, int N);
-void cpu_cema_forward(float *out, float *h_out, const float *inp, const float *coefs, const float *omega,
+void cpu_cema_forward(float *out, float *h_out, const float *inp, const float *coeffs, const float *omega,
                       const float *h_in, int B, int L, int D, int N);
-void cpu_cema_backward(float *dinp, float *dcoefs, float *domega, const float *dout, const float *inp,
-                       const float *coefs, const float *omega, const float *h_in, int B, int L, int D, int N);
+void cpu_cema_backward(float *dinp, float *dcoeffs, float *domega, const float *dout, const float *inp,
+                       const float *coeffs, const float *omega, const float *h_in, int B, int L, int D, int N);
 
 void cpu_rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight, int R, int D, double eps);
 void cpu_rmsnorm_backward(float *dinp, float *dweight, const float *dout, const float *inp, const float *weight,

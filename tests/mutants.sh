@@ -15,18 +15,18 @@ exp_real: x < -87.3365402f ? 0 : p  =>  p
 exp_real: 1.0f / 120  =>  1.0f / 100
 exp_real: - n * 1.42860677e-6f  =>
 sigmoid: exp_real(-x)  =>  exp_real(x)
-gemm_tile: c[j] += tile[i][j]  =>  c[j] = tile[i][j]
-gemm_tile: c[j] = tile[i][j]  =>  c[j] += tile[i][j]
-gemm_pack: panel[i * si + k]  =>  panel[i * si]
-gemm_serial: k0 > 0 || add);  =>  add);
-gemm_serial: ak = ta ? (size_t)lda : 1  =>  ak = ta ? (size_t)M : 1
-gemm_serial: a + (size_t)i * depth  =>  a
-gemm_row: add ? c[j] + sum : sum  =>  sum
-gemm_row: c[j] += a[k]  =>  c[j] = a[k]
-gemm: bias[j0 + j] + (add  =>  (add
-gemm: (add ? c[(size_t)i * ldc + j] : 0)  =>  0
-gemm: b, ldb, add || bias, c);  =>  b, ldb, add, c);
-gemm: b, ldb, add || bias, c, ldc)  =>  b, ldb, add, c, ldc)
+matmul_tile: c[j] += tile[i][j]  =>  c[j] = tile[i][j]
+matmul_tile: c[j] = tile[i][j]  =>  c[j] += tile[i][j]
+matmul_pack: panel[i * si + k]  =>  panel[i * si]
+matmul_serial: k0 > 0 || add);  =>  add);
+matmul_serial: ak = ta ? (size_t)lda : 1  =>  ak = ta ? (size_t)M : 1
+matmul_serial: a + (size_t)i * depth  =>  a
+matmul_row: add ? c[j] + sum : sum  =>  sum
+matmul_row: c[j] += a[k]  =>  c[j] = a[k]
+matmul: bias[j0 + j] + (add  =>  (add
+matmul: (add ? c[(size_t)i * ldc + j] : 0)  =>  0
+matmul: b, ldb, add || bias, c);  =>  b, ldb, add, c);
+matmul: b, ldb, add || bias, c, ldc)  =>  b, ldb, add, c, ldc)
 sum_rows: ((xr[c] - m) * s)  =>  (xr[c] * s)
 sum_rows: double m = mean ? mean[(size_t)r * G + j] : 0, s  =>  float m = mean ? mean[(size_t)r * G + j] : 0, s
 sum_rows: ((xr[c] - m) * s)  =>  (xr[c] - m)
@@ -46,9 +46,9 @@ timestep_norm_forward: n += g  =>  n += 1
 timestep_norm_forward: (double)g * (double)count[b]  =>  (double)count[b]
 timestep_norm_forward: s2 - s1 * s1 / n  =>  s2
 timestep_norm_forward: double from = n > 0 ? m : x[0]  =>  double from = x[0]
-timestep_norm_forward: double m = mean_in ? mean_in[b * G + j] : 0, m2 =  =>  float m = mean_in ? mean_in[b * G + j] : 0, m2 =
-timestep_norm_forward: double m = mean_in ? mean_in[b * G + j] : 0, m2 =  =>  double m = mean_in ? mean_in[b * G + j] : 0; float m2 =
-timestep_norm_forward: m2_in ? m2_in[b * G + j] : 0  =>  0
+timestep_norm_forward: double m = prev_mean ? prev_mean[b * G + j] : 0, m2 =  =>  float m = prev_mean ? prev_mean[b * G + j] : 0, m2 =
+timestep_norm_forward: double m = prev_mean ? prev_mean[b * G + j] : 0, m2 =  =>  double m = prev_mean ? prev_mean[b * G + j] : 0; float m2 =
+timestep_norm_forward: prev_m2 ? prev_m2[b * G + j] : 0  =>  0
 timestep_norm_forward: m2_out[b * G + j] = m2  =>  m2_out[b * G + j] = 0
 timestep_norm_forward: * (w[i] + 1) + bs[i]  =>  * w[i] + bs[i]
 timestep_norm_forward: sqrt(m2 / n + eps)  =>  sqrt(m2 / n)
@@ -63,28 +63,28 @@ timestep_norm_backward: U - 2 * (W - m * V)  =>  U
 timestep_norm_backward: double m = mean[row * G + j], r  =>  float m = mean[row * G + j]; double r
 timestep_norm_backward: uvw[3] = {U, V, W}  =>  uvw[3] = {U, V, 0}
 timestep_norm_backward: count ? (double)g * (double)count[b] : 0  =>  0
-timestep_norm_join: count ? (double)(D / G) * (double)count[i / G] : 0  =>  0
-timestep_norm_join: if (k == p->piece)  =>  if (k == 0)
-timestep_norm_join: + d * d * n * there / (n + there)  =>
-timestep_norm_join: m += d * there / (n + there)  =>  m += d * there / n
-timestep_norm_join: (double)p->lengths[k]  =>  (double)p->lengths[0]
-timestep_norm_join: mean_end[i] = m  =>  mean_end[i] = mean[i]
-timestep_norm_join_backward: k = p->piece + 1  =>  k = p->piece
-timestep_norm_join_backward: inp[at + i] * V - W  =>  inp[at + i] * V
-cema_piece: L - 1 - t0 - t  =>  t0 + t
-cema_piece: q_re * c.g_im[u] + q_im * c.g_re[u]  =>  q_re * c.g_im[u]
-cema_piece: q_im = -q_im  =>  q_im = q_im
+timestep_norm_combine: count ? (double)(D / G) * (double)count[i / G] : 0  =>  0
+timestep_norm_combine: if (k == p->cp_rank)  =>  if (k == 0)
+timestep_norm_combine: + d * d * n * there / (n + there)  =>
+timestep_norm_combine: m += d * there / (n + there)  =>  m += d * there / n
+timestep_norm_combine: (double)p->lengths[k]  =>  (double)p->lengths[0]
+timestep_norm_combine: mean_end[i] = m  =>  mean_end[i] = mean[i]
+timestep_norm_combine_backward: k = p->cp_rank + 1  =>  k = p->cp_rank
+timestep_norm_combine_backward: inp[at + i] * V - W  =>  inp[at + i] * V
+cema_reduce: L - 1 - t0 - t  =>  t0 + t
+cema_reduce: q_re * c.g_im[u] + q_im * c.g_re[u]  =>  q_re * c.g_im[u]
+cema_reduce: q_im = -q_im  =>  q_im = q_im
 power: n > 0; n /= 2  =>  n > 1; n /= 2
-cema_join: if (backward) q = conj(q)  =>
-cema_join: backward ? p->pieces - 1 - i : i  =>  i
-cema_join: p->lengths[k] != length  =>  length == 0
-cema_join: if (k == p->piece)  =>  if (k == 0)
-cema_join: decay * sum  =>  sum
-cema_join: end[im] = (real)cimag(sum)  =>  end[im] = 0
-time_norm_forward: in ? in->count : NULL  =>  NULL
-time_norm_forward: mean_out = m2_out = NULL  =>  (void)0
-ema_forward: h_out = NULL  =>  (void)0
-megalodon_pieces: m->start += i < pieces->piece  =>  m->start += i <= pieces->piece
+cema_combine: if (backward) q = conj(q)  =>
+cema_combine: backward ? p->cp_size - 1 - i : i  =>  i
+cema_combine: p->lengths[k] != length  =>  length == 0
+cema_combine: if (k == p->cp_rank)  =>  if (k == 0)
+cema_combine: decay * sum  =>  sum
+cema_combine: end[im] = (real)cimag(sum)  =>  end[im] = 0
+timestep_norm_layer_forward: in ? in->count : NULL  =>  NULL
+timestep_norm_layer_forward: mean_out = m2_out = NULL  =>  (void)0
+cema_layer_forward: h_out = NULL  =>  (void)0
+megalodon_chunk_parallel: m->start += i < pieces->cp_rank  =>  m->start += i <= pieces->cp_rank
 megalodon_update: m->memory[PARAMS] + m->own[s].first  =>  m->memory[PARAMS]
 megalodon_update: m->memory[GRADS] + m->own[s].first  =>  m->memory[GRADS]
 megalodon_grad_norm: m->memory[GRADS] + m->own[s].first  =>  m->memory[GRADS]
@@ -96,14 +96,14 @@ megalodon_backward: if (m->ready) m->ready(m, 0)  =>
 mask_of: + (uint64_t)m->start)  =>  )
 mask_of: ? (uint64_t)m->whole :  =>  ? (uint64_t)m->L :
 mask_of_attention: num_heads - 1)  =>  num_heads)
-cema_coefs_forward: 2 * PI * (n + 1) / N  =>  2 * PI * n / N
-cema_coefs_forward: (1 - a * b) * sin(phi)  =>  (1 - a) * sin(phi)
-cema_coefs_forward: gamma[2 * in] / sqrt(N)  =>  gamma[2 * in] / N
-cema_coefs_backward: dc->p[out] - b * dabs  =>  dc->p[out] + b * dabs
-cema_coefs_backward: -a * dabs * b  =>  a * dabs * b
-cema_coefs_backward: dturn * turn * (1 - turn)  =>  dturn * turn
-cema_coefs_backward: dc->q_im[out] * re - dc->q_re[out] * im  =>  dc->q_im[out] * re + dc->q_re[out] * im
-cema_coefs_backward: dgamma[2 * in + 1] +=  =>  dgamma[2 * in + 1] =
+cema_coeffs_forward: 2 * PI * (n + 1) / N  =>  2 * PI * n / N
+cema_coeffs_forward: (1 - a * b) * sin(phi)  =>  (1 - a) * sin(phi)
+cema_coeffs_forward: gamma[2 * in] / sqrt(N)  =>  gamma[2 * in] / N
+cema_coeffs_backward: dc->p[out] - b * dabs  =>  dc->p[out] + b * dabs
+cema_coeffs_backward: -a * dabs * b  =>  a * dabs * b
+cema_coeffs_backward: dturn * turn * (1 - turn)  =>  dturn * turn
+cema_coeffs_backward: dc->q_im[out] * re - dc->q_re[out] * im  =>  dc->q_im[out] * re + dc->q_re[out] * im
+cema_coeffs_backward: dgamma[2 * in + 1] +=  =>  dgamma[2 * in + 1] =
 cema_forward: y[t][u] = om[u] * x[t][u]  =>  y[t][u] = x[t][u]
 cema_forward: c.q_re[u] * old - c.q_im[u] * im[u]  =>  c.q_re[u] * old + c.q_im[u] * im[u]
 cema_forward: c.g_re[u] * re[u] - c.g_im[u] * im[u]  =>  c.g_re[u] * re[u]
@@ -147,14 +147,14 @@ gate_forward: a[i] * (b[i] * sigmoid(b[i]))  =>  a[i] * sigmoid(b[i])
 gate_forward: a[i] * (b[i] * sigmoid(b[i]))  =>  a[i] * b[i] * sigmoid(b[i])
 gate_backward: 1 + b[i] * (1 - s)  =>  1 - b[i] * (1 - s)
 gate_backward: d * (b[i] * s)  =>  d * s
-attend_forward: nk - nq + i + 1;  =>  nk - nq + i + (i > 0);
-attend_forward: nk - nq + i + 1;  =>  nk - nq + i + 1 + (i < nq - 1);
-attend_forward: j < nk; j++) s[j] = 0  =>  j < nk; j++) s[j] = 1e-3
-attend_forward: mask_row(mask, i, C)  =>  mask
-attend_backward: dropout(ds, ds, mask_row(mask, i, C)  =>  dropout(ds, ds, mask
-attend_backward: dropout(s, s, mask_row(mask, i, C)  =>  dropout(s, s, mask
-attend_backward: q, ldz, add, NULL, dk  =>  q, ldz, 0, NULL, dk
-attend_backward: dout, lde, add, NULL, dv_out  =>  dout, lde, 0, NULL, dv_out
+attention_chunk_forward: nk - nq + i + 1;  =>  nk - nq + i + (i > 0);
+attention_chunk_forward: nk - nq + i + 1;  =>  nk - nq + i + 1 + (i < nq - 1);
+attention_chunk_forward: j < nk; j++) s[j] = 0  =>  j < nk; j++) s[j] = 1e-3
+attention_chunk_forward: mask_row(mask, i, C)  =>  mask
+attention_chunk_backward: dropout(ds, ds, mask_row(mask, i, C)  =>  dropout(ds, ds, mask
+attention_chunk_backward: dropout(s, s, mask_row(mask, i, C)  =>  dropout(s, s, mask
+attention_chunk_backward: q, ldz, add, NULL, dk  =>  q, ldz, 0, NULL, dk
+attention_chunk_backward: dout, lde, add, NULL, dv_out  =>  dout, lde, 0, NULL, dv_out
 cache_chunk: (size_t)b * L + t  =>  (size_t)b * L
 cache_chunk: (size_t)b * C + at  =>  (size_t)b * C
 attention_forward: cached = past > 0 && chunk == 0  =>  cached = past > 0
@@ -166,13 +166,13 @@ attention_backward: int n = min(C, L - t0)  =>  int n = L - t0 < C ? 1 : C
 attention_backward: i < last,  =>  1,
 attention_backward: i < last,  =>  0,
 attention_backward: b, h, H, t0 + i, C)  =>  b, h, H, t0, C)
-attend_forward: top + (real)log(sum)  =>  (real)log(sum)
-attend_forward: s[j] /= sum  =>  s[j] /= 1
-attend_forward: sum += overflow  =>
-attend_backward: s[j] /= sum  =>  s[j] /= 1
-attend_backward: ds[j] - dot  =>  ds[j]
-attend_backward: s[j] - l)  =>  s[j])
-attend_backward: s[j] = ds[j] = 0  =>  s[j] = 0
+attention_chunk_forward: top + (real)log(sum)  =>  (real)log(sum)
+attention_chunk_forward: s[j] /= sum  =>  s[j] /= 1
+attention_chunk_forward: sum += overflow  =>
+attention_chunk_backward: s[j] /= sum  =>  s[j] /= 1
+attention_chunk_backward: ds[j] - dot  =>  ds[j]
+attention_chunk_backward: s[j] - l)  =>  s[j])
+attention_chunk_backward: s[j] = ds[j] = 0  =>  s[j] = 0
 attention_forward: past = count ?  =>  past = 0 && count ?
 layernorm_forward: double m = sum / D  =>  double m = 0
 layernorm_forward: double sum = 0, squares = 0  =>  real sum = 0, squares = 0
@@ -192,7 +192,7 @@ output_loss: log(sum) + (top - at_target)  =>  log(sum) + top - at_target
 output_loss: sum += overflow  =>
 output_loss: *xr = x + (size_t)r0 * D  =>  *xr = x
 output_loss: dx + (size_t)r0 * D, 0  =>  dx + (size_t)r0 * D, 1
-ema_forward: out->h + at : NULL  =>  out->h : NULL
+cema_layer_forward: out->h + at : NULL  =>  out->h : NULL
 mega_forward: dropout(a->mx, a->mx  =>  dropout(s->dmx, a->mx
 mega_forward: DROP_GATED, c->hidden_dropout  =>  DROP_GATED, c->dropout
 mega_forward: add(a->y, x  =>  add(a->y, a->y
@@ -203,7 +203,7 @@ mega_backward: const real *dsum = mega_mask.p > 0 ? s->dxt : dy  =>  const real 
 mega_backward: dropout(s->do_, s->do_, gated_mask  =>  dropout(s->v, s->v, gated_mask
 mega_backward: dropout(s->gated, s->gated, gated_mask  =>  dropout(s->v, s->v, gated_mask
 mega_backward: dropout(s->dmx, s->dmx,  =>  dropout(s->v, s->v,
-time_norm_backward: rstd, m->before.count, B  =>  rstd, NULL, B
+timestep_norm_layer_backward: rstd, m->before.count, B  =>  rstd, NULL, B
 nffn_forward: add(out, x  =>  add(out, a->y
 nffn_forward: dropout(f2, f2  =>  dropout(a->u, a->u
 nffn_backward: if (nffn_mask.p > 0) df2  =>  if (nffn_mask.p > 1) df2
@@ -220,13 +220,13 @@ megalodon_zero_grad: i < m->num_params  =>  i < 1
 state_reset: s->count[row] = 0  =>  s->count[0] = 0
 state_reset: s->mean + i * s->G, 0  =>  s->mean + i, 0
 state_reset: s->h + i * s->modes, 0  =>  s->h + i, 0
-mega_forward: linear_forward(a->v_in, 0, a->xt  =>  linear_forward(a->v_in, 0, a->mx
-mega_forward: linear_forward(a->r_in, 0, a->mx  =>  linear_forward(a->r_in, 0, a->xt
+mega_forward: linear_forward(a->v_pre, 0, a->xt  =>  linear_forward(a->v_pre, 0, a->mx
+mega_forward: linear_forward(a->r_pre, 0, a->mx  =>  linear_forward(a->r_pre, 0, a->xt
 mega_forward: a->k, m->rope, count  =>  a->k, m->rope, NULL
 mega_backward: linear_backward(s->dmx, 1, dw->wr  =>  linear_backward(s->dmx, 0, dw->wr
 mega_backward: linear_backward(s->dxt, 1, dw->wv  =>  linear_backward(s->dxt, 0, dw->wv
 mega_backward: rope_backward(s->dk, s->dk  =>  rope_backward(s->dk, s->dq
-mega_backward: silu_backward(s->dv, s->dv, a->v_in  =>  silu_backward(s->dv, s->dv, a->r_in
+mega_backward: silu_backward(s->dv, s->dv, a->v_pre  =>  silu_backward(s->dv, s->dv, a->r_pre
 mega_backward: add(dx, dy, (size_t)R * D)  =>  add(dx, dy, 0)
 nffn_forward: gate_forward(s->hidden, a->f3, a->f1  =>  gate_forward(s->hidden, a->f1, a->f3
 nffn_backward: linear_backward(du, c->swiglu  =>  linear_backward(du, 0
@@ -237,7 +237,7 @@ embedding_scale: sqrt(c->model_dim)  =>  1
 megalodon_forward: piece ? m->whole : L  =>  piece ? m->whole : 1
 megalodon_forward: piece ? m->whole : L  =>  L
 megalodon_forward: b < B; b++) state->count  =>  b < 1; b++) state->count
-time_norm_forward: at = (size_t)layer * B * G  =>  at = 0 * (size_t)layer * B * G
+timestep_norm_layer_forward: at = (size_t)layer * B * G  =>  at = 0 * (size_t)layer * B * G
 megalodon_loss: targets[r] >= 0  =>  targets[r] >= -1
 megalodon_backward: embedding_scale(c)  =>  1
 megalodon_logits: m->final + first * D  =>  m->final
@@ -251,10 +251,10 @@ megalodon_update: c2 * g * g  =>  c2 * g
 megalodon_update: grad[i] * gs  =>  grad[i]
 megalodon_update: * root + eps  =>  * root
 megalodon_update: + (m2[i] - m2[i])  =>
-megalodon_update: m->coefs_valid = 0  =>  m->coefs_valid = 1
+megalodon_update: m->coeffs_valid = 0  =>  m->coeffs_valid = 1
 acts_take: m->mode != MEGALODON_TRAIN) arena  =>  m->mode != MEGALODON_TRAIN + 9) arena
 acts_take: m->mode != MEGALODON_INFER || l < 2  =>  l < 2
-megalodon_write: m->coefs_valid = 0  =>  m->coefs_valid = 1
+megalodon_write: m->coeffs_valid = 0  =>  m->coeffs_valid = 1
 state_read: (char *)s->memory + first  =>  (char *)s->memory
 state_write: (char *)s->memory + first  =>  (char *)s->memory
 END
@@ -293,7 +293,7 @@ try() { # function
     case $1 in # of what test_layers does not call
     mega* | nffn* | block* | embedding_scale | acts_take | state* | add | mask_of | remember | cache_chunk) order="test_model test_pieces test_float" ;;
     time_norm* | ema_*) order="test_model test_pieces" ;;
-    *_join* | cema_piece | power) order="test_pieces" ;;
+    *_join* | cema_reduce | power) order="test_pieces" ;;
     exp_real) order="test_float" ;;
     esac
     for test in $order; do

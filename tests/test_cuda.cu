@@ -11,8 +11,8 @@
 
 // Relative L2 differences. Results that are floats computed from exact inputs are held to float32 in both builds.
 static const double FLOAT_FORWARD = 2e-6, FLOAT_BACKWARD = 5e-6;
-static const double FORWARD = sizeof(act) == 4 ? FLOAT_FORWARD : 5e-3;
-static const double BACKWARD = sizeof(act) == 4 ? FLOAT_BACKWARD : 5e-3;
+static const double FORWARD = sizeof(floatX) == 4 ? FLOAT_FORWARD : 5e-3;
+static const double BACKWARD = sizeof(floatX) == 4 ? FLOAT_BACKWARD : 5e-3;
 static const double EPS = 1e-5;
 
 // ----------------------------------------------------------------------------
@@ -44,9 +44,9 @@ static void finish(void) {
     int touched = 0;
     for (int i = 0; i < now.devices; i++) {
         unsigned char guard[GUARD + 1];
-        CUDA(cudaMemcpy(guard, (char *)now.device[i] + now.bytes[i], GUARD, cudaMemcpyDeviceToHost));
+        cudaCheck(cudaMemcpy(guard, (char *)now.device[i] + now.bytes[i], GUARD, cudaMemcpyDeviceToHost));
         for (int k = 0; k < GUARD; k++) touched += guard[k] != 0xff;
-        CUDA(cudaFree(now.device[i]));
+        cudaCheck(cudaFree(now.device[i]));
     }
     for (int i = 0; i < now.hosts; i++) free(now.host[i]);
     now.devices = now.hosts = 0;
@@ -69,8 +69,8 @@ template <typename T> static T *on_host(size_t n) {
 template <typename T> static T *on_device(size_t n) {
     size_t bytes = (n * sizeof(T) + 15) / 16 * 16;
     void *memory = NULL;
-    CUDA(cudaMalloc(&memory, bytes + GUARD));
-    CUDA(cudaMemset(memory, 0xff, bytes + GUARD));
+    cudaCheck(cudaMalloc(&memory, bytes + GUARD));
+    cudaCheck(cudaMemset(memory, 0xff, bytes + GUARD));
     if (now.devices == MOST) {
         fprintf(stderr, "error: too many arrays\n");
         exit(1);
@@ -92,7 +92,7 @@ template <typename T, typename Host> struct Twice {
     T *device;
     size_t n;
 };
-typedef Twice<act, float> Acts;
+typedef Twice<floatX, float> Acts;
 typedef Twice<float, float> Floats;
 typedef Twice<double, double> Doubles;
 typedef Twice<Mean, double> SplitMeans;
@@ -105,10 +105,10 @@ static float *random_numbers(size_t n, double scale, double shift) {
     return x;
 }
 #ifdef MEGALODON_FP32
-static act act_of(float x) { return x; }
+static floatX act_of(float x) { return x; }
 #else
-static act act_of(float x) { return __float2bfloat16(x); }
-static double number(act x) { return to_float(x); }
+static floatX act_of(float x) { return __float2bfloat16(x); }
+static double number(floatX x) { return to_float(x); }
 #endif
 static double number(float x) { return x; }
 static double number(double x) { return x; }
@@ -117,7 +117,7 @@ static double number(Mean x) { return whole_mean(x); }
 #endif
 
 static Acts acts_from(float *host, size_t n) { // which are rounded
-    act *narrow = on_host<act>(n);
+    floatX *narrow = on_host<floatX>(n);
     for (size_t i = 0; i < n; i++) narrow[i] = act_of(host[i]), host[i] = to_float(narrow[i]);
     return Acts{host, copied(narrow, n), n};
 }
@@ -133,7 +133,7 @@ static Floats floats(size_t n, double scale, double shift) { return floats_from(
 static Floats rounded_floats(size_t n, double scale, double shift) {
     return floats_from(acts(n, scale, shift).host, n);
 }
-static Acts acts_out(size_t n) { return Acts{on_host<float>(n), on_device<act>(n), n}; }
+static Acts acts_out(size_t n) { return Acts{on_host<float>(n), on_device<floatX>(n), n}; }
 static Floats floats_out(size_t n) { return Floats{on_host<float>(n), on_device<float>(n), n}; }
 static Doubles doubles_out(size_t n) { return Doubles{on_host<double>(n), on_device<double>(n), n}; }
 template <typename T> static Twice<T, double> means_out(size_t n) {
@@ -160,18 +160,18 @@ static void compare_part(const char *what, Twice<T, Host> a, size_t from, size_t
     char name[120];
     T *got = on_host<T>(n);
     double *wide = on_host<double>(2 * n);
-    CUDA(cudaMemcpy(got, a.device + from, n * sizeof(T), cudaMemcpyDeviceToHost));
+    cudaCheck(cudaMemcpy(got, a.device + from, n * sizeof(T), cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < n; i++) wide[i] = number(got[i]), wide[n + i] = number(a.host[from + i]);
     snprintf(name, sizeof name, "%s: %s", now.title, what);
     cpu_check(name, wide, wide + n, n, tol);
 }
 // Number by number: relative, but for what underflows, and not finite where the host's is not.
 static void compare_each(const char *what, Acts a) {
-    const double tol = sizeof(act) == 4 ? 2e-6 : 1e-2;
+    const double tol = sizeof(floatX) == 4 ? 2e-6 : 1e-2;
     char name[120];
-    act *got = on_host<act>(a.n);
+    floatX *got = on_host<floatX>(a.n);
     int same = 1;
-    CUDA(cudaMemcpy(got, a.device, a.n * sizeof *got, cudaMemcpyDeviceToHost));
+    cudaCheck(cudaMemcpy(got, a.device, a.n * sizeof *got, cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < a.n; i++) {
         double x = to_float(got[i]), y = a.host[i];
         same &= isfinite(y) ? fabs(x - y) <= tol * fabs(y) + 1e-36 : !isfinite(x);
@@ -189,7 +189,7 @@ static void compare_nan(const char *what, Twice<T, Host> a, size_t from, size_t 
     char name[120];
     T *got = on_host<T>(n);
     int nans = 1;
-    CUDA(cudaMemcpy(got, a.device + from, n * sizeof(T), cudaMemcpyDeviceToHost));
+    cudaCheck(cudaMemcpy(got, a.device + from, n * sizeof(T), cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < n; i++) nans &= isnan(number(got[i])) != 0;
     snprintf(name, sizeof name, "%s: %s is NaN", now.title, what);
     cpu_check_true(name, nans);
@@ -359,7 +359,7 @@ static void test_timestep_norm(void) {
     timestep_norm_case(2, 40, 1024, 32, STATE, 0.5);        // mega200M's
     timestep_norm_case(2, 130, 30, 2, NO_STATE, 30), timestep_norm_case(3, 300, 64, 8, STATE, 30);
     for (int i = 0; i < 3; i++) { // numbers far from zero, a bfloat16's as many deviations as it can tell apart
-        double mean = i == 0 ? 1e4 : i == 1 ? 1e5 : -1e6, scale = sizeof(act) == 4 ? 1 : fabs(mean) / 30;
+        double mean = i == 0 ? 1e4 : i == 1 ? 1e5 : -1e6, scale = sizeof(floatX) == 4 ? 1 : fabs(mean) / 30;
         timestep_norm_case(2, 130, 30, 2, STATE, mean, scale), timestep_norm_case(1, 300, 64, 2, NO_STATE, mean, scale);
     }
     for (int i = 0; i < 3; i++) { // squares that overflow, in some blocks or in all
@@ -370,19 +370,19 @@ static void test_timestep_norm(void) {
 }
 
 // CEMA's coefficients, seven arrays one behind the other on the device, five on the host.
-static Coefs coefs_at(float *all, size_t n, int seven) {
-    Coefs c = {all, all + n, all + 2 * n, all + 3 * n, all + 4 * n, NULL, NULL};
+static Coeffs coeffs_at(float *all, size_t n, int seven) {
+    Coeffs c = {all, all + n, all + 2 * n, all + 3 * n, all + 4 * n, NULL, NULL};
     if (seven) c.t_re = all + 5 * n, c.t_im = all + 6 * n;
     return c;
 }
 
-static void cema_coefs_case(int D, int N) {
-    begin("cema_coefs, D %d N %d", D, N);
+static void cema_coeffs_case(int D, int N) {
+    begin("cema_coeffs, D %d N %d", D, N);
     size_t n = (size_t)D * N;
     Floats alpha = floats(n, 2, 0), delta = floats(n, 2, 0), theta = floats(D, 2, -1), gamma = floats(2 * n, 1, 0);
     Floats all = floats_out(7 * n), dall = floats(5 * n, 1, 0);
-    Coefs c = coefs_at(all.device, n, 1), dc = coefs_at(dall.device, n, 0);
-    cpu_cema_coefs_forward(all.host, alpha.host, delta.host, theta.host, gamma.host, D, N);
+    Coeffs c = coeffs_at(all.device, n, 1), dc = coeffs_at(dall.device, n, 0);
+    cpu_cema_coeffs_forward(all.host, alpha.host, delta.host, theta.host, gamma.host, D, N);
     for (size_t i = 0; i < n; i++) {
         size_t in = i % D * N + i / D;
         double a = 1 / (1 + exp(-(double)alpha.host[in])), b = 1 / (1 + exp(-(double)delta.host[in]));
@@ -394,14 +394,14 @@ static void cema_coefs_case(int D, int N) {
         }
         all.host[5 * n + i] = (float)re, all.host[6 * n + i] = (float)im;
     }
-    cema_coefs_forward(&c, alpha.device, delta.device, theta.device, gamma.device, D, N);
+    cema_coeffs_forward(&c, alpha.device, delta.device, theta.device, gamma.device, D, N);
     static const char *const names[7] = {"p", "q_re", "q_im", "g_re", "g_im", "t_re", "t_im"};
     for (int i = 0; i < 7; i++) compare_part(names[i], all, i * n, n, 2e-7);
 
     Floats dalpha = floats(n, 1, 0), ddelta = floats(n, 1, 0), dtheta = floats(D, 1, 0), dgamma = floats(2 * n, 1, 0);
-    cpu_cema_coefs_backward(dalpha.host, ddelta.host, dtheta.host, dgamma.host, dall.host, alpha.host, delta.host,
+    cpu_cema_coeffs_backward(dalpha.host, ddelta.host, dtheta.host, dgamma.host, dall.host, alpha.host, delta.host,
                             theta.host, D, N);
-    cema_coefs_backward(dalpha.device, ddelta.device, dtheta.device, dgamma.device, &dc, alpha.device, delta.device,
+    cema_coeffs_backward(dalpha.device, ddelta.device, dtheta.device, dgamma.device, &dc, alpha.device, delta.device,
                         theta.device, D, N);
     compare("dalpha", dalpha, 2e-7), compare("ddelta", ddelta, 2e-7);
     compare("dtheta", dtheta, 2e-7), compare("dgamma", dgamma, 2e-7);
@@ -416,9 +416,9 @@ static void cema_case(int B, int L, int D, int N, int state, int slow) {
     size_t R = (size_t)B * L, n = (size_t)D * N, states = (size_t)B * 2 * n, blocks = ceil_div(L, CEMA_BLOCK);
     Floats alpha = floats(n, 1, slow ? -3 : 0), delta = floats(n, 1, slow ? -3 : 0), theta = floats(D, 1, -1);
     Floats gamma = floats(2 * n, 1, 0), omega = floats(D, 1, 0), all = floats_out(7 * n), dall = floats_out(5 * n);
-    Coefs c = coefs_at(all.device, n, 1), dc = coefs_at(dall.device, n, 0);
-    cpu_cema_coefs_forward(all.host, alpha.host, delta.host, theta.host, gamma.host, D, N);
-    cema_coefs_forward(&c, alpha.device, delta.device, theta.device, gamma.device, D, N);
+    Coeffs c = coeffs_at(all.device, n, 1), dc = coeffs_at(dall.device, n, 0);
+    cpu_cema_coeffs_forward(all.host, alpha.host, delta.host, theta.host, gamma.host, D, N);
+    cema_coeffs_forward(&c, alpha.device, delta.device, theta.device, gamma.device, D, N);
 
     Acts inp = acts(R * D, 1, 0.2), out = acts_out(R * D), dout = acts(R * D, 1, 0.2), dinp = acts_out(R * D);
     Floats h_in = {}, h_out = {}, domega = floats(D, 1, 0);
@@ -427,21 +427,21 @@ static void cema_case(int B, int L, int D, int N, int state, int slow) {
     float *h_blocks = on_device<float>(blocks * states), *futures = on_device<float>(blocks * states);
     cpu_cema_forward(out.host, h_out.host, inp.host, all.host, omega.host, h_in.host, B, L, D, N);
     cema_forward(out.device, h_blocks, h_out.device, inp.device, &c, omega.device, h_in.device, B, L, D, N);
-    compare("out", out, sizeof(act) == 4 ? looser * FORWARD : FORWARD), compare("h_out", h_out, looser * FLOAT_FORWARD);
+    compare("out", out, sizeof(floatX) == 4 ? looser * FORWARD : FORWARD), compare("h_out", h_out, looser * FLOAT_FORWARD);
 
     float *parts = on_device<float>((size_t)cema_parts(B, L, D) * (5 * N + 1) * D);
     cpu_cema_backward(dinp.host, dall.host, domega.host, dout.host, inp.host, all.host, omega.host, h_in.host, B, L, D,
                       N);
     cema_backward(dinp.device, &dc, domega.device, NULL, dout.device, inp.device, h_blocks, &c, omega.device, futures,
                   parts, B, L, D, N);
-    compare("dinp", dinp, sizeof(act) == 4 ? looser * BACKWARD : BACKWARD), compare("domega", domega, FLOAT_BACKWARD);
+    compare("dinp", dinp, sizeof(floatX) == 4 ? looser * BACKWARD : BACKWARD), compare("domega", domega, FLOAT_BACKWARD);
     static const char *const names[5] = {"dp", "dq_re", "dq_im", "dg_re", "dg_im"};
     for (int i = 0; i < 5; i++) compare_part(names[i], dall, i * n, n, looser * FLOAT_BACKWARD);
     finish();
 }
 static void test_cema(void) {
     static const int lengths[] = {1, 31, 32, 33, 64, 65, 130, 300};
-    cema_coefs_case(5, 3), cema_coefs_case(33, 1), cema_coefs_case(1024, 16);
+    cema_coeffs_case(5, 3), cema_coeffs_case(33, 1), cema_coeffs_case(1024, 16);
     for (int i = 0; i < 8; i++) {
         cema_case(1 + i % 3, lengths[i], 5, 3, (i + 1) % 3, 0);
         cema_case(1 + (i + 1) % 3, lengths[i], 33, 2, i > 0 ? (i + 2) % 3 : STATE_IN_PLACE, 0);
@@ -481,7 +481,7 @@ static void test_rmsnorm(void) {
 }
 
 // On a GPU products of bfloat16 add up in another order and keep fewer guard bits.
-static const double PRODUCT_BACKWARD = sizeof(act) == 4 ? FLOAT_BACKWARD : 2e-5;
+static const double PRODUCT_BACKWARD = sizeof(floatX) == 4 ? FLOAT_BACKWARD : 2e-5;
 
 static void linear_case(int R, int K, int M) {
     for (int form = 0; form < 6; form++) {
@@ -627,14 +627,14 @@ static void attention_case(int B, int L, int C, int H, int dz, int dv, double p,
     size_t scores_size = (size_t)min_int(chunks_at_once(C), B * ceil_div(L, C)) * score_rows(C) * score_columns(C);
     double size = sqrt(3 / sqrt((double)dz));
     // S, P, dP and dS are acts, each rounded, which few keys do not average out.
-    double forward = sizeof(act) < 4 && min_int(L, C) < 10 ? 1e-2 : FORWARD;
-    double backward = sizeof(act) < 4 && min_int(L, C) < 10 ? 1e-2 : BACKWARD;
+    double forward = sizeof(floatX) < 4 && min_int(L, C) < 10 ? 1e-2 : FORWARD;
+    double backward = sizeof(floatX) < 4 && min_int(L, C) < 10 ? 1e-2 : BACKWARD;
     Mask m = mask_from(p, ((uint64_t)1 << 33) + 5);
     m.row = (uint64_t)L * C;
     Acts q = acts(R * Z, size, 0), k = acts(R * Z, size, 0), v = acts(R * E, 1, 0.1), o = acts_out(R * E);
     Floats lse = floats_out(R * H), cache_k = {}, cache_v = {};
-    act *scores = on_device<act>(scores_size), *dscores = on_device<act>(scores_size);
-    act *chunk_k = on_device<act>(C * Z), *chunk_v = on_device<act>(C * E);
+    floatX *scores = on_device<floatX>(scores_size), *dscores = on_device<floatX>(scores_size);
+    floatX *chunk_k = on_device<floatX>(C * Z), *chunk_v = on_device<floatX>(C * E);
     int64_t *count = on_host<int64_t>(B);
     int *past = on_host<int>(B);
     for (int b = 0; b < B; b++) {
@@ -690,13 +690,13 @@ static void test_far_attention(void) {
         Acts qs = acts_from(q, L * DZ), ks = acts_from(k, L * DZ), vs = acts_from(v, L), o = acts_out(L);
         Acts dout = acts_from(last, L), dq = acts_out(qs.n), dk = acts_out(qs.n), dv = acts_out(L);
         Floats lse = floats_out(L);
-        act *scores = on_device<act>(L * VEC), *dscores = on_device<act>(L * VEC);
+        floatX *scores = on_device<floatX>(L * VEC), *dscores = on_device<floatX>(L * VEC);
         Mask none = mask_from(0, 0);
         cpu_attention_forward(o.host, lse.host, NULL, NULL, qs.host, ks.host, vs.host, NULL, 0, 0, 0, 0, 0, 0, 1, L, L,
                               1, DZ, 1);
         cpu_attention_backward(dq.host, dk.host, dv.host, dout.host, o.host, lse.host, qs.host, ks.host, vs.host, 0, 0,
                                0, 0, 0, 0, 1, L, L, 1, DZ, 1);
-        attention_forward(o.device, lse.device, NULL, NULL, scores, on_device<act>(L * DZ), on_device<act>(L),
+        attention_forward(o.device, lse.device, NULL, NULL, scores, on_device<floatX>(L * DZ), on_device<floatX>(L),
                           qs.device, ks.device, vs.device, NULL, none, 1, L, L, 1, DZ, 1);
         attention_backward(dq.device, dk.device, dv.device, scores, dscores, dout.device, lse.device, qs.device,
                            ks.device, vs.device, none, 1, L, L, 1, DZ, 1);
@@ -776,11 +776,11 @@ static void output_loss_case(int R, int D, int V) {
     cpu_output_loss(host_losses, dx.host, doutput.host, x.host, output.host, targets, grad_scale, R, D, V);
     total.host[0] = 0;
     for (int r = 0; r < R; r++) losses.host[r] = (float)host_losses[r], total.host[0] += host_losses[r];
-    act *logits = on_device<act>((size_t)min_int(logit_rows(V), R) * V);
+    floatX *logits = on_device<floatX>((size_t)min_int(logit_rows(V), R) * V);
     int32_t *device_targets = copied(targets, R);
     output_loss(total.device, losses.device, NULL, NULL, logits, x.device, output.device, device_targets, 0, R, D, V);
     compare("losses alone", losses, FORWARD), compare("their sum", total, FORWARD);
-    CUDA(cudaMemset(losses.device, 0xff, R * sizeof(float)));
+    cudaCheck(cudaMemset(losses.device, 0xff, R * sizeof(float)));
     output_loss(total.device, losses.device, dx.device, doutput.device, logits, x.device, output.device, device_targets,
                 grad_scale, R, D, V);
     compare("losses", losses, FORWARD), compare("sum", total, FORWARD);
@@ -807,10 +807,10 @@ static void test_far_loss(void) {
         int32_t *targets = on_host<int32_t>(1);
         targets[0] = target;
         cpu_output_loss(total.host, dx.host, doutput.host, x.host, output.host, targets, 1, 1, 1, V);
-        output_loss(total.device, losses.device, dx.device, doutput.device, on_device<act>(V), x.device, output.device,
+        output_loss(total.device, losses.device, dx.device, doutput.device, on_device<floatX>(V), x.device, output.device,
                     copied(targets, 1), 1, 1, 1, V);
         float loss;
-        CUDA(cudaMemcpy(&loss, losses.device, sizeof loss, cudaMemcpyDeviceToHost));
+        cudaCheck(cudaMemcpy(&loss, losses.device, sizeof loss, cudaMemcpyDeviceToHost));
         if (kind == 2) cpu_check_true("output_loss: a logit that overflows: the loss is NaN", isnan(loss));
         if (kind < 2) compare("loss", total, FLOAT_FORWARD), compare("gradient of the logits", doutput, BACKWARD);
         finish();
@@ -831,9 +831,9 @@ static void decode_norm_case(int B, int D, int G, int N, double shift = 0.5, dou
     Past in = past_of(B, D, G, shift, scale);
     Doubles mean = doubles_out((size_t)B * G), m2 = doubles_out((size_t)B * G);
     double *same_mean = copied(in.mean.host, mean.n), *same_m2 = copied(in.m2.host, m2.n);
-    Coefs c = coefs_at(all.device, n, 1);
-    cpu_cema_coefs_forward(all.host, alpha.host, delta.host, theta.host, gamma.host, D, N);
-    cema_coefs_forward(&c, alpha.device, delta.device, theta.device, gamma.device, D, N);
+    Coeffs c = coeffs_at(all.device, n, 1);
+    cpu_cema_coeffs_forward(all.host, alpha.host, delta.host, theta.host, gamma.host, D, N);
+    cema_coeffs_forward(&c, alpha.device, delta.device, theta.device, gamma.device, D, N);
     cpu_timestep_norm_forward(xt.host, means, rstds.host, mean.host, m2.host, x.host, weight.host, bias.host,
                               in.mean.host, in.m2.host, in.count, B, 1, D, G, EPS);
     memcpy(alone.host, xt.host, width * sizeof *xt.host);
@@ -848,7 +848,7 @@ static void decode_norm_case(int B, int D, int G, int N, double shift = 0.5, dou
         compare("xt", xt, FORWARD), compare("ema", ema, FORWARD), compare("h", h, FORWARD);
         compare("mean", mean, FLOAT_FORWARD), compare("m2", m2, FLOAT_FORWARD);
     }
-    decode_norm(alone.device, NULL, same_mean, same_m2, NULL, x.device, weight.device, bias.device, Coefs{}, NULL,
+    decode_norm(alone.device, NULL, same_mean, same_m2, NULL, x.device, weight.device, bias.device, Coeffs{}, NULL,
                 in.device_count, B, D, G, 0, EPS);
     mean.device = same_mean;
     if (overflows)
@@ -861,15 +861,15 @@ static void test_decode_norm(void) {
     decode_norm_case(1, 1, 1, 1), decode_norm_case(3, 30, 2, 3), decode_norm_case(2, 132, 132, 16);
     decode_norm_case(4, 200, 2, 33); // groups of more channels than lanes, more modes than warps
     decode_norm_case(1, 1024, 32, 16), decode_norm_case(8, 384, 32, 8); // mega200M's, enwik8's
-    const double spread = sizeof(act) == 4 ? 1 : 1e5 / 30;              // as in timestep_norm's cases
+    const double spread = sizeof(floatX) == 4 ? 1 : 1e5 / 30;              // as in timestep_norm's cases
     decode_norm_case(3, 60, 2, 3, 1e5, spread);
     decode_norm_case(3, 60, 2, 3, 0, 1e20); // its float sums overflow
     decode_norm_case(2, 64, 1, 2, 1e36, 1e37);
 }
 
 // A launch of three: everything, of one kind of norm; nothing but a bias; silu alone.
-static void few_rows_case(int B, int K, int M, int M2, int norm, int affine, double size = 1) {
-    begin("few_rows, B %d K %d M %d and %d%s%s, x %g", B, K, M, M2,
+static void gemv_rows_case(int B, int K, int M, int M2, int norm, int affine, double size = 1) {
+    begin("gemv_rows, B %d K %d M %d and %d%s%s, x %g", B, K, M, M2,
           norm == NO_NORM    ? ""
           : norm == RMS_NORM ? ", RMS"
                              : ", LN",
@@ -906,7 +906,7 @@ static void few_rows_case(int B, int K, int M, int M2, int norm, int affine, dou
     l[0].norm_weight = norm_weight.device, l[0].norm_bias = norm_bias.device;
     l[1].out = out2.device, l[1].weight = l[2].weight = weight2.device, l[1].bias = bias2.device;
     l[2].out = out3.device, l[2].silu = 1;
-    few_rows(all, B, K, EPS);
+    gemv_rows(all, B, K, EPS);
     for (int r = 0; r < B && size > 1; r++) { // acts_rows has multiplied every second row, or the only one
         if (B == 1 || r % 2)
             compare_nan("everything, a large row", out, (size_t)r * M, M);
@@ -920,19 +920,19 @@ static void few_rows_case(int B, int K, int M, int M2, int norm, int affine, dou
 static void test_few_rows(void) {
     for (int i = 0; i < 6; i++) {
         int norm = i % 3, affine = i / 3;
-        few_rows_case(1, 1, 1, 1, norm, affine), few_rows_case(3, 45, 37, 5, norm, affine);
-        few_rows_case(2, 64, 9, 33, norm, affine), few_rows_case(8, 384, 100, 7, norm, affine);
-        few_rows_case(5, 1000, 11, 13, norm, affine); // two rounds of loads
-        few_rows_case(1, 2560, 1024, 3, norm, affine), few_rows_case(4, 5000, 3, 2, norm, affine); // and of columns
-        few_rows_case(1, 40, 5000, 3, norm, affine);                                               // a warp an output
+        gemv_rows_case(1, 1, 1, 1, norm, affine), gemv_rows_case(3, 45, 37, 5, norm, affine);
+        gemv_rows_case(2, 64, 9, 33, norm, affine), gemv_rows_case(8, 384, 100, 7, norm, affine);
+        gemv_rows_case(5, 1000, 11, 13, norm, affine); // two rounds of loads
+        gemv_rows_case(1, 2560, 1024, 3, norm, affine), gemv_rows_case(4, 5000, 3, 2, norm, affine); // and of columns
+        gemv_rows_case(1, 40, 5000, 3, norm, affine);                                               // a warp an output
         if (norm == NO_NORM) continue;
-        few_rows_case(1, 384, 100, 7, norm, affine, 1e20), few_rows_case(3, 64, 9, 5, norm, affine, 1e36);
+        gemv_rows_case(1, 384, 100, 7, norm, affine, 1e20), gemv_rows_case(3, 64, 9, 5, norm, affine, 1e36);
     }
 }
 
 static void decode_attention_case(int B, int C, int H, int dz, int dv, int shift) {
     begin("decode_attention, B %d C %d H %d dz %d dv %d, %d", B, C, H, dz, dv, shift);
-    const double base = 1e4, forward = sizeof(act) < 4 ? 1e-2 : FORWARD; // q and k are rounded
+    const double base = 1e4, forward = sizeof(floatX) < 4 ? 1e-2 : FORWARD; // q and k are rounded
     const int64_t before[4] = {C - 1, 0, C / 2, 1000003};
     size_t Z = (size_t)H * dz, E = (size_t)H * dv;
     double size = sqrt(3 / sqrt((double)dz));
@@ -976,11 +976,11 @@ static void optimizer_case(size_t n) {
     Doubles norm = doubles_out(1);
     Model m;
     memset((void *)&m, 0, sizeof m);
-    Range whole = {0, n};
-    m.num_params = n, m.own = &whole, m.num_own = 1, m.coefs_valid = 1, m.totals = on_device<double>(NORM_PARTS);
+    Shard whole = {0, n};
+    m.num_params = n, m.own = &whole, m.num_own = 1, m.coeffs_valid = 1, m.totals = on_device<double>(NORM_PARTS);
     m.memory[PARAMS] = params.device, m.memory[GRADS] = grads.device;
     m.memory[MOMENT1] = moment1.device, m.memory[MOMENT2] = moment2.device;
-    m.rounded = sizeof(act) < 4 ? narrow.device : (act *)(void *)params.device;
+    m.rounded = sizeof(floatX) < 4 ? narrow.device : (floatX *)(void *)params.device;
     norm.host[0] = cpu_grad_norm(grads.host, n);
     double got = megalodon_grad_norm(&m);
     upload(norm.device, &got, sizeof got);
@@ -992,8 +992,8 @@ static void optimizer_case(size_t n) {
     }
     compare("parameters", params, FLOAT_FORWARD), compare("moment 1", moment1, FLOAT_FORWARD);
     compare("moment 2", moment2, FLOAT_FORWARD), compare("gradients stay", grads, 1e-30);
-    cpu_check_true("optimizer: coefficients are no longer valid", m.coefs_valid == 0);
-    if (sizeof(act) < 4) {
+    cpu_check_true("optimizer: coefficients are no longer valid", m.coeffs_valid == 0);
+    if (sizeof(floatX) < 4) {
         memcpy(narrow.host, params.host, n * sizeof *params.host);
         compare("rounded parameters", narrow, FORWARD);
     }
@@ -1014,15 +1014,15 @@ static void tiles_case(int B, int L, int D, int N, bool cut) {
     const int device = gpu.max_shared;
     Acts inp = acts(R * D, 1, 0.2), dout = acts(R * D, 1, 0.2);
     Floats all = floats(7 * n, 0.5, 0), h = floats(2 * states, 1, 0), futures = floats(2 * states, 1, 0);
-    Coefs coefs = coefs_at(all.device, n, 1);
+    Coeffs coeffs = coeffs_at(all.device, n, 1);
     float *bits[2];
     for (int i = 0; i < 2; i++) {
         float *out = on_device<float>(parts);
         if (i == 1) gpu.max_shared = SHARED_NEEDED - SHARED_DECLARED;
         cema_sums(out, dout.device, inp.device, (const float2 *)(const void *)h.device,
-                  (const float2 *)(const void *)futures.device, &coefs, cut, B, L, D, N);
+                  (const float2 *)(const void *)futures.device, &coeffs, cut, B, L, D, N);
         bits[i] = on_host<float>(parts);
-        CUDA(cudaMemcpy(bits[i], out, parts * sizeof(float), cudaMemcpyDeviceToHost));
+        cudaCheck(cudaMemcpy(bits[i], out, parts * sizeof(float), cudaMemcpyDeviceToHost));
     }
     gpu.max_shared = device;
     char name[120];
@@ -1058,7 +1058,7 @@ static void set_device(int limit) {
 
 static void gather_nothing(void *context, const void *mine, void *all, size_t bytes) {
     (void)context, (void)mine;
-    CUDA(cudaMemset(all, 0, 2 * bytes));
+    cudaCheck(cudaMemset(all, 0, 2 * bytes));
 }
 
 // A training step, then with `joined` one as the first of two pieces; L tokens at once, then one, of up to `rows`
@@ -1069,14 +1069,14 @@ static void launch_everything(Config config, int L, bool joined, int rows) {
     const int V = config.vocab_size;
     const AdamW adamw = {0.9, 0.95, 1e-8, 0.1};
     const int64_t lengths[2] = {L, L};
-    const Pieces pieces = {0, 2, lengths, gather_nothing, NULL};
-    int32_t *tokens = on_host<int32_t>((size_t)FEW_ROWS * L);
-    float *logits = on_host<float>((size_t)FEW_ROWS * V);
+    const ChunkParallel pieces = {0, 2, lengths, gather_nothing, NULL};
+    int32_t *tokens = on_host<int32_t>((size_t)GEMV_ROWS * L);
+    float *logits = on_host<float>((size_t)GEMV_ROWS * V);
     int64_t counted;
-    memset(tokens, 0, (size_t)FEW_ROWS * L * sizeof *tokens);
+    memset(tokens, 0, (size_t)GEMV_ROWS * L * sizeof *tokens);
     Model *m = megalodon_new(&config, MEGALODON_TRAIN, B, L);
     for (int piece = 0; m && piece <= joined; piece++) {
-        if (piece) megalodon_pieces(m, &pieces);
+        if (piece) megalodon_chunk_parallel(m, &pieces);
         megalodon_forward(m, NULL, tokens, B, L);
         megalodon_loss(m, tokens, 1, &counted, NULL);
         megalodon_backward(m);
@@ -1120,7 +1120,7 @@ static void print_table(const std::map<std::string, SharedRow> &rows) {
         "Shared memory in bytes: declared, dynamic (--preset, with batches of 1 to %d when decoding; other: dimensions "
         "that need most),\nand the sum on devices with 99, 163, 227 KB per thread block, -: not launched there\n%-36s "
         "%8s",
-        FEW_ROWS, sizeof(act) == 4 ? "float32" : "bfloat16", "declared");
+        GEMV_ROWS, sizeof(floatX) == 4 ? "float32" : "bfloat16", "declared");
     for (const Preset &p : megalodon_presets) printf(" %7.7s", strncmp(p.name, "mega", 4) ? p.name : p.name + 4);
     printf(" %7s %7s %7s %7s\n", "other", "99 KB", "163 KB", "227 KB");
     for (const auto &row : rows) {
@@ -1153,7 +1153,7 @@ static void test_shared_memory(void) {
     std::map<std::string, SharedRow> rows;
     for (const Config &c : small) {
         set_device(limits[NUM_LIMITS - 1]);
-        launch_everything(c, 66, true, FEW_ROWS);
+        launch_everything(c, 66, true, GEMV_ROWS);
         set_device(limits[0]); // smaller tiles
         launch_everything(c, 66, true, 0);
     }
@@ -1166,7 +1166,7 @@ static void test_shared_memory(void) {
             size_t most = 0, kernels = 0, unknown = 0;
             const Config config = i < OTHER ? megalodon_presets[i].config : odd[i - OTHER];
             for (auto &kernel : emu_kernels) kernel.second.launched = false, kernel.second.dynamic = 0;
-            launch_everything(config, 130, true, FEW_ROWS);
+            launch_everything(config, 130, true, GEMV_ROWS);
             for (const auto &kernel : emu_kernels) {
                 const EmuKernel &k = kernel.second;
                 const size_t bytes = k.declared + k.dynamic;
@@ -1251,7 +1251,7 @@ int main(int argc, char **argv) {
                  {"output_loss", test_output_loss},
                  {"far output_loss", test_far_loss},
                  {"decode_norm", test_decode_norm},
-                 {"few_rows", test_few_rows},
+                 {"gemv_rows", test_few_rows},
                  {"decode_attention", test_decode_attention},
                  {"optimizer", test_optimizer},
 #ifdef CUDA_ON_CPU_RUNTIME_H

@@ -197,7 +197,7 @@ static void timestep_norm_case(double mean, double deviation, double tol) {
     float w[D], b[D], dweight[D] = {0}, dbias[D] = {0};
     double expected_dw[D], expected_db[D], in_mean[G], in_m2[G], sums[2][G * 3];
     const int64_t count = CUT, lengths[2] = {CUT, L - CUT};
-    const Pieces pieces = {.piece = 0, .pieces = 2, .lengths = lengths};
+    const ChunkParallel pieces = {.cp_rank = 0, .cp_size = 2, .lengths = lengths};
     char name[96];
     random_fill(x, SIZE, 1, sqrt(3) * deviation, mean), random_fill(dy, SIZE, 2, 1, 0.1);
     random_fill(w, D, 3, 1, 0), random_fill(b, D, 4, 1, 0);
@@ -213,7 +213,7 @@ static void timestep_norm_case(double mean, double deviation, double tol) {
                                   L - CUT, D, G, 1e-5);
             timestep_norm_backward(dx + row * D, dweight, dbias, sums[1], dy + row * D, x + row * D, w, means, rstd,
                                    &count, 1, L - CUT, D, G);
-            timestep_norm_join_backward(dx, x, sums[0], &pieces, 1, CUT, D, G);
+            timestep_norm_combine_backward(dx, x, sums[0], &pieces, 1, CUT, D, G);
         }
         const struct {
             const char *what;
@@ -243,19 +243,19 @@ static void test_softmax(void) {
     float q = 1, k[3] = {-1000, 0, 0}, v[3] = {1e38f, 1, 3}, o, lse, s[3], ds[3];
     float dq, dk[3], dv[3], one = 1;
     Mask none = {.p = 0};
-    attend_forward(&o, &lse, s, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
+    attention_chunk_forward(&o, &lse, s, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
     check_true("a probability of e^-1000 is 0", close_to(o, 2));
     k[0] = -80;
-    attend_forward(&o, &lse, s, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
+    attention_chunk_forward(&o, &lse, s, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
     check_true("one of e^-80 is not", close_to(o, (4 + 1e38 * exp(-80)) / 2));
     q = 0x1p14f, k[0] = 0, k[1] = k[2] = 0x1p14f; // two equal scores of 2^28, whose log-sum-exp rounds to themselves
-    attend_forward(&o, &lse, s, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
-    attend_backward(&dq, dk, dv, s, ds, 0, &one, &o, &lse, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
+    attention_chunk_forward(&o, &lse, s, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
+    attention_chunk_backward(&dq, dk, dv, s, ds, 0, &one, &o, &lse, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
     check_true("equal scores of 3e8 share the probability", close_to(o, 2) && close_to(lse, 0x1p28));
     check_true("  backward, too: dv", dv[0] == 0 && close_to(dv[1], 0.5) && close_to(dv[2], 0.5));
     check_true("  dk", dk[0] == 0 && close_to(dk[1], -0x1p13) && close_to(dk[2], 0x1p13));
     q = 1e30f, k[0] = -1e30f, k[1] = k[2] = 0;
-    attend_forward(&o, &lse, s, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
+    attention_chunk_forward(&o, &lse, s, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
     check_true("a score that overflowed is not a probability of 0", isnan(o));
 }
 
@@ -290,7 +290,7 @@ static void test_loss(void) {
 // One step of AdamW from zero moments moves a parameter by the learning rate, whatever the gradient.
 static void test_update(void) {
     float p[4] = {1, 1, 1, 1}, g[4] = {1e-3f, -1e10f, 1e18f, 1e25f}, m1[4] = {0}, m2[4] = {0};
-    Range whole = {0, 4};
+    Shard whole = {0, 4};
     Model m = {.own = &whole, .num_own = 1, .memory = {p, g, m1, m2}};
     megalodon_update(&m, &(AdamW){0.9, 0.95, 1e-12, 0}, 0.125, 1, 0);
     check_true("AdamW: gradients of 1e-3, 1e10, 1e18",

@@ -139,9 +139,9 @@ static void test_gemm(void) {
                     if (!add) C[i * ldc + j] = NAN; // must not be read
                 }
             }
-            gemm(ta, tb, M, N, K, A, lda, B, ldb, add, bias, C, ldc);
+            matmul(ta, tb, M, N, K, A, lda, B, ldb, add, bias, C, ldc);
             char name[96];
-            snprintf(name, sizeof name, "gemm %dx%dx%d, A%s B%s%s%s", M, N, K, ta ? "'" : "", tb ? "'" : "",
+            snprintf(name, sizeof name, "matmul %dx%dx%d, A%s B%s%s%s", M, N, K, ta ? "'" : "", tb ? "'" : "",
                      add ? ", added" : "", bias ? ", bias" : "");
             check(name, C, expected, (size_t)M * ldc, 1e-14);
             free(A), free(B), free(C), free(expected), free(bias);
@@ -170,7 +170,7 @@ static void timestep_norm_b(Case *c) {
     double sums[2]
                [2 * 4 * 3]; // of these tokens alone; of later ones, as if gradients by the outgoing state were theirs
     const int64_t lengths[2] = {c->L, 0};
-    const Pieces pieces = {.piece = 0, .pieces = 2, .lengths = lengths};
+    const ChunkParallel pieces = {.cp_rank = 0, .cp_size = 2, .lengths = lengths};
     int rows = c->B * c->G, g = c->D / c->G;
     timestep_norm_backward(c->din[0], c->din[1], c->din[2], sums[0], c->dout[0], c->in[0], c->in[1], c->kept[0],
                            c->kept[1], c->count, c->B, c->L, c->D, c->G);
@@ -183,7 +183,7 @@ static void timestep_norm_b(Case *c) {
         c->din[3][i] = before * (U + 2 * (c->in[3][i] * V - W));
         c->din[4][i] = V;
     }
-    if (c->in[3]) timestep_norm_join_backward(c->din[0], c->in[0], sums[0], &pieces, c->B, c->L, c->D, c->G);
+    if (c->in[3]) timestep_norm_combine_backward(c->din[0], c->in[0], sums[0], &pieces, c->B, c->L, c->D, c->G);
 }
 static void test_timestep_norm(void) {
     int64_t count[2] = {5, 1000};
@@ -203,32 +203,32 @@ static void test_timestep_norm(void) {
     }
 }
 
-static Coefs coefs_in(real *memory, int D, int N) { // five arrays one after the other
+static Coeffs coeffs_in(real *memory, int D, int N) { // five arrays one after the other
     size_t n = (size_t)N * strip_channels(D);
-    return (Coefs){memory, memory + n, memory + 2 * n, memory + 3 * n, memory + 4 * n};
+    return (Coeffs){memory, memory + n, memory + 2 * n, memory + 3 * n, memory + 4 * n};
 }
 static void cema_f(Case *c) { // inp, alpha, delta, theta, gamma, omega, h
-    Coefs coefs = coefs_in(c->kept[0], c->D, c->N);
-    cema_coefs_forward(&coefs, c->in[1], c->in[2], c->in[3], c->in[4], c->D, c->N);
-    cema_forward(c->out[0], c->kept[2], c->out[1], c->in[0], &coefs, c->in[5], c->in[6], c->B, c->L, c->D, c->N);
+    Coeffs coeffs = coeffs_in(c->kept[0], c->D, c->N);
+    cema_coeffs_forward(&coeffs, c->in[1], c->in[2], c->in[3], c->in[4], c->D, c->N);
+    cema_forward(c->out[0], c->kept[2], c->out[1], c->in[0], &coeffs, c->in[5], c->in[6], c->B, c->L, c->D, c->N);
 }
 static void cema_b(Case *c) {
-    Coefs coefs = coefs_in(c->kept[0], c->D, c->N), dcoefs = coefs_in(c->kept[1], c->D, c->N);
+    Coeffs coeffs = coeffs_in(c->kept[0], c->D, c->N), dcoeffs = coeffs_in(c->kept[1], c->D, c->N);
     if (c->in[6]) memcpy(c->din[6], c->dout[1], c->out_size[1] * sizeof(real));
-    cema_backward(c->din[0], &dcoefs, c->din[5], c->din[6], c->dout[0], c->in[0], c->kept[2], &coefs, c->in[5], c->B,
+    cema_backward(c->din[0], &dcoeffs, c->din[5], c->din[6], c->dout[0], c->in[0], c->kept[2], &coeffs, c->in[5], c->B,
                   c->L, c->D, c->N);
-    cema_coefs_backward(c->din[1], c->din[2], c->din[3], c->din[4], &dcoefs, c->in[1], c->in[2], c->in[3], c->D, c->N);
+    cema_coeffs_backward(c->din[1], c->din[2], c->din[3], c->din[4], &dcoeffs, c->in[1], c->in[2], c->in[3], c->D, c->N);
 }
 static void cema_case(int L, int D, int N, int state) {
     Case c = {.forward = cema_f, .backward = cema_b, .B = 2, .L = L, .D = D, .N = N};
-    size_t modes = (size_t)D * N, coefs = 5 * (size_t)N * strip_channels(D), h = state ? 2 * 2 * modes : 0;
+    size_t modes = (size_t)D * N, coeffs = 5 * (size_t)N * strip_channels(D), h = state ? 2 * 2 * modes : 0;
     input(&c, "inp", 2 * (size_t)L * D, SET, 1, 0);
     input(&c, "alpha", modes, ADDED, 1, 0), input(&c, "delta", modes, ADDED, 1, 0);
     input(&c, "theta", (size_t)D, ADDED, 1, -1), input(&c, "gamma", 2 * modes, ADDED, 1, 0);
     input(&c, "omega", (size_t)D, ADDED, 1, 0);
     input(&c, "incoming h", h, SET, 1, 0);
     output(&c, 2 * (size_t)L * D), output(&c, h);
-    keep(&c, coefs), keep(&c, coefs), keep(&c, 2 * (size_t)ceil_div(L, CEMA_BLOCK) * 2 * modes);
+    keep(&c, coeffs), keep(&c, coeffs), keep(&c, 2 * (size_t)ceil_div(L, CEMA_BLOCK) * 2 * modes);
     char title[64];
     snprintf(title, sizeof title, "cema, L %d D %d N %d%s", L, D, N, state ? ", continued" : "");
     gradcheck(&c, title);
@@ -332,18 +332,18 @@ static void test_gates(void) {
 }
 
 // One head in a chunk, of heads of 2 and 3 numbers beside one more each: rows are longer than a head.
-static void attend_f(Case *c) {
+static void attention_chunk_f(Case *c) {
     memset(c->out[0], 0, c->out_size[0] * sizeof(real)); // the other column is not the head's to write
-    attend_forward(c->out[0], c->kept[0], c->kept[1], c->in[0], c->in[1], c->in[2], c->mask, c->nq, c->nk, 2, 3, 3, 4,
+    attention_chunk_forward(c->out[0], c->kept[0], c->kept[1], c->in[0], c->in[1], c->in[2], c->mask, c->nq, c->nk, 2, 3, 3, 4,
                    2, 64);
 }
-static void attend_b(Case *c) {
+static void attention_chunk_b(Case *c) {
     memset(c->din[0], 0, c->in_size[0] * sizeof(real));
-    attend_backward(c->din[0], c->din[1], c->din[2], c->kept[1], c->kept[2], 1, c->dout[0], c->out[0], c->kept[0],
+    attention_chunk_backward(c->din[0], c->din[1], c->din[2], c->kept[1], c->kept[2], 1, c->dout[0], c->out[0], c->kept[0],
                     c->in[0], c->in[1], c->in[2], c->mask, c->nq, c->nk, 2, 3, 3, 4, 2, 64);
 }
-static void attend_case(int nq, int nk, double p) {
-    Case c = {.forward = attend_f, .backward = attend_b, .nq = nq, .nk = nk, .mask = {.p = p, .seed = 5, .first = 7}};
+static void attention_chunk_case(int nq, int nk, double p) {
+    Case c = {.forward = attention_chunk_f, .backward = attention_chunk_b, .nq = nq, .nk = nk, .mask = {.p = p, .seed = 5, .first = 7}};
     input(&c, "q", (size_t)nq * 3, SET, 2, 0);
     input(&c, "k, cached ones too", (size_t)nk * 3, ADDED, 2, 0);
     input(&c, "v, cached ones too", (size_t)nk * 4, ADDED, 1, 0);
@@ -366,22 +366,22 @@ static void attention_b(Case *c) {
 static void attention_case(int L, int C, int H, double p) {
     Case c = {.forward = attention_f, .backward = attention_b, .B = 2, .L = L, .C = C, .H = H, .Z = 2 * H, .E = 3 * H};
     c.mask = (Mask){.p = p, .seed = 3, .layer = 1, .row = (uint64_t)c.L * (uint64_t)c.C};
-    c.elements = L > QUERY_ROWS ? 12 : 0;
+    c.elements = L > QUERY_TILE ? 12 : 0;
     size_t R = 2 * (size_t)L;
     input(&c, "q", R * c.Z, SET, 2, 0), input(&c, "k", R * c.Z, SET, 2, 0);
     input(&c, "v", R * c.E, SET, 1, 0);
     output(&c, R * c.E);
     keep(&c, R * H);
-    for (int i = 0; i < 2; i++) keep(&c, (size_t)QUERY_ROWS * C);
+    for (int i = 0; i < 2; i++) keep(&c, (size_t)QUERY_TILE * C);
     char title[64];
     snprintf(title, sizeof title, "attention, L %d C %d, %d heads, dropout %g", L, C, H, p);
     gradcheck(&c, title);
 }
 static void test_attention(void) {
-    attend_case(1, 7, 0), attend_case(6, 6, 0), attend_case(5, 11, 0), attend_case(5, 11, 0.3);
+    attention_chunk_case(1, 7, 0), attention_chunk_case(6, 6, 0), attention_chunk_case(5, 11, 0), attention_chunk_case(5, 11, 0.3);
     for (int H = 1; H <= 3; H += 2) {
         attention_case(5, 8, H, 0), attention_case(8, 8, H, 0), attention_case(16, 8, H, 0.5);
-        attention_case(19, 8, H, 0), attention_case(QUERY_ROWS + 13, QUERY_ROWS + 10, H, 0.1);
+        attention_case(19, 8, H, 0), attention_case(QUERY_TILE + 13, QUERY_TILE + 10, H, 0.1);
     }
 }
 
@@ -507,9 +507,9 @@ static void test_cema_definition(int paper) {
             }
         }
     }
-    Coefs coefs = coefs_in(memory, D, N);
-    cema_coefs_forward(&coefs, alpha, delta, theta, turned, D, N);
-    cema_forward(y, NULL, NULL, x, &coefs, omega, NULL, 1, L, D, N);
+    Coeffs coeffs = coeffs_in(memory, D, N);
+    cema_coeffs_forward(&coeffs, alpha, delta, theta, turned, D, N);
+    cema_forward(y, NULL, NULL, x, &coeffs, omega, NULL, 1, L, D, N);
     check(paper ? "cema = paper's Eq. 2, gamma turned" : "cema = its convolution", y, expected, L * D, 1e-12);
     free(x), free(alpha), free(delta), free(theta), free(gamma), free(omega), free(memory), free(turned);
 }
@@ -527,9 +527,9 @@ static void test_cema_real(void) {
             expected[t * D + d] = gamma[2 * d] * average[d];
         }
     }
-    Coefs coefs = coefs_in(memory, D, 1);
-    cema_coefs_forward(&coefs, alpha, delta, theta, gamma, D, 1);
-    cema_forward(y, NULL, NULL, x, &coefs, omega, NULL, 1, L, D, 1);
+    Coeffs coeffs = coeffs_in(memory, D, 1);
+    cema_coeffs_forward(&coeffs, alpha, delta, theta, gamma, D, 1);
+    cema_forward(y, NULL, NULL, x, &coeffs, omega, NULL, 1, L, D, 1);
     check("cema, real = plain moving average", y, expected, L * D, 1e-13);
     free(x), free(memory);
 }
@@ -586,8 +586,8 @@ static void test_row_norms(void) {
 static void test_attention_definition(void) {
     enum { L = 19, C = 8, H = 3, Z = 4 * H, E = 5 * H, dz = 4, dv = 5 };
     real *q = numbers(L * Z, 1, 0), *k = numbers(L * Z, 1, 0), *v = numbers(L * E, 1, 0);
-    real o[L * E], expected[L * E], lse[L * H], scores[QUERY_ROWS * C], table[C * dz];
-    real q_turned[L * Z], k_turned[L * Z];
+    real o[L * E], expected[L * E], lse[L * H], scores[QUERY_TILE * C], table[C * dz];
+    real q_rotated[L * Z], k_rotated[L * Z];
     for (int t = 0; t < L; t++) {
         for (int h = 0; h < H; h++) {
             double e[C], sum = 0;
@@ -610,9 +610,9 @@ static void test_attention_definition(void) {
         }
     }
     rope_table(table, C, dz, 10);
-    rope_forward(q_turned, q, table, NULL, 1, L, Z, dz, C);
-    rope_forward(k_turned, k, table, NULL, 1, L, Z, dz, C);
-    attention_forward(o, lse, NULL, NULL, scores, q_turned, k_turned, v, NULL, (Mask){0}, 1, L, C, H, Z, E, 1);
+    rope_forward(q_rotated, q, table, NULL, 1, L, Z, dz, C);
+    rope_forward(k_rotated, k, table, NULL, 1, L, Z, dz, C);
+    attention_forward(o, lse, NULL, NULL, scores, q_rotated, k_rotated, v, NULL, (Mask){0}, 1, L, C, H, Z, E, 1);
     check("rope and attention = their definition", o, expected, L * E, 1e-13);
     free(q), free(k), free(v);
 }

@@ -117,7 +117,7 @@ typedef struct {
     Setup s;
     State *before, *state;
     char *bytes;
-    Draw draw;
+    DropoutKey draw;
     int L; // tokens after the state
 } Carried;
 
@@ -185,7 +185,7 @@ static void test_carried(const Case *plain) {
                                            megalodon_loss(s->model, p.targets, 0, &counted, NULL));
     // the batch's second row by itself
     if (c.L <= c.config.chunk_size) {
-        const Draw draw = {.seed = 4, .step = 9, .row = 6};
+        const DropoutKey draw = {.seed = 4, .step = 9, .row = 6};
         megalodon_dropout(s->model, &draw);
         megalodon_forward(s->model, NULL, s->tokens + a.L, 1, a.L);
         megalodon_logits(s->model, 0, (size_t)a.L, alone);
@@ -413,13 +413,13 @@ static void test_optimizer(void) {
     check("norm of the gradients", &norm, &expected, 1, 1e-12);
     const struct {
         const char *name;
-        Block block;
+        Buffer buffer;
         const double *expected;
     } blocks[] = {
         {"AdamW, three steps: parameters", PARAMS, p}, {"first moments", MOMENT1, m}, {"second moments", MOMENT2, v}};
     for (int i = 0; i < 3; i++) {
         double *wide = malloc(s.size * sizeof *wide);
-        megalodon_read(s.model, blocks[i].block, 0, s.size, s.params);
+        megalodon_read(s.model, blocks[i].buffer, 0, s.size, s.params);
         for (size_t k = 0; k < s.size; k++) wide[k] = s.params[k];
         check(blocks[i].name, wide, blocks[i].expected, s.size, DOUBLE ? 1e-13 : 1e-6);
         free(wide);

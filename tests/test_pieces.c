@@ -18,7 +18,7 @@ static int32_t tokens[STEPS][B * MAX_L], targets[STEPS][B * MAX_L];
 
 // A run of two steps, the second going on where the first ended.
 typedef struct {
-    Pieces pieces;
+    ChunkParallel cp;
     Mode mode;
     int start, L, whole; // of this piece
     double loss;
@@ -45,10 +45,10 @@ static void barrier(int threads) {
 
 static void gather(void *context, const void *mine, void *all, size_t bytes) {
     const Run *run = context;
-    given[run->pieces.piece] = mine;
-    barrier(run->pieces.pieces);
-    for (int p = 0; p < run->pieces.pieces; p++) memcpy((char *)all + (size_t)p * bytes, given[p], bytes);
-    barrier(run->pieces.pieces);
+    given[run->cp.cp_rank] = mine;
+    barrier(run->cp.cp_size);
+    for (int p = 0; p < run->cp.cp_size; p++) memcpy((char *)all + (size_t)p * bytes, given[p], bytes);
+    barrier(run->cp.cp_size);
 }
 
 static void *go(void *context) {
@@ -62,9 +62,9 @@ static void *go(void *context) {
     megalodon_write(m, PARAMS, 0, size, params);
     r->logits = malloc((size_t)B * r->L * config.vocab_size * sizeof(real)), r->grads = malloc(size * sizeof(real));
     r->state = state_new(&config, B, 1);
-    int ok = megalodon_pieces(m, &r->pieces);
+    int ok = megalodon_chunk_parallel(m, &r->cp);
     for (int step = 0; step < STEPS && ok; step++) {
-        const Draw draw = {.seed = 3, .step = step, .row = 5};
+        const DropoutKey draw = {.seed = 3, .step = step, .row = 5};
         for (int b = 0; b < B; b++) {
             memcpy(in + b * r->L, tokens[step] + b * r->whole + r->start, (size_t)r->L * sizeof *in);
             memcpy(out + b * r->L, targets[step] + b * r->whole + r->start, (size_t)r->L * sizeof *out);
@@ -83,7 +83,7 @@ static void *go(void *context) {
 static void run_free(Run *r) { free(r->logits), free(r->grads), state_free(r->state); }
 
 static void test_pieces(int pieces, const int64_t *lengths, Mode mode) {
-    Run whole = {.mode = mode, .pieces = {.pieces = 1}}, runs[MAX_PIECES];
+    Run whole = {.mode = mode, .cp = {.cp_size = 1}}, runs[MAX_PIECES];
     pthread_t threads[MAX_PIECES];
     char name[64];
     for (int p = 0; p < pieces; p++) whole.L += (int)lengths[p];
@@ -91,7 +91,7 @@ static void test_pieces(int pieces, const int64_t *lengths, Mode mode) {
     go(&whole);
     for (int p = 0, start = 0; p < pieces; start += (int)lengths[p++]) {
         runs[p] = (Run){.mode = mode, .start = start, .L = (int)lengths[p], .whole = whole.L};
-        runs[p].pieces = (Pieces){p, pieces, lengths, gather, &runs[p]};
+        runs[p].cp = (ChunkParallel){p, pieces, lengths, gather, &runs[p]};
         pthread_create(&threads[p], NULL, go, &runs[p]);
     }
     for (int p = 0; p < pieces; p++) pthread_join(threads[p], NULL);
@@ -131,14 +131,14 @@ static void test_pieces(int pieces, const int64_t *lengths, Mode mode) {
 static void test_shards(void) {
     const AdamW adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1};
     real *values = malloc(2 * size * sizeof *values), *wanted[3], norm[3];
-    const Block blocks[3] = {PARAMS, MOMENT1, MOMENT2};
+    const Buffer blocks[3] = {PARAMS, MOMENT1, MOMENT2};
     static const char *const names[3] = {"  parameters", "  moment1", "  moment2"};
     random_fill(values, 2 * size, 6, 1, 0);
     for (int part = -1; part < 2; part++) {
         int first_is_whole = part < 0;
-        megalodon_shard(first_is_whole ? 0 : part, first_is_whole ? 1 : 2);
+        megalodon_set_shard(first_is_whole ? 0 : part, first_is_whole ? 1 : 2);
         int ranges;
-        Range *own = megalodon_ranges(&config, first_is_whole ? 0 : part, first_is_whole ? 1 : 2, &ranges);
+        Shard *own = megalodon_shards(&config, first_is_whole ? 0 : part, first_is_whole ? 1 : 2, &ranges);
         Model *m = megalodon_new(&config, MEGALODON_TRAIN, 1, 8);
         megalodon_write(m, PARAMS, 0, size, values);
         for (int i = 1; i < 3; i++) { // moments of all are offered, its own taken
@@ -164,11 +164,11 @@ static void test_shards(void) {
     }
     norm[1] = (real)sqrt(norm[1] * norm[1] + norm[2] * norm[2]);
     check_real("  norm", &norm[1], &norm[0], 1, 1e-6);
-    megalodon_shard(0, 1);
+    megalodon_set_shard(0, 1);
     MemoryPlan one = megalodon_memory(&config, MEGALODON_TRAIN, B, 8);
-    megalodon_shard(1, 4);
+    megalodon_set_shard(1, 4);
     MemoryPlan quarter = megalodon_memory(&config, MEGALODON_TRAIN, B, 8);
-    megalodon_shard(0, 1);
+    megalodon_set_shard(0, 1);
     check_true("  moments of a quarter",
                quarter.moments < one.moments / 4 + 2 * 4 * 4 * sizeof(real) && quarter.params == one.params);
     for (int i = 0; i < 3; i++) free(wanted[i]);
@@ -179,12 +179,12 @@ static void test_ranges(void) {
     for (int parts = 2; parts < 6; parts++) {
         int segments[5], fours = 1, even = 1;
         size_t end = 0;
-        Range *ranges[5];
-        for (int p = 0; p < parts; p++) ranges[p] = megalodon_ranges(&config, p, parts, &segments[p]);
+        Shard *ranges[5];
+        for (int p = 0; p < parts; p++) ranges[p] = megalodon_shards(&config, p, parts, &segments[p]);
         check_true("the embedding, layers and the rest are segments", segments[0] == config.num_layers + 2);
         for (int s = 0; s < segments[0]; s++) {
             for (int p = 0; p < parts; p++) {
-                const Range r = ranges[p][s];
+                const Shard r = ranges[p][s];
                 fours &= r.first == end && (r.first % 4 == 0 || r.count == 0);
                 even &= r.count <= ranges[0][s].count && ranges[0][s].count < r.count + 4 * (size_t)parts;
                 end = r.first + r.count;
@@ -195,7 +195,7 @@ static void test_ranges(void) {
         for (int p = 0; p < parts; p++) free(ranges[p]);
     }
     int count;
-    Range *whole = megalodon_ranges(&config, 0, 1, &count);
+    Shard *whole = megalodon_shards(&config, 0, 1, &count);
     check_true("one process has all of the block", count == 1 && whole->first == 0 && whole->count == size);
     free(whole);
 }
@@ -208,7 +208,7 @@ static void ready(Model *m, int segment) {
     int count, parts = 2; // to have segments
     told[tellings++] = segment;
     for (int p = 0; p < parts; p++) {
-        Range *ranges = megalodon_ranges(&config, p, parts, &count), r = ranges[segment];
+        Shard *ranges = megalodon_shards(&config, p, parts, &count), r = ranges[segment];
         megalodon_read(m, GRADS, r.first, r.count, then + r.first);
         free(ranges);
     }
@@ -221,7 +221,7 @@ static void test_ready(void) {
     then = calloc(size, sizeof *then);
     Model *m = megalodon_new(&config, MEGALODON_TRAIN, 1, 24);
     megalodon_write(m, PARAMS, 0, size, values);
-    megalodon_when_ready(m, ready);
+    megalodon_on_grad_ready(m, ready);
     megalodon_forward(m, NULL, tokens[0], 1, 24);
     megalodon_loss(m, targets[0], 0.1, &counted, NULL);
     megalodon_backward(m);
