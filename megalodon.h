@@ -1,7 +1,7 @@
 /*
-megalodon.h: the contract. What a Megalodon model is (configuration, parameters, state) and the functions a
-backend implements. megalodon.c implements them for the CPU; a program chooses its backend by what it is
-linked with, and sees nothing of it but this file.
+megalodon.h: what a Megalodon model is (configuration, parameters, state), and the functions that a backend implements.
+megalodon.c implements them for the CPU and megalodon.cu for a GPU. A program is linked with one of the two, and uses
+nothing of it but this file.
 
 The model (arXiv 2404.08801; where the paper and the released code differ, this is the released code):
 
@@ -25,6 +25,28 @@ The model (arXiv 2404.08801; where the paper and the released code differ, this 
 Letters used everywhere:
     B batch, L sequence length, V vocab_size, D model_dim, N cema_ndim, C chunk_size,
     H num_heads, Z z_dim (dz = Z/H), E value_dim (dv = E/H), F ffn_hidden_dim, G norm_num_groups (g = D/G)
+
+Why these parts
+- Attention and a moving average complement each other. Attention finds any token exactly, but its cost grows with the
+  square of the length. So it only looks inside chunks of C tokens, which makes the cost linear. CEMA has constant cost
+  and an unlimited past, but it blurs that past into N numbers per channel. Its output is what queries, keys and gates
+  are computed from, so each of them knows its recent context before attention begins.
+- Information crosses a chunk border in two ways only: by CEMA's state h, and by TimestepNorm's running moments. In
+  depth, each layer's CEMA carries what the attention of the layer below has found across one more border.
+- Why complex: a real average can only decay. A complex coefficient |q| e^(i phi) decays and rotates, so the N numbers
+  of a channel respond to different periods, and the real part of their sum can tell positions apart.
+- Why normalise over time: LayerNorm removes the mean and scale of every token separately. TimestepNorm keeps the
+  differences between tokens and only removes what all tokens so far have in common. It is causal: token t uses the
+  statistics of tokens 0 to t.
+- Why the residual skips both sub-layers: in a pre-norm block the FFN's residual is its own input y, so every layer adds
+  to the attention's output and large models become unstable (the paper, section 3.4). With two hops the FFN's residual
+  is the block's input, so each block adds one branch to the residual stream instead of two.
+
+Where the released code differs from the paper
+- The paper's Eq. 2 multiplies CEMA's input by e^(i phi), too. The released code does not. Rotating gamma by e^(-i phi)
+  makes both the same model.
+- q and k both carry 1/sqrt(dz), and the scores get no further scale.
+- The first residual of a block is inside the attention sub-layer.
 */
 #ifndef MEGALODON_H
 #define MEGALODON_H
@@ -42,7 +64,7 @@ Letters used everywhere:
 #error "-ffast-math and -Ofast cannot be used: NaN must be recognised, and sums be computed in the order written"
 #endif
 
-// Numbers as the host sees them. The double build (-DMEGALODON_DOUBLE) serves the gradient checks.
+// Numbers in host memory. The double build (-DMEGALODON_DOUBLE) is for gradient checks.
 #ifdef MEGALODON_DOUBLE
 typedef double real;
 #else
@@ -52,7 +74,7 @@ typedef float real;
 // ----------------------------------------------------------------------------
 // configuration
 
-typedef enum { HE, GAUSSIAN, XAVIER, BERT } InitMode; // how linear weights begin, see Init
+typedef enum { HE, GAUSSIAN, XAVIER, BERT } InitMode; // initial values of linear weights, see INIT_LINEAR
 
 typedef struct {
     int num_layers, model_dim, z_dim, value_dim, num_heads, ffn_hidden_dim, cema_ndim, chunk_size;
@@ -66,30 +88,19 @@ typedef struct {
 typedef struct {
     const char *name;
     Config config;
-    int64_t num_parameters; // what the parameter table below must add up to
+    int64_t num_parameters; // the sum of the parameter table's sizes, as a check
 } Preset;
 
-// clang-format off
-// layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base |
-// dropout hidden_dropout attention_dropout init_mode
-static const Preset megalodon_presets[] = {
-    {"mega200M", {12, 1024, 256, 2048, 1, 2560, 16, 2048, 32000, 32, 0, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 220627968},
-    {"mega1.3B", {24, 2048, 512, 4096, 2, 4864, 16, 2048, 32000, 64, 0, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 1342832640},
-    {"mega1.3B_pg19", {24, 2048, 512, 4096, 2, 3584, 16, 2048, 32000, 64, 1, 0, 1, 1, 1, 1e-5, 1e4, 0, 0, 0, HE}, 1327628288},
-    {"mega7.1B", {32, 4096, 1024, 8192, 4, 11264, 16, 2048, 32000, 64, 0, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 7117381632},
-    {"mega7.3B", {32, 4096, 1024, 8192, 4, 8192, 16, 2048, 32000, 64, 1, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 7385817088},
-    {"paper7B", {32, 4096, 1024, 8192, 4, 8192, 16, 4096, 32000, 64, 1, 0, 0, 0, 1, 1e-5, 1e5, 0, 0, 0, HE}, 7385817088},
-    {"enwik8", {6, 384, 192, 384, 3, 1024, 8, 256, 256, 32, 1, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 11359104},
-    {"demo", {4, 128, 64, 256, 1, 256, 8, 64, 256, 16, 1, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 974336},
-};
-// clang-format on
-enum { NUM_PRESETS = sizeof megalodon_presets / sizeof megalodon_presets[0] };
+enum { NUM_PRESETS = 8 };
+extern const Preset megalodon_presets[NUM_PRESETS]; // in plumbing/params.c
 
 // ----------------------------------------------------------------------------
-// parameters: all of them in one block of memory, in checkpoint order, and pointers into it
+// parameters: one allocation in checkpoint order, and pointers into it
 
-typedef struct {        // of one layer; norm_affine off: no rmsnorm_weight, norm_weight, norm_bias (NULL)
-    real *gamma, *beta; // (2,Z) q's and k's affine
+// One layer's parameters. Tensors that the configuration does not have are NULL: rmsnorm_weight, norm_weight and
+// norm_bias without norm_affine, alpha without rescale_nffn, fc3 without swiglu.
+typedef struct {
+    real *gamma, *beta; // (2,Z) scale and shift of q (row 0) and k (row 1)
     real *timenorm_weight, *timenorm_bias;                                // (D)
     real *cema_alpha, *cema_delta, *cema_theta, *cema_gamma, *cema_omega; // (D,N) (D,N) (D) (D,N,2) (D)
     real *rmsnorm_weight;                                                 // (D)
@@ -123,10 +134,10 @@ typedef enum {
 typedef enum { ALWAYS, IF_SWIGLU, IF_RESCALE, IF_AFFINE, IF_UNTIED } Condition; // when a tensor exists
 
 typedef struct {
-    const char *name;  // in a checkpoint; a layer's stand behind "layers.i."
-    int per_layer;     // field lies in LayerParams, not in Params
+    const char *name;  // in a checkpoint, there after "layers.i." if per_layer
+    int per_layer;     // 1: the pointer is in LayerParams, 0: in Params
     size_t field;      // offset of the pointer there
-    const char *shape; // the letters above, or a digit for itself
+    const char *shape; // a letter of the list above, or a digit, for each dimension
     Init init;
     Condition condition;
 } ParamRow;
@@ -168,25 +179,29 @@ static const ParamRow megalodon_params[] = { // the parameter table, in checkpoi
 // clang-format on
 enum { NUM_PARAM_ROWS = sizeof megalodon_params / sizeof megalodon_params[0] };
 
-typedef struct { // one tensor of a model: a row of the table in one layer
+// One tensor of a model: a row of the table in one layer.
+typedef struct {
     char name[64];
     const ParamRow *row;
     int layer; // -1: not in a layer
     int ndim, shape[3];
-    size_t offset, size; // place in the block, in elements
+    size_t offset, size; // in the allocation, in elements
 } Tensor;
 
 // The functions below that do not depend on the backend are in plumbing/params.c.
-// All tensors of a model in checkpoint order; *count gets their number, *size the elements of the block
-// (either may be NULL). Freed by the caller; NULL when memory is out.
+// Returns all tensors of a model in checkpoint order, to be freed by the caller, or NULL if out of memory. *count gets
+// their number and *size the sum of their elements; either may be NULL.
 Tensor *megalodon_tensors(const Config *config, int *count, size_t *size);
 
-// Points params (whose array of layers the caller has) into memory, with share_emb output at embed.
+// Sets the pointers of params into memory. The caller allocates params->layers. With share_emb, output is embed.
 void megalodon_point(Params *params, real *memory, const Config *config, const Tensor *tensors, int count);
 
-// Bytes of main memory for each of so many processes on this machine: the least of the machine's memory and the limits
-// of cgroup and ulimit, where address space that is only `reserved` counts, too. In plumbing/system.c.
+// Bytes of main memory for each of `processes` processes on this machine: the least of the machine's memory and the
+// limits of cgroup and ulimit. Address space that is only `reserved` (bytes) counts, too. In plumbing/system.c.
 size_t host_memory(int processes, size_t reserved);
+
+// Index of this process on its machine as its MPI launcher numbers it, 0 without one. In plumbing/system.c.
+int local_rank(void);
 
 // ----------------------------------------------------------------------------
 // random numbers: Philox4x32-10 (Salmon et al., 2011), counter based, so that every backend and every rank draws
@@ -218,128 +233,129 @@ __host__ __device__
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-// Consecutive elements of a block.
+// ZeRO-1: each rank updates a shard of the parameters, and only has the moments of that shard.
+// Consecutive elements of the parameters.
 typedef struct {
     size_t first, count;
 } Shard;
 
-// What process `part` of `parts` updates. The block is cut into segments, the embedding, each layer and what is behind
-// them, each of which is cut into parts of nearly as many elements. Cuts are at whole fours: the few elements before
-// one belong to the segment before. *count gets the number of segments: num_layers + 2, but for one part 1, the whole
-// block. Freed by the caller; NULL when memory is out.
-Shard *megalodon_shards(const Config *config, int part, int parts, int *count);
+// What rank `rank` of `ranks` updates. The parameters are divided into buckets whose gradients are summed together: the
+// embedding, each layer, and the rest. Each bucket is divided into nearly equal shards. Boundaries are rounded to 4
+// elements, so that float4 loads stay aligned. *count gets the number of shards: num_layers + 2, or with one rank 1, all
+// parameters. To be freed by the caller; NULL if out of memory.
+Shard *megalodon_shards(const Config *config, int rank, int ranks, int *count);
 
 // Fills values (tensor->size) with the tensor's initial values, see Init.
 void megalodon_init(real *values, const Tensor *tensor, const Config *config, uint64_t seed);
 
 // ----------------------------------------------------------------------------
-// the model. Its memory belongs to the backend (host or device); the host reaches it by read and write.
+// the model. Its memory belongs to the backend (host or device); the host accesses it by megalodon_read and _write.
 
 typedef struct Model Model;
 
 typedef enum {
-    MEGALODON_INFER,     // no gradients, one layer's activations
-    MEGALODON_TRAIN,     // gradients, optimizer, every layer's activations
-    MEGALODON_RECOMPUTE, // as TRAIN, but only block inputs are kept: backward runs each block's forward again
+    MEGALODON_INFER,     // no gradients; all layers share the memory of one layer's activations
+    MEGALODON_TRAIN,     // gradients, moments, every layer's activations
+    MEGALODON_RECOMPUTE, // as MEGALODON_TRAIN, but only block inputs are kept; backward runs each block's forward again
 } Mode;
 
 typedef struct {
     size_t params, grads, moments, activations, scratch;
 } MemoryPlan; // bytes
 
-// Several processes train the same model: this one is `part` of `parts`, and updates no more than its range of every
-// segment. Moments exist only there, and megalodon_grad_norm covers no more. Before the two functions below.
-void megalodon_set_shard(int part, int parts);
+// Says which shard this rank updates, before the two functions below. At first there is one rank, which updates all.
+void megalodon_set_shard(int rank, int ranks);
 
-// What a model for up to B sequences of L tokens will allocate.
+// Returns what a model for up to B sequences of L tokens will allocate.
 MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L);
 
-// Parameters are zero until written. NULL when memory is out. The configuration must be valid.
+// Returns NULL if out of memory. Parameters are zero until they are written. The configuration must be valid.
 Model *megalodon_new(const Config *config, Mode mode, int B, int L);
 void megalodon_free(Model *model);
 
-// Copies n elements from element `first` on of a block laid out as megalodon_tensors() says. Moments outside of this
-// process's ranges cannot be read; writing them does nothing. On a GPU src and dst may be memory of the device, too.
+// Copies the elements first .. first + n - 1 of a buffer that is laid out as megalodon_tensors() says. Moments outside of
+// this rank's shards cannot be read, and writing them has no effect. On a GPU, src and dst may also be device memory.
 typedef enum { PARAMS, GRADS, MOMENT1, MOMENT2 } Buffer;
 void megalodon_read(Model *model, Buffer buffer, size_t first, size_t n, real *dst);
 void megalodon_write(Model *model, Buffer buffer, size_t first, size_t n, const real *src);
 
-// On a GPU only: where PARAMS or GRADS lie in the device's memory, whose stream 0 works on them.
+// On a GPU only: address of PARAMS or GRADS in device memory. Stream 0 reads and writes them.
 float *megalodon_device_ptr(Model *model, Buffer buffer);
 
 // ----------------------------------------------------------------------------
-// state: all that a model remembers of the tokens it has read. Its size does not depend on how many.
+// state: all that a model remembers of the tokens it has read. Its size does not depend on their number.
 
 typedef struct {
     int B, layers, G;
-    size_t modes, bytes; // 2*N*D
-    void *memory;        // one block, owned by the backend, behind all of these:
-    int64_t *count;      // (B) tokens read: TimestepNorm's n is g*count, the place in the chunk count % C
-    double *mean, *m2;   // (num_layers+1, B, G) TimestepNorm's running mean and sum of squared deviations
-    real *h;             // (num_layers, B, 2, N, D) CEMA's complex h: real parts, then imaginary parts
-    real *k, *v;         // (num_layers, B, C, Z), (num_layers, B, C, E) the unfinished chunk's, k rotated
+    size_t modes;      // 2*N*D, elements of h for one layer and sequence
+    size_t bytes;      // of memory
+    void *memory;      // one allocation of the backend, which all of the following point into
+    int64_t *count;    // (B) tokens read
+    double *mean, *m2; // (num_layers+1, B, G) TimestepNorm's running mean and sum of squared deviations
+    real *h;           // (num_layers, B, 2, N, D) CEMA's complex state: real parts, then imaginary parts
+    real *k, *v;       // (num_layers, B, C, Z), (num_layers, B, C, E) rotated keys, and values, of the unfinished chunk
 } State;
 
-// whole_chunks: every call will end where a chunk ends, so k and v are never needed and are NULL.
+// whole_chunks: every call will end where a chunk ends. Then k and v are not needed, and are NULL.
 size_t state_bytes(const Config *config, int B, int whole_chunks); // SIZE_MAX if they exceed SIZE_MAX / 2
 // A state whose tensors lie in `memory` (state_bytes() long), one after another.
 State state_point(void *memory, const Config *config, int B, int whole_chunks);
 
-// Allocates a fresh state: nothing read yet. NULL when memory is out.
+// Returns the state before the first token, or NULL if out of memory.
 State *state_new(const Config *config, int B, int whole_chunks);
 void state_free(State *state);
-void state_reset(State *state, int row); // makes one row fresh again
-void state_read(const State *state, size_t first, size_t bytes, void *dst);
+void state_reset(State *state, int row); // sets one row to the state before the first token
+void state_read(const State *state, size_t first, size_t bytes, void *dst); // `first` counts bytes, here and below
 void state_write(State *state, size_t first, size_t bytes, const void *src);
 
 // ----------------------------------------------------------------------------
 // running it
 
-// Dropout, with the configuration's probabilities, from the next forward on; NULL, as at first: none. A mask
-// depends on these numbers and the place in the whole step's batch, that of all processes, alone.
+// Turns on dropout with the configuration's probabilities from the next forward pass on; NULL turns it off, as at first.
+// A mask depends on these numbers and on the position in the whole step's batch (that of all ranks), on nothing else.
 typedef struct {
     uint64_t seed;
     int64_t step; // updates before this one
-    int64_t row;  // of the step's batch, which the forward's first row is
+    int64_t row;  // index of the forward pass's first row in the step's batch
 } DropoutKey;
-void megalodon_dropout(Model *model, const DropoutKey *draw);
+void megalodon_dropout(Model *model, const DropoutKey *key);
 
-// Chunk parallelism: from the next forward on this model has one piece of each of its sequences, and other processes
-// have the others, which call the same functions with as many rows. A model reduces its piece as if nothing were
-// around it; the small results are gathered, and it combines those of the pieces before it, in the backward pass
-// those behind it. NULL, as at first: sequences are whole. Returns 0 when memory is out.
+// Chunk parallelism: from the next forward pass on, this model has one part of each of its sequences, and the other ranks
+// have the other parts. All ranks call the same functions with the same number of rows. Each rank reduces its part from a
+// zero state; an all-gather exchanges the small results; each rank combines those of the ranks before it (in the backward
+// pass, of the ranks after it). NULL, as at first: this model has whole sequences. Returns 0 if out of memory.
 typedef struct {
-    int cp_rank, cp_size;    // this rank and the number of ranks
-    const int64_t *lengths; // (pieces) tokens of each, whole chunks but for the last; to stay while it is in use
-    // all (pieces, bytes) gets what every process gives as mine, both in the backend's memory, on a GPU in the order of
-    // stream 0; context is what stands here
+    int cp_rank, cp_size;   // this rank, and the number of ranks
+    const int64_t *lengths; // (cp_size) tokens of each rank's part; whole chunks, except for the last rank. Copied
+    // All-gather: all (cp_size, bytes) gets every rank's `mine` (bytes), in rank order. Both are in the backend's memory;
+    // on a GPU the exchange is in the order of stream 0. context is the field below.
     void (*gather)(void *context, const void *mine, void *all, size_t bytes);
     void *context;
 } ChunkParallel;
-int megalodon_chunk_parallel(Model *model, const ChunkParallel *pieces);
+int megalodon_chunk_parallel(Model *model, const ChunkParallel *cp);
 
-// Reads tokens (B,L), each in 0..V-1, up to the final norm's output. With a state (of B rows) the sequences
-// continue where it stands and it moves on: whole, in pieces or token by token gives the same numbers to
-// rounding. Without, they start fresh. Of pieces, the state before and after is that of the whole sequence.
+// Forward pass of tokens (B,L), each in 0..V-1, up to the final norm's output. With a state (of B rows), the sequences
+// continue from it and it is updated: whole sequences, several calls, or one token per call give equal numbers to
+// rounding. Without a state they start fresh. With chunk parallelism the state is that of the whole sequence.
 void megalodon_forward(Model *model, State *state, const int32_t *tokens, int B, int L);
 
-// Cross-entropy of the last forward's positions against targets (B,L), -1 = not counted: returns the sum in
-// nats, *counted gets the number of positions; losses, if not NULL, gets each position's (0 where not counted).
-// The logits exist in blocks of rows only. grad_scale > 0 also starts the backward pass, with the gradient
-// of grad_scale * sum.
+// Cross-entropy of the last forward pass's positions against targets (B,L); -1 means that a position is not counted.
+// Returns the sum in nats. *counted gets the number of counted positions. losses (B,L), if not NULL, gets the loss of
+// each position, 0 where it is not counted. Logits only exist for some rows at a time. grad_scale > 0 also computes the
+// gradient of grad_scale * sum with respect to the final norm's output, where megalodon_backward begins.
 double megalodon_loss(Model *model, const int32_t *targets, double grad_scale, int64_t *counted, real *losses);
 
-// Adds the gradients of the last megalodon_loss with grad_scale > 0 to GRADS. After a forward with a state they
-// stop there (truncated backpropagation), and every row must have begun where a chunk begins.
+// Adds the gradients of the last megalodon_loss with grad_scale > 0 to GRADS. After a forward pass with a state the
+// gradient stops at that state (truncated backpropagation), and every row must have begun at the start of a chunk.
 void megalodon_backward(Model *model);
 
-// From the next backward on `ready` is called as soon as nothing more will be added to a segment's gradients: first for
-// the last one, then for the layers down, last for the embedding. On a GPU: in the order of stream 0. NULL, as at first:
-// nobody is told.
-void megalodon_on_grad_ready(Model *model, void (*ready)(Model *model, int segment));
+// Sets a function that each backward pass calls when a bucket's gradients are complete: first for the last bucket, then
+// for the layers from last to first, at the end for the embedding (bucket 0). On a GPU: in the order of stream 0. NULL,
+// as at first: no calls.
+void megalodon_on_grad_ready(Model *model, void (*callback)(Model *model, int bucket));
 
 void megalodon_zero_grad(Model *model);
-double megalodon_grad_norm(Model *model); // one L2 norm over all gradients of this process's ranges
+double megalodon_grad_norm(Model *model); // L2 norm of the gradients of this rank's shards
 
 // One AdamW step: gradients times grad_scale first; update counts the steps before this one.
 typedef struct {
@@ -347,22 +363,18 @@ typedef struct {
 } AdamW;
 void megalodon_update(Model *model, const AdamW *adamw, double lr, double grad_scale, int64_t update);
 
-// Logits of rows first.. of the last forward's B*L positions, to dst (rows, V).
+// Writes the logits of `rows` of the last forward pass's B*L positions, from `first` on, to dst (rows,V).
 void megalodon_logits(Model *model, size_t first, size_t rows, real *dst);
 
-// An activation of the last forward, whole, to dst; after megalodon_backward, too. One of
-// megalodon_activations with its layer, or layer = -1 for "final_norm" (B,L,D). dst NULL: nothing is done.
-// Returns its width, 0 if unknown.
+// Writes an activation of the last forward pass to dst (B,L,width); allowed after megalodon_backward, too. layer = -1 with
+// "final_norm": the final norm's output. dst NULL: only returns the width. Returns 0 if there is no such activation.
 int megalodon_activation(Model *model, int layer, const char *name, real *dst);
-static const char *const megalodon_activations[] = { // in data-flow order
-    "mega.timenorm", "mega.cema", "mega.rmsnorm", "mega.q",    "mega.k",  "mega.v",
-    "mega.r",        "mega.attn", "mega.out",     "nffn.norm", "nffn.out"};
-enum { NUM_ACTIVATIONS = sizeof megalodon_activations / sizeof megalodon_activations[0] };
+const char *megalodon_activation_name(int i); // names of a layer's activations in data-flow order; NULL after the last
 
-void megalodon_threads(int threads); // how many the backend uses, where that is a choice
-int megalodon_on_gpu(void);          // 1: models and states lie in a device's memory, 0: in main memory
-size_t megalodon_available_memory(int processes); // bytes of the backend's memory for each of so many processes on this machine
-size_t megalodon_peak_memory(void);         // bytes of it that this program has taken at most so far
-const char *megalodon_backend(void); // one line: what runs this, e.g. "CPU, float32, 2 threads, BLAS"
+void megalodon_threads(int threads); // number of threads that the backend uses; no effect on a GPU
+int megalodon_on_gpu(void);          // 1: models and states are in device memory, 0: in main memory
+size_t megalodon_available_memory(int processes); // bytes of the backend's memory for each process on this machine
+size_t megalodon_peak_memory(void);  // bytes of the backend's memory that this program has used at most so far
+const char *megalodon_backend(void); // one line that names the backend, e.g. "CPU, float32, 2 threads, BLAS"
 
 #endif

@@ -5,6 +5,51 @@
 #include <stdlib.h>
 #include <string.h>
 
+// ----------------------------------------------------------------------------
+// presets: fields that are not named are 0
+
+#define COMMON .cema_ndim = 16, .chunk_size = 2048, .vocab_size = 32000, .norm_affine = 1, .norm_eps = 1e-5
+const Preset megalodon_presets[NUM_PRESETS] = {
+    {.name = "mega200M",
+     .config = {.num_layers = 12, .model_dim = 1024, .z_dim = 256, .value_dim = 2048, .num_heads = 1,
+                .ffn_hidden_dim = 2560, .norm_num_groups = 32, .rope_base = 1e4, COMMON},
+     .num_parameters = 220627968},
+    {.name = "mega1.3B",
+     .config = {.num_layers = 24, .model_dim = 2048, .z_dim = 512, .value_dim = 4096, .num_heads = 2,
+                .ffn_hidden_dim = 4864, .norm_num_groups = 64, .rope_base = 1e4, COMMON},
+     .num_parameters = 1342832640},
+    {.name = "mega1.3B_pg19",
+     .config = {.num_layers = 24, .model_dim = 2048, .z_dim = 512, .value_dim = 4096, .num_heads = 2,
+                .ffn_hidden_dim = 3584, .norm_num_groups = 64, .rope_base = 1e4, .swiglu = 1, .scale_emb = 1,
+                .share_emb = 1, COMMON},
+     .num_parameters = 1327628288},
+    {.name = "mega7.1B",
+     .config = {.num_layers = 32, .model_dim = 4096, .z_dim = 1024, .value_dim = 8192, .num_heads = 4,
+                .ffn_hidden_dim = 11264, .norm_num_groups = 64, .rope_base = 1e4, COMMON},
+     .num_parameters = 7117381632},
+    {.name = "mega7.3B",
+     .config = {.num_layers = 32, .model_dim = 4096, .z_dim = 1024, .value_dim = 8192, .num_heads = 4,
+                .ffn_hidden_dim = 8192, .norm_num_groups = 64, .rope_base = 1e4, .swiglu = 1, COMMON},
+     .num_parameters = 7385817088},
+    {.name = "paper7B",
+     .config = {.num_layers = 32, .model_dim = 4096, .z_dim = 1024, .value_dim = 8192, .num_heads = 4,
+                .ffn_hidden_dim = 8192, .norm_num_groups = 64, .rope_base = 1e5, .swiglu = 1, .cema_ndim = 16,
+                .chunk_size = 4096, .vocab_size = 32000, .norm_affine = 1, .norm_eps = 1e-5},
+     .num_parameters = 7385817088},
+    {.name = "enwik8",
+     .config = {.num_layers = 6, .model_dim = 384, .z_dim = 192, .value_dim = 384, .num_heads = 3,
+                .ffn_hidden_dim = 1024, .cema_ndim = 8, .chunk_size = 256, .vocab_size = 256, .norm_num_groups = 32,
+                .swiglu = 1, .norm_affine = 1, .norm_eps = 1e-5, .rope_base = 1e4},
+     .num_parameters = 11359104},
+    {.name = "demo",
+     .config = {.num_layers = 4, .model_dim = 128, .z_dim = 64, .value_dim = 256, .num_heads = 1,
+                .ffn_hidden_dim = 256, .cema_ndim = 8, .chunk_size = 64, .vocab_size = 256, .norm_num_groups = 16,
+                .swiglu = 1, .norm_affine = 1, .norm_eps = 1e-5, .rope_base = 1e4},
+     .num_parameters = 974336},
+};
+#undef COMMON
+
+
 #include "../megalodon.h"
 
 static int dimension(const Config *c, char letter) {
