@@ -544,6 +544,20 @@ static void *all_gather(Model *m, size_t bytes) {
 // Memory after all gathered results, for one more of them.
 static void *combined(Model *m, size_t bytes) { return m->exchange + ((size_t)m->cp.cp_size + 1) * bytes; }
 
+static const ActivationRow *activation_row(const char *name) {
+    for (int i = 0; i < NUM_ACTIVATION_ROWS; i++) {
+        if (activation_table[i].name && strcmp(activation_table[i].name, name) == 0) return &activation_table[i];
+    }
+    return NULL;
+}
+
+// Where an activation is in memory; NULL if it is computed when it is dumped.
+static const void *stored_activation(const LayerActs *acts, const ActivationRow *row) {
+    const void *at = NULL;
+    if (row->size > 0) memcpy(&at, (const char *)acts + row->field, sizeof at);
+    return at;
+}
+
 const char *megalodon_activation_name(int i) {
     for (int row = 0; row < NUM_ACTIVATION_ROWS; row++) {
         if (activation_table[row].name && i-- == 0) return activation_table[row].name;
