@@ -58,7 +58,8 @@ class Counts(NamedTuple):
 
 
 # A comment, a string, or a character. The lookbehind keeps the digit separators of C++ (1'000) out.
-TOKENS = re.compile(r"""//(?:\\\n|[^\n])*|/\*.*?(?:\*/|\Z)|"(?:\\.|[^"\\\n])*"|(?<![0-9a-fA-F])'(?:\\.|[^'\\\n])+'""", re.DOTALL)
+TOKENS = re.compile(r"""//(?:\\\n|[^\n])*|/\*.*?(?:\*/|\Z)|"(?:\\.|[^"\\\n])*"|(?<![0-9a-fA-F])'(?:\\.|[^'\\\n])+'""",
+                    re.DOTALL)
 
 
 def blank(text):
@@ -195,8 +196,8 @@ def print_table(counts):
           f"{'__global__':>11} {'templates':>10} {'median':>7}  {'longest function':32} most parameters")
     for path, c in counts.items():
         kinds = [sum(f.kind == kind for f in c.functions) for kind in ("host", "device", "__global__")]
-        line = (f"{path:26} {c.lines:6} {c.comment_lines:8} {c.comment_percent:5.1f}% {len(c.functions):10} {kinds[0]:5} "
-                f"{kinds[1]:7} {kinds[2]:11} {c.templates:10}")
+        line = (f"{path:26} {c.lines:6} {c.comment_lines:8} {c.comment_percent:5.1f}% {len(c.functions):10} "
+                f"{kinds[0]:5} {kinds[1]:7} {kinds[2]:11} {c.templates:10}")
         if c.functions:
             longest = max(c.functions, key=lambda f: f.lines)
             most = max(c.functions, key=lambda f: f.parameters)
@@ -247,7 +248,7 @@ def read(path, commit, is_default):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE", help="default: the model's three files and kernels/*.cuh")
-    parser.add_argument("--commit", help="read the files of this commit; FILE is then relative to the repository's root")
+    parser.add_argument("--commit", help="read the files of this commit; paths are relative to the repository's root")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a limit is exceeded")
     args = parser.parse_args()
     try:
