@@ -82,9 +82,10 @@ static void check_device(const cudaDeviceProp *properties) {
     exit(1);
 }
 
-static int backend_open(void) {
+static int backend_open(int allocate) {
     int count = 0, shared = 0;
     cudaDeviceProp properties;
+    (void)allocate;
     if (gpu.open) return 1;
     cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess || count == 0) {
@@ -169,6 +170,8 @@ static void params_written(Model *m, size_t first, size_t n) {
 // ----------------------------------------------------------------------------
 // what megalodon.h says of the machine
 
+static int backend_threads(void) { return 1; }
+
 float *megalodon_device_ptr(Model *m, Buffer buffer) { return m->memory[buffer]; }
 
 void megalodon_threads(int threads) { (void)threads; }
@@ -177,7 +180,7 @@ int megalodon_on_gpu(void) { return 1; }
 
 size_t megalodon_available_memory(int processes) {
     size_t free_bytes, total;
-    backend_open();
+    backend_open(0);
     cudaCheck(cudaMemGetInfo(&free_bytes, &total));
     return free_bytes / ceil_div(processes, gpu.devices);
 }
@@ -185,6 +188,6 @@ size_t megalodon_available_memory(int processes) {
 size_t megalodon_peak_memory(void) { return gpu.peak; }
 
 const char *megalodon_backend(void) {
-    backend_open();
+    backend_open(0);
     return gpu.name;
 }
