@@ -89,6 +89,7 @@ static struct {
     char name[300];    // for megalodon_backend()
     size_t used, peak; // bytes of device memory allocated by this program
     cublasHandle_t blas;
+    void *blas_workspace; // BLAS_WORKSPACE bytes of its own, so that products are repeatable
     char *workspace; // of the model that is running, see workspace()
     size_t workspace_bytes;
 } gpu;
@@ -190,12 +191,12 @@ static void gpu_open(void) {
     snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s%s", properties.name, properties.major, properties.minor,
              sizeof(floatX) == 4 ? "float32" : "bfloat16", gpu.plain ? ", plain kernels" : "");
     cublasCheck(cublasCreate(&gpu.blas));
-    void *blas_workspace = memory_new(BLAS_WORKSPACE); // one of our own, so that products are repeatable
-    if (blas_workspace == NULL) {
+    gpu.blas_workspace = memory_new(BLAS_WORKSPACE);
+    if (gpu.blas_workspace == NULL) {
         fprintf(stderr, "error: %s: out of memory on the GPU\n", gpu.name);
         exit(1);
     }
-    cublasCheck(cublasSetWorkspace(gpu.blas, blas_workspace, BLAS_WORKSPACE));
+    cublasCheck(cublasSetWorkspace(gpu.blas, gpu.blas_workspace, BLAS_WORKSPACE));
     cublasCheck(cublasSetMathMode(gpu.blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     gpu.open = 1;
 }
@@ -225,23 +226,6 @@ static __device__ float warp_max(float x) {
 // A row of 0..R-1 for each warp of a thread block of ROW_WARPS warps. May be R or more.
 static __device__ size_t warp_row(void) { return (size_t)blockIdx.x * ROW_WARPS + threadIdx.y; }
 #define ROW_GRID(R) blocks_for((size_t)(R), ROW_WARPS), dim3(WARP, ROW_WARPS)
-
-// ----------------------------------------------------------------------------
-// the fast kernels, and what they use of this file
-
-static void sum_parts(float *out, const float *parts, int P, size_t stride, size_t n, int add);
-
-#ifdef FAST_KERNELS
-#include "kernels/common.cuh"
-#include "kernels/matmul.cuh"
-#include "kernels/elementwise.cuh"
-#include "kernels/timestep_norm.cuh"
-#include "kernels/cema.cuh"
-#include "kernels/norms.cuh"
-#include "kernels/qk.cuh"
-#include "kernels/attention.cuh"
-#include "kernels/loss.cuh"
-#endif
 
 // ----------------------------------------------------------------------------
 // matrix product: C (M,N) = op(A) op(B), added to C if `add`. op(A) is (M,K), op(B) is (K,N).
@@ -274,6 +258,23 @@ static void matmul_batched(floatX *C, int ldc, int64_t stride_c, Matrix A, Matri
                                            B.ld, B.stride, A.at, CUBLAS_TYPE, A.ld, A.stride, &beta, C, CUBLAS_TYPE,
                                            ldc, stride_c, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
+
+// ----------------------------------------------------------------------------
+// the fast kernels, and what they use of this file
+
+static void sum_parts(float *out, const float *parts, int P, size_t stride, size_t n, int add);
+
+#ifdef FAST_KERNELS
+#include "kernels/common.cuh"
+#include "kernels/matmul.cuh"
+#include "kernels/elementwise.cuh"
+#include "kernels/timestep_norm.cuh"
+#include "kernels/cema.cuh"
+#include "kernels/norms.cuh"
+#include "kernels/qk.cuh"
+#include "kernels/attention.cuh"
+#include "kernels/loss.cuh"
+#endif
 
 // ----------------------------------------------------------------------------
 // sums over rows, in two kernels, so that their order is fixed
