@@ -115,23 +115,6 @@ static __device__ size_t warp_row(void) { return (size_t)blockIdx.x * ROW_WARPS 
 #define ROW_GRID(R) blocks_for((size_t)(R), ROW_WARPS), dim3(WARP, ROW_WARPS)
 
 // ----------------------------------------------------------------------------
-// the fast kernels, and what they use of this file
-
-static void sum_parts(float *out, const float *parts, int P, size_t stride, size_t n, int add);
-
-#ifdef FAST_KERNELS
-#include "kernels/common.cuh"
-#include "kernels/matmul.cuh"
-#include "kernels/elementwise.cuh"
-#include "kernels/timestep_norm.cuh"
-#include "kernels/cema.cuh"
-#include "kernels/norms.cuh"
-#include "kernels/qk.cuh"
-#include "kernels/attention.cuh"
-#include "kernels/loss.cuh"
-#endif
-
-// ----------------------------------------------------------------------------
 // matrix product: C (M,N) = op(A) op(B), added to C if `add`. op(A) is (M,K), op(B) is (K,N).
 // cuBLAS stores matrices by columns. A row-major C is the column-major C' = op(B)' op(A)', so A and B change places.
 // The three products of a linear map y = x W', with x (R,K), W (M,K), y (R,M), all row-major:
@@ -166,6 +149,23 @@ static void matmul_batched(floatX *C, int ldc, int64_t stride_c, Matrix A, Matri
                                            B.ld, B.stride, A.at, CUBLAS_TYPE, A.ld, A.stride, &beta, C, CUBLAS_TYPE,
                                            ldc, stride_c, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
+
+// ----------------------------------------------------------------------------
+// the fast kernels, and what they use of this file
+
+static void sum_parts(float *out, const float *parts, int P, size_t stride, size_t n, int add);
+
+#ifdef FAST_KERNELS
+#include "kernels/common.cuh"
+#include "kernels/matmul.cuh"
+#include "kernels/elementwise.cuh"
+#include "kernels/timestep_norm.cuh"
+#include "kernels/cema.cuh"
+#include "kernels/norms.cuh"
+#include "kernels/qk.cuh"
+#include "kernels/attention.cuh"
+#include "kernels/loss.cuh"
+#endif
 
 // ----------------------------------------------------------------------------
 // sums over rows, in two kernels, so that their order is fixed

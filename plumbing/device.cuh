@@ -12,6 +12,7 @@ static struct {
     char name[300];    // for megalodon_backend()
     size_t used, peak; // bytes of device memory allocated by this program
     cublasHandle_t blas;
+    void *blas_workspace; // BLAS_WORKSPACE bytes of our own, so that products are repeatable
     char *workspace; // of the model that is running, see workspace()
     size_t workspace_bytes;
 } gpu;
@@ -106,12 +107,12 @@ static int backend_open(int allocate) {
     snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s%s", properties.name, properties.major, properties.minor,
              sizeof(floatX) == 4 ? "float32" : "bfloat16", gpu.plain ? ", plain kernels" : "");
     cublasCheck(cublasCreate(&gpu.blas));
-    void *blas_workspace = memory_new(BLAS_WORKSPACE); // one of our own, so that products are repeatable
-    if (blas_workspace == NULL) {
+    gpu.blas_workspace = memory_new(BLAS_WORKSPACE);
+    if (gpu.blas_workspace == NULL) {
         fprintf(stderr, "error: %s: out of memory on the GPU\n", gpu.name);
         exit(1);
     }
-    cublasCheck(cublasSetWorkspace(gpu.blas, blas_workspace, BLAS_WORKSPACE));
+    cublasCheck(cublasSetWorkspace(gpu.blas, gpu.blas_workspace, BLAS_WORKSPACE));
     cublasCheck(cublasSetMathMode(gpu.blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     gpu.open = 1;
     return 1;
