@@ -140,7 +140,7 @@ build/double/train build/double/sample: %: %.o build/double/library.a
 	$(LINK)
 
 -include $(wildcard build/*.d build/double/*.d)
-.PRECIOUS: build/%.o build/double/%.o build/gpu/%.o build/gpu/%_fp32.o build/emulated/%.cu build/emulated/tests/%.cu build/emulated/plumbing/%.cu
+.PRECIOUS: build/%.o build/double/%.o build/gpu/%.o build/gpu/%_fp32.o build/emulated/%.cu build/emulated/tests/%.cu build/emulated/plumbing/%.cu build/emulated/%.cuh
 
 # ---------------------------------------------------------------- CUDA
 
@@ -246,11 +246,15 @@ endif
 EMULATED = build/emulated/test_cuda build/emulated/test_cuda_fp32 build/emulated/test_model_fp32
 ALL_CXXFLAGS = $(BASE_CXXFLAGS) $(CPPFLAGS) $(CXXFLAGS)
 BASE_CXXFLAGS = -std=c++17 -O2 $(NATIVE) $(SANITIZER) -Wall -Wextra -Wno-unknown-pragmas $(if $(WERROR),-Werror) \
-           -Itests/cuda_on_cpu -iquote . -iquote tests
+           $(if $(PLAIN),-DMEGALODON_PLAIN) -Itests/cuda_on_cpu -iquote . -iquote tests
 build/emulated/%.cu build/emulated/tests/%.cu build/emulated/plumbing/%.cu: %.cu tests/cuda_on_cpu/translate.awk
 	@mkdir -p $(@D)
 	awk -v file=$< -f tests/cuda_on_cpu/translate.awk $< > $@
-EMULATED_SOURCES = build/emulated/megalodon.cu $(wildcard tests/cuda_on_cpu/*.h) megalodon.h tests/cpu_layers.h
+build/emulated/%.cuh: %.cuh tests/cuda_on_cpu/translate.awk
+	@mkdir -p $(@D)
+	awk -v file=$< -f tests/cuda_on_cpu/translate.awk $< > $@
+EMULATED_SOURCES = build/emulated/megalodon.cu $(wildcard tests/cuda_on_cpu/*.h) megalodon.h plumbing/model.h tests/cpu_layers.h \
+                   $(addprefix build/emulated/,plumbing/device.cuh $(wildcard kernels/*.cuh))
 build/emulated/%.o: build/emulated/%.cu $(EMULATED_SOURCES)
 	$(CXX) $(ALL_CXXFLAGS) -c -x c++ $< -o $@
 build/emulated/%_fp32.o: build/emulated/%.cu $(EMULATED_SOURCES)
@@ -258,15 +262,16 @@ build/emulated/%_fp32.o: build/emulated/%.cu $(EMULATED_SOURCES)
 build/emulated/test_cuda: build/emulated/tests/test_cuda.o build/cpu_layers.o build/library.a
 build/emulated/test_cuda_fp32: build/emulated/tests/test_cuda_fp32.o build/cpu_layers.o build/library.a
 build/emulated/test_model_fp32: build/test_model.o build/emulated/megalodon_fp32.o build/library.a
-build/emulated/train_fp32: build/train.o $(if $(MPI),build/ranks_peers.o build/emulated/plumbing/peers.o) \
-                           build/emulated/megalodon_fp32.o build/library.a
+EMULATED_TRAIN = build/train.o $(if $(MPI),build/ranks_peers.o build/emulated/plumbing/peers.o)
+build/emulated/train: $(EMULATED_TRAIN) build/emulated/megalodon.o build/library.a
+build/emulated/train_fp32: $(EMULATED_TRAIN) build/emulated/megalodon_fp32.o build/library.a
 build/emulated/plumbing/peers.o: BASE_CXXFLAGS += -iquote plumbing $(filter -I%,$(MPI))
 build/emulated/plumbing/peers.o: plumbing/peers.h plumbing/plumbing.h
-build/emulated/train_fp32: BASE_LIBS += $(filter-out -I%,$(MPI))
-$(EMULATED) build/emulated/train_fp32:
+build/emulated/train build/emulated/train_fp32: BASE_LIBS += $(filter-out -I%,$(MPI))
+$(EMULATED) build/emulated/train build/emulated/train_fp32:
 	$(CXX) $(ALL_CXXFLAGS) $(LDFLAGS) $^ -rdynamic $(OMP) $(ALL_LIBS) -o $@
 
-test-emulated: $(EMULATED) build/emulated/train_fp32 train compare
+test-emulated: $(EMULATED) build/emulated/train build/emulated/train_fp32 train compare
 	@sh tests/run.sh $(EMULATED) tests/limits_emulated.sh tests/mpi_emulated.sh
 
 # Shared memory of every kernel of megalodon.cu, for all presets, and whether it fits 99, 163, 227 KB. Needs no GPU.
