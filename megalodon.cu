@@ -156,15 +156,7 @@ static void matmul_batched(floatX *C, int ldc, int64_t stride_c, Matrix A, Matri
 static void sum_parts(float *out, const float *parts, int P, size_t stride, size_t n, int add);
 
 #ifdef FAST_KERNELS
-#include "kernels/common.cuh"
-#include "kernels/matmul.cuh"
-#include "kernels/elementwise.cuh"
-#include "kernels/timestep_norm.cuh"
-#include "kernels/cema.cuh"
-#include "kernels/norms.cuh"
-#include "kernels/qk.cuh"
-#include "kernels/attention.cuh"
-#include "kernels/loss.cuh"
+#include "kernels/kernels.cuh"
 #endif
 
 // ----------------------------------------------------------------------------
@@ -1906,14 +1898,20 @@ void megalodon_backward(Model *m) {
     if (m->on_grad_ready) m->on_grad_ready(m, 0);
 }
 
+// Logits of `rows` positions, from `first` on, in scratch.logits.
+static void output_logits(Model *m, size_t first, int rows) {
+    FAST(decode_logits_supports(m, rows), decode_logits(m, first, rows));
+    linear_forward(m->scratch.logits, NULL, m->final + first * m->dims.D, rounded(m, m->params.output), NULL, rows,
+                   m->dims.D, m->dims.V);
+}
+
 void megalodon_logits(Model *m, size_t first, size_t rows, real *dst) {
-    int D = m->dims.D, V = m->dims.V, most = logit_rows(V);
+    int V = m->dims.V, most = logit_rows(V);
     assert(first + rows <= (size_t)m->dims.B * m->dims.L);
     begin_layers(m);
     for (size_t r = 0; r < rows; r += most) {
         int some = rows - r < (size_t)most ? (int)(rows - r) : most;
-        linear_forward(m->scratch.logits, NULL, m->final + (first + r) * D, rounded(m, m->params.output), NULL, some, D,
-                       V);
+        output_logits(m, first + r, some);
         read_floatX(dst + r * V, m->scratch.logits, (size_t)some * V);
     }
 }
