@@ -79,7 +79,7 @@ crossing() { # PROGRAM PROCESSES PIECES STEPS ROWS SEQ_LEN REACHED: exchanges an
         if (K > 1) { messages += 2 * (2 * layers + 1); bytes += (layers + 1) * 5 * B * G * 8 + layers * 2 * B * 2 * N * D * 4 }
         print 2 + S * messages, 32 + S * bytes }
         function part(n) { n = int((n + P - 1) / P) + 3; return n - n % 4 }')
-    echo "expected $8 collective operations, $9 bytes" && grep "process 0" run.out
+    echo "expected $8 collective operations, $9 bytes" && grep "rank 0:" run.out
     grep -q "$8 collective operations, $9 bytes sent" run.out
 }
 

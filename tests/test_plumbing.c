@@ -283,7 +283,7 @@ static void test_checkpoint(void) {
     refuse_value(b, good, size, "output.output.weight", &one, sizeof one); // tied, but unlike the embedding
     refuse_header(b, good, size, "layers.1.mega.wr.bias", "layers.1.mega.wr.biaz",
                   "'layers.1.mega.wr.bias' is missing");
-    refuse_header(b, good, size, "rope.freqs", "rope.fraqs", "'rope.fraqs' is none");
+    refuse_header(b, good, size, "rope.freqs", "rope.fraqs", "'rope.fraqs' does not belong");
     refuse_header(b, good, size, "\"shape\":[8,6]", "\"shape\":[6,8]", "'layers.0.mega.wh2.weight' has shape (6, 8)");
     refuse_header(b, good, size, "F32", "U32", "'embed.weight': is U32, not F32");
     refuse_header(b, good, size, "F32", "Q_1", "'embed.weight': is Q_1, not F32");
@@ -351,7 +351,7 @@ static void test_damaged_states(State *s, const char *good, size_t size) {
     refuse_state_value(s, good, size, "state.mean", &nan, "a mean that is no number");
     refuse_state_value(s, good, size, "state.m2", &negative, "a negative m2");
     refuse_state_value(s, good, size, "state.h", &infinite, "an infinite h");
-    refuse_state_header(s, good, size, "state.m2", "state.mx", "'state.mx' is none");
+    refuse_state_header(s, good, size, "state.m2", "state.mx", "'state.mx' does not belong");
     refuse_state_header(s, good, size, "[3,2,2]", "[2,3,2]", "'state.m");
     refuse_state_header(s, good, size, "\"I64\",\"shape\":[2]", "\"F64\",\"shape\":[2]",
                         "'state.count' has another type");
@@ -383,7 +383,7 @@ static void test_state(void) {
     c.rope_base = 1e5;
     check_refused("state", "another rope_base", load_it(b, &c, &seed, loaded), "another configuration");
     check_refused("state", "2 rows for 3", load_it(three, &config, &seed, loaded), "'state.count' has shape (2)");
-    check_refused("state", "logits not asked for", load_it(b, &config, &seed, NULL), "'state.logits' is none");
+    check_refused("state", "logits not asked for", load_it(b, &config, &seed, NULL), "'state.logits' does not belong");
     char *good = read_file(&size);
     test_damaged_states(b, good, size);
 
