@@ -158,7 +158,7 @@ bool load_model(StFile *f, Model *m, const Config *c, char *err) {
         found += t != NULL;
         if (t == NULL && (role == PRIOR || role == ROPE_FREQS)) continue;
         ok = layout_check(f, t, &a.list[i], err);
-        if (ok)
+        if (ok && t != NULL)
             ok = role >= 0 ? read_buffer(f, t, m, PARAMS, params[role].offset, err)
                            : check_derived(f, t, role, params[0].name, c, err);
     }

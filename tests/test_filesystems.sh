@@ -45,7 +45,7 @@ printf '\050\002\042\002' > pair # tokens 552, 546
 i=0; while [ $i -lt 11 ]; do cat pair pair > twice && mv twice pair; i=$((i + 1)); done
 if quiet $small --data pair --vocab-size 600 --steps 1 --out pair-out; then refused=1; else refused=0; fi
 check "uint16 tokens without a header are refused" [ $refused -eq 0 ]
-check "  with the remedy" said "error: pair: looks like uint16 tokens without a header. --data-format uint16" 1
+check "  with the remedy" said "error: pair: looks like uint16 tokens without a header. Use --data-format uint16" 1
 check "  and trained on with --data-format uint16" quiet $small --data pair --vocab-size 600 --data-format uint16 --steps 1 --out pair16
 check "    as 2 bytes per token" [ "$(awk '/tokens to train on/ { print $3 + $8 }' quiet.out)" -eq $(($(wc -c < pair) / 2)) ]
 check "  and resumed with it" quiet --resume pair16 --steps 2

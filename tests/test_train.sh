@@ -234,7 +234,7 @@ refused 1 "--out a: holds a run, at step 12. Continue it with --resume a, replac
 refused 1 "--resume nowhere: holds no run" --resume nowhere --out nowhere
 refused 1 "error: text: " --init text
 sed 's/"config"/"konfig"/' a/step-00000012/model.safetensors > bare.safetensors
-refused 1 "says no configuration" --init bare.safetensors
+refused 1 "has no configuration" --init bare.safetensors
 refused 2 "--batch does not go with" --batch dump.safetensors
 "$train" --batch bare.safetensors 2> err.txt
 check "refused: --batch without the tensors" grep -q "bare.safetensors: no tensor 'input.tokens'" err.txt
