@@ -381,7 +381,7 @@ static void save_checkpoint(const char *dir, Model *model, State *const *states,
     for (int i = 0; i < num_damaged; i++) damaged[i] = damaged[i] == step ? -1 : damaged[i];
     step_path(path, dir, step, "");
     if (rename(tmp, path) != 0) fatal("%s: cannot rename it: %s", tmp, strerror(errno));
-    if (!st_sync_folder(path, err)) fatal("%s", err);
+    if (!st_sync_directory(path, err)) fatal("%s", err);
     prune(dir, step);
 }
 

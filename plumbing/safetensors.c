@@ -373,26 +373,26 @@ bool st_finish(StWriter *w, char *err) {
     if (!ok) return give_up(w, err, strerror(errno));
     fclose(w->file);
     w->file = NULL;
-    return st_sync_folder(w->path, err);
+    return st_sync_directory(w->path, err);
 }
 
-bool st_sync_folder(const char *path, char *err) {
+bool st_sync_directory(const char *path, char *err) {
     static bool warned;
     const char *slash = strrchr(path, '/');
-    char *folder = slash == NULL ? strdup(".") : strndup(path, (size_t)(slash - path) + 1);
-    int fd = folder == NULL ? -1 : open(folder, O_RDONLY | O_CLOEXEC);
+    char *directory = slash == NULL ? strdup(".") : strndup(path, (size_t)(slash - path) + 1);
+    int fd = directory == NULL ? -1 : open(directory, O_RDONLY | O_CLOEXEC);
     bool ok = fd >= 0 && fsync(fd) == 0;
     // some network and container file systems cannot sync directories
     const bool unsupported = fd >= 0 && (errno == EINVAL || errno == ENOTSUP || errno == EOPNOTSUPP ||
                                          errno == ENOSYS || errno == ENODEV || errno == EBADF);
     if (!ok && unsupported && !warned)
         fprintf(stderr,
-                "warning: %s: its file system cannot sync folders (%s): a power failure may lose what was "
+                "warning: %s: its file system cannot sync directories (%s): a power failure may lose what was "
                 "saved last\n",
-                folder, strerror(errno));
+                directory, strerror(errno));
     if (!ok && unsupported) ok = warned = true;
-    if (!ok) fail(err, path, NULL, "cannot sync its folder: %s", strerror(errno));
+    if (!ok) fail(err, path, NULL, "cannot sync its directory: %s", strerror(errno));
     if (fd >= 0) close(fd);
-    free(folder);
+    free(directory);
     return ok;
 }

@@ -61,4 +61,4 @@ bool st_finish(StWriter *w, char *err);
 void st_abort(StWriter *w);
 
 // Syncs the directory of path, so that its creation or renaming is durable.
-bool st_sync_folder(const char *path, char *err);
+bool st_sync_directory(const char *path, char *err);

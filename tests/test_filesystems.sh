@@ -62,7 +62,7 @@ else
     check "  warns once" said "warning: text: its file system cannot map files" 1
     check "  saves the same" cmp whole/step-00000006/model.safetensors unmapped/step-00000006/model.safetensors
     check "where folders cannot be synced, a run" lacking NO_FOLDER_SYNC $small --steps 6 --save-every 2 --out unsynced
-    check "  warns once" said "its file system cannot sync folders" 1
+    check "  warns once" said "its file system cannot sync directories" 1
     check "  saves the same" cmp whole/step-00000006/model.safetensors unsynced/step-00000006/model.safetensors
     check "where there are no locks, a run" lacking NO_FLOCK $small --steps 6 --save-every 2 --out unlocked
     check "  warns once" said "warning: unlocked/lock: this file system has no locks" 1
