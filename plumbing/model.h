@@ -561,6 +561,12 @@ static const ActivationRow *activation_row(const char *name) {
     return NULL;
 }
 
+int megalodon_activation_width(const Config *config, const char *name) {
+    const ActivationRow *row = activation_row(name);
+    Dims d = dims_of(config, 1, 1);
+    return row ? width_of(&d, row->width) : 0;
+}
+
 // Where an activation is in memory; NULL if it is computed when it is dumped.
 static const void *stored_activation(const LayerActs *acts, const ActivationRow *row) {
     const void *at = NULL;
