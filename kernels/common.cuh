@@ -79,7 +79,8 @@ template <int W> static __device__ Place place(int D) {
 static int threads_down(int W, int D) { return THREADS / threads_across(W, D); }
 static dim3 column_grid(int W, int blocks, int D) { return dim3(blocks, ceil_div(ceil_div(D, W), ACROSS)); }
 
-// The number of thread blocks that share R rows, where each leaves threads_down(W, D) parts.
+// The number of thread blocks that share R rows, where each leaves threads_down(W, D) parts: max_parts(R) in all, at most.
+static int max_parts(int R) { return min_int(R + THREADS, MAX_PARTS); }
 static int column_blocks(int W, int R, int D) {
     int down = threads_down(W, D);
     return max_int(min_int(ceil_div(R, down), MAX_PARTS / down), 1);

@@ -40,7 +40,7 @@ static int row_parts(int R) { return min_int(ceil_div(R, ROWS), MAX_PARTS); }
 // Bytes: the parts of dweight and dbias, or of sum_rows_wide().
 static size_t norms_fast_workspace(Dims d) {
     int widest = max_int(max_int(2 * d.D, d.E), max_int(d.F, d.Z));
-    return (size_t)MAX_PARTS * widest * sizeof(float);
+    return (size_t)max_parts(d.B * d.L) * widest * sizeof(float);
 }
 
 // ----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ static __host__ __device__ int norm_blocks(Dims d) { return ceil_div(d.L, NORM_B
 // Bytes, forward and backward: blocks and prefix, or blocks, suffix and parts.
 static size_t timestep_norm_fast_workspace(Dims d) {
     size_t sums = ((size_t)d.B * norm_blocks(d) + (size_t)d.B * d.L) * d.G * 3 * sizeof(double);
-    return sums + (size_t)MAX_PARTS * 2 * d.D * sizeof(float);
+    return sums + (size_t)max_parts(d.B * d.L) * 2 * d.D * sizeof(float);
 }
 
 // Moments of a block up to one of its tokens.
@@ -56,8 +56,8 @@ static __device__ CountedMoments merge(CountedMoments a, CountedMoments b) {
 // Passes: 1. each lane: the moments of its token's g scalars, from deviations from the first of them. 2. inclusive scan over
 //   the lanes. Where squares overflow, both are repeated in a unit in which they do not.
 template <int W>
-static __global__ void timestep_norm_fast_moments_kernel(Prefix *prefix, CountedMoments *blocks, const floatX *inp,
-                                                         Dims d) {
+static __global__ void __launch_bounds__(WARP *ROW_WARPS, 8)
+    timestep_norm_fast_moments_kernel(Prefix *prefix, CountedMoments *blocks, const floatX *inp, Dims d) {
     int g = d.D / d.G, lane = threadIdx.x, j = blockIdx.y * blockDim.y + threadIdx.y;
     int t0 = blockIdx.x % norm_blocks(d) * NORM_BLOCK, T = min_int(NORM_BLOCK, d.L - t0);
     size_t first_row = (size_t)(blockIdx.x / norm_blocks(d)) * d.L + t0;
