@@ -160,6 +160,7 @@ static void sum_parts(float *out, const float *parts, int P, size_t stride, size
 #include "kernels/elementwise.cuh"
 #include "kernels/timestep_norm.cuh"
 #include "kernels/cema.cuh"
+#include "kernels/cema_backward.cuh"
 #include "kernels/norms.cuh"
 #include "kernels/qk.cuh"
 #include "kernels/attention.cuh"
