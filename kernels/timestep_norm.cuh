@@ -59,9 +59,9 @@ static __device__ CountedMoments merge(CountedMoments a, CountedMoments b) {
 template <int W>
 static __global__ void __launch_bounds__(WARP *ROW_WARPS, 8)
     timestep_norm_fast_moments_kernel(Prefix *prefix, CountedMoments *blocks, const floatX *inp, Dims d) {
-    int g = d.D / d.G, lane = threadIdx.x, j = blockIdx.y * blockDim.y + threadIdx.y;
-    int t0 = blockIdx.x % norm_blocks(d) * NORM_BLOCK, T = min_int(NORM_BLOCK, d.L - t0);
-    size_t first_row = (size_t)(blockIdx.x / norm_blocks(d)) * d.L + t0;
+    int g = d.D / d.G, lane = threadIdx.x, j = blockIdx.y * blockDim.y + threadIdx.y, num_blocks = norm_blocks(d);
+    int t0 = blockIdx.x % num_blocks * NORM_BLOCK, T = min_int(NORM_BLOCK, d.L - t0);
+    size_t first_row = (size_t)(blockIdx.x / num_blocks) * d.L + t0;
     if (j >= d.G) return;
     const floatX *x = inp + first_row * d.D + (size_t)j * g;
     float anchor = to_float(x[0]), k, mean, m2; // mean and m2 of k tokens, in this unit
@@ -98,9 +98,9 @@ static __global__ void __launch_bounds__(WARP *ROW_WARPS, 8)
         }
         if (unit < 1 || __shfl_sync(~0u, m2, T - 1) <= LARGE) {
             if (lane < T) prefix[(first_row + lane) * d.G + j] = Prefix{mean / unit, sqrtf(m2 / (k * g)) / unit};
-            if (lane == T - 1)
+            if (lane == T - 1) // here k is T
                 blocks[(size_t)blockIdx.x * d.G + j] =
-                    CountedMoments{(double)g * T, anchor + (double)mean / unit, (double)m2 / unit / unit};
+                    CountedMoments{(double)(k * g), anchor + (double)mean / unit, (double)m2 / unit / unit};
             return;
         }
     }
