@@ -2,13 +2,13 @@
 common.cuh: what several fast kernels use. megalodon.cu includes kernels/ in bfloat16 builds only, so a floatX is a
 bfloat16 here, and needs compute capability 8.0 or more.
 
-1. Vectors. Memory is read fastest in words of 16 bytes a thread: VEC elements of type floatX. A kernel loads VEC elements,
-   computes in float, and stores VEC elements. Hence rows must be a multiple of VEC elements long, and begin at a multiple
-   of 16 bytes.
-2. Shared memory. All kernels together need no more than the 99 KB of a thread block that GPUs of compute capability 8.6,
-   8.9 and 12.0 have (8.0 has 163 KB, 9.0 has 227 KB).
-3. Columns. In kernels that need one number for each column (a weight, or a sum over rows), a thread owns a few columns and
-   goes through rows, so that this number stays in registers:
+1. Vectors. Memory is read fastest in words of 16 bytes a thread: VEC elements of type floatX. A kernel loads VEC
+   elements, computes in float, and stores VEC elements. Hence rows must be a multiple of VEC elements long, and begin
+   at a multiple of 16 bytes.
+2. Shared memory. All kernels together need no more than the 99 KB of a thread block that GPUs of compute capability
+   8.6, 8.9 and 12.0 have (8.0 has 163 KB, 9.0 has 227 KB).
+3. Columns. In kernels that need one number for each column (a weight, or a sum over rows), a thread owns a few columns
+   and goes through rows, so that this number stays in registers:
 
                ACROSS * W columns (blockIdx.y)
             +------+------+- - -+------+
@@ -51,7 +51,7 @@ template <int W> static __device__ void store(floatX *dst, const float x[W]) {
 // cannot overflow, and those that matter in such a sum do not underflow.
 static const float LARGE = 1e37f, SMALL_UNIT = 0x1p-80f;
 
-// Raises a kernel's limit of dynamic shared memory, if it is too low. The default limit includes what the kernel declares.
+// Raises a kernel's limit of dynamic shared memory, if it is too low. The default includes what the kernel declares.
 template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes) {
     if (bytes > SHARED_DEFAULT - SHARED_DECLARED)
         cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
@@ -78,6 +78,9 @@ template <int W> static __device__ Place place(int D) {
 // Rows of threads in a thread block of THREADS threads, and the grid in which `blocks` thread blocks share the rows.
 static int threads_down(int W, int D) { return THREADS / threads_across(W, D); }
 static dim3 column_grid(int W, int blocks, int D) { return dim3(blocks, ceil_div(ceil_div(D, W), ACROSS)); }
+
+// Parts of a sum over R rows, at most.
+static int max_parts(int R) { return min_int(R + THREADS, MAX_PARTS); }
 
 // The number of thread blocks that share R rows, where each leaves threads_down(W, D) parts.
 static int column_blocks(int W, int R, int D) {

@@ -5,7 +5,8 @@ plain functions of megalodon.cu, which call it in a line FAST(supported, call):
     matmul.cuh         linear_*: cuBLASLt with chosen algorithms, biases and residuals added by the product
     elementwise.cuh    silu_*, gate_*: 16 bytes for each thread
     timestep_norm.cuh  timestep_norm_*: token blocks in a warp, columns in registers
-    cema.cuh           cema_*: token blocks as matrix products on tensor cores (mma.cuh)
+    cema.cuh           cema_forward: token blocks as matrix products on tensor cores (mma.cuh)
+    cema_backward.cuh  cema_backward: the same for the gradients
     norms.cuh          rmsnorm_*, layernorm_*, sum_rows: rows in registers
     qk.cuh             qk_layer_*: norm, affine and rotation in one kernel
     attention.cuh      attention_*: all chunks in one batch, softmax on vectors
@@ -19,6 +20,7 @@ plain functions of megalodon.cu, which call it in a line FAST(supported, call):
 #include "timestep_norm.cuh"
 #include "mma.cuh"
 #include "cema.cuh"
+#include "cema_backward.cuh"
 #include "norms.cuh"
 #include "qk.cuh"
 #include "attention.cuh"

@@ -123,8 +123,8 @@ static MatmulKey matmul_key(Matrix A, Matrix B, int ldc, int M, int N, int K) {
     return k;
 }
 
-// C = op(A) op(B) + residual + bias. residual has the layout of C and may be C; bias (N) is added to each row. Both may be
-// NULL.
+// C = op(A) op(B) + residual + bias. residual has the layout of C and may be C; bias (N) is added to each row. Both may
+// be NULL.
 static void matmul_run(MatmulKey key, void *C, const void *residual, const floatX *bias, const floatX *A,
                        const floatX *B) {
     const float alpha = 1, beta = residual ? 1 : 0;

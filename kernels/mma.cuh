@@ -1,15 +1,15 @@
 /*
 mma.cuh: matrix products of 16 x 8 tiles on tensor cores, C (16,8) += A (16,16) B (16,8), by a warp. Used by cema.cuh.
 
-A, B and C are spread over the lanes' registers in fragments: mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16 with
-floating point type"). A word has two neighbours of a row of A, or of a column of B. With row = lane/4 and pair = lane%4, a
-lane has
+A, B and C are spread over the lanes' registers in fragments: mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16
+with floating point type"). A word has two neighbours of a row of A, or of a column of B. With row = lane/4 and pair =
+lane%4, a lane has
     A   word 0: (row, 2 pair), (row, 2 pair + 1)   1: row + 8   2: columns + 8   3: row + 8, columns + 8
     B   word 0: (2 pair, row), (2 pair + 1, row)   1: rows + 8
     C   0, 1: (row, 2 pair), (row, 2 pair + 1)     2, 3: row + 8
 
-Tensor cores multiply bfloat16 and add in float. A float has 24 bits, a bfloat16 has 8, so a float is a sum of up to three
-bfloat16 terms, and a product of floats a sum of products of terms.
+Tensor cores multiply bfloat16 and add in float. A float has 24 bits, a bfloat16 has 8, so a float is a sum of up to
+three bfloat16 terms, and a product of floats a sum of products of terms.
 Requires: bfloat16, sm_80.
 */
 #pragma once

@@ -1,15 +1,16 @@
 /*
-norms.cuh: RMSNorm and LayerNorm with rows in registers, and sums over rows. Replaces rmsnorm_forward(), rmsnorm_backward(),
-layernorm_forward(), layernorm_backward() and sum_rows() of megalodon.cu, where x is NULL.
+norms.cuh: RMSNorm and LayerNorm with rows in registers, and sums over rows. Replaces rmsnorm_forward(),
+rmsnorm_backward(), layernorm_forward(), layernorm_backward() and sum_rows() of megalodon.cu, where x is NULL.
 
 The idea: the plain kernels read a row once for its statistics and again to normalize it, and the backward pass reads
-everything a third time for dweight and dbias. Here a thread block keeps ROWS whole rows in registers, so that x and dy are
-read once. A barrier serves ROWS rows. A thread owns the same columns of all rows: weight is read once, and the sums for
-dweight and dbias stay in registers until the end, when they become one part for each thread block (sum_parts_fast()).
+everything a third time for dweight and dbias. Here a thread block keeps ROWS whole rows in registers, so that x and dy
+are read once. A barrier serves ROWS rows. A thread owns the same columns of all rows: weight is read once, and the sums
+for dweight and dbias stay in registers until the end, when they become one part for each thread block
+(sum_parts_fast()).
 
               columns (V vectors of VEC elements for each thread)
             +--------+--------+- - -+--------+
-    row r   |thread 0|thread 1|     |        |  1. load  2. sum over the row: warps, then shared memory  3. normalize, store
+    row r   |thread 0|thread 1|     |        |  1. load  2. sum over the row by warps, then in shared memory  3. store
     row r+1 |        |        |     |        |
             +--------+--------+- - -+--------+
     dweight |   sum over this thread block's rows: r, r + ROWS gridDim.x, ...
@@ -40,7 +41,7 @@ static int row_parts(int R) { return min_int(ceil_div(R, ROWS), MAX_PARTS); }
 // Bytes: the parts of dweight and dbias, or of sum_rows_wide().
 static size_t norms_fast_workspace(Dims d) {
     int widest = max_int(max_int(2 * d.D, d.E), max_int(d.F, d.Z));
-    return (size_t)MAX_PARTS * widest * sizeof(float);
+    return (size_t)max_parts(d.B * d.L) * widest * sizeof(float);
 }
 
 // ----------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 timestep_norm.cuh: TimestepNorm in three kernels forward and three backward. Replaces timestep_norm_forward() and
 timestep_norm_backward() of megalodon.cu, which says what is computed.
 
-The idea: the plain kernels write the moments of each token as doubles and scan all of time with one warp for each group.
-Here time is cut into blocks of NORM_BLOCK tokens. Inside a block the moments are float and relative to the block's first
-scalar, so that a large mean costs no digits. Only the moments of whole blocks are double, and scanned over time.
+The idea: the plain kernels write the moments of each token as doubles and scan all of time with one warp for each
+group. Here time is cut into blocks of NORM_BLOCK tokens. Inside a block the moments are float and relative to the
+block's first scalar, so that a large mean costs no digits. Only the moments of whole blocks are double, and scanned
+over time.
 
                   block 0              block 1              block 2
     group j   | t0 t1 ... t31 |  | t32 t33 ... t63 |  | t64 ...         |
@@ -12,9 +13,9 @@ scalar, so that a large mean costs no digits. Only the moments of whole blocks a
     2. scan     state              state + block 0      state + blocks 0, 1  each block: moments before it, in double
     3. apply    y0 y1 ... y31      y32 y33 ... y63      y64 ...              each token: 2. merged with 1., then y
 
-The apply kernels read weights once for each block: a thread owns W columns and goes through the block's tokens (common.cuh).
-The backward pass is the same, from the last token to the first, with sums instead of moments. Its third kernel also sums
-dweight and dbias and adds the residual gradients, so that inp and dout are read twice in all.
+The apply kernel reads weight and bias once for each block: a thread owns W columns and goes through the block's tokens.
+The backward pass is the same, from the last token to the first, with sums instead of moments. Its third kernel also
+sums dweight and dbias and adds the residual gradients, so that inp and dout are read twice in all.
 Requires: bfloat16; D/G a multiple of 4: vectors of W = 4 or 8 elements must not cross groups.
 Measured: see dev/notes/kernels.md
 */
@@ -29,7 +30,7 @@ static __host__ __device__ int norm_blocks(Dims d) { return ceil_div(d.L, NORM_B
 // Bytes, forward and backward: blocks and prefix, or blocks, suffix and parts.
 static size_t timestep_norm_fast_workspace(Dims d) {
     size_t sums = ((size_t)d.B * norm_blocks(d) + (size_t)d.B * d.L) * d.G * 3 * sizeof(double);
-    return sums + (size_t)MAX_PARTS * 2 * d.D * sizeof(float);
+    return sums + (size_t)max_parts(d.B * d.L) * 2 * d.D * sizeof(float);
 }
 
 // Moments of a block up to one of its tokens.
@@ -53,14 +54,14 @@ static __device__ CountedMoments merge(CountedMoments a, CountedMoments b) {
 // Formula: the moments of a block's tokens 0..t, for each of its tokens, and of the whole block.
 // Mapping: a warp has a block of a group, a lane a token.
 // Memory: reads R*D, writes 2*R*G floats.
-// Passes: 1. each lane: the moments of its token's g scalars, from deviations from the first of them. 2. inclusive scan over
-//   the lanes. Where squares overflow, both are repeated in a unit in which they do not.
+// Passes: 1. each lane: the moments of its token's g scalars, from deviations from the first of them. 2. inclusive scan
+//   over the lanes. Where squares overflow, both are repeated in a unit in which they do not.
 template <int W>
-static __global__ void timestep_norm_fast_moments_kernel(Prefix *prefix, CountedMoments *blocks, const floatX *inp,
-                                                         Dims d) {
-    int g = d.D / d.G, lane = threadIdx.x, j = blockIdx.y * blockDim.y + threadIdx.y;
-    int t0 = blockIdx.x % norm_blocks(d) * NORM_BLOCK, T = min_int(NORM_BLOCK, d.L - t0);
-    size_t first_row = (size_t)(blockIdx.x / norm_blocks(d)) * d.L + t0;
+static __global__ void __launch_bounds__(WARP *ROW_WARPS, 8)
+    timestep_norm_fast_moments_kernel(Prefix *prefix, CountedMoments *blocks, const floatX *inp, Dims d) {
+    int g = d.D / d.G, lane = threadIdx.x, j = blockIdx.y * blockDim.y + threadIdx.y, num_blocks = norm_blocks(d);
+    int t0 = blockIdx.x % num_blocks * NORM_BLOCK, T = min_int(NORM_BLOCK, d.L - t0);
+    size_t first_row = (size_t)(blockIdx.x / num_blocks) * d.L + t0;
     if (j >= d.G) return;
     const floatX *x = inp + first_row * d.D + (size_t)j * g;
     float anchor = to_float(x[0]), k, mean, m2; // mean and m2 of k tokens, in this unit
@@ -97,9 +98,9 @@ static __global__ void timestep_norm_fast_moments_kernel(Prefix *prefix, Counted
         }
         if (unit < 1 || __shfl_sync(~0u, m2, T - 1) <= LARGE) {
             if (lane < T) prefix[(first_row + lane) * d.G + j] = Prefix{mean / unit, sqrtf(m2 / (k * g)) / unit};
-            if (lane == T - 1)
+            if (lane == T - 1) // here k is T
                 blocks[(size_t)blockIdx.x * d.G + j] =
-                    CountedMoments{(double)g * T, anchor + (double)mean / unit, (double)m2 / unit / unit};
+                    CountedMoments{(double)(k * g), anchor + (double)mean / unit, (double)m2 / unit / unit};
             return;
         }
     }
@@ -108,8 +109,8 @@ static __global__ void timestep_norm_fast_moments_kernel(Prefix *prefix, Counted
 // Formula: the moments of everything before each block: the state merged with all earlier blocks.
 // Mapping: a warp has a sequence's group, a lane a run of consecutive blocks.
 // Memory: reads and writes 3*R*G/NORM_BLOCK doubles.
-// Passes: 1. each lane merges its blocks. 2. inclusive scan over the lanes. 3. each lane merges its blocks again, now from
-//   the moments before them, which replace the blocks' own.
+// Passes: 1. each lane merges its blocks. 2. inclusive scan over the lanes. 3. each lane merges its blocks again, now
+//   from the moments before them, which replace the blocks' own.
 static __global__ void timestep_norm_fast_scan_kernel(CountedMoments *blocks, NormState end, NormState start, Dims d) {
     int pair = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x, num_blocks = norm_blocks(d);
     if (pair >= d.B * d.G) return;
@@ -238,8 +239,8 @@ static __device__ NormSums sum_later_lanes(NormSums sum) {
 // Formula: U, V and W summed from each token to the last of its block, and over each whole block.
 // Mapping: a warp has a block of a group, a lane a token.
 // Memory: reads 2*R*D, R*G doubles and R*G floats; writes 3*R*G doubles.
-// Passes: 1. weight + 1 of the thread block's groups, into shared memory. 2. each lane: its token's terms. 3. scan over the
-//   lanes.
+// Passes: 1. weight + 1 of the thread block's groups, into shared memory. 2. each lane: its token's terms. 3. scan over
+//   the lanes.
 template <int W>
 static __global__ void timestep_norm_fast_sums_kernel(NormSums *suffix, NormSums *blocks, const floatX *dout,
                                                       const floatX *inp, const float *weight, const double *mean,
@@ -280,11 +281,11 @@ static __global__ void timestep_norm_fast_sums_kernel(NormSums *suffix, NormSums
     if (lane == 0) blocks[(size_t)blockIdx.x * d.G + j] = sum;
 }
 
-// Formula: the sums over everything after each block, dstate included: U, V, W of the tokens after these, replaced by those
-//   from the first of these tokens on. NULL: 0, not wanted.
+// Formula: the sums over everything after each block, dstate included: U, V, W of the tokens after these, replaced by
+//   those from the first of these tokens on. NULL: 0, not wanted.
 // Mapping: a warp has a sequence's group, a lane a run of consecutive blocks.
 // Memory: reads and writes 3*R*G/NORM_BLOCK doubles.
-// Passes: 1. each lane sums its blocks. 2. scan over the lanes. 3. each lane sums its blocks again, from the last one on.
+// Passes: 1. each lane sums its blocks. 2. scan over the lanes. 3. each lane sums its blocks again, from the last one.
 static __global__ void timestep_norm_fast_scan_backward_kernel(NormSums *blocks, double *dstate, Dims d) {
     int pair = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x, num_blocks = norm_blocks(d);
     if (pair >= d.B * d.G) return;
@@ -308,7 +309,8 @@ static __global__ void timestep_norm_fast_scan_backward_kernel(NormSums *blocks,
     }
 }
 
-// What dx of a group of a token is computed with, one load of 16 bytes: n = (x - mean) rstd, dx = rstd w dy + shift + slope n.
+// What dx of a group of a token is computed from, in one load of 16 bytes: dx = rstd w dy + shift + slope n with
+// n = (x - mean) rstd.
 struct alignas(16) NormFactors {
     float mean, rstd, shift, slope;
 };
@@ -316,7 +318,8 @@ struct alignas(16) NormFactors {
 // Formula: dx = rstd w dy + shift + slope (x - mean) + residual gradients; dweight = sum dy n, dbias = sum dy, with
 //   n = (x - mean) rstd. Here slope is divided by rstd.
 // Mapping: a thread block has every gridDim.x-th block of tokens and ACROSS*W columns; a thread has W columns.
-// Memory: reads 2*R*D to 4*R*D, 4*R*G doubles and R*G floats; writes R*D. parts (gridDim.x * down, 2, D): dweight, dbias.
+// Memory: reads 2*R*D to 4*R*D, 4*R*G doubles and R*G floats; writes R*D. parts (gridDim.x * down, 2, D): dweight,
+//   dbias.
 // Passes, for each block of tokens: 1. the factors of all tokens and groups, into shared memory. 2. dx, and the sums.
 template <int W>
 static __global__ void
