@@ -1,19 +1,20 @@
 /*
-megalodon.cu: the Megalodon language model on one GPU. It has the functions of megalodon.c, in the same order and with the
-same arguments, so that the two files can be read side by side: megalodon.c derives each formula, this file says how it
-is mapped to threads. megalodon.h says what the model is and what the letters mean.
+megalodon.cu: the Megalodon language model on one GPU. It has the functions of megalodon.c, in the same order and with
+the same arguments, so that the two files can be read side by side: megalodon.c derives each formula, this file says how
+it is mapped to threads. megalodon.h says what the model is and what the letters mean.
 
 How to read it
-- Each layer has one plain kernel, or a few, for any shape. Its comment has four parts. Formula: what is computed, or "see
-  megalodon.c". Mapping: what a thread block, a warp and a thread own. Memory: elements read and written, where R = B*L.
+- Each layer has one plain kernel, or a few, for any shape. Its comment has four parts. Formula: what is computed, or
+  "see megalodon.c". Mapping: what a thread block, a warp and a thread own. Memory: elements read and written, where R =
+  B*L.
   Passes: the kernels or loops in order; the code repeats their numbers.
 - Matrix products are calls of cuBLAS.
 - Faster versions are in kernels/, one idea a file. A plain function hands over to one in a line that begins with FAST,
   with the same arguments. `make cuda PLAIN=1` builds without kernels/. MEGALODON_PLAIN=1 in the environment ignores it.
 
 Numbers
-- floatX is the type of activations and of the weights that are multiplied: bfloat16, or float with -DMEGALODON_FP32. All
-  kernels compute in float, and products accumulate in float (no TF32).
+- floatX is the type of activations and of the weights that are multiplied: bfloat16, or float with -DMEGALODON_FP32.
+  All kernels compute in float, and products accumulate in float (no TF32).
 - Parameters, gradients and moments are float. The optimizer rounds the parameters to floatX after each step.
 - TimestepNorm's moments, and all means and sums of squares, are double.
 
@@ -60,8 +61,8 @@ enum {
     EMBED_PARTS = 4096, // thread blocks that the embedding's gradient is divided into, at least, if V is smaller
 };
 
-// FAST(supported, call): where a kernel of kernels/ supports this case, the function returns by calling it. There are no
-// such kernels for float32, and none with `make cuda PLAIN=1`.
+// FAST(supported, call): where a kernel of kernels/ supports this case, the function returns by calling it. There are
+// no such kernels for float32, and none with `make cuda PLAIN=1`.
 #if defined MEGALODON_FP32 || defined MEGALODON_PLAIN
 #define FAST(supported, call)
 #else
@@ -114,23 +115,6 @@ static __device__ size_t warp_row(void) { return (size_t)blockIdx.x * ROW_WARPS 
 #define ROW_GRID(R) blocks_for((size_t)(R), ROW_WARPS), dim3(WARP, ROW_WARPS)
 
 // ----------------------------------------------------------------------------
-// the fast kernels, and what they use of this file
-
-static void sum_parts(float *out, const float *parts, int P, size_t stride, size_t n, int add);
-
-#ifdef FAST_KERNELS
-#include "kernels/common.cuh"
-#include "kernels/matmul.cuh"
-#include "kernels/elementwise.cuh"
-#include "kernels/timestep_norm.cuh"
-#include "kernels/cema.cuh"
-#include "kernels/norms.cuh"
-#include "kernels/qk.cuh"
-#include "kernels/attention.cuh"
-#include "kernels/loss.cuh"
-#endif
-
-// ----------------------------------------------------------------------------
 // matrix product: C (M,N) = op(A) op(B), added to C if `add`. op(A) is (M,K), op(B) is (K,N).
 // cuBLAS stores matrices by columns. A row-major C is the column-major C' = op(B)' op(A)', so A and B change places.
 // The three products of a linear map y = x W', with x (R,K), W (M,K), y (R,M), all row-major:
@@ -167,10 +151,20 @@ static void matmul_batched(floatX *C, int ldc, int64_t stride_c, Matrix A, Matri
 }
 
 // ----------------------------------------------------------------------------
+// the fast kernels, and what they use of this file
+
+static void sum_parts(float *out, const float *parts, int P, size_t stride, size_t n, int add);
+
+#ifdef FAST_KERNELS
+#include "kernels/kernels.cuh"
+#endif
+
+// ----------------------------------------------------------------------------
 // sums over rows, in two kernels, so that their order is fixed
 //
-// A gradient of a bias or of a norm's scale is a sum over all R rows for each column. One thread for each column would be
-// too few threads, and atomic additions would come in another order in every run. So the rows are divided into P parts:
+// A gradient of a bias or of a norm's scale is a sum over all R rows for each column. One thread for each column would
+// be too few threads, and atomic additions would come in another order in every run. So the rows are divided into P
+// parts:
 //     1. parts (P,D): part p is the sum of rows p R/P .. (p+1) R/P - 1
 //     2. out (D) += parts[0] + parts[1] + ... in this order
 
@@ -195,8 +189,8 @@ static void sum_parts(float *out, const float *parts, int P, size_t stride, size
     sum_parts_kernel<<<blocks_for(n, WARP), dim3(WARP, WARP)>>>(out, parts, P, stride, n, add);
 }
 
-// Formula: out (D) += sum_r dy (R,D) for a bias, or scale sum_r dy (x - mean) rstd for the scale of a norm, with mean and
-//   rstd (R,G) of G groups of columns. mean, rstd NULL: 0, 1.
+// Formula: out (D) += sum_r dy (R,D) for a bias, or scale sum_r dy (x - mean) rstd for the scale of a norm, with mean
+//   and rstd (R,G) of G groups of columns. mean, rstd NULL: 0, 1.
 // Mapping: a thread block has 32 columns and the rows of part blockIdx.y; threadIdx.y counts rows.
 // Memory: reads R*D, or 2 R*D.
 // Passes: 1. each thread sums its rows. 2. the thread block adds these sums. sum_parts() adds the parts.
@@ -229,8 +223,8 @@ static void sum_rows(float *out, const floatX *dy, const floatX *x, const double
 }
 
 // ----------------------------------------------------------------------------
-// embedding: out (R,D) = scale * embed[token], embed (V,D). The scale is sqrt(D) with scale_emb, otherwise 1. Backward, the
-// gradient of a token's row is the sum over all rows of the batch that have this token.
+// embedding: out (R,D) = scale * embed[token], embed (V,D). The scale is sqrt(D) with scale_emb, otherwise 1. Backward,
+// the gradient of a token's row is the sum over all rows of the batch that have this token.
 
 // Mapping: a thread has an element. Memory: reads and writes R*D.
 static __global__ void embedding_forward_kernel(floatX *out, const int32_t *tokens, const floatX *embed, float scale,
@@ -245,8 +239,8 @@ static void embedding_forward(floatX *out, const int32_t *tokens, const floatX *
 }
 
 // Formula: dembed[token] += scale * sum of dout over the rows with that token.
-// Mapping: a thread block has token blockIdx.x, the rows of part blockIdx.y and the columns of blockIdx.z; a thread has a
-//   column. A small vocabulary has frequent tokens, so its rows are divided into more parts.
+// Mapping: a thread block has token blockIdx.x, the rows of part blockIdx.y and the columns of blockIdx.z; a thread has
+//   a column. A small vocabulary has frequent tokens, so its rows are divided into more parts.
 // Memory: reads R*D of dout, and the tokens V times, mostly from cache.
 // Passes, for THREADS rows at a time: 1. each thread looks at one row's token. 2. if there is a match, each thread adds
 //   its column of the matching rows.
@@ -288,9 +282,9 @@ static void embedding_backward(float *dembed, const floatX *dout, const int32_t 
 }
 
 // ----------------------------------------------------------------------------
-// dropout: out = mask inp/(1 - p); out may be inp. The backward pass is the same function on gradients. Masks are not kept:
-// Philox turns the index of an element into its random word, so the backward pass, another rank or the CPU gets the same
-// mask from the same index.
+// dropout: out = mask inp/(1 - p); out may be inp. The backward pass is the same function on gradients. Masks are not
+// kept: Philox turns the index of an element into its random word, so the backward pass, another rank or the CPU gets
+// the same mask from the same index.
 
 static __device__ void mask_words(uint32_t words[4], const Mask *mask, uint64_t four) {
     // indices beyond 32 bits go above the layer's 16 bits
@@ -329,8 +323,8 @@ static void dropout(floatX *out, const floatX *inp, Mask mask, size_t n) {
 
 // ----------------------------------------------------------------------------
 // TimestepNorm: y_t = (x_t - mean_t) rstd_t (weight + 1) + bias, with the mean and variance of a group's scalars at all
-// tokens up to t. The moments of two sets of scalars can be merged (Chan et al.), in any grouping, so time is scanned in
-// parallel: a warp takes 32 tokens at a time.
+// tokens up to t. The moments of two sets of scalars can be merged (Chan et al.), in any grouping, so time is scanned
+// in parallel: a warp takes 32 tokens at a time.
 //
 //     token             0      1      2    ...   31  |  32     33    ...
 //     1. own moments    m0     m1     m2         m31 |  m32    m33          a thread each
@@ -436,8 +430,8 @@ typedef struct {
     double U, V, W;
 } Sums;
 
-// Formula: the terms of U, V and W for one token. Mapping: a thread has a token and a group. Memory: reads 2 R*D, writes
-// 3 R*G doubles.
+// Formula: the terms of U, V and W for one token. Mapping: a thread has a token and a group. Memory: reads 2 R*D,
+// writes 3 R*G doubles.
 static __global__ void timestep_norm_terms_kernel(Sums *sums, const floatX *dout, const floatX *inp,
                                                   const float *weight, const double *mean, const float *rstd,
                                                   const int64_t *count, Dims d) {
@@ -516,7 +510,9 @@ static void timestep_norm_backward(floatX *dinp, float *dweight, float *dbias, d
 }
 
 // Chunk parallelism: what a rank finds in its own tokens, and how the ranks' results combine. The all-gather is between
-// the two, see timestep_norm_layer_forward().
+// the two, see timestep_norm_layer_forward(). Moments combine by merge(), in any grouping, so each rank reduces its own
+// tokens without waiting for the ranks before it. The sums U, V and W of the backward pass are plain sums over tokens,
+// so those of later ranks are added.
 
 // sum.mean, sum.m2 (B,G): the moments of these tokens alone.
 static void timestep_norm_reduce(NormState sum, const floatX *inp, Dims d) {
@@ -562,7 +558,8 @@ static void timestep_norm_combine(NormState start, NormState end, const double *
     timestep_norm_combine_kernel<<<blocks_for((size_t)d.B * d.G, THREADS), THREADS>>>(start, end, all, count, *cp, d);
 }
 
-// Formula: dstate = the sum of U, V, W over all ranks after this one. all (cp_size,B,G,3). Mapping: a thread has one sum.
+// Formula: dstate = the sum of U, V, W over all ranks after this one. all (cp_size,B,G,3). Mapping: a thread has one
+//   sum.
 static __global__ void timestep_norm_combine_backward_kernel(double *dstate, const double *all, ChunkParallel cp,
                                                              size_t n) {
     size_t i = thread_index();
@@ -579,7 +576,8 @@ static void timestep_norm_combine_backward(double *dstate, const double *all, co
 
 // ----------------------------------------------------------------------------
 // CEMA, the complex exponential moving average: h_t = q h_(t-1) + p x_t, y_t = Re sum_n g_n h_t,n + omega x_t for N
-// complex numbers h per channel, see megalodon.c. Coefficients, states and all sums are float; each coefficient is (N,D).
+// complex numbers h per channel, see megalodon.c. Coefficients, states and all sums are float; each coefficient is
+// (N,D).
 
 // Formula: coefficients from parameters, see megalodon.c. Mapping: a thread has one of the N*D.
 static __global__ void cema_coeffs_forward_kernel(Coeffs c, const float *alpha, const float *delta, const float *theta,
@@ -702,9 +700,9 @@ static __global__ void cema_ends_kernel(float *ends, const floatX *inp, Coeffs c
     ends[at] = h.x, ends[at + d.N * d.D] = h.y;
 }
 
-// 2. Formula: h_(k+1) = q^T h_k + end_k; backward F_(k-1) = conj(q)^T F_k + end_k. states: the ends, replaced by the state
-//   before each token block, or the gradient after it. start (B,2,N,D), or NULL: zero. final (B,2,N,D), or NULL: the state
-//   after the last token, or the gradient before the first.
+// 2. Formula: h_(k+1) = q^T h_k + end_k; backward F_(k-1) = conj(q)^T F_k + end_k. states: the ends, replaced by the
+//   state before each token block, or the gradient after it. start (B,2,N,D), or NULL: zero. final (B,2,N,D), or NULL:
+//   the state after the last token, or the gradient before the first.
 // Mapping: a thread has a channel and a mode of a sequence. Memory: reads and writes the states.
 static __global__ void cema_scan_kernel(float *states, float *final, const float *start, Coeffs coeffs, int backward,
                                         Dims d) {
@@ -766,7 +764,8 @@ static __global__ void cema_forward_kernel(floatX *out, const floatX *inp, const
     }
 }
 
-// h_blocks: the state before each token block, for the backward pass; the fast kernels have another layout of their own.
+// h_blocks: the state before each token block, for the backward pass; the fast kernels have another layout of their
+// own.
 static void cema_forward(floatX *out, float *h_blocks, float *h_out, const floatX *inp, const Coeffs *coeffs,
                          const float *omega, const float *h_in, Dims d) {
     FAST(cema_fast_supports(d), cema_fast_forward(out, h_blocks, h_out, inp, coeffs, omega, h_in, d));
@@ -780,8 +779,8 @@ static void cema_forward(floatX *out, float *h_blocks, float *h_out, const float
 //     dp = sum_t x_t Re G_t,  dq = sum_t G_t conj(h_(t-1)),  dg = sum_t dy_t conj(h_t),  domega = sum_t x_t dy_t
 // Mapping: a thread has a channel, and the token blocks of part blockIdx.x one after another.
 // Memory: reads 2 R*D N times, mostly from cache, and the states and gradients; writes R*D.
-// Passes, for each token block and mode: 1. forward: h before each token, into shared memory, where a thread has a column
-//   of its own. 2. backward: G, dx in registers, and this thread's sums, which it adds to its place in parts.
+// Passes, for each token block and mode: 1. forward: h before each token, into shared memory, where a thread has a
+//   column of its own. 2. backward: G, dx in registers, and this thread's sums, which it adds to its place in parts.
 // parts (CEMA_PARTS, 5 N + 1, D): dp, dq_re, dq_im, dg_re, dg_im, domega.
 static __global__ void cema_backward_kernel(floatX *dinp, float *parts, const floatX *dout, const floatX *inp,
                                             const float *states, const float *futures, Coeffs coeffs,
@@ -858,8 +857,10 @@ static void cema_backward(floatX *dinp, Coeffs *dcoeffs, float *domega, float *d
     sum_parts(domega, parts + 5 * modes, P, width, d.D, 1);
 }
 
-// Chunk parallelism, see megalodon.c. h (B,2,N,D): the state after these tokens from a zero state; backward: the gradient
-// before them with nothing after them.
+// Chunk parallelism: the same three steps, with ranks in the place of token blocks. cema_reduce() is step 1: h
+// (B,2,N,D) is the state after these tokens from a zero state; backward, the gradient w.r.t. the state before them if
+// nothing follows. The all-gather is next, then cema_combine(), which is step 2, then cema_forward() or
+// cema_backward().
 static void cema_reduce(float *h, const floatX *inp, const Coeffs *coeffs, int backward, Dims d) {
     cema_states((float *)workspace(cema_states_bytes(d)), h, NULL, inp, coeffs, backward, d);
 }
@@ -893,8 +894,8 @@ static void cema_combine(float *h, float *end, const float *all, const Coeffs *c
 
 // ----------------------------------------------------------------------------
 // RMSNorm: y = x rstd (weight + 1), rstd = 1/sqrt(mean(x^2) + eps); weight NULL: no scale. rstd (R).
-// Sums of squares are double, so that they do not overflow while x itself does not. A row is read by one warp: its lanes
-// read neighbouring elements, and no shared memory or barrier is needed for the sum.
+// Sums of squares are double, so that they do not overflow while x itself does not. A row is read by one warp: its
+// lanes read neighbouring elements, and no shared memory or barrier is needed for the sum.
 
 // Mapping: a warp has a row. Memory: reads R*D twice (the second time from cache), writes R*D.
 static __global__ void rmsnorm_forward_kernel(floatX *out, float *rstd, const floatX *inp, const float *weight, int R,
@@ -961,9 +962,9 @@ static void linear_forward(floatX *out, const floatX *residual, const floatX *in
     matmul(out, CUBLAS_TYPE, M, matrix(inp, K), transpose(weight, K), R, M, K, bias || residual);
 }
 
-// Forward line: out = inp weight' + bias. dinp = dout weight, added to dinp if `add`, since several linear maps read the same
-// input; dweight += dout' inp; dbias += sum over rows of dout. Gradients of weights are float, so cuBLAS multiplies floatX
-// and adds the products to float.
+// Forward line: out = inp weight' + bias. dinp = dout weight, added to dinp if `add`, since several linear maps read
+// the same input; dweight += dout' inp; dbias += sum over rows of dout. Gradients of weights are float, so cuBLAS
+// multiplies floatX and adds the products to float.
 static void linear_backward_input(floatX *dinp, int add, const floatX *dout, const floatX *weight, int R, int K,
                                   int M) {
     FAST(1, linear_fast_backward_input(dinp, add, dout, weight, R, K, M));
@@ -1026,8 +1027,9 @@ static void qk_backward(floatX *dzn, float *dgamma, float *dbeta, const floatX *
 }
 
 // ----------------------------------------------------------------------------
-// rotary embedding: in each head the pair (2j, 2j+1), taken as a complex number, is multiplied by e^(i pos base^(-2j/dz)),
-// pos counted from the chunk's start. table (C, dz/2, 2): cos, sin. count (B): tokens before these, or NULL.
+// rotary embedding: in each head the pair (2j, 2j+1), taken as a complex number, is multiplied by e^(i pos
+// base^(-2j/dz)), pos counted from the chunk's start. table (C, dz/2, 2): cos, sin. count (B): tokens before these, or
+// NULL.
 
 // Mapping: a thread has a pair at a position.
 static __global__ void rope_table_kernel(float *table, int C, int dz, double base) {
@@ -1156,9 +1158,9 @@ static void gate_backward(floatX *out, floatX *da, floatX *db, const floatX *dou
 // ----------------------------------------------------------------------------
 // attention of one head inside chunks:
 //     S_ij = q_i . k_j for j <= i        P = softmax over j        o_i = sum_j P_ij v_j
-// Scores are computed for QUERY_TILE queries at a time, against the keys up to the last of them, so that few products are
-// above the diagonal. The same chunk of all sequences is one batch of matrix products. Of P only lse_i = log sum_j e^(S_ij)
-// is kept. S, P and their gradients are floatX, the softmax is float.
+// Scores are computed for QUERY_TILE queries at a time, against the keys up to the last of them, so that few products
+// are above the diagonal. The same chunk of all sequences is one batch of matrix products. Of P only lse_i = log sum_j
+// e^(S_ij) is kept. S, P and their gradients are floatX, the softmax is float.
 //
 //              keys of the chunk                      C = 4 tiles: the first tile of queries needs 1/4 of the row,
 //     queries  +-----+                                the last one all of it. Only the triangles on the diagonal are
@@ -1171,8 +1173,8 @@ static void gate_backward(floatX *out, floatX *da, floatX *db, const floatX *dou
 //              |         S 3           |
 //              +-----------------------+
 
-// A tile of queries: nq consecutive queries of head h, in each of `batch` sequences from sequence b0 on. The first of them
-// is token t. They see nk keys, of which the last nq are at their own positions.
+// A tile of queries: nq consecutive queries of head h, in each of `batch` sequences from sequence b0 on. The first of
+// them is token t. They see nk keys, of which the last nq are at their own positions.
 typedef struct {
     int b0, batch, t, nq, nk, h;
 } QueryTile;
@@ -1212,8 +1214,8 @@ static __global__ void attention_forward_kernel(floatX *scores, float *lse, Quer
     if (threadIdx.x == 0) lse[row * d.H + tile.h] = max + logf(sum);
 }
 
-// q, o begin with the first query, k, v with the first key; rows of q and k are Z long, of v and o E. stride: rows between
-// the keys of two sequences.
+// q, o begin with the first query, k, v with the first key; rows of q and k are Z long, of v and o E. stride: rows
+// between the keys of two sequences.
 static void attention_chunk_forward(floatX *o, float *lse, floatX *scores, const floatX *q, const floatX *k,
                                     const floatX *v, QueryTile tile, int stride, Mask mask, Dims d) {
     int dz = d.Z / d.H, dv = d.E / d.H, nq = tile.nq, nk = tile.nk;
@@ -1302,8 +1304,8 @@ static void cache_chunk(float *cache_k, float *cache_v, const floatX *k, const f
 static size_t attention_workspace(Dims d) { return (size_t)d.C * (d.Z + d.E) * sizeof(floatX); }
 
 // Chunked attention: a token sees its own chunk up to itself. q, k (B,L,Z) are rotated, v, o (B,L,E), lse (B,L,H).
-// past (B), in host memory, or NULL: all 0. past[b] tokens of the chunk at the start came before; their keys and values are
-// in cache_k (B,C,Z), cache_v (B,C,E), and those of this call are added, as far as their chunk stays unfinished.
+// past (B), in host memory, or NULL: all 0. past[b] tokens of the chunk at the start came before; their keys and values
+// are in cache_k (B,C,Z), cache_v (B,C,E), and those of this call are added, as far as their chunk stays unfinished.
 static void attention_forward(floatX *o, float *lse, float *cache_k, float *cache_v, floatX *scores, const floatX *q,
                               const floatX *k, const floatX *v, const int *past, Mask mask, Dims d) {
     FAST(attention_fast_supports(past, d),
@@ -1367,7 +1369,8 @@ static void attention_backward(floatX *dq, floatX *dk, floatX *dv_out, floatX *s
 
 // ----------------------------------------------------------------------------
 // LayerNorm: y = (x - mean) rstd (weight + 1) + bias over the D elements of a row; weight, bias NULL: neither.
-// mean, rstd (R).
+// mean, rstd (R). The mean is computed first, and the squares are those of x - mean: the sum of x^2 minus the square of
+// the sum would lose its digits where the mean is large.
 
 // Mapping: a warp has a row. Memory: reads R*D three times (the second and third time from cache), writes R*D.
 static __global__ void layernorm_forward_kernel(floatX *out, double *mean, float *rstd, const floatX *inp,
@@ -1454,8 +1457,10 @@ static void add(floatX *out, const floatX *inp, size_t n) {
 }
 
 // ----------------------------------------------------------------------------
-// output and loss: logits (R,V) = x output', loss = log sum_v e^logit - logit of the target, in nats. Some rows at a
-// time, forward and backward in one, see megalodon.c.
+// output and loss: logits (R,V) = x output', loss = log sum_v e^logit - logit of the target, in nats.
+// The logits are the largest activation: V numbers for each token. So they only exist for logit_rows(V) rows at a time,
+// and each such slice goes through forward and backward before the next one is computed:
+//     logits = x output' -> loss, and dlogits in the place of the logits -> dx = dlogits output, doutput += dlogits' x
 
 static int logit_rows(int V) { return max_int(LOGITS / V, LOGIT_ROWS); }
 
@@ -1477,8 +1482,8 @@ static __device__ float block_max(float x) {
     return warp_max(threadIdx.x % WARP < THREADS / WARP ? maxima[threadIdx.x % WARP] : -INFINITY);
 }
 
-// Formula: loss = log(sum + own) - (target's logit - max), with own = e^(target's logit - max) and sum that of the other
-//   tokens. Keeping them apart preserves a small loss, and softmax - 1 at the target. Then with `grad`
+// Formula: loss = log(sum + own) - (target's logit - max), with own = e^(target's logit - max) and sum that of the
+//   other tokens. Keeping them apart preserves a small loss, and softmax - 1 at the target. Then with `grad`
 //   dlogit = grad_scale (softmax - onehot(target)), in the place of the logits.
 // Mapping: a thread block has a row. Memory: reads the logits three times (the second and third time from cache).
 // Passes: 1. maximum. 2. sum, NaN where a logit overflowed. 3. gradient.
@@ -1646,8 +1651,8 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     if (residual == NULL) add(a->y, x, (size_t)R * d.D);
 }
 
-// dx = dL/dx through mega() + residual, from dy = dL/dy. residual, which may be dx itself, is the gradient of the block's
-// own residual. Steps are those of mega_forward, from the last to the first.
+// dx = dL/dx through mega() + residual, from dy = dL/dy. residual, which may be dx itself, is the gradient of the
+// block's own residual. Steps are those of mega_forward, from the last to the first.
 static void mega_backward(Model *m, int layer, floatX *dx, const floatX *dy, const floatX *residual, const floatX *x) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layers[layer];
@@ -1756,9 +1761,9 @@ static void nffn_backward(Model *m, int layer, floatX *dy, const floatX *dout) {
 }
 
 // ----------------------------------------------------------------------------
-// the block: y = mega(x), out = nffn(y) + x. The second residual skips both sub-layers: the FFN reads y, but x is what is
-// added to its output. Backward, dout therefore reaches x twice: through the FFN and the attention sub-layer, and directly.
-// mega() has a residual of its own, y = ... + x, which is the third way.
+// the block: y = mega(x), out = nffn(y) + x. The second residual skips both sub-layers: the FFN reads y, but x is what
+// is added to its output. Backward, dout therefore reaches x twice: through the FFN and the attention sub-layer, and
+// directly. mega() has a residual of its own, y = ... + x, which is the third way.
 
 static void block_forward(Model *m, int layer, const State *in, State *out) {
     mega_forward(m, layer, in, out, m->x[layer]);
@@ -1799,6 +1804,7 @@ static void read_floatX(float *dst, const floatX *src, size_t n) {
     }
 }
 
+// A state counts the tokens of each sequence on the device, so that decoding needs no number from the host.
 // Formula: count += L. Mapping: a thread has a sequence.
 static __global__ void advance_kernel(int64_t *count, int B, int64_t L) {
     int b = thread_index();
@@ -1892,14 +1898,20 @@ void megalodon_backward(Model *m) {
     if (m->on_grad_ready) m->on_grad_ready(m, 0);
 }
 
+// Logits of `rows` positions, from `first` on, in scratch.logits.
+static void output_logits(Model *m, size_t first, int rows) {
+    FAST(decode_logits_supports(m, rows), decode_logits(m, first, rows));
+    linear_forward(m->scratch.logits, NULL, m->final + first * m->dims.D, rounded(m, m->params.output), NULL, rows,
+                   m->dims.D, m->dims.V);
+}
+
 void megalodon_logits(Model *m, size_t first, size_t rows, real *dst) {
-    int D = m->dims.D, V = m->dims.V, most = logit_rows(V);
+    int V = m->dims.V, most = logit_rows(V);
     assert(first + rows <= (size_t)m->dims.B * m->dims.L);
     begin_layers(m);
     for (size_t r = 0; r < rows; r += most) {
         int some = rows - r < (size_t)most ? (int)(rows - r) : most;
-        linear_forward(m->scratch.logits, NULL, m->final + (first + r) * D, rounded(m, m->params.output), NULL, some, D,
-                       V);
+        output_logits(m, first + r, some);
         read_floatX(dst + r * V, m->scratch.logits, (size_t)some * V);
     }
 }

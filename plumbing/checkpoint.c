@@ -299,18 +299,26 @@ static void add_rows(Layout *a, StType type, int B, int L, int width, const char
     t->shape[0] = B, t->shape[1] = L, t->shape[2] = width;
 }
 
+// Number of a layer's activations.
+static int num_activations(void) {
+    int n = 0;
+    while (megalodon_activation_name(n)) n++;
+    return n;
+}
+
 // Activation i in data-flow order, the final norm's being the last: its name, and its layer.
 static const char *activation(const Config *c, int i, int *layer) {
-    const bool last = i == c->num_layers * NUM_ACTIVATIONS;
-    *layer = last ? -1 : i / NUM_ACTIVATIONS;
-    return last ? "final_norm" : megalodon_activations[i % NUM_ACTIVATIONS];
+    const int n = num_activations();
+    const bool last = i == c->num_layers * n;
+    *layer = last ? -1 : i / n;
+    return last ? "final_norm" : megalodon_activation_name(i % n);
 }
 
 static Layout dump_layout(Model *m, const Config *c, int B, int L) {
     Layout a = new_layout(c);
     add_rows(&a, ST_I32, B, L, 0, "input.", "tokens");
     add_rows(&a, ST_I32, B, L, 0, "input.", "targets");
-    for (int i = 0, layer; i <= c->num_layers * NUM_ACTIVATIONS; i++) {
+    for (int i = 0, layer; i <= c->num_layers * num_activations(); i++) {
         char prefix[64] = "act.";
         const char *name = activation(c, i, &layer);
         if (layer >= 0) snprintf(prefix, sizeof prefix, "act.layers.%d.", layer);
@@ -381,7 +389,7 @@ bool write_dump(const char *path, Model *m, const Config *c, const int32_t *inpu
     // after a failure process 0 goes on with the others, without writing
     ok = put_rows(&w, m, inputs, sizeof *inputs, ok, err);
     ok = put_rows(&w, m, targets, sizeof *targets, ok, err);
-    for (int i = 0, layer; i <= c->num_layers * NUM_ACTIVATIONS; i++) {
+    for (int i = 0, layer; i <= c->num_layers * num_activations(); i++) {
         const char *name = activation(c, i, &layer);
         size_t width = (size_t)megalodon_activation(m, layer, name, values);
         ok = put_rows(&w, m, values, width * sizeof *values, ok, err);

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "../megalodon.h"
 
 // ----------------------------------------------------------------------------
 // presets: fields that are not named are 0
