@@ -204,7 +204,7 @@ static __global__ void __launch_bounds__(WARP *VALUE_COLUMNS)
     if (threadIdx.x == 0) gated[(size_t)b * E + h * dv + mine] = to_floatX(o * (r * sigmoid(r)));
 }
 
-static size_t decode_fast_workspace(Dims d) { return (size_t)min_int(d.B, GEMV_ROWS) * d.H * d.C * sizeof(float); }
+static size_t decode_workspace(Dims d) { return (size_t)min_int(d.B, GEMV_ROWS) * d.H * d.C * sizeof(float); }
 
 typedef struct {
     floatX *gated;                     // (B,E) result
@@ -215,7 +215,7 @@ typedef struct {
 } DecodeAttention;
 
 static void decode_attention(DecodeAttention a, Dims d, double eps) {
-    float *scores = (float *)workspace(decode_fast_workspace(d));
+    float *scores = (float *)workspace(decode_workspace(d));
     size_t shared = 2 * (size_t)(d.Z / d.H) * sizeof(floatX);
     launch_pdl(decode_scores_kernel, dim3(ceil_div(d.C, ROW_WARPS), d.H, d.B), dim3(WARP, ROW_WARPS), shared, scores,
                a.cache_k, a.z, a.gamma, a.beta, (const float2 *)a.table, a.count, d.Z, d.Z / d.H, d.C, (float)eps);
