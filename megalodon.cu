@@ -1069,7 +1069,7 @@ static void rope_backward(floatX *dinp, const floatX *dout, const float *table, 
 // zn (B,L,Z) and z_rstd (B,L,H) are for the backward pass, which calls this again instead of keeping them.
 static void qk_layer_forward(floatX *q, floatX *k, floatX *zn, float *z_rstd, const floatX *z, const float *gamma,
                              const float *beta, const float *table, const int64_t *count, Dims d, double eps) {
-    FAST(1, qk_fast_forward(q, k, zn, z_rstd, z, gamma, beta, table, count, d, eps));
+    FAST(qk_fast_supports(d), qk_fast_forward(q, k, zn, z_rstd, z, gamma, beta, table, count, d, eps));
     int R = d.B * d.L, dz = d.Z / d.H;
     rmsnorm_forward(zn, z_rstd, z, NULL, R * d.H, dz, eps);
     qk_forward(q, k, zn, gamma, beta, R, d.Z, dz);

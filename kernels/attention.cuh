@@ -2,9 +2,9 @@
 attention.cuh: replaces attention of whole chunks, with a state or without. A call that begins inside a chunk is left to
 the plain functions.
 
-Idea. The plain functions compute the chunks of a sequence one after another. But chunks do not depend on each other, so
-chunks that lie a constant number of rows apart, a *run*, are one batch of matrix products. If C divides L, all chunks of
-all sequences are one run; otherwise the first chunks of all sequences are a run, then the second ones, and so on:
+Idea. The plain functions compute the chunks of a sequence one after another. But chunks do not depend on each other.
+So chunks that lie a constant number of rows apart, a *run*, are one batch of matrix products. If C divides L, all
+chunks of all sequences are one run. Otherwise the first chunks of all sequences are a run, then the second ones, etc.:
 
     C divides L:    | chunk | chunk | chunk | chunk |  a run of 4: step C
                     |   sequence 0  |   sequence 1  |
@@ -20,12 +20,14 @@ diagonal. A run is divided so that SCORES scores exist at a time:
               +---------+---------+         tile 1: 512 x 1024
       1024    |      tile 1       |
               +---------+---------+
-A row of scores is C elements long, so rows begin at multiples of 16 bytes, and the softmax kernels read vectors of VEC = 8.
-The softmax keeps a running maximum and sum ("online softmax"), so it reads the scores twice instead of three times.
+
+A row of scores is C elements long, so rows begin at multiples of 16 bytes, and the softmax kernels read vectors of
+VEC = 8 elements. They keep a running maximum and sum ("online softmax") and so read the scores twice, not three times.
 
 Requires: bfloat16, C divisible by 8, no sequence that begins inside a chunk.
 Measured: see dev/notes/kernels.md.
 */
+#pragma once
 
 // Defined in megalodon.cu.
 static __device__ float mask_at(const Mask *mask, uint64_t i);
@@ -38,7 +40,7 @@ typedef struct {
     int step, chunks, n;
 } Run;
 
-// nq consecutive queries of head h, in each of `batch` chunks of a run. row: that of the first query of the first chunk.
+// nq consecutive queries of head h, in each of `batch` chunks of a run. row: row of the first query of the first chunk.
 // They see nk keys, of which the last nq are at their own positions. scores (batch,nq,C), of which nk columns are used.
 typedef struct {
     size_t row;
@@ -52,7 +54,8 @@ static Run run_number(int i, Dims d) {
 }
 
 // Chunks whose scores exist at a time, and a part of a run with that many, from chunk `first` on.
-static int chunks_at_once(Dims d) { return max_int(SCORES / (min_int(QUERY_TILE, d.C) * d.C), 1); }
+static size_t chunk_scores(Dims d) { return (size_t)min_int(QUERY_TILE, d.C) * d.C; }
+static int chunks_at_once(Dims d) { return max_int((int)(SCORES / chunk_scores(d)), 1); }
 static Run run_part(Run run, int first, Dims d) {
     return Run{run.row + (size_t)first * run.step, run.step, min_int(run.chunks - first, chunks_at_once(d)), run.n};
 }
@@ -67,7 +70,7 @@ static bool attention_fast_supports(const int *past, Dims d) {
 // Elements of the scores that exist at a time; 0 if no call is supported.
 static size_t attention_fast_scores(Dims d) {
     if (!attention_fast_supports(NULL, d)) return 0;
-    return (size_t)min_int(chunks_at_once(d), d.B * ceil_div(d.L, d.C)) * min_int(QUERY_TILE, d.C) * d.C;
+    return min_int(chunks_at_once(d), d.B * ceil_div(d.L, d.C)) * chunk_scores(d);
 }
 
 // The row of query i of the tile, and the mask's index of its first key.
@@ -79,8 +82,8 @@ static __device__ uint64_t run_query_mask(const Mask *mask, size_t row, int h, c
 }
 
 // Formula: P = softmax(S), with the mask of dropout; lse = log sum_j e^(S_j). scores: S, replaced by P.
-// Mapping: a warp has a query, a lane every 32nd vector. Memory: reads the scores twice (they are in the L2 cache), writes
-//   them once.
+// Mapping: a warp has a query, a lane every 32nd vector.
+// Memory: reads the scores twice (they are in the L2 cache), writes them once.
 // Passes: 1. running maximum and sum of a lane. 2. of the warp. 3. probabilities, zero above the diagonal.
 static __global__ void attention_fast_forward_kernel(floatX *scores, float *lse, RunTile tile, Mask mask, Dims d) {
     size_t i = warp_row();
@@ -119,8 +122,8 @@ static __global__ void attention_fast_forward_kernel(floatX *scores, float *lse,
 // Forward lines: P = softmax(S), o = P v.
 // Formula: P_ij = e^(S_ij - lse_i) again, divided by its sum, since lse_i is rounded; dS_ij = P_ij (dP_ij - sum_j P_ij
 //   dP_ij). With dropout, v and dP meet P under the mask. scores: S, replaced by P; dscores: dP, replaced by dS.
-// Mapping: a warp has a query, a lane every 32nd vector. Memory: reads both twice (they are in the L2 cache), writes both
-//   once.
+// Mapping: a warp has a query, a lane every 32nd vector.
+// Memory: reads both twice (they are in the L2 cache), writes both once.
 // Passes: 1. sum of P and of P dP. 2. P and dS, zero above the diagonal.
 static __global__ void attention_fast_backward_kernel(floatX *scores, floatX *dscores, const float *lse, RunTile tile,
                                                       Mask mask, Dims d) {
@@ -166,7 +169,6 @@ static void attention_fast_tile(floatX *o, float *lse, floatX *scores, const flo
     Matrix Q = {q, d.Z, 0, z}, Kt = {k, d.Z, 1, z}, V = {v, d.E, 0, e}, P = {scores, d.C, 0, all};
     matmul_fast_batched(scores, d.C, all, Q, Kt, nq, nk, dz, 0, tile.batch);
     attention_fast_forward_kernel<<<ROW_GRID((size_t)tile.batch * nq)>>>(scores, lse, tile, mask, d);
-    cudaCheck(cudaGetLastError());
     matmul_fast_batched(o, d.E, e, P, V, nq, dv, nk, 0, tile.batch);
 }
 
@@ -191,7 +193,7 @@ static void attention_fast_forward(floatX *o, float *lse, float *cache_k, float 
             }
         }
     }
-    int left = d.L % d.C; // tokens of the last chunk, if it is unfinished
+    int left = d.L % d.C; // tokens of an unfinished last chunk
     for (int b = 0; cache_k && b < d.B; b++) cache_chunk(cache_k, cache_v, k, v, b, d.L - left, 0, left, d);
 }
 
@@ -211,7 +213,6 @@ static void attention_fast_tile_backward(RunTensors a, const float *lse, RunTile
     matmul_fast_batched(a.scores, d.C, all, Q, Kt, nq, nk, dz, 0, tile.batch);
     matmul_fast_batched(a.dscores, d.C, all, dO, Vt, nq, nk, dv, 0, tile.batch);
     attention_fast_backward_kernel<<<ROW_GRID((size_t)tile.batch * nq)>>>(a.scores, a.dscores, lse, tile, mask, d);
-    cudaCheck(cudaGetLastError());
     matmul_fast_batched(a.dq, d.Z, z, dS, K, nq, dz, nk, 0, tile.batch);
     matmul_fast_batched(a.dk, d.Z, z, dSt, Q, nk, dz, nq, add, tile.batch);
     matmul_fast_batched(a.dv, d.E, e, Pt, dO, nk, dv, nq, add, tile.batch);

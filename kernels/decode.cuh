@@ -1,19 +1,21 @@
 /*
-decode.cuh: replaces megalodon_forward for one token of each of up to GEMV_ROWS = 8 sequences that continue from a state,
-and megalodon_logits for as few rows.
+decode.cuh: replaces megalodon_forward for one token of each of up to GEMV_ROWS = 8 sequences that continue from a
+state, and megalodon_logits for as few rows.
 
 Idea. Decoding is latency-bound: time goes into reading every weight and the unfinished chunk once, and into waiting for
-one kernel after another. So each layer is fused into seven kernels, as few as the dependencies between tokens, heads and
-channels allow:
+one kernel after another. So each layer is fused into seven kernels. A new one begins only where a sum over a whole row
+(a norm, a product, a softmax) must be complete:
 
-    x --+--> 1 TimestepNorm, CEMA ----> xt, ema              state: moments, h
-        |    2 gemv of four maps -----> v  = silu(xt Wv' + bv)
-        |      mx = RMSNorm(ema)        z, r_pre, y = mx [Wz' Wr' Wh1'] + biases, y also + x
-        |    3 scores from z ---------> q . keys             state: keys of this chunk, 1 added
-        |    4 values, gate ----------> gated = (softmax(scores) values) silu(r_pre)     values, 1 added
-        |    5 gemv ------------------> y += gated Wh2'
-        |    6 gemv with LayerNorm ---> hidden = silu(u W1') [* (u W3')], u = LayerNorm(y)
-        +--> 7 gemv ------------------> next x = [alpha *] hidden W2' + x
+    x (B,D)
+    |
+    +-- 1 decode_norm_kernel      xt = TimestepNorm(x), ema = CEMA(xt)          updates moments and h
+    |   2 gemv_kernel, four maps  v = silu(xt Wv' + bv), and with mx = RMSNorm(ema)
+    |                             z = mx Wz' + bz, r = mx Wr' + br, y = mx Wh1' + bh1 + x
+    |   3 decode_scores_kernel    q, k from z; scores = q . keys                adds k to the keys
+    |   4 decode_values_kernel    gated = (softmax(scores) values) silu(r)      adds v to the values
+    |   5 gemv_kernel             y += gated Wh2'
+    |   6 gemv_kernel             hidden = silu(u W1') [* (u W3')], u = LayerNorm(y)
+    +-- 7 gemv_kernel             next layer's x = [alpha *] hidden W2' + x
 
 Positions are read from the state on the device, so the host waits for nothing. All kernels use programmatic dependent
 launch, see gemv.cuh: before pdl_wait() they load weights and what the token before left in the state.
@@ -22,10 +24,10 @@ Requires: bfloat16; D, Z, E and F divisible by 8, so that all matrices begin at 
 and values; no dropout, no chunk-parallel ranks; sm_80, faster from sm_90 on.
 Measured: see dev/notes/kernels.md.
 */
+#pragma once
 
-enum {
-    VALUE_COLUMNS = 16
-}; // warps of a thread block in kernels 1 and 4, and columns of values that it has in kernel 4
+// Warps of a thread block in kernels 1 and 4; in kernel 4 it has as many columns of values.
+enum { VALUE_COLUMNS = 16 };
 
 // ----------------------------------------------------------------------------
 // 1. TimestepNorm, and CEMA if there is h
@@ -48,13 +50,13 @@ static __device__ DecodeMode decode_mode(Coeffs c, const float *h, size_t at, si
     return DecodeMode{c.p[at], c.q_re[at], c.q_im[at], c.g_re[at], c.g_im[at], h[at], h[modes + at]};
 }
 
-// Formula: the group's moments merged with this token's, xt = (x - mean) rstd (weight + 1) + bias; h = q h + p xt, ema =
-//   Re sum_n g_n h_n + omega xt.
-// Mapping: a thread block has a group of a sequence. Each warp finds the moments; a lane has a channel, and the warps have
-//   its N complex numbers in turn.
+// Formula: the group's moments are merged with this token's; xt = (x - mean) rstd (weight + 1) + bias;
+//   h = q h + p xt, ema = Re sum_n g_n h_n + omega xt.
+// Mapping: a thread block has a group of a sequence. Each warp computes the moments. A lane has a channel, and its N
+//   complex numbers are divided among the warps.
 // Memory: reads and writes 2 N*D floats of h for each sequence, reads 5 N*D of coefficients.
-// Passes: 1. load coefficients and state. 2. moments, with sums in float relative to the group's first element. 3. xt, h.
-//   4. the first warp adds the sums of all warps.
+// Passes: 1. load coefficients and state. 2. moments, with sums in float relative to the group's first element. 3. xt
+//   and h. 4. the first warp adds the sums of all warps.
 static __global__ void decode_norm_kernel(const __grid_constant__ DecodeNorm a, Dims d, double eps) {
     __shared__ float sums[VALUE_COLUMNS][WARP];
     int g = d.D / d.G, lane = threadIdx.x, b = blockIdx.y, pair = b * d.G + blockIdx.x, d0 = blockIdx.x * g;
@@ -156,9 +158,10 @@ static __global__ void decode_scores_kernel(float *scores, float *cache_k, const
 }
 
 // Formula: gated = o silu(r), o = softmax(scores) values. This token's value is added to the cache.
-// Mapping: a thread block has VALUE_COLUMNS columns of a head. A lane has one of them and every 32nd key, with a running
-//   maximum and sum of its own. In the end a warp has a column and joins its lanes.
-// Memory: reads E floats for each key. Passes: 1. softmax and weighted sum of a lane's keys. 2. join 32 of them.
+// Mapping: a thread block has VALUE_COLUMNS columns of a head. In pass 1 a thread has a column and every 32nd key, in
+//   pass 2 a warp has a column and a lane the result of one of its threads.
+// Memory: reads E floats for each key.
+// Passes: 1. softmax and weighted sum of a thread's keys, with a running maximum of its own. 2. combine 32 of them.
 static __global__ void __launch_bounds__(WARP *VALUE_COLUMNS)
     decode_values_kernel(floatX *gated, float *cache_v, const float *scores, const floatX *v, const floatX *r_pre,
                          const int64_t *count, int E, int C) {
@@ -203,7 +206,6 @@ static __global__ void __launch_bounds__(WARP *VALUE_COLUMNS)
 
 static size_t decode_workspace(Dims d) { return (size_t)min_int(d.B, GEMV_ROWS) * d.H * d.C * sizeof(float); }
 
-// The parts of a layer's attention that change with the layer.
 typedef struct {
     floatX *gated;                     // (B,E) result
     float *cache_k, *cache_v;          // (B,C,Z), (B,C,E) state, updated

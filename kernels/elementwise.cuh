@@ -8,10 +8,11 @@ stores VEC = 8 bfloat16 elements with one instruction of 16 bytes each:
     inp     | 8 elements | 8 elements | 8 elements |  ...  | 8 elements |   one thread block: 2048 elements
     out     | 8 elements | 8 elements | 8 elements |  ...  | 8 elements |
 
-Requires: bfloat16. Arrays begin at multiples of 16 bytes and have room for whole vectors, which holds for all buffers of
-a model (see take() in plumbing/model.h), so n can be any number.
+Requires: bfloat16. Arrays begin at multiples of 16 bytes and have room for whole vectors. This holds for all buffers
+of a model (see take() in plumbing/model.h), so n can be any number.
 Measured: see dev/notes/kernels.md.
 */
+#pragma once
 
 // First of the VEC elements of this thread.
 static __device__ size_t first_element(void) { return thread_index() * VEC; }
@@ -29,7 +30,6 @@ static __global__ void silu_fast_forward_kernel(floatX *out, const floatX *inp, 
 
 static void silu_fast_forward(floatX *out, const floatX *inp, size_t n) {
     silu_fast_forward_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, inp, n);
-    cudaCheck(cudaGetLastError());
 }
 
 // Forward line: out = x s with s = sigmoid(x).
@@ -53,7 +53,6 @@ static __global__ void silu_fast_backward_kernel(floatX *out, floatX *dinp, cons
 
 static void silu_fast_backward(floatX *out, floatX *dinp, const floatX *dout, const floatX *inp, size_t n) {
     silu_fast_backward_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, dinp, dout, inp, n);
-    cudaCheck(cudaGetLastError());
 }
 
 // Formula: out = a b sigmoid(b). Mapping: a thread has VEC elements. Memory: reads 2 n, writes n. Passes: one.
@@ -69,7 +68,6 @@ static __global__ void gate_fast_forward_kernel(floatX *out, const floatX *a, co
 
 static void gate_fast_forward(floatX *out, const floatX *a, const floatX *b, size_t n) {
     gate_fast_forward_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, a, b, n);
-    cudaCheck(cudaGetLastError());
 }
 
 // Forward line: out = a b s with s = sigmoid(b).
@@ -93,5 +91,4 @@ static __global__ void gate_fast_backward_kernel(floatX *out, floatX *da, floatX
 static void gate_fast_backward(floatX *out, floatX *da, floatX *db, const floatX *dout, const floatX *a,
                                const floatX *b, size_t n) {
     gate_fast_backward_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, da, db, dout, a, b, n);
-    cudaCheck(cudaGetLastError());
 }

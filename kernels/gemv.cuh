@@ -11,8 +11,8 @@ before. So there are no tiles: `split` warps share an output's row of weights, a
       x       |    inp (B,K), from cache                sum over lanes, then over the 4 warps of a row
     out (B,M) at m, m+1, m+2, m+3 of this thread block
 
-- A launch has up to four linear maps that share K, one after another in the grid, so that small ones do not leave the GPU
-  half empty.
+- A launch has up to four linear maps that share K, one after another in the grid, so that small ones do not leave the
+  GPU half empty.
 - With programmatic dependent launch a kernel starts while the one before it ends. Before pdl_wait() it loads what no
   kernel of this token writes: the first weights, biases and scales. They are on their way while it waits.
 - Each thread block normalizes its input again, in shared memory: cheaper than one more kernel.
@@ -21,6 +21,7 @@ Requires: bfloat16, K divisible by 8, weights that begin at multiples of 16 byte
 memory. Programmatic dependent launch needs sm_90; older GPUs run the kernels one after another.
 Measured: see dev/notes/kernels.md.
 */
+#pragma once
 
 enum {
     GEMV_ROWS = 8, // rows, at most
@@ -33,7 +34,8 @@ enum {
 // ----------------------------------------------------------------------------
 // programmatic dependent launch
 
-// Waits until all kernels before this one have ended. Only then can what they wrote be read. Lets the next one start.
+// Waits until the kernels before this one have ended, since what they wrote can be read only then. Then lets the next
+// kernel start.
 static __device__ void pdl_wait(void) {
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
@@ -58,8 +60,8 @@ static void launch_pdl(void (*kernel)(Parameters...), dim3 grid, dim3 block, siz
 
 enum { NO_NORM, RMS_NORM, LAYER_NORM };
 
-// out (B,M) = scale f(norm(inp) weight' + bias) + residual, f(x) = x, or silu(x), or with gate (M,K): silu(x) * norm(inp)
-// gate'. weight (M,K), scale (M), residual (B,M). What is NULL is left out.
+// out (B,M) = scale y + residual, where y = x = norm(inp) weight' + bias, or y = silu(x), or with gate (M,K)
+// y = silu(x) * (norm(inp) gate'). weight (M,K), bias, scale (M), residual (B,M). What is NULL is left out.
 typedef struct {
     floatX *out;
     const floatX *inp, *weight, *bias, *gate, *residual;
@@ -122,9 +124,9 @@ static __device__ float norm_scale(const Linear &l, int k, int K) {
 }
 static __device__ float norm_shift(const Linear &l, int k, int K) { return l.norm_bias && k < K ? l.norm_bias[k] : 0; }
 
-// rows (B,K) in shared memory: RMSNorm or LayerNorm of inp, see megalodon.c. A thread has every GEMV_THREADS-th column; the
-// scales and shifts of its first AHEAD columns are loaded before pdl_wait(). Sums are relative to a row's first element,
-// so that a large mean costs no digits.
+// rows (B,K) in shared memory: RMSNorm or LayerNorm of inp, see megalodon.c. A thread has every GEMV_THREADS-th column.
+// The scales and shifts of its first AHEAD columns are loaded before pdl_wait(). LayerNorm's sums are relative to a
+// row's first element, so that a large mean costs no digits.
 static __device__ void gemv_norms(floatX *rows, const Linear &l, int B, int K, float eps) {
     enum { AHEAD = 2 };
     float scale[AHEAD], shift[AHEAD];
@@ -160,11 +162,12 @@ static __device__ void gemv_norms(floatX *rows, const Linear &l, int B, int K, f
     __syncthreads();
 }
 
-// Formula: see Linear. Mapping: a thread block has GEMV_WARPS/split outputs of one of the linear maps, for all rows; `split`
-//   warps share an output's row of weights. R: B rounded up to 1, 2, 4 or 8, so that sums are in registers.
-// Memory: reads M*K for each weight and gate once; inp (B,K) and its norm in each thread block, from cache.
-// Passes: 1. the first vectors of weights are on their way. 2. the norm, or the wait for the kernels before. 3. dot
-//   products. 4. one thread for each output and row adds the sums of `split` warps and applies f, scale and residual.
+// Formula: see Linear.
+// Mapping: a thread block has GEMV_WARPS/split outputs of one of the linear maps, for all rows; `split` warps share an
+//   output's row of weights. R is B rounded up to 1, 2, 4 or 8, so that sums are in registers.
+// Memory: reads M*K for each weight and gate once; inp (B,K) in each thread block, from cache.
+// Passes: 1. prefetch the first vectors of weights. 2. wait for the kernels before; the norm. 3. dot products. 4. one
+//   thread for each output and row adds the sums of `split` warps and applies silu, gate, scale and residual.
 template <int R>
 static __global__ void __launch_bounds__(GEMV_THREADS, R < 3 ? 4 - R : 1) // so many thread blocks find registers
     gemv_kernel(const __grid_constant__ Linears all, int split, int B, int K, float eps) {

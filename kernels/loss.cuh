@@ -8,25 +8,25 @@ thread keeps a running maximum and a sum relative to it ("online softmax"), so o
                         |   |   |         |                     each thread: max, sum of e^(logit - max)
                         +---+---+--- warp, then thread block    sum = sum_i e^(max_i - max) sum_i
 
-The logits are then read once more, from cache, and replaced by their gradients. Vectors are VEC = 8 elements of 16 bytes.
+The logits are then read once more, from cache, and replaced by their gradients. A vector is VEC = 8 elements, 16 bytes.
 
 Requires: bfloat16, V divisible by 8.
 Measured: see dev/notes/kernels.md.
 */
+#pragma once
 
 static bool loss_fast_supports(int V) { return V % VEC == 0; }
 
-// The maximum of two running sums, and the sum relative to it: max_i = -infinity, sum_i = 0 if nothing was seen. A sum
-// of NaN stays NaN.
+// A running sum relative to new_max instead of max. Nothing seen: max is -infinity and sum 0. NaN stays NaN.
 static __device__ float rescaled_sum(float sum, float max, float new_max) {
     return sum != 0 ? sum * exp_fast(max - new_max) : 0;
 }
 
-// Formula: loss = log(sum + own) - (target's logit - max), with own = e^(target's logit - max) and sum that of the other
-//   tokens. Keeping them apart preserves a small loss, and softmax - 1 at the target. Then with `grad`
+// Formula: loss = log(sum + own) - (target's logit - max), where own = e^(target's logit - max) and sum is that of the
+//   other tokens. Keeping them apart preserves a small loss, and softmax - 1 at the target. Then with `grad`
 //   dlogit = grad_scale (softmax - onehot(target)), in the place of the logits.
-// Mapping: a thread block has a row, a thread every blockDim.x-th vector. Memory: reads the logits twice (the second time
-//   from cache), writes them once.
+// Mapping: a thread block has a row, a thread every blockDim.x-th vector.
+// Memory: reads the logits twice (the second time from cache), writes them once.
 // Passes: 1. running maximum and sum of a thread. 2. of the thread block. 3. loss. 4. gradient.
 static __global__ void loss_fast_kernel(double *losses, floatX *logits, const int32_t *targets, float grad_scale,
                                         int grad, int V) {
@@ -69,5 +69,4 @@ static void loss_fast(double *losses, floatX *logits, const int32_t *targets, fl
                       int V) {
     int threads = V > 4096 ? 512 : 64; // a small vocabulary has few vectors per row
     loss_fast_kernel<<<R, threads>>>(losses, logits, targets, grad_scale, grad, V);
-    cudaCheck(cudaGetLastError());
 }

@@ -1,22 +1,23 @@
 /*
 qk.cuh: replaces rmsnorm_*, qk_* and rope_* between z and the rotated queries and keys. decode.cuh uses qk_head(), too.
 
-Idea. The plain functions are four kernels (norm of each head, affine, two rotations), with zn, q and k in memory between
-them. Here a warp does all of it for one head of one token, and a lane has pairs (2j, 2j+1), which are what the rotation
-mixes. z is read for its sum of squares and again, from cache, to be normalized:
+Idea. The plain functions are four kernels (norm of each head, affine, two rotations), with zn, q and k in memory
+between them. Here a warp does all of it for one head of one token. A lane has pairs (2j, 2j+1), since the rotation
+mixes the two elements of a pair. z is read for its sum of squares and again, from cache, to be normalized:
 
     z of one token (Z)   | head 0 (dz)           | head 1            | ...       a warp has a head
-                         | 0 1 | 2 3 | 4 5 | ... |                               a lane has pairs j = lane, lane + 32, ..
+                         | 0 1 | 2 3 | 4 5 | ... |                               a lane has every 32nd pair
                             |
     per pair    n = z rstd/sqrt(dz) --+--> q = rotate(n (gamma0 + 1) + beta0)
                                       +--> k = rotate(n (gamma1 + 1) + beta1)
 
-Backward, a warp goes through many tokens of one head, so that its sums for gamma and beta stay in shared memory; zn, which
-the plain kernels keep, is z rstd again.
+Backward, a warp goes through many tokens of one head, so that its sums for gamma and beta stay in shared memory. zn is
+not kept: it is z rstd.
 
 Requires: bfloat16, and shared memory for one warp's sums: 16 dz bytes.
 Measured: see dev/notes/kernels.md.
 */
+#pragma once
 
 static __device__ float2 load_pair(const floatX *src) {
     float x[2];
@@ -96,7 +97,6 @@ static void qk_fast_forward(floatX *q, floatX *k, floatX *zn, float *z_rstd, con
     (void)zn;
     qk_fast_forward_kernel<<<ROW_GRID((size_t)d.B * d.L * d.H)>>>(q, k, z_rstd, z, gamma, beta, (const float2 *)table,
                                                                   count, d, (float)eps);
-    cudaCheck(cudaGetLastError());
 }
 
 // Forward lines: n = z rstd/sqrt(dz), q = rotate(n (gamma0 + 1) + beta0), k = rotate(n (gamma1 + 1) + beta1).
@@ -105,7 +105,7 @@ static void qk_fast_forward(floatX *q, floatX *k, floatX *zn, float *z_rstd, con
 // Mapping: a warp has head blockIdx.y and every (gridDim.x * warps)-th row; a lane has pairs. parts (gridDim.x,4,Z):
 //   dgamma0, dgamma1, dbeta0, dbeta1. qk_sums (warps,8,dz/2) in shared memory: a lane reads and writes its own pairs.
 // Memory: reads 3 R*Z (twice, the second time from cache), writes R*Z.
-// Passes, for each row: 1. mean(a z). 2. dz, and the sums of this warp. After all rows: 3. the sums of the thread block.
+// Passes: for each row 1. mean(a z), 2. dz and the sums of this warp; after all rows 3. the sums of the thread block.
 static __global__ void qk_fast_backward_kernel(floatX *dz_out, float *parts, const floatX *dq, const floatX *dk,
                                                const float *z_rstd, const floatX *z, const float *gamma,
                                                const float2 *table, Dims d) {
@@ -168,6 +168,5 @@ static void qk_fast_backward(floatX *dz_out, float *dgamma, float *dbeta, floatX
     allow_shared(qk_fast_backward_kernel, warps * shared);
     qk_fast_backward_kernel<<<dim3(blocks, d.H), dim3(WARP, warps), warps * shared>>>(dz_out, parts, dq, dk, z_rstd, z,
                                                                                       gamma, (const float2 *)table, d);
-    cudaCheck(cudaGetLastError());
     sum_parts_fast(dgamma, dbeta, parts, blocks, 2 * (size_t)d.Z, 2 * (size_t)d.Z, 1);
 }
