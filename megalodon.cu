@@ -52,13 +52,13 @@ enum {
     THREADS = 256,    // per thread block, unless a kernel says otherwise
     ROW_WARPS = 8,    // warps of a thread block in which each warp has a row
     CEMA_BLOCK = 64,  // tokens of a token block of CEMA
-    CEMA_PARTS = 64,  // parts of the sums for the gradients of CEMA's coefficients
+    CEMA_PARTS = 32,  // parts of the sums for the gradients of CEMA's coefficients
     QUERY_TILE = 512, // rows of the score matrix computed at once
     SCORES = 1 << 24, // elements of the score matrices computed at once, at most
     LOGITS = 1 << 27, // logits that exist at a time, at most, but at least LOGIT_ROWS rows
     LOGIT_ROWS = 128,
     SUM_PARTS = 256,    // parts of a sum over rows
-    EMBED_PARTS = 4096, // thread blocks that the embedding's gradient is divided into, at least, if V is smaller
+    EMBED_PARTS = 8192, // thread blocks that the embedding's gradient is divided into, at least, if V is smaller
 };
 
 // FAST(supported, call): where a kernel of kernels/ supports this case, the function returns by calling it. There are
@@ -96,19 +96,9 @@ static __device__ float exp_fast(float x) { // bfloat16 hides the error of the a
 }
 static __device__ float sigmoid(float x) { return 1 / (1 + exp_fast(-x)); }
 
-// Sum and maximum over the lanes of a warp; every lane gets the result.
-static __device__ float warp_sum(float x) {
-    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-    return x;
-}
-static __device__ double warp_sum(double x) {
-    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-    return x;
-}
-static __device__ float warp_max(float x) {
-    for (int step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-    return x;
-}
+// The column of this thread, where blockIdx.x counts rows, or something else, and blockIdx.y thread blocks of columns.
+static __device__ int channel(void) { return blockIdx.y * blockDim.x + threadIdx.x; }
+#define COLUMN_GRID(R, D) dim3((unsigned)(R), ceil_div(D, THREADS)), THREADS
 
 // A row of 0..R-1 for each warp of a thread block of ROW_WARPS warps. May be R or more.
 static __device__ size_t warp_row(void) { return (size_t)blockIdx.x * ROW_WARPS + threadIdx.y; }
@@ -226,47 +216,61 @@ static void sum_rows(float *out, const floatX *dy, const floatX *x, const double
 // embedding: out (R,D) = scale * embed[token], embed (V,D). The scale is sqrt(D) with scale_emb, otherwise 1. Backward,
 // the gradient of a token's row is the sum over all rows of the batch that have this token.
 
-// Mapping: a thread has an element. Memory: reads and writes R*D.
+// Mapping: a thread has an element of row blockIdx.x. Memory: reads and writes R*D.
 static __global__ void embedding_forward_kernel(floatX *out, const int32_t *tokens, const floatX *embed, float scale,
-                                                int R, int D) {
-    size_t i = thread_index(), r = i / D;
-    if (r >= (size_t)R) return;
-    out[i] = to_floatX(scale * to_float(embed[(size_t)tokens[r] * D + i % D]));
+                                                int D) {
+    size_t r = blockIdx.x;
+    int c = channel();
+    if (c < D) out[r * D + c] = to_floatX(scale * to_float(embed[(size_t)tokens[r] * D + c]));
 }
 
 static void embedding_forward(floatX *out, const int32_t *tokens, const floatX *embed, float scale, int R, int D) {
-    embedding_forward_kernel<<<blocks_for((size_t)R * D, THREADS), THREADS>>>(out, tokens, embed, scale, R, D);
+    embedding_forward_kernel<<<COLUMN_GRID(R, D)>>>(out, tokens, embed, scale, D);
 }
 
 // Formula: dembed[token] += scale * sum of dout over the rows with that token.
-// Mapping: a thread block has token blockIdx.x, the rows of part blockIdx.y and the columns of blockIdx.z; a thread has
-//   a column. A small vocabulary has frequent tokens, so its rows are divided into more parts.
+// Mapping: a thread block has token blockIdx.x and the rows of part blockIdx.y. A small vocabulary has frequent tokens,
+//   so its rows are divided into more parts.
 // Memory: reads R*D of dout, and the tokens V times, mostly from cache.
-// Passes, for THREADS rows at a time: 1. each thread looks at one row's token. 2. if there is a match, each thread adds
-//   its column of the matching rows.
+// Passes, for EMBED_ROWS rows at a time: 1. each thread looks at several tokens; a warp's matches are a word of 32
+//   bits.
+//   2. the first thread lists the matching rows in order. 3. each thread adds its columns of these rows.
 static __global__ void embedding_backward_kernel(float *dembed, float *parts, const floatX *dout, const int32_t *tokens,
-                                                 float scale, int R, int D, int V) {
-    __shared__ int matches[THREADS];
-    int token = blockIdx.x, c = blockIdx.z * THREADS + threadIdx.x;
-    int rows = ceil_div(R, gridDim.y), begin = blockIdx.y * rows, end = min_int(begin + rows, R);
-    float sum = 0;
-    for (int r0 = begin; r0 < end; r0 += THREADS) {
+                                                 float scale, int R, int D) {
+    enum { EMBED_ROWS = 2048, WORDS = EMBED_ROWS / WARP };
+    __shared__ unsigned words[WORDS];
+    __shared__ int rows[EMBED_ROWS], count;
+    int token = blockIdx.x, share = ceil_div(R, gridDim.y), begin = blockIdx.y * share;
+    int end = min_int(begin + share, R);
+    float *out = gridDim.y == 1 ? dembed : parts + (size_t)blockIdx.y * gridDim.x * D;
+    for (int r0 = begin; r0 < end; r0 += EMBED_ROWS) {
         // 1.
-        int r = r0 + threadIdx.x, match = r < end && tokens[r] == token;
-        matches[threadIdx.x] = match;
-        if (!__syncthreads_or(match)) continue;
-        // 2.
-        for (int i = 0; i < min_int(THREADS, end - r0); i++) {
-            if (matches[i] && c < D) sum += to_float(dout[(size_t)(r0 + i) * D + c]);
+        unsigned any = 0;
+#pragma unroll
+        for (int i = 0; i < EMBED_ROWS; i += THREADS) {
+            int r = r0 + i + threadIdx.x;
+            unsigned word = __ballot_sync(~0u, r < end && tokens[r] == token);
+            if (threadIdx.x % WARP == 0) words[(i + threadIdx.x) / WARP] = word;
+            any |= word;
         }
-        __syncthreads(); // all threads have read the matches
-    }
-    if (c >= D) return;
-    size_t at = (size_t)token * D + c;
-    if (gridDim.y == 1) {
-        dembed[at] += scale * sum;
-    } else {
-        parts[(size_t)blockIdx.y * V * D + at] = scale * sum;
+        if (!__syncthreads_or(any != 0)) continue;
+        // 2.
+        if (threadIdx.x == 0) {
+            count = 0;
+            for (int w = 0; w < WORDS; w++) {
+                for (unsigned word = words[w]; word != 0; word &= word - 1)
+                    rows[count++] = r0 + w * WARP + __ffs(word) - 1;
+            }
+        }
+        __syncthreads();
+        // 3.
+        for (int c = threadIdx.x; c < D; c += THREADS) {
+            float sum = 0;
+#pragma unroll 8
+            for (int i = 0; i < count; i++) sum += to_float(dout[(size_t)rows[i] * D + c]);
+            out[(size_t)token * D + c] += scale * sum;
+        }
+        __syncthreads(); // all threads have read the rows
     }
 }
 
@@ -275,10 +279,11 @@ static int embedding_parts(int R, int V) { return max_int(1, min_int(EMBED_PARTS
 static void embedding_backward(float *dembed, const floatX *dout, const int32_t *tokens, float scale, int R, int D,
                                int V) {
     int P = embedding_parts(R, V);
-    float *parts = (float *)workspace(P > 1 ? (size_t)P * V * D * sizeof(float) : 0);
-    embedding_backward_kernel<<<dim3(V, P, ceil_div(D, THREADS)), THREADS>>>(dembed, parts, dout, tokens, scale, R, D,
-                                                                             V);
-    if (P > 1) sum_parts(dembed, parts, P, (size_t)V * D, (size_t)V * D, 1);
+    size_t n = (size_t)V * D, bytes = P > 1 ? P * n * sizeof(float) : 0;
+    float *parts = (float *)workspace(bytes);
+    memory_clear(parts, bytes);
+    embedding_backward_kernel<<<dim3(V, P), THREADS>>>(dembed, parts, dout, tokens, scale, R, D);
+    if (P > 1) sum_parts(dembed, parts, P, n, n, 1);
 }
 
 // ----------------------------------------------------------------------------
@@ -397,13 +402,13 @@ static __global__ void timestep_norm_scan_kernel(double *mean, float *rstd, Norm
     if (lane == 0 && end.mean) end.mean[i] = before.mean, end.m2[i] = before.m2;
 }
 
-// Formula: y = (x - mean) rstd (weight + 1) + bias. Mapping: a thread has an element. Memory: reads and writes R*D.
+// Formula: y = (x - mean) rstd (weight + 1) + bias. Mapping: a thread has an element of row blockIdx.x.
+// Memory: reads and writes R*D.
 static __global__ void timestep_norm_apply_kernel(floatX *out, const double *mean, const float *rstd, const floatX *inp,
-                                                  const float *weight, const float *bias, size_t R, int D, int G) {
-    size_t i = thread_index(), group = i / D * G + i % D / (D / G);
-    int c = i % D;
-    if (i >= R * D) return;
-    out[i] = to_floatX((float)(to_float(inp[i]) - mean[group]) * rstd[group] * (weight[c] + 1) + bias[c]);
+                                                  const float *weight, const float *bias, int D, int G) {
+    int c = channel();
+    size_t i = (size_t)blockIdx.x * D + c, group = (size_t)blockIdx.x * G + c / (D / G);
+    if (c < D) out[i] = to_floatX((float)(to_float(inp[i]) - mean[group]) * rstd[group] * (weight[c] + 1) + bias[c]);
 }
 
 static size_t timestep_norm_workspace(Dims d) { return (size_t)d.B * d.L * d.G * 3 * sizeof(double); }
@@ -417,8 +422,7 @@ static void timestep_norm_forward(floatX *out, double *mean, float *rstd, NormSt
     Moments *moments = (Moments *)workspace(timestep_norm_workspace(d));
     timestep_norm_moments_kernel<<<blocks_for(R * d.G, THREADS), THREADS>>>(moments, inp, R, d.D, d.G);
     timestep_norm_scan_kernel<<<ROW_GRID(d.B * d.G)>>>(mean, rstd, end, moments, start, d, eps);
-    timestep_norm_apply_kernel<<<blocks_for(R * d.D, THREADS), THREADS>>>(out, mean, rstd, inp, weight, bias, R, d.D,
-                                                                          d.G);
+    timestep_norm_apply_kernel<<<COLUMN_GRID(R, d.D)>>>(out, mean, rstd, inp, weight, bias, d.D, d.G);
 }
 
 // Forward line: y_t = (x_t - mean_t) rstd_t w + bias. x_s is in the moments of every t >= s, so with
@@ -479,13 +483,13 @@ static __global__ void timestep_norm_scan_backward_kernel(Sums *sums, double *ds
 // Memory: reads 2 to 4 R*D, writes R*D.
 static __global__ void timestep_norm_backward_kernel(floatX *dinp, const floatX *dout, const floatX *residual0,
                                                      const floatX *residual1, const floatX *inp, const float *weight,
-                                                     const double *mean, const float *rstd, const Sums *sums, size_t R,
-                                                     int D, int G) {
-    size_t i = thread_index(), group = i / D * G + i % D / (D / G);
-    if (i >= R * D) return;
-    float centered = (float)(to_float(inp[i]) - mean[group]);
-    float dx =
-        rstd[group] * (weight[i % D] + 1) * to_float(dout[i]) + (float)sums[group].U + (float)sums[group].V * centered;
+                                                     const double *mean, const float *rstd, const Sums *sums, int D,
+                                                     int G) {
+    int c = channel();
+    size_t i = (size_t)blockIdx.x * D + c, group = (size_t)blockIdx.x * G + c / (D / G);
+    if (c >= D) return;
+    float centered = (float)(to_float(inp[i]) - mean[group]), shift = (float)sums[group].U;
+    float dx = rstd[group] * (weight[c] + 1) * to_float(dout[i]) + shift + (float)sums[group].V * centered;
     if (residual0) dx += to_float(residual0[i]);
     if (residual1) dx += to_float(residual1[i]);
     dinp[i] = to_floatX(dx);
@@ -503,8 +507,8 @@ static void timestep_norm_backward(floatX *dinp, float *dweight, float *dbias, d
                                                                           d);
     timestep_norm_scan_backward_kernel<<<ROW_GRID(d.B * d.G)>>>(sums, dstate, mean, d);
     const floatX *residual0 = residuals ? residuals[0] : NULL, *residual1 = residuals ? residuals[1] : NULL;
-    timestep_norm_backward_kernel<<<blocks_for(R * d.D, THREADS), THREADS>>>(dinp, dout, residual0, residual1, inp,
-                                                                             weight, mean, rstd, sums, R, d.D, d.G);
+    timestep_norm_backward_kernel<<<COLUMN_GRID(R, d.D)>>>(dinp, dout, residual0, residual1, inp, weight, mean, rstd,
+                                                           sums, d.D, d.G);
     sum_rows(dweight, dout, inp, mean, rstd, 1, (int)R, d.D, d.G);
     sum_rows(dbias, dout, NULL, NULL, NULL, 1, (int)R, d.D, 1);
 }
@@ -598,15 +602,15 @@ static void cema_coeffs_forward(Coeffs *c, const float *alpha, const float *delt
 }
 
 // Forward lines: p = sigmoid(alpha), q = (1 - p sigmoid(delta)) e^(i phi), phi = sigmoid(theta) 2 pi (n+1)/N,
-// g = gamma/sqrt(N). Derivatives: see megalodon.c. Mapping: a thread has a channel, with all modes, since they share
-// theta.
+// g = gamma/sqrt(N). Derivatives: see megalodon.c. Mapping: a thread block has 32 channels; threadIdx.y has every 8th
+// mode. The modes of a channel share theta, so their gradients are added in shared memory.
 static __global__ void cema_coeffs_backward_kernel(float *dalpha, float *ddelta, float *dtheta, float *dgamma,
                                                    Coeffs dc, const float *alpha, const float *delta,
                                                    const float *theta, int D, int N) {
-    int d = thread_index();
-    if (d >= D) return;
-    double turn = 1 / (1 + exp(-(double)theta[d])), dturn = 0;
-    for (int n = 0; n < N; n++) {
+    __shared__ double dturns[ROW_WARPS][WARP];
+    int d = blockIdx.x * WARP + threadIdx.x;
+    double turn = d < D ? 1 / (1 + exp(-(double)theta[d])) : 0, dturn = 0;
+    for (int n = threadIdx.y; n < N && d < D; n += ROW_WARPS) {
         size_t in = (size_t)d * N + n, i = (size_t)n * D + d;
         double a = 1 / (1 + exp(-(double)alpha[in])), b = 1 / (1 + exp(-(double)delta[in]));
         double phi = 2 * PI * (n + 1) / N * turn, re = cos(phi), im = sin(phi);
@@ -618,13 +622,17 @@ static __global__ void cema_coeffs_backward_kernel(float *dalpha, float *ddelta,
         dgamma[2 * in] += (float)(dc.g_re[i] / sqrt((double)N));
         dgamma[2 * in + 1] += (float)(dc.g_im[i] / sqrt((double)N));
     }
+    dturns[threadIdx.y][threadIdx.x] = dturn;
+    __syncthreads();
+    if (threadIdx.y > 0 || d >= D) return;
+    for (int w = 1; w < ROW_WARPS; w++) dturn += dturns[w][threadIdx.x];
     dtheta[d] += (float)(dturn * turn * (1 - turn));
 }
 
 static void cema_coeffs_backward(float *dalpha, float *ddelta, float *dtheta, float *dgamma, const Coeffs *dc,
                                  const float *alpha, const float *delta, const float *theta, int D, int N) {
-    cema_coeffs_backward_kernel<<<blocks_for(D, WARP), WARP>>>(dalpha, ddelta, dtheta, dgamma, *dc, alpha, delta, theta,
-                                                               D, N);
+    cema_coeffs_backward_kernel<<<ceil_div(D, WARP), dim3(WARP, ROW_WARPS)>>>(dalpha, ddelta, dtheta, dgamma, *dc,
+                                                                              alpha, delta, theta, D, N);
 }
 
 static __device__ float2 times(float2 a, float2 b) { return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x); }
@@ -661,9 +669,6 @@ static __device__ float2 power(float2 base, int64_t n) {
 static size_t cema_states_bytes(Dims d) {
     return (size_t)d.B * ceil_div(d.L, CEMA_BLOCK) * 2 * d.N * d.D * sizeof(float);
 }
-
-// The channel of this thread, where blockIdx.y counts thread blocks of channels.
-static __device__ int channel(void) { return blockIdx.y * blockDim.x + threadIdx.x; }
 
 // Index of the real part of mode n, channel c in token block `block`; the imaginary part is N*D elements later.
 static __device__ size_t state_index(int block, int n, int c, Dims d) {
@@ -777,68 +782,96 @@ static void cema_forward(floatX *out, float *h_blocks, float *h_out, const float
 // Forward lines: h_t = q h_(t-1) + p x_t, y_t = Re sum_n g_n h_t,n + omega x_t. Derivatives, see megalodon.c:
 //     G_t = conj(g) dy_t + F_t,  F_(t-1) = conj(q) G_t,  dx_t = omega dy_t + sum_n p Re G_t
 //     dp = sum_t x_t Re G_t,  dq = sum_t G_t conj(h_(t-1)),  dg = sum_t dy_t conj(h_t),  domega = sum_t x_t dy_t
-// Mapping: a thread has a channel, and the token blocks of part blockIdx.x one after another.
-// Memory: reads 2 R*D N times, mostly from cache, and the states and gradients; writes R*D.
-// Passes, for each token block and mode: 1. forward: h before each token, into shared memory, where a thread has a
-//   column of its own. 2. backward: G, dx in registers, and this thread's sums, which it adds to its place in parts.
-// parts (CEMA_PARTS, 5 N + 1, D): dp, dq_re, dq_im, dg_re, dg_im, domega.
-static __global__ void cema_backward_kernel(floatX *dinp, float *parts, const floatX *dout, const floatX *inp,
-                                            const float *states, const float *futures, Coeffs coeffs,
+// futures: F after each token block, from kernels 1 and 2 run backward.
+
+// 4. Formula: dx, see above. Mapping and memory: as cema_forward_kernel, from the last token to the first.
+static __global__ void cema_backward_kernel(floatX *dinp, const floatX *dout, const float *futures, Coeffs coeffs,
                                             const float *omega, Dims d) {
-    __shared__ float2 h[CEMA_BLOCK][WARP];
-    int c = channel(), lane = threadIdx.x, blocks = ceil_div(d.L, CEMA_BLOCK);
-    float *part = parts + (size_t)blockIdx.x * (5 * d.N + 1) * d.D + c, domega = 0;
+    int c = channel(), blocks = ceil_div(d.L, CEMA_BLOCK), b = blockIdx.x / blocks;
+    int t0 = blockIdx.x % blocks * CEMA_BLOCK, T = min_int(CEMA_BLOCK, d.L - t0);
     if (c >= d.D) return;
-    for (int i = 0; i < 5 * d.N; i++) part[(size_t)i * d.D] = 0;
-    for (int block = blockIdx.x; block < d.B * blocks; block += gridDim.x) {
-        int t0 = block % blocks * CEMA_BLOCK, T = min_int(CEMA_BLOCK, d.L - t0);
-        size_t first = ((size_t)(block / blocks) * d.L + t0) * d.D + c;
-        float dx[CEMA_BLOCK];
+    size_t first = ((size_t)b * d.L + t0) * d.D + c;
+    float dx[CEMA_BLOCK];
 #pragma unroll
-        for (int t = 0; t < CEMA_BLOCK; t++) {
-            float dy = t < T ? to_float(dout[first + (size_t)t * d.D]) : 0;
-            dx[t] = omega[c] * dy;
-            if (t < T) domega += dy * to_float(inp[first + (size_t)t * d.D]);
-        }
-        for (int n = 0; n < d.N; n++) {
-            size_t at = state_index(block, n, c, d), im = (size_t)d.N * d.D;
-            float2 q = coeff(coeffs.q_re, coeffs.q_im, n, c, d), g = coeff(coeffs.g_re, coeffs.g_im, n, c, d);
-            float2 state = make_float2(states[at], states[at + im]), F = make_float2(futures[at], futures[at + im]);
-            float p = coeffs.p[n * d.D + c], dp = 0;
-            float2 dq = make_float2(0, 0), dg = make_float2(0, 0);
-            // 1.
-            for (int t = 0; t < T; t++) {
-                h[t][lane] = state;
-                state = times(q, state);
-                state.x += p * to_float(inp[first + (size_t)t * d.D]);
-            }
-            // 2. state is h_t, h[t] is h_(t-1)
+    for (int t = 0; t < CEMA_BLOCK; t++) dx[t] = t < T ? omega[c] * to_float(dout[first + (size_t)t * d.D]) : 0;
+    for (int n = 0; n < d.N; n++) {
+        size_t at = state_index(blockIdx.x, n, c, d);
+        float2 F = make_float2(futures[at], futures[at + d.N * d.D]);
+        float2 q = coeff(coeffs.q_re, coeffs.q_im, n, c, d), g = coeff(coeffs.g_re, coeffs.g_im, n, c, d);
+        float p = coeffs.p[n * d.D + c];
 #pragma unroll
-            for (int t = CEMA_BLOCK - 1; t >= 0; t--) {
-                if (t >= T) continue;
-                float x = to_float(inp[first + (size_t)t * d.D]), dy = to_float(dout[first + (size_t)t * d.D]);
-                float2 before = h[t][lane], G = make_float2(g.x * dy + F.x, -g.y * dy + F.y);
-                dx[t] += p * G.x;
-                dp += x * G.x;
-                dq.x += G.x * before.x + G.y * before.y, dq.y += G.y * before.x - G.x * before.y;
-                dg.x += dy * state.x, dg.y -= dy * state.y;
-                F = times(conjugate(q), G);
-                state = before;
-            }
-            const float sums[5] = {dp, dq.x, dq.y, dg.x, dg.y};
-            for (int i = 0; i < 5; i++) part[((size_t)i * d.N + n) * d.D] += sums[i];
-        }
-#pragma unroll
-        for (int t = 0; t < CEMA_BLOCK; t++) {
-            if (t < T) dinp[first + (size_t)t * d.D] = to_floatX(dx[t]);
+        for (int t = CEMA_BLOCK - 1; t >= 0; t--) {
+            if (t >= T) continue;
+            float dy = to_float(dout[first + (size_t)t * d.D]);
+            float2 G = make_float2(g.x * dy + F.x, -g.y * dy + F.y);
+            dx[t] += p * G.x;
+            F = times(conjugate(q), G);
         }
     }
-    part[(size_t)5 * d.N * d.D] = domega;
+#pragma unroll
+    for (int t = 0; t < CEMA_BLOCK; t++) {
+        if (t < T) dinp[first + (size_t)t * d.D] = to_floatX(dx[t]);
+    }
+}
+
+// 5. Formula: dp, dq and dg, see above, of one part of the token blocks.
+// Mapping: a thread has a channel and a mode, and every gridDim.x-th token block.
+// Memory: reads R*D of dout N times and of inp 3 N times, mostly from cache, and the states and gradients.
+// Passes, for each token block: G runs backward in time and h runs forward, so 1. h runs forward and is kept before
+//   every STEPS tokens. Then for STEPS tokens at a time, from the last to the first: 2. h runs forward again and is
+//   kept before each of them. 3. G runs backward, and meets h.
+// parts (gridDim.x, 5, N, D): dp, dq_re, dq_im, dg_re, dg_im.
+static __global__ void cema_sums_kernel(float *parts, const floatX *dout, const floatX *inp, const float *states,
+                                        const float *futures, Coeffs coeffs, Dims d) {
+    enum { STEPS = 8, GROUPS = CEMA_BLOCK / STEPS };
+    __shared__ float2 starts[GROUPS][THREADS]; // a thread has a column of its own
+    int c = channel(), n = blockIdx.z, blocks = ceil_div(d.L, CEMA_BLOCK);
+    if (c >= d.D) return;
+    float2 q = coeff(coeffs.q_re, coeffs.q_im, n, c, d), g = coeff(coeffs.g_re, coeffs.g_im, n, c, d);
+    float2 dq = make_float2(0, 0), dg = make_float2(0, 0);
+    float p = coeffs.p[n * d.D + c], dp = 0;
+    for (int block = blockIdx.x; block < d.B * blocks; block += gridDim.x) {
+        int t0 = block % blocks * CEMA_BLOCK, T = min_int(CEMA_BLOCK, d.L - t0);
+        size_t first = ((size_t)(block / blocks) * d.L + t0) * d.D + c, at = state_index(block, n, c, d);
+        float2 state = make_float2(states[at], states[at + d.N * d.D]);
+        float2 F = make_float2(futures[at], futures[at + d.N * d.D]), h[STEPS];
+        // 1.
+        for (int t = 0; t < T; t++) {
+            if (t % STEPS == 0) starts[t / STEPS][threadIdx.x] = state;
+            state = times(q, state);
+            state.x += p * to_float(inp[first + (size_t)t * d.D]);
+        }
+        for (int group = ceil_div(T, STEPS) - 1; group >= 0; group--) {
+            const floatX *x = inp + first + (size_t)group * STEPS * d.D, *dy = dout + (x - inp);
+            // 2.
+            state = starts[group][threadIdx.x];
+#pragma unroll
+            for (int t = 0; t < STEPS; t++) {
+                h[t] = state;
+                state = times(q, state);
+                if (group * STEPS + t < T) state.x += p * to_float(x[(size_t)t * d.D]);
+            }
+            // 3.
+#pragma unroll
+            for (int t = STEPS - 1; t >= 0; t--) {
+                if (group * STEPS + t >= T) continue;
+                float xt = to_float(x[(size_t)t * d.D]), dyt = to_float(dy[(size_t)t * d.D]);
+                float2 after = times(q, h[t]), G = make_float2(g.x * dyt + F.x, -g.y * dyt + F.y); // after: h_t
+                after.x += p * xt;
+                dp += xt * G.x;
+                dq.x += G.x * h[t].x + G.y * h[t].y, dq.y += G.y * h[t].x - G.x * h[t].y;
+                dg.x += dyt * after.x, dg.y -= dyt * after.y;
+                F = times(conjugate(q), G);
+            }
+        }
+    }
+    const float sums[5] = {dp, dq.x, dq.y, dg.x, dg.y};
+    for (int i = 0; i < 5; i++) parts[(((size_t)blockIdx.x * 5 + i) * d.N + n) * d.D + c] = sums[i];
 }
 
 static int cema_parts(Dims d) { return min_int(CEMA_PARTS, d.B * ceil_div(d.L, CEMA_BLOCK)); }
 static size_t cema_workspace(Dims d) {
-    return cema_states_bytes(d) + (size_t)cema_parts(d) * (5 * d.N + 1) * d.D * sizeof(float);
+    return cema_states_bytes(d) + (size_t)cema_parts(d) * 5 * d.N * d.D * sizeof(float);
 }
 
 // dcoeffs, whose five arrays are contiguous, is set. dh (B,2,N,D), or NULL: the gradient w.r.t. the outgoing state,
@@ -847,14 +880,14 @@ static void cema_backward(floatX *dinp, Coeffs *dcoeffs, float *domega, float *d
                           const floatX *inp, const float *h_blocks, const Coeffs *coeffs, const float *omega, Dims d) {
     FAST(cema_fast_supports(d), cema_fast_backward(dinp, dcoeffs, domega, dh, dout, inp, h_blocks, coeffs, omega, d));
     int P = cema_parts(d);
-    size_t modes = (size_t)d.N * d.D, width = 5 * modes + d.D;
-    float *futures = (float *)workspace(cema_workspace(d)); // F after each token block
-    float *parts = futures + cema_states_bytes(d) / sizeof(float);
+    size_t width = (size_t)5 * d.N * d.D;
+    float *futures = (float *)workspace(cema_workspace(d)), *parts = futures + cema_states_bytes(d) / sizeof(float);
     cema_states(futures, dh, dh, dout, coeffs, 1, d);
-    cema_backward_kernel<<<dim3(P, ceil_div(d.D, WARP)), WARP>>>(dinp, parts, dout, inp, h_blocks, futures, *coeffs,
-                                                                 omega, d);
-    sum_parts(dcoeffs->p, parts, P, width, 5 * modes, 0);
-    sum_parts(domega, parts + 5 * modes, P, width, d.D, 1);
+    dim3 grid(d.B * ceil_div(d.L, CEMA_BLOCK), ceil_div(d.D, WARP)), modes(P, ceil_div(d.D, THREADS), d.N);
+    cema_backward_kernel<<<grid, WARP>>>(dinp, dout, futures, *coeffs, omega, d);
+    cema_sums_kernel<<<modes, THREADS>>>(parts, dout, inp, h_blocks, futures, *coeffs, d);
+    sum_parts(dcoeffs->p, parts, P, width, width, 0);
+    sum_rows(domega, dout, inp, NULL, NULL, 1, d.B * d.L, d.D, 1);
 }
 
 // Chunk parallelism: the same three steps, with ranks in the place of token blocks. cema_reduce() is step 1: h
@@ -945,20 +978,19 @@ static void rmsnorm_backward(floatX *dinp, float *dweight, const floatX *dout, c
 // ----------------------------------------------------------------------------
 // linear: out (R,M) = inp (R,K) weight' (M,K) + bias (M) + residual (R,M); bias and residual may be NULL
 
-// Formula: out = bias + residual, to which the product is then added. Mapping: a thread has an element.
+// Formula: out = bias + residual, to which the product is then added. Mapping: a thread has an element of row
+//   blockIdx.x.
 // Memory: reads and writes R*M.
-static __global__ void linear_start_kernel(floatX *out, const floatX *residual, const floatX *bias, size_t n, int M) {
-    size_t i = thread_index();
-    if (i < n) out[i] = to_floatX((residual ? to_float(residual[i]) : 0) + (bias ? to_float(bias[i % M]) : 0));
+static __global__ void linear_start_kernel(floatX *out, const floatX *residual, const floatX *bias, int M) {
+    int c = channel();
+    size_t i = (size_t)blockIdx.x * M + c;
+    if (c < M) out[i] = to_floatX((residual ? to_float(residual[i]) : 0) + (bias ? to_float(bias[c]) : 0));
 }
 
 static void linear_forward(floatX *out, const floatX *residual, const floatX *inp, const floatX *weight,
                            const floatX *bias, int R, int K, int M) {
     FAST(1, linear_fast_forward(out, residual, inp, weight, bias, R, K, M));
-    size_t n = (size_t)R * M;
-    if (bias || (residual && residual != out)) {
-        linear_start_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, residual, bias, n, M);
-    }
+    if (bias || (residual && residual != out)) linear_start_kernel<<<COLUMN_GRID(R, M)>>>(out, residual, bias, M);
     matmul(out, CUBLAS_TYPE, M, matrix(inp, K), transpose(weight, K), R, M, K, bias || residual);
 }
 
@@ -988,12 +1020,12 @@ static void linear_backward(floatX *dinp, int add, float *dweight, float *dbias,
 // queries and keys from the shared zn (R,Z), the normalized z:
 //     q = zn (gamma0 + 1)/sqrt(dz) + beta0,   k = zn (gamma1 + 1)/sqrt(dz) + beta1;   gamma, beta (2,Z)
 
-// Mapping: a thread has an element. Memory: reads R*Z, writes 2 R*Z.
+// Mapping: a thread has an element of row blockIdx.x. Memory: reads R*Z, writes 2 R*Z.
 static __global__ void qk_forward_kernel(floatX *q, floatX *k, const floatX *zn, const float *gamma, const float *beta,
-                                         size_t n, int Z, float scale) {
-    size_t i = thread_index();
-    int c = i % Z;
-    if (i >= n) return;
+                                         int Z, float scale) {
+    int c = channel();
+    size_t i = (size_t)blockIdx.x * Z + c;
+    if (c >= Z) return;
     float z = to_float(zn[i]) * scale;
     q[i] = to_floatX(z * (gamma[c] + 1) + beta[c]);
     k[i] = to_floatX(z * (gamma[Z + c] + 1) + beta[Z + c]);
@@ -1001,25 +1033,23 @@ static __global__ void qk_forward_kernel(floatX *q, floatX *k, const floatX *zn,
 
 static void qk_forward(floatX *q, floatX *k, const floatX *zn, const float *gamma, const float *beta, int R, int Z,
                        int dz) {
-    size_t n = (size_t)R * Z;
-    qk_forward_kernel<<<blocks_for(n, THREADS), THREADS>>>(q, k, zn, gamma, beta, n, Z, 1 / sqrtf((float)dz));
+    qk_forward_kernel<<<COLUMN_GRID(R, Z)>>>(q, k, zn, gamma, beta, Z, 1 / sqrtf((float)dz));
 }
 
 // Forward lines: q = zn (gamma0 + 1) scale + beta0, likewise k. dzn = (dq (gamma0 + 1) + dk (gamma1 + 1)) scale;
 // dgamma0 = sum over rows of dq zn scale, dbeta0 = sum over rows of dq.
-// Mapping: a thread has an element. Memory: reads 2 R*Z, writes R*Z.
-static __global__ void qk_backward_kernel(floatX *dzn, const floatX *dq, const floatX *dk, const float *gamma, size_t n,
-                                          int Z, float scale) {
-    size_t i = thread_index();
-    int c = i % Z;
-    if (i < n) dzn[i] = to_floatX((to_float(dq[i]) * (gamma[c] + 1) + to_float(dk[i]) * (gamma[Z + c] + 1)) * scale);
+// Mapping: a thread has an element of row blockIdx.x. Memory: reads 2 R*Z, writes R*Z.
+static __global__ void qk_backward_kernel(floatX *dzn, const floatX *dq, const floatX *dk, const float *gamma, int Z,
+                                          float scale) {
+    int c = channel();
+    size_t i = (size_t)blockIdx.x * Z + c;
+    if (c < Z) dzn[i] = to_floatX((to_float(dq[i]) * (gamma[c] + 1) + to_float(dk[i]) * (gamma[Z + c] + 1)) * scale);
 }
 
 static void qk_backward(floatX *dzn, float *dgamma, float *dbeta, const floatX *dq, const floatX *dk, const floatX *zn,
                         const float *gamma, int R, int Z, int dz) {
-    size_t n = (size_t)R * Z;
     float scale = 1 / sqrtf((float)dz);
-    qk_backward_kernel<<<blocks_for(n, THREADS), THREADS>>>(dzn, dq, dk, gamma, n, Z, scale);
+    qk_backward_kernel<<<COLUMN_GRID(R, Z)>>>(dzn, dq, dk, gamma, Z, scale);
     sum_rows(dgamma, dq, zn, NULL, NULL, scale, R, Z, 1);
     sum_rows(dgamma + Z, dk, zn, NULL, NULL, scale, R, Z, 1);
     sum_rows(dbeta, dq, NULL, NULL, NULL, 1, R, Z, 1);
@@ -1043,26 +1073,25 @@ static void rope_table(float *table, int C, int dz, double base) {
     rope_table_kernel<<<blocks_for((size_t)C * (dz / 2), THREADS), THREADS>>>(table, C, dz, base);
 }
 
-// Mapping: a thread has a pair. sign: 1 forward; -1 backward, since the transpose of a rotation is its inverse.
-// Memory: reads and writes R*Z.
+// Mapping: a thread has a pair of row blockIdx.x. sign: 1 forward; -1 backward, since the transpose of a rotation is
+// its inverse. Memory: reads and writes R*Z.
 static __global__ void rope_kernel(floatX *out, const floatX *inp, const float *table, const int64_t *count, int sign,
                                    Dims d) {
-    size_t i = thread_index(), row = 2 * i / d.Z;
-    int c = 2 * i % d.Z, dz = d.Z / d.H;
-    if (row >= (size_t)d.B * d.L) return;
-    int pos = (int)(((count ? count[row / d.L] : 0) + (int64_t)(row % d.L)) % d.C);
-    const float *turn = table + (size_t)pos * dz + c % dz;
-    float re = to_float(inp[2 * i]), im = to_float(inp[2 * i + 1]), s = sign * turn[1];
-    out[2 * i] = to_floatX(re * turn[0] - im * s);
-    out[2 * i + 1] = to_floatX(re * s + im * turn[0]);
+    int b = blockIdx.x / d.L, t = blockIdx.x % d.L, c = 2 * channel(), dz = d.Z / d.H;
+    if (c >= d.Z) return;
+    const float *turn = table + ((count ? count[b] : 0) + t) % d.C * dz + c % dz;
+    size_t i = (size_t)blockIdx.x * d.Z + c;
+    float re = to_float(inp[i]), im = to_float(inp[i + 1]), s = sign * turn[1];
+    out[i] = to_floatX(re * turn[0] - im * s);
+    out[i + 1] = to_floatX(re * s + im * turn[0]);
 }
 
 static void rope_forward(floatX *out, const floatX *inp, const float *table, const int64_t *count, Dims d) {
-    rope_kernel<<<blocks_for((size_t)d.B * d.L * d.Z / 2, THREADS), THREADS>>>(out, inp, table, count, 1, d);
+    rope_kernel<<<COLUMN_GRID((size_t)d.B * d.L, d.Z / 2)>>>(out, inp, table, count, 1, d);
 }
 
 static void rope_backward(floatX *dinp, const floatX *dout, const float *table, const int64_t *count, Dims d) {
-    rope_kernel<<<blocks_for((size_t)d.B * d.L * d.Z / 2, THREADS), THREADS>>>(dinp, dout, table, count, -1, d);
+    rope_kernel<<<COLUMN_GRID((size_t)d.B * d.L, d.Z / 2)>>>(dinp, dout, table, count, -1, d);
 }
 
 // From z (B,L,Z) to the rotated q and k: the norm of each head, the affine, the rotation (table NULL: none).
@@ -1428,15 +1457,17 @@ static void layernorm_backward(floatX *dinp, float *dweight, float *dbias, const
 }
 
 // ----------------------------------------------------------------------------
-// rescale: out = alpha inp, alpha (D). Mapping: a thread has an element. Memory: reads and writes R*D.
+// rescale: out = alpha inp, alpha (D). Mapping: a thread has an element of row blockIdx.x. Memory: reads and writes
+// R*D.
 
-static __global__ void rescale_kernel(floatX *out, const floatX *inp, const float *alpha, size_t n, int D) {
-    size_t i = thread_index();
-    if (i < n) out[i] = to_floatX(alpha[i % D] * to_float(inp[i]));
+static __global__ void rescale_kernel(floatX *out, const floatX *inp, const float *alpha, int D) {
+    int c = channel();
+    size_t i = (size_t)blockIdx.x * D + c;
+    if (c < D) out[i] = to_floatX(alpha[c] * to_float(inp[i]));
 }
 
 static void rescale_forward(floatX *out, const floatX *inp, const float *alpha, int R, int D) {
-    rescale_kernel<<<blocks_for((size_t)R * D, THREADS), THREADS>>>(out, inp, alpha, (size_t)R * D, D);
+    rescale_kernel<<<COLUMN_GRID(R, D)>>>(out, inp, alpha, D);
 }
 
 // Forward line: out = alpha inp. dinp = alpha dout; dalpha += sum over rows of dout inp.
@@ -1463,24 +1494,6 @@ static void add(floatX *out, const floatX *inp, size_t n) {
 //     logits = x output' -> loss, and dlogits in the place of the logits -> dx = dlogits output, doutput += dlogits' x
 
 static int logit_rows(int V) { return max_int(LOGITS / V, LOGIT_ROWS); }
-
-// The sum, or the maximum, over a thread block of THREADS threads; every thread gets the result.
-static __device__ double block_sum(double x) {
-    __shared__ double sums[WARP];
-    x = warp_sum(x);
-    __syncthreads(); // the results of the last call have been read
-    if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = x;
-    __syncthreads();
-    return warp_sum(threadIdx.x % WARP < THREADS / WARP ? sums[threadIdx.x % WARP] : 0.0);
-}
-static __device__ float block_max(float x) {
-    __shared__ float maxima[WARP];
-    x = warp_max(x);
-    __syncthreads();
-    if (threadIdx.x % WARP == 0) maxima[threadIdx.x / WARP] = x;
-    __syncthreads();
-    return warp_max(threadIdx.x % WARP < THREADS / WARP ? maxima[threadIdx.x % WARP] : -INFINITY);
-}
 
 // Formula: loss = log(sum + own) - (target's logit - max), with own = e^(target's logit - max) and sum that of the
 //   other tokens. Keeping them apart preserves a small loss, and softmax - 1 at the target. Then with `grad`
@@ -1925,6 +1938,7 @@ void megalodon_zero_grad(Model *m) { memory_clear(m->memory[GRADS], m->num_param
 // Mapping: a thread has every (gridDim.x * THREADS)-th element. Memory: reads n.
 static __global__ void square_kernel(double *sums, const float *x, size_t n, int add) {
     double sum = 0;
+#pragma unroll 8
     for (size_t i = thread_index(); i < n; i += (size_t)gridDim.x * THREADS) sum += (double)x[i] * x[i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum + (add ? sums[blockIdx.x] : 0);
@@ -1945,7 +1959,7 @@ double megalodon_grad_norm(Model *m) {
 // overflows, p becomes NaN. Then the parameter is rounded for the matrix products.
 // Mapping: a thread has a parameter. Memory: reads 16 bytes, writes 12 and a floatX for each.
 typedef struct {
-    float beta1, beta2, eps, weight_decay, grad_scale, step, root, keep;
+    float beta1, beta2, eps, grad_scale, step, root, keep;
 } AdamWFactors;
 
 static __global__ void adamw_kernel(float *params, floatX *rounded, float *moment1, float *moment2, const float *grads,
@@ -1964,7 +1978,7 @@ void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, in
     AdamWFactors f;
     f.beta1 = (float)o->beta1, f.beta2 = (float)o->beta2, f.eps = (float)o->eps, f.grad_scale = (float)grad_scale;
     f.step = (float)(lr / (1 - pow(o->beta1, k))), f.root = (float)(1 / sqrt(1 - pow(o->beta2, k)));
-    f.keep = (float)(1 - lr * o->weight_decay), f.weight_decay = (float)o->weight_decay;
+    f.keep = (float)(1 - lr * o->weight_decay);
     float *moment1 = m->memory[MOMENT1], *moment2 = m->memory[MOMENT2];
     for (int s = 0; s < m->num_shards; s++) {
         size_t first = m->shards[s].first, n = m->shards[s].count;

@@ -1,4 +1,5 @@
-// device.cuh: the GPU of this process: errors, memory, cuBLAS. Included by megalodon.cu after plumbing/model.h.
+// device.cuh: the GPU of this process: errors, memory, cuBLAS; sums over threads. Included by megalodon.cu after
+// plumbing/model.h.
 #pragma once
 
 enum { BLAS_WORKSPACE = 1 << 25 }; // bytes of cuBLAS's workspace
@@ -13,7 +14,7 @@ static struct {
     size_t used, peak; // bytes of device memory allocated by this program
     cublasHandle_t blas;
     void *blas_workspace; // BLAS_WORKSPACE bytes of our own, so that products are repeatable
-    char *workspace; // of the model that is running, see workspace()
+    char *workspace;      // of the model that is running, see workspace()
     size_t workspace_bytes;
 } gpu;
 
@@ -116,6 +117,41 @@ static int backend_open(int allocate) {
     cublasCheck(cublasSetMathMode(gpu.blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     gpu.open = 1;
     return 1;
+}
+
+// ----------------------------------------------------------------------------
+// sums and maxima over the threads of a warp or of a thread block
+
+// Sum and maximum over the lanes of a warp; every lane gets the result.
+static __device__ float warp_sum(float x) {
+    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+static __device__ double warp_sum(double x) {
+    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+static __device__ float warp_max(float x) {
+    for (int step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+    return x;
+}
+
+// The sum, or the maximum, over a thread block of THREADS threads; every thread gets the result.
+static __device__ double block_sum(double x) {
+    __shared__ double sums[WARP];
+    x = warp_sum(x);
+    __syncthreads(); // the results of the last call have been read
+    if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = x;
+    __syncthreads();
+    return warp_sum(threadIdx.x % WARP < THREADS / WARP ? sums[threadIdx.x % WARP] : 0.0);
+}
+static __device__ float block_max(float x) {
+    __shared__ float maxima[WARP];
+    x = warp_max(x);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) maxima[threadIdx.x / WARP] = x;
+    __syncthreads();
+    return warp_max(threadIdx.x % WARP < THREADS / WARP ? maxima[threadIdx.x % WARP] : -INFINITY);
 }
 
 // ----------------------------------------------------------------------------
