@@ -1,5 +1,5 @@
-// Data files: their format, fingerprint and truncation. The rows that training and validation read: where they start,
-// what follows, documents, streams that are carried on.
+// Data files: format, fingerprint, truncation. Rows of training and validation: their starts, their targets, documents,
+// carried streams.
 #include <sys/wait.h> // defines: waitpid
 #include <unistd.h>   // defines: dup2, fork, truncate, unlink
 #include "../plumbing/plumbing.h"
@@ -11,7 +11,7 @@ static int32_t inputs[MOST * L], targets[MOST * L], other[MOST * L], unused[MOST
 static bool fresh[MOST];
 
 static void write_file(const void *bytes, size_t n) {
-    unlink(path); // a file that an earlier test has mapped stays
+    unlink(path); // a file that an earlier test has mapped stays valid
     FILE *f = fopen(path, "wb");
     if (f == NULL || fwrite(bytes, 1, n, f) != n || fclose(f) != 0) exit(1);
 }
@@ -21,8 +21,7 @@ static Tokens tokens_of(const void *bytes, size_t n) {
     return tokens_open(path, 256);
 }
 
-// Runs the function in a child process; the status with which it ends, 0 if it returns. What it writes to stderr goes
-// into message.
+// Runs the function in a child process and returns its exit status, 0 if the function returns. message gets its stderr.
 static char message[4096];
 static int status_of(void (*function)(const void *), const void *argument) {
     int status, ends[2];
@@ -65,7 +64,7 @@ static const int vocabularies[] = {256, 257, 1000, 4096, 32000, 50257, 65535, 1 
 enum { VOCABULARIES = sizeof vocabularies / sizeof vocabularies[0], LONGEST = 1 << 19 };
 static unsigned char content[LONGEST];
 
-// How many of the vocabulary sizes, from the n-th on, refuse this content as uint16 tokens?
+// The number of vocabulary sizes, from the n-th on, for which this content is refused as uint16 tokens.
 static int refusals(size_t size, int n) {
     int count = 0;
     write_file(content, size);
@@ -75,7 +74,8 @@ static int refusals(size_t size, int n) {
     return count;
 }
 
-// Repeats a text, each code point in this encoding: 8 for UTF-8, 16 for UTF-16 with byte order mark, 1 for one byte each.
+// Repeats a text, each code point in this encoding: 8 for UTF-8, 16 for UTF-16 with byte order mark, 1 for one byte
+// each.
 static size_t fill_text(const char *text, int encoding, size_t size) {
     size_t n = 0;
     if (encoding == 16) content[n++] = 0xFF, content[n++] = 0xFE;
@@ -232,7 +232,7 @@ static void test_fingerprint(void) {
         right &= strcmp(text, known[i].text) == 0;
     }
     check_true("fingerprint: size and XXH64 of the whole file", right);
-    for (int i = 0; i < 1003; i += 17) { // text is of 1003 bytes
+    for (int i = 0; i < 1003; i += 17) { // the text has 1003 bytes
         content[i] ^= 1;
         Tokens t = tokens_of(content, 1003);
         tokens_fingerprint(&t, other_text);
@@ -360,7 +360,7 @@ static void test_rows(void) {
     reader_free(&r), reader_free(&two), reader_free(&six), reader_free(&windows);
 }
 
-// Is it row `row` of the arrays: these tokens, after each the next one as target, then '|' without target?
+// Returns whether row `row` has these tokens, each with the next one as target; tokens after '|' have no target.
 static int is_row(int row, const char *text) {
     int n = (int)strlen(text) - 1;
     for (int i = 0; i < L; i++) {
@@ -370,7 +370,7 @@ static int is_row(int row, const char *text) {
     return 1;
 }
 
-// Documents abc, 12 letters in two rows, one letter, none, and one that the data's end cuts off.
+// Documents: abc, 12 letters in two rows, one letter, an empty one, and one that the end of the data cuts off.
 static void test_documents(void) {
     static const char text[] = "abc|defghijklmno|p||qrs", *const rows[] = {"abc|", "|defghijklm", "mno|", "|p|",
                                                                            "|qrs"};
@@ -388,7 +388,7 @@ static void test_documents(void) {
         }
     }
     check_true("documents: a row is a document or a part of one; nothing after its end is a target", right);
-    for (int d = 0; d < 5; d++) even &= drawn[d] > 40 && drawn[d] < 90; // 64 each, 7 the deviation
+    for (int d = 0; d < 5; d++) even &= drawn[d] > 40 && drawn[d] < 90; // 64 each, with a standard deviation of 7
     check_true("documents: all rows are drawn alike", even);
     Cursor c = {0};
     int count = read_windows(&r, &c, MOST, inputs, targets), whole = count == 5;
@@ -397,19 +397,19 @@ static void test_documents(void) {
     reader_free(&r);
 }
 
-// A file of 16-bit tokens, each its position plus 1, so that its value says where it comes from; 0 is EOT. Documents of
-// up to `longest` tokens, empty ones too, and an EOT at the very end; longest 0: no EOT.
+// Writes a file of 16-bit tokens. Each is its position plus 1, so that its value identifies its position; 0 is EOT.
+// Documents have 0 to `longest` tokens; the last token is an EOT. longest 0: no EOT.
 enum { N = 3000 };
 static int32_t token[N];
 static struct {
-    int start, end; // its first input, its last target
+    int start, end; // index of its first input and of its last target
 } documents[N];
 static int num_documents;
-static int document_at[N]; // of which document the token is a target
+static int document_at[N]; // index of the document of which the token is a target
 
 static Tokens numbered(int count, int longest) {
     static unsigned char bytes[2 * N];
-    int left = longest, others = 0; // tokens that are no EOT
+    int left = longest, others = 0; // tokens other than EOT
     num_documents = 0;
     for (int i = 0, start = 0; i < count; i++) {
         const bool eot = longest > 0 && i > 0 && (left-- == 0 || i == count - 1);
@@ -426,7 +426,7 @@ static Tokens numbered(int count, int longest) {
     return tokens_open_as(path, 65536, FORMAT_UINT16);
 }
 
-// Streams that do not overlap, cover all, and begin again with a fresh state. Then all that different processes see.
+// Streams must not overlap, must cover the data, and must begin again with a fresh state. Then the parts of all ranks.
 static void test_streams(void) {
     static const struct {
         int count, rows, length;
@@ -474,7 +474,7 @@ static void open_reader(const void *argument) {
     reader_new(&t, "training", 1, a->rows, a->length, a->eot, true);
 }
 
-// One reader of all rows, and readers of what each of 6 processes has: 3 groups of rows, 2 parts of each sequence.
+// One reader of everything against readers of the parts of 6 ranks: 3 data-parallel x 2 chunk-parallel.
 static void check_parts(const char *name, int eot, bool carry) {
     enum { ROWS = 12, ACCUM = 2, FIRST = 4 };
     int right = 1;
@@ -506,8 +506,8 @@ static void check_parts(const char *name, int eot, bool carry) {
     check_true(name, right);
 }
 
-// Documents that are carried: a row holds a document, from its start to its end; each is begun once before any is
-// begun again, in the order of steps and rows.
+// Carried documents: a row reads a document from start to end, and each document is started once before any is started
+// again, in the order of steps and rows.
 static void test_carried_documents(void) {
     static const struct {
         int count, longest, rows, length;
@@ -518,7 +518,7 @@ static void test_carried_documents(void) {
         const int rows = cases[k].rows, length = cases[k].length;
         const size_t size = (size_t)(rows * length) * sizeof *inputs;
         static int begun[N], order[2][N];
-        int drawn = 0, at[MOST] = {0}, end[MOST] = {0}; // `at` of a row: its next input
+        int drawn = 0, at[MOST] = {0}, end[MOST] = {0}; // at: the next input of each row
         bool other_fresh[MOST], seed_matters = false;
         memset(begun, 0, sizeof begun), memset(order, 0, sizeof order);
         Tokens t = numbered(cases[k].count, cases[k].longest);
@@ -530,7 +530,7 @@ static void test_carried_documents(void) {
             reader_step(&six, step, inputs, targets, fresh);
             reader_step(&r, step, other, unused, fresh);
             seed_matters |= memcmp(inputs, other, size) != 0;
-            reader_step(&r, step, inputs, targets, fresh); // the same step once more
+            reader_step(&r, step, inputs, targets, fresh); // the same step again
             whole &= memcmp(inputs, other, size) == 0;
             for (int b = 0; b < rows; b++) {
                 const int32_t *in = inputs + b * length, *out = targets + b * length;
@@ -567,11 +567,11 @@ static void test_carried_documents(void) {
     reader_step(&r, 1000000, inputs, targets, fresh);
     const double took = seconds() - start;
     printf("    a million steps of %d rows, each a document: %.2f s\n", ROWS, took);
-    check_true("carried documents: a late step is reached within seconds", took < 20); // a slow build, a busy machine
+    check_true("carried documents: a late step is reached within seconds", took < 20); // allows for a slow build and a busy machine
     reader_free(&r);
 }
 
-// Documents that are cut into rows: every token is a target of exactly one row; rows are drawn alike.
+// Documents cut into rows: every token is a target of exactly one row, and all rows are equally likely.
 static void test_cut_documents(void) {
     enum { STEPS = 400 };
     int right = 1;
@@ -583,7 +583,7 @@ static void test_cut_documents(void) {
         reader_step(&r, step, inputs, targets, fresh);
         for (int b = 0; b < MOST; b++) {
             const int32_t *in = inputs + b * L, *out = targets + b * L;
-            // an EOT's position: one before its target's; else the value says it
+            // the position: the value of the token minus 1, or, for an EOT, one before that of its target
             const int first = in[0] > 0 ? in[0] - 1 : out[0] - 2, d = document_at[first + 1];
             right &= fresh[b] && (first - documents[d].start) % L == 0;
             for (int i = 0; i < L; i++) {

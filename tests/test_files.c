@@ -1,5 +1,5 @@
 // Checks of the file formats: ./test_files [path of compare]
-// JSON; safetensors round trips and refusals; and, if its path is given, what ./compare says and returns.
+// JSON; safetensors round trips and refusals; and, if its path is given, output and exit status of ./compare.
 #include <math.h>     // defines: NAN
 #include <stdarg.h>   // defines: va_list
 #include <stdlib.h>   // defines: mkdtemp
@@ -62,7 +62,7 @@ static void test_json(void) {
 
 // ---------------------------------------------------------------- safetensors
 
-// Writes one tensor called x (and a config) in two pieces.
+// Writes one tensor called x (and a config) in two parts.
 static bool write_tensor(const char *path, const char *name, StType type, int64_t rows, const void *data,
                          size_t bytes) {
     StWriter w;
@@ -85,7 +85,8 @@ static void test_round_trip(const char *label, StType type, StType as, const voi
     st_close(&f);
 }
 
-// Every number of 16 bits: exact, infinite, or NaN with its sign. There is no writer of F16: BF16 is written, and renamed.
+// All 16-bit patterns: finite ones exactly, infinities, NaN with its sign. F16 cannot be written, so the file is
+// written as BF16 and its header is changed.
 static void test_f16(void) {
     static uint16_t halves[65536];
     static double values[65536];
@@ -96,7 +97,7 @@ static void test_f16(void) {
     FILE *file = fopen(file_a, "r+b");
     char header[200] = "", *type;
     ok = ok && fread(header + 1, 1, sizeof header - 2, file) > 0;
-    for (int i = 0; i < 9; i++) header[i] = ' '; // the length's bytes may be zero
+    for (int i = 0; i < 9; i++) header[i] = ' '; // overwrites the length, whose bytes may be zero
     type = ok ? strstr(header, "\"BF16\"") : NULL;
     ok = type != NULL && fseek(file, type - header - 1, SEEK_SET) == 0 && fputs("\"F16\" ", file) >= 0;
     fclose(file);
@@ -116,7 +117,7 @@ static void test_f16(void) {
     st_close(&f);
 }
 
-// A file of other types opens, and says which tensor it is that cannot be read.
+// A file of other types opens, and reading such a tensor fails with its name.
 static void test_other_types(void) {
     static const char *const types[] = {"BOOL", "U8",      "I8",      "U16", "I16", "U32",
                                         "U64",  "F8_E4M3", "F8_E5M2", "F4",  "Q3_K"};
@@ -172,7 +173,7 @@ static void test_round_trips(void) {
     check(ok && f.tensors->ndim == 0 && st_count(f.tensors) == 1, "a scalar");
     st_close(&f);
 
-    // a writer that fails leaves the old file, and nothing else
+    // a failed writer leaves the old file unchanged, and no other file
     char tmp[80];
     snprintf(tmp, sizeof tmp, "%s.tmp", file_a);
     check(!write_tensor(file_a, "x", ST_I64, 2, wide, 24) && strstr(err, "incomplete"), "too little data: %s", err);
@@ -184,7 +185,8 @@ static void test_round_trips(void) {
           err);
 }
 
-// A file with this header and this many bytes of data must be refused, with the file's name and these words.
+// A file with this header and this many bytes of data must be refused; the message must have the file's name and
+// `words`.
 static void test_refusal(const char *header, uint64_t length, size_t data, const char *words) {
     FILE *out = fopen(file_b, "wb");
     StFile f;
@@ -259,7 +261,7 @@ static void test_refusals(void) {
     check(!write_tensor(folder, "x", ST_F64, 0, &f, 8) && strstr(err, "not a regular file"), "not written: %s", err);
 }
 
-// The last two of 750 million numbers, behind 3 GB that take no space on the disk.
+// The last two of 750 million numbers in a sparse file of 3 GB.
 static void test_large(void) {
     static const char header[] = "{" ENTRY("x", "F32", "750000000", "0", "3000000000") "}";
     const uint64_t length = sizeof header - 1;
@@ -283,8 +285,8 @@ static void test_large(void) {
 
 // ---------------------------------------------------------------- compare
 
-// What a program returned, -1 if a signal ended it; `status` is wait()'s. A function, since WEXITSTATUS() of an
-// expression does not compile on macOS.
+// The exit status of a program, -1 if a signal ended it, from the status of wait(). A function, since WEXITSTATUS() of
+// an expression does not compile on macOS.
 static int exit_status(int status) { return WIFEXITED(status) ? WEXITSTATUS(status) : -1; }
 
 // Runs compare on two files of one tensor each; it must return the status and print the words.
@@ -300,7 +302,7 @@ static void test_compare(const char *program, const char *options, const char *n
           got, words);
 }
 
-// The mark must stand under the tensor that comes first in data-flow order, whatever the order in the file.
+// The first failure must be marked in data-flow order, whatever the order in the file.
 static void test_order(const char *program) {
     static const char *const names[] = {"embed.weight", "layers.0.mega.wz.weight", "layers.1.mega.wz.weight",
                                         "layers.1.mega.wh2.weight", "output.output.weight"};
@@ -330,7 +332,7 @@ static void test_order(const char *program) {
           "compare: gradients from output to embedding, first marked");
 }
 
-// Doubles whose squares a double cannot hold: a sum of them that overflows, or is 0, must not pass for equality.
+// Doubles whose squares overflow or underflow: then the tensors must not count as equal.
 static void test_extremes(const char *program) {
     const double pairs[][2] = {{1.35e154, 1e153}, {1e200, 2e200}, {3e-170, 6e-170}};
     char command[512];
@@ -346,7 +348,7 @@ static void test_extremes(const char *program) {
     }
 }
 
-// A file with the header that is given by its entries, and 64 bytes of data: floats 1, 2, 3, ...
+// Writes a file with these header entries and 64 bytes of data: floats 1, 2, 3, ...
 static void write_entries(const char *path, const char *entries) {
     const uint64_t length = strlen(entries) + 2;
     FILE *out = fopen(path, "wb");
@@ -359,7 +361,7 @@ static void write_entries(const char *path, const char *entries) {
     fclose(out);
 }
 
-// Compares two such files: the status, and the words that must be printed; those behind a '!' must not.
+// Compares two such files, and checks the exit status and the words that must be printed, or must not, after a '!'.
 static void test_entries(const char *program, const char *a, const char *b, int status, const char *const *words) {
     char command[512], output[8192];
     write_entries(file_a, a), write_entries(file_b, b);
@@ -377,7 +379,7 @@ static void test_entries(const char *program, const char *a, const char *b, int 
 }
 
 static void test_types(const char *program) {
-    // other types are listed, and nothing else changes
+    // other types are only listed
     test_entries(
         program, ENTRY("act.a", "F32", "14", "0", "56") "," ENTRY("m", "BOOL", "8", "56", "64"),
         ENTRY("act.a", "F32", "14", "0", "56") "," ENTRY("m", "BOOL", "8", "56", "64"), 0,
@@ -392,14 +394,14 @@ static void test_types(const char *program) {
                                        "first failure in data-flow order: B has type I8", NULL});
     test_entries(program, ENTRY("a", "U8", "64", "0", "64"), ENTRY("a", "U8", "64", "0", "64"), 1,
                  (const char *const[]){"nothing was compared", "0 tensors compared", NULL});
-    // the loss as a scalar and as a vector of one
+    // the loss as a scalar and as a vector of one element
     test_entries(program, ENTRY("loss", "F32", "", "0", "4") "," ENTRY("x", "F32", "15", "4", "64"),
                  ENTRY("loss", "F32", "1", "0", "4") "," ENTRY("x", "F32", "15", "4", "64"), 0,
                  (const char *const[]){"2 tensors compared, 2 passed, 0 failed", NULL});
     test_entries(program, ENTRY("loss", "F32", "1", "0", "4") "," ENTRY("x", "F32", "15", "4", "64"),
                  ENTRY("loss", "F32", "", "0", "4") "," ENTRY("x", "F32", "15", "4", "64"), 0,
                  (const char *const[]){"2 tensors compared, 2 passed, 0 failed", NULL});
-    // what B misses, or has in another shape, is the first, and is not among those compared
+    // a tensor that B lacks, or has in another shape, is marked as the first failure and not counted as compared
     test_entries(program, ENTRY("act.a", "F32", "15", "0", "60") "," ENTRY("loss", "F32", "1", "60", "64"),
                  ENTRY("z", "F32", "15", "0", "60") "," ENTRY("loss", "F32", "1", "60", "64"), 1,
                  (const char *const[]){"first failure in data-flow order: not in B",

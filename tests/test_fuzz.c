@@ -1,7 +1,8 @@
-// Every reader of files: whatever the bytes, none may crash, hang or read what is not there, and what is accepted must
-// be consistent. Built with -DLIBFUZZER (make fuzz) they look for such bytes, FUZZ_TARGET names one. In make test they
-// read what is kept in tests/corpus, and a valid file of each kind: whole, cut short anywhere, with any byte changed;
-// with SANITIZE=1 that says most. `test_fuzz --seeds DIR` leaves the valid files there.
+// Fuzzing of every reader of files: whatever the bytes, a reader must not crash, hang or read out of bounds, and what
+// it accepts must be consistent. Built with -DLIBFUZZER (make fuzz), libFuzzer generates the bytes for the reader that
+// FUZZ_TARGET names. In make test the readers get the files of tests/corpus, and a valid file of each kind: complete,
+// cut short at every length, and with every byte changed; SANITIZE=1 finds the most. `test_fuzz --seeds DIR` writes the
+// valid files to DIR.
 #define _GNU_SOURCE   // system.c needs it
 #include <dirent.h>   // defines: opendir, readdir
 #include <fcntl.h>    // defines: open
@@ -15,8 +16,9 @@
 #include "../plumbing/plumbing.h"
 
 // ----------------------------------------------------------------------------
-// Some readers end the program when they refuse a file. Here they come back to the target instead, and what they had
-// open is closed. Files are copied, not mapped: AddressSanitizer sees the end of an allocation, not of a mapping.
+// Some readers end the program when they refuse a file. Here fatal() jumps back to the target instead, and open files
+// are closed. Files are copied instead of mapped, since AddressSanitizer detects reads beyond an allocation, not a
+// mapping.
 
 static jmp_buf refused;
 static StFile *opened;
@@ -58,7 +60,7 @@ static void *map_copy(size_t size, int fd) {
 // ----------------------------------------------------------------------------
 // targets
 
-typedef void Target(const char *path, const uint8_t *bytes, size_t size); // a file: its path, its bytes
+typedef void Target(const char *path, const uint8_t *bytes, size_t size); // path and contents of a file
 
 static const Config tiny = {.num_layers = 1,
                             .model_dim = 4,
@@ -76,13 +78,13 @@ static const Config tiny = {.num_layers = 1,
                             .norm_affine = 1,
                             .norm_eps = 1e-5,
                             .rope_base = 1e4};
-enum { TOKENS = 264, ROWS = 2 }; // of the tokenizer; of states
+enum { TOKENS = 264, ROWS = 2 }; // vocabulary size of the tokenizer; rows of states
 
 static void demand(bool ok) {
     if (!ok) abort();
 }
 
-static char *text_of(const uint8_t *bytes, size_t size) { // NUL-terminated, and not a byte more
+static char *text_of(const uint8_t *bytes, size_t size) { // NUL-terminated, in an allocation of size + 1 bytes
     char *text = malloc(size + 1);
     demand(text != NULL);
     memcpy(text, bytes, size);
@@ -100,7 +102,7 @@ static void run_json(const char *path, const uint8_t *bytes, size_t size) {
     json_begin(&j, text, size);
     json_skip(&j);
     demand(json_end(&j) == (j.error[0] == 0));
-    json_begin(&j, text, size); // once more by kind, which a key's first letter says
+    json_begin(&j, text, size); // again, reading each value as the type that the first letter of its key selects
     json_object(&j);
     while (json_object_next(&j, word, sizeof word)) {
         if (word[0] == 'i') json_int(&j, &whole);
@@ -212,7 +214,7 @@ static void run_batch(const char *path, const uint8_t *bytes, size_t size) {
     free(inputs), free(targets);
 }
 
-// A vocabulary of 300 refuses some of what 16 bits can say, and no bytes. Every format.
+// In every format. A vocabulary of 300 refuses some uint16 tokens and no bytes.
 static void run_tokens(const char *path, const uint8_t *bytes, size_t size) {
     (void)bytes;
     enum { L = 4 };
@@ -256,7 +258,7 @@ static const struct {
     {"state", run_state},      {"batch", run_batch},   {"tokens", run_tokens},   {"tokenizer", run_tokenizer}};
 enum { NUM_TARGETS = sizeof targets / sizeof targets[0] };
 
-// Runs a target on these bytes, which are put into one file that stays open: much faster than a new one.
+// Runs a target on these bytes. They are written to one file that stays open, which is much faster than a new file.
 static char scratch[] = "build/fuzz_XXXXXX";
 static void run_target(Target *run, const uint8_t *bytes, size_t size) {
     static int file = -1;
@@ -267,7 +269,7 @@ static void run_target(Target *run, const uint8_t *bytes, size_t size) {
     if (setjmp(refused) == 0) run(scratch, bytes, size);
 }
 
-// What longjmp leaves behind is no fault.
+// longjmp leaks memory, which is not an error here.
 const char *__asan_default_options(void);
 const char *__asan_default_options(void) { return "detect_leaks=0"; }
 
@@ -277,13 +279,14 @@ const char *__asan_default_options(void) { return "detect_leaks=0"; }
 #ifdef LIBFUZZER
 size_t LLVMFuzzerMutate(uint8_t *bytes, size_t size, size_t most);
 
-// A safetensors file begins with the length of its header, which a mutation of that would nearly always break.
+// A safetensors file begins with the length of its header. Mutations would almost always make it invalid, so it is
+// recomputed.
 size_t LLVMFuzzerCustomMutator(uint8_t *bytes, size_t size, size_t most, unsigned seed) {
     uint64_t length = 0;
     const bool header = size > 9 && bytes[8] == '{';
     size = LLVMFuzzerMutate(bytes, size, most);
     if (!header || size < 9 || seed % 8 == 0) return size;
-    while (8 + length < size && bytes[8 + length] >= ' ') length++; // data are taken to begin with a 0
+    while (8 + length < size && bytes[8 + length] >= ' ') length++; // the data are assumed to begin with a 0 byte
     memcpy(bytes, &length, sizeof length);
     return size;
 }
@@ -344,7 +347,7 @@ static void write_tokenizer(const char *path) {
     write_file(path, bytes, at);
 }
 
-// One valid file, at path.
+// Writes a valid file to path.
 static void write_seed(const char *target, const char *path) {
     static const char json[] =
         "{\"i\": -12, \"n\": 1.5e3, \"b\": true, \"s\": \"\\u00e9\\n\", \"a\": [1, 2], \"z\": null}";
@@ -369,7 +372,7 @@ static void write_seed(const char *target, const char *path) {
     }
 }
 
-// Whether the target's own reader takes the file.
+// Returns whether the target's reader accepts the file.
 static bool accepted(const char *target, const char *path) {
     char err[ST_ERR];
     StFile f = {0};
@@ -388,7 +391,7 @@ static bool accepted(const char *target, const char *path) {
         ok = t != NULL;
         if (ok) tokenizer_free(t);
     } else {
-        ok = true; // the others say nothing, or are tested in test_files.c
+        ok = true; // the other readers return nothing, or are tested in test_files.c
     }
     return ok;
 }
@@ -399,7 +402,7 @@ static bool valid(const char *target, const char *path) {
     return setjmp(refused) == 0 && accepted(target, path);
 }
 
-// Runs the target on the file cut short, and with one byte changed, at every place.
+// Runs the target on the file cut short at every length, and with each byte changed.
 static int damage(Target *run, const char *path) {
     const size_t size = read_file(path);
     for (size_t i = 0; i < size; i++) {

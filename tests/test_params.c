@@ -15,7 +15,7 @@ static void test_counts(void) {
     }
 }
 
-// Names and shapes of one model, in order, spelled out.
+// Names and shapes of all tensors of one model, in order.
 static void test_names(void) {
     static const char *const expected[] = {"embed.weight (11,6)",
                                            "layers.0.mega.gamma (2,4)",
@@ -71,7 +71,7 @@ static void test_names(void) {
     free(tensors);
 }
 
-// The known answers of the authors of Philox (Random123), as (counter, key) -> numbers.
+// Known answers of Philox from Random123: (counter, key) -> numbers.
 static void test_philox(void) {
     static const uint32_t answers[][10] = {
         {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
@@ -86,7 +86,7 @@ static void test_philox(void) {
     }
 }
 
-// Mean and deviation of tensors of the enwik8 preset against what initial values should have.
+// Mean and standard deviation of initial values of the enwik8 preset against those of their distributions.
 static void test_init(void) {
     const Config *c = &megalodon_presets[6].config;
     static const struct {
@@ -114,7 +114,7 @@ static void test_init(void) {
         }
         for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++) {
             double s = rows[r].deviation,
-                   allowed = 4 / sqrt((double)t->size); // four deviations of the estimates
+                   allowed = 4 / sqrt((double)t->size); // four standard errors
             if (strcmp(t->name, rows[r].name) != 0) continue;
             check_true(t->name, fabs(mean) <= s * allowed && fabs(sqrt(square) - s) <= s * allowed &&
                                     most <= rows[r].limit * (1 + 1e-6) && memcmp(x, again, t->size * sizeof *x) == 0);
@@ -132,7 +132,7 @@ static void test_init(void) {
     free(tensors);
 }
 
-// The other ways in which linear weights may begin; what is no linear weight begins as ever.
+// The other init modes of linear weights; other tensors must be as with he.
 static void test_init_modes(void) {
     static const struct {
         InitMode mode;

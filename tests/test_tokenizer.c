@@ -1,5 +1,5 @@
-// The tokenizer against SentencePiece, whose tokens of tests/data/tokenizer.txt dev/make_tokenizer_fixture.py has kept;
-// any bytes, there and back; and files that must be refused.
+// The tokenizer against SentencePiece, whose tokens of tests/data/tokenizer.txt dev/make_tokenizer_fixture.py has
+// stored; round trips of arbitrary bytes; files that must be refused.
 //     build/test_tokenizer FILE COUNT < TEXT > IDS    encodes with another tokenizer.bin of COUNT tokens: int32
 #define _GNU_SOURCE // string.h: memmem
 #include "../plumbing/plumbing.h"
@@ -57,7 +57,7 @@ static void test_ids(const Tokenizer *t, Bytes text) {
     check_true("each of its lines' tokens, too", lines == same && lines > 20 && at == expected.count);
 }
 
-// The tokens' bytes put together are the text, but for U+2581, which is a space to SentencePiece.
+// Decoding must give the text, except that U+2581 becomes a space, as in SentencePiece.
 static bool survives(const Tokenizer *t, const unsigned char *text, size_t n) {
     size_t count, length, at = 0;
     int32_t *ids = tokenizer_encode(t, text, n, true, &count);
@@ -110,7 +110,7 @@ static void test_pieces(const Tokenizer *t) {
     ids = tokenizer_encode(t, (const unsigned char *)"----------------", 16, true, &count);
     check_true("the longest token is found", count == 2 && tokenizer_piece(t, ids[1], false, &length) && length == 16);
     free(ids);
-    // going on with a text: no space of SentencePiece's before it, so that a word can go on
+    // continuing a text: no space is put before it, so that a word can be continued
     ids = tokenizer_encode(t, (const unsigned char *)"the the", 7, false, &count);
     const unsigned char *first = tokenizer_piece(t, ids[0], false, &length);
     check_true("a text that goes on begins without a space",
@@ -120,7 +120,7 @@ static void test_pieces(const Tokenizer *t) {
     ids = tokenizer_encode(t, (const unsigned char *)" the the", 8, false, &count);
     check_true("  and its own space is enough", count == 2 && ids[0] == ids[1]);
     free(ids);
-    // padding, and bytes where there is no tokenizer
+    // padding, and bytes without a tokenizer
     const unsigned char *byte = tokenizer_piece(NULL, 200, true, &length);
     check_true("without a tokenizer tokens are bytes", *byte == 200 && length == 1 && tokenizer_count(NULL) == 256);
     tokenizer_piece(NULL, 256, true, &control), tokenizer_piece(t, VOCAB_SIZE, true, &length);
@@ -151,14 +151,14 @@ static void test_long(const Tokenizer *t, Bytes text) {
     const double begun = seconds();
     int32_t *ids = tokenizer_encode(t, b.bytes, b.size, true, &count);
     const double took = seconds() - begun;
-    memset(b.bytes, '-', b.size); // neighbours that merge everywhere
+    memset(b.bytes, '-', b.size); // all neighbours can be merged
     const double again = seconds();
     free(tokenizer_encode(t, b.bytes, b.size, true, &m));
     const double one = seconds() - again;
     for (size_t i = 0; i < count; i++) hash = (hash ^ (uint64_t)ids[i]) * 1099511628211u;
     printf("%zu bytes to %zu tokens in %.3f s; one character again and again in %.3f s\n", b.size, count, took, one);
     check_true("a long text's tokens are SentencePiece's", count == LONG_TOKENS && hash == LONG_HASH);
-    // merging by search after search would take minutes; a loaded machine with a sanitizer still does not take seconds
+    // searching for every merge anew would take minutes; the heap takes less than seconds even with sanitizers
     check_true("in a time that does not grow with its square", took < 3 && one < 3);
     free(ids), free(b.bytes);
 }
@@ -166,7 +166,7 @@ static void test_long(const Tokenizer *t, Bytes text) {
 // ----------------------------------------------------------------------------
 // files
 
-// Reads a copy of exactly these bytes, so that a sanitizer sees a step beyond them.
+// Reads a copy of exactly these bytes, so that sanitizers detect reads beyond them.
 static bool refused(const unsigned char *bytes, size_t size, int vocab_size) {
     unsigned char *copy = malloc(size > 0 ? size : 1);
     memcpy(copy, bytes, size);
@@ -185,7 +185,7 @@ static void refuse(Bytes file, int vocab_size, const char *reason) {
     if (!ok) printf("    said '%s'\n", err);
 }
 
-static size_t offset_of(Bytes file, int token) { // of its score; its length and its bytes follow
+static size_t offset_of(Bytes file, int token) { // offset of its score, which its length and its bytes follow
     size_t at = 4;
     for (int32_t length; token > 0; token--, at += 8 + (size_t)length) memcpy(&length, file.bytes + at + 4, 4);
     return at;
@@ -205,7 +205,7 @@ static void test_refusals(Bytes file) {
     const float nan = NAN, infinite = -INFINITY;
     int truncated = 0;
     int32_t longest;
-    // Cut between two tokens, a file is one of fewer tokens for a padded vocabulary, unless its longest piece is lost.
+    // Cut between two tokens, a file is a valid one for a padded vocabulary, unless it loses its longest piece.
     for (size_t n = 0; n < file.size; n++) truncated += refused(file.bytes, n, VOCAB_SIZE);
     int whole = 0;
     for (int i = 0; i < VOCAB_SIZE; i++) whole += !refused(file.bytes, offset_of(file, i), VOCAB_SIZE);
@@ -229,7 +229,7 @@ static void test_refusals(Bytes file) {
     damage(file, offset_of(file, 300) + 4, &short_by_one, 4, "token 300: has -1 bytes");
     damage(file, offset_of(file, 300) + 4, &large, 4, "token 300: has 1073741824 bytes");
     damage(file, offset_of(file, 3 + 65) + 8, "<0x42>", 6, "token 68 is not <0x41>: no byte fallback");
-    // a file that is whole, but of too few tokens to have all bytes
+    // a valid file with too few tokens for all bytes
     unsigned char *few = malloc(offset_of(file, 100));
     memcpy(few, file.bytes, offset_of(file, 100));
     memcpy(few, &(int32_t){6}, 4);
@@ -244,8 +244,8 @@ static void append(Bytes *file, float score, const void *piece, int32_t length) 
     file->size += 8 + (size_t)length;
 }
 
-// More tokens, of the highest scores, that must change nothing: one more ' the', an empty one, and what leads to the
-// characters of a control token and of a byte, in a text that has them as characters.
+// Additional tokens with the highest scores that must not change the result: a second ' the', an empty one, and pieces
+// that merge to the characters of a control token and of a byte token, in a text that contains these characters.
 static void test_more_tokens(Bytes file) {
     static const char text[] = "the the <unk> <0x41>";
     static const char *const more[] = {" the", "", "<u", "<un", "<0", "<0x", "<0x4", "<unk", "<0x41"};
