@@ -196,34 +196,31 @@ static void dropout(real *out, const real *inp, Mask mask, size_t n) {
 // inp, out (B,L,D); mean, rstd (B,L,G). start, end: the state before the first token and after the last one. The kept
 // mean is double: where it is 10,000 times the deviation, rounding it to float costs 5e-4 of the deviation.
 
-// Chan's update: one more token's scalars x (g) join mean and M2. n is their count, this token included.
-static inline void moments_add(double *mean, double *m2, double n, const real *x, int g) {
-    double from = n > g ? *mean : x[0], s1 = 0, s2 = 0; // before the first token any value serves as mean
-#pragma omp simd reduction(+ : s1, s2)
-    for (int i = 0; i < g; i++) {
-        double d = x[i] - from;
-        s1 += d;
-        s2 += d * d;
-    }
-    *mean = from + s1 / n;
-    *m2 += s2 - s1 * s1 / n;
-}
-
+// out NULL: only the moments.
 static void timestep_norm_forward(real *out, double *mean, real *rstd, NormState end, const real *inp,
                                   const real *weight, const real *bias, NormState start, Dims d, double eps) {
     int B = d.B, L = d.L, D = d.D, G = d.G, g = D / G;
 #pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D))
     for (int b = 0; b < B; b++) {
         for (int j = 0; j < G; j++) {
-            const real *w = weight + (size_t)j * g, *bs = bias + (size_t)j * g;
+            const real *w = out ? weight + (size_t)j * g : NULL, *bs = out ? bias + (size_t)j * g : NULL;
             double m = start.mean ? start.mean[b * G + j] : 0, m2 = start.m2 ? start.m2[b * G + j] : 0;
             double n = start.count ? (double)g * (double)start.count[b] : 0;
             for (int t = 0; t < L; t++) {
                 size_t row = (size_t)b * L + t;
                 const real *x = inp + row * D + (size_t)j * g;
-                real *y = out + row * D + (size_t)j * g;
+                double from = n > 0 ? m : x[0], s1 = 0, s2 = 0; // before the first token any value serves as mean
+#pragma omp simd reduction(+ : s1, s2)
+                for (int i = 0; i < g; i++) {
+                    double deviation = x[i] - from;
+                    s1 += deviation;
+                    s2 += deviation * deviation;
+                }
                 n += g;
-                moments_add(&m, &m2, n, x, g);
+                m = from + s1 / n;
+                m2 += s2 - s1 * s1 / n;
+                if (!out) continue;
+                real *y = out + row * D + (size_t)j * g;
                 double r = 1 / sqrt(m2 / n + eps);
                 for (int i = 0; i < g; i++) y[i] = (real)((x[i] - m) * r) * (w[i] + 1) + bs[i];
                 mean[row * G + j] = m;
@@ -243,31 +240,31 @@ static void timestep_norm_forward(real *out, double *mean, real *rstd, NormState
 //
 // forward: y_t = (x_t - mean_t) rstd_t w + bias, with w = weight + 1
 // gives dmean_t = -rstd_t sum_group w dy_t and dvar_t = -1/2 rstd_t^3 sum_group w dy_t (x_t - mean_t).
-
-// One token's gradient joins U, V, W (sums). mean, rstd and n are those of the token; x, dy, weight (g).
-static inline void dmoments_add(double sums[3], const real *dy, const real *x, const real *weight, double mean,
-                                double rstd, double n, int g) {
-    double s = 0, dot = 0;
-#pragma omp simd reduction(+ : s, dot)
-    for (int i = 0; i < g; i++) {
-        double wdy = (weight[i] + 1) * dy[i];
-        s += wdy;
-        dot += wdy * (x[i] - mean);
-    }
-    double dmean = -rstd * s, dvar = -0.5 * rstd * rstd * rstd * dot;
-    sums[0] += dmean / n;
-    sums[1] += dvar / n;
-    sums[2] += dvar / n * mean;
-}
-
+//
 // The gradient of a token has its own y, and the three sums:
 //
 //     dx_s = rstd_s w dy_s + U_s + 2 (x_s V_s - W_s)
 //          = rstd_s w dy_s + U_s - 2 (W_s - mean_s V_s) + 2 V_s (x_s - mean_s)
 //
 // The last form subtracts large numbers once for each token, not for each element.
+
+// out (n) = sum of those residuals that are not NULL, from element `at` on. out may be part of one of them. The cases are
+// separate loops: a vectorised `a ? a[i] : 0` would become a masked load, which is very slow where a is NULL.
+static inline void residual_sum(real *out, const real *const residuals[2], size_t at, int n) {
+    const real *a = residuals ? residuals[0] : NULL, *b = residuals ? residuals[1] : NULL;
+    if (a && b) {
+#pragma omp simd
+        for (int i = 0; i < n; i++) out[i] = a[at + i] + b[at + i];
+    } else if (a || b) {
+        memmove(out, (a ? a : b) + at, (size_t)n * sizeof *out);
+    } else {
+        memset(out, 0, (size_t)n * sizeof *out);
+    }
+}
+
 // dstate (B,G,3), or NULL: in: U, V, W of all later tokens; out: those at the first token. Each of the two residuals,
-// which may be NULL, is added to dinp: gradients of other paths on which x reaches the loss. dinp may be one of them.
+// which may be NULL, is added to dinp: gradients of other paths on which x reaches the loss. dinp may be one of them, or
+// NULL: only dstate.
 static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, double *dstate, const real *dout,
                                    const real *const residuals[2], const real *inp, const real *weight,
                                    const double *mean, const real *rstd, const int64_t *count, Dims d) {
@@ -278,22 +275,32 @@ static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, doubl
             const real *w = weight + (size_t)j * g;
             double n = (count ? (double)g * (double)count[b] : 0) + (double)g * L, sums[3] = {0};
             if (dstate) memcpy(sums, dstate + 3 * ((size_t)b * G + j), sizeof sums);
+            double U = sums[0], V = sums[1], W = sums[2];
             for (int t = L - 1; t >= 0; t--, n -= g) {
                 size_t row = (size_t)b * L + t, at = row * D + (size_t)j * g;
                 const real *x = inp + at, *dy = dout + at;
-                double m = mean[row * G + j], r = rstd[row * G + j];
-                dmoments_add(sums, dy, x, w, m, r, n, g);
-                double U = sums[0], V = sums[1], W = sums[2], shift = U - 2 * (W - m * V);
-                const real *res0 = residuals && residuals[0] ? residuals[0] + at : NULL;
-                const real *res1 = residuals && residuals[1] ? residuals[1] + at : NULL;
+                double m = mean[row * G + j], r = rstd[row * G + j], s = 0, dot = 0;
+#pragma omp simd reduction(+ : s, dot)
                 for (int i = 0; i < g; i++) {
-                    real dx = (real)(r * (w[i] + 1) * dy[i] + shift + 2 * V * (x[i] - m));
-                    dinp[at + i] = dx + (res0 ? res0[i] : 0) + (res1 ? res1[i] : 0);
+                    double wdy = (w[i] + 1) * dy[i];
+                    s += wdy;
+                    dot += wdy * (x[i] - m);
                 }
+                double dmean = -r * s, dvar = -0.5 * r * r * r * dot;
+                U += dmean / n;
+                V += dvar / n;
+                W += dvar / n * m;
+                if (!dinp) continue;
+                real *dx = dinp + at;
+                double shift = U - 2 * (W - m * V);
+                residual_sum(dx, residuals, at, g);
+                for (int i = 0; i < g; i++) dx[i] += (real)(r * (w[i] + 1) * dy[i] + shift + 2 * V * (x[i] - m));
             }
+            sums[0] = U, sums[1] = V, sums[2] = W;
             if (dstate) memcpy(dstate + 3 * ((size_t)b * G + j), sums, sizeof sums);
         }
     }
+    if (!dinp) return;
     sum_rows(dweight, dout, inp, mean, rstd, B * L, D, G);
     sum_rows(dbias, dout, NULL, NULL, NULL, B * L, D, 1);
 }
@@ -306,35 +313,15 @@ static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, doubl
 
 // sum.mean, sum.m2 (B,G): moments of these tokens alone.
 static void timestep_norm_reduce(NormState sum, const real *inp, Dims d) {
-    int B = d.B, L = d.L, D = d.D, G = d.G, g = D / G;
-#pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D))
-    for (int b = 0; b < B; b++) {
-        for (int j = 0; j < G; j++) {
-            double m = 0, m2 = 0;
-            for (int t = 0; t < L; t++) {
-                moments_add(&m, &m2, (t + 1.0) * g, inp + ((size_t)b * L + t) * D + (size_t)j * g, g);
-            }
-            sum.mean[b * G + j] = m, sum.m2[b * G + j] = m2;
-        }
-    }
+    const NormState fresh = {NULL, NULL, NULL};
+    timestep_norm_forward(NULL, NULL, NULL, sum, inp, NULL, NULL, fresh, d, 0);
 }
 
 // The same for the backward pass: dstate (B,G,3) gets U, V, W of these tokens alone.
 static void timestep_norm_reduce_backward(double *dstate, const real *dout, const real *inp, const real *weight,
                                           const double *mean, const real *rstd, const int64_t *count, Dims d) {
-    int B = d.B, L = d.L, D = d.D, G = d.G, g = D / G;
-#pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D))
-    for (int b = 0; b < B; b++) {
-        for (int j = 0; j < G; j++) {
-            double n = (count ? (double)g * (double)count[b] : 0) + (double)g * L, sums[3] = {0};
-            for (int t = L - 1; t >= 0; t--, n -= g) {
-                size_t row = (size_t)b * L + t, at = row * D + (size_t)j * g;
-                dmoments_add(sums, dout + at, inp + at, weight + (size_t)j * g, mean[row * G + j], rstd[row * G + j], n,
-                             g);
-            }
-            memcpy(dstate + 3 * ((size_t)b * G + j), sums, sizeof sums);
-        }
-    }
+    memset(dstate, 0, (size_t)d.B * d.G * 3 * sizeof *dstate);
+    timestep_norm_backward(NULL, NULL, NULL, dstate, dout, NULL, inp, weight, mean, rstd, count, d);
 }
 
 // all (cp_size,2,B,G): every rank's moments. start.mean, start.m2 (B,G): in: those before the whole sequence, where count
@@ -702,6 +689,16 @@ static void rmsnorm_forward(real *out, real *rstd, const real *inp, const real *
     }
 }
 
+// a (D) = dy (weight + 1): the gradient before a norm's scale. weight NULL: a = dy.
+static inline void unscale(real *a, const real *dy, const real *weight, int D) {
+    if (!weight) {
+        memcpy(a, dy, (size_t)D * sizeof *a);
+        return;
+    }
+#pragma omp simd
+    for (int c = 0; c < D; c++) a[c] = dy[c] * (weight[c] + 1);
+}
+
 // forward: y_c = n_c (weight_c + 1), n_c = x_c rstd, d rstd/d x_c = -rstd^2 n_c/D
 // With a = (weight + 1) dy, the gradient w.r.t. n: x_c reaches the loss by n_c, and by rstd in every n of the row:
 // dx = rstd (a - n mean(a n)). The second term removes the part of a that would only change the length of x.
@@ -710,11 +707,13 @@ static void rmsnorm_backward(real *dinp, real *dweight, const real *dout, const 
 #pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
-        real *dx = dinp + (size_t)r * D, s = rstd[r], dot = 0;
+        real *a = dinp + (size_t)r * D, *dx = a, s = rstd[r], dot = 0; // a is kept where dx will be
+        unscale(a, dy, weight, D);
 #pragma omp simd reduction(+ : dot)
-        for (int c = 0; c < D; c++) dot += dy[c] * (weight ? weight[c] + 1 : 1) * (x[c] * s);
+        for (int c = 0; c < D; c++) dot += a[c] * (x[c] * s);
         dot /= D;
-        for (int c = 0; c < D; c++) dx[c] = s * (dy[c] * (weight ? weight[c] + 1 : 1) - x[c] * s * dot);
+#pragma omp simd
+        for (int c = 0; c < D; c++) dx[c] = s * (a[c] - x[c] * s * dot);
     }
     if (dweight) sum_rows(dweight, dout, inp, NULL, rstd, R, D, 1);
 }
@@ -761,6 +760,7 @@ static void qk_forward(real *q, real *k, const real *zn, const real *gamma, cons
 #pragma omp parallel for schedule(static) if (is_large((double)R * Z))
     for (int r = 0; r < R; r++) {
         size_t at = (size_t)r * Z;
+#pragma omp simd
         for (int c = 0; c < Z; c++) {
             q[at + c] = zn[at + c] * (gamma[c] + 1) * scale + beta[c];
             k[at + c] = zn[at + c] * (gamma[Z + c] + 1) * scale + beta[Z + c];
@@ -792,6 +792,7 @@ static void qk_backward(real *dzn, real *dgamma, real *dbeta, const real *dq, co
 #pragma omp parallel for schedule(static) if (is_large((double)R * Z))
     for (int r = 0; r < R; r++) {
         size_t at = (size_t)r * Z;
+#pragma omp simd
         for (int c = 0; c < Z; c++) {
             dzn[at + c] = (dq[at + c] * (gamma[c] + 1) + dk[at + c] * (gamma[Z + c] + 1)) * scale;
         }
@@ -907,12 +908,12 @@ static void silu_forward(real *out, const real *inp, size_t n) {
 }
 
 // forward: y = x s, s = sigmoid(x), s' = s (1 - s). So dx = dy (s + x s (1 - s)) = dy s (1 + x (1 - s)).
-// out, or NULL, gets the forward pass again, which needs the same sigmoid. dinp may be dout.
+// out, or NULL, gets the forward pass again. dinp may be dout.
 static void silu_backward(real *out, real *dinp, const real *dout, const real *inp, size_t n) {
+    if (out) silu_forward(out, inp, n);
 #pragma omp parallel for simd schedule(static) if (parallel : is_large((double)n))
     for (size_t i = 0; i < n; i++) {
         real s = sigmoid(inp[i]);
-        if (out) out[i] = inp[i] * s;
         dinp[i] = dout[i] * (s * (1 + inp[i] * (1 - s)));
     }
 }
@@ -925,10 +926,10 @@ static void gate_forward(real *out, const real *a, const real *b, size_t n) {
 
 // forward: y = a silu(b). So da = dy silu(b), db = dy a silu'(b). out, or NULL, gets y again. da may be dout.
 static void gate_backward(real *out, real *da, real *db, const real *dout, const real *a, const real *b, size_t n) {
+    if (out) gate_forward(out, a, b, n);
 #pragma omp parallel for simd schedule(static) if (parallel : is_large((double)n))
     for (size_t i = 0; i < n; i++) {
         real s = sigmoid(b[i]), dy = dout[i];
-        if (out) out[i] = a[i] * (b[i] * s);
         db[i] = dy * (a[i] * (s * (1 + b[i] * (1 - s))));
         da[i] = dy * (b[i] * s);
     }
@@ -1134,18 +1135,19 @@ static void layernorm_backward(real *dinp, real *dweight, real *dbias, const rea
 #pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
-        real *dx = dinp + (size_t)r * D, sum = 0, dot = 0;
+        real *a = dinp + (size_t)r * D, *dx = a, sum = 0, dot = 0; // a is kept where dx will be
         double m = mean[r], s = rstd[r];
+        unscale(a, dy, weight, D);
 #pragma omp simd reduction(+ : sum, dot)
         for (int c = 0; c < D; c++) {
-            real a = dy[c] * (weight ? weight[c] + 1 : 1);
-            sum += a;
-            dot += a * (real)((x[c] - m) * s);
+            sum += a[c];
+            dot += a[c] * (real)((x[c] - m) * s);
         }
         sum /= D, dot /= D;
+#pragma omp simd
         for (int c = 0; c < D; c++) {
-            real a = dy[c] * (weight ? weight[c] + 1 : 1), n = (real)((x[c] - m) * s);
-            dx[c] = (real)s * (a - sum - n * dot);
+            real n = (real)((x[c] - m) * s);
+            dx[c] = (real)s * (a[c] - sum - n * dot);
         }
     }
     if (dweight) {
