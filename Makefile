@@ -78,7 +78,8 @@ all: $(PROGRAMS)
 
 help:
 	@echo 'make             ./train, ./sample, ./compare'
-	@echo 'make cuda        the same programs for a GPU: train_cuda, sample_cuda (bfloat16), *_cuda_fp32 (float32)'
+	@echo 'make cuda        the same programs for a GPU: train_cuda, sample_cuda (bfloat16), *_cuda_fp32 (float32);'
+	@echo '                 PLAIN=1: without the fast kernels of kernels/'
 	@echo 'make diff        one batch on CPU and GPU, and every tensor side by side'
 	@echo 'make test-cuda   all checks of the CUDA version, and its speed; make bench-cuda: where the time goes'
 	@echo 'make test-emulated   its kernels on the CPU, where there is no GPU (needs a C++ compiler)'
@@ -139,14 +140,15 @@ build/double/train build/double/sample: %: %.o build/double/library.a
 	$(LINK)
 
 -include $(wildcard build/*.d build/double/*.d)
-.PRECIOUS: build/%.o build/double/%.o build/gpu/%.o build/gpu/%_fp32.o build/emulated/%.cu build/emulated/tests/%.cu build/emulated/plumbing/%.cu
+.PRECIOUS: build/%.o build/double/%.o build/gpu/%.o build/gpu/%_fp32.o build/emulated/%.cu build/emulated/tests/%.cu build/emulated/plumbing/%.cu build/emulated/%.cuh
 
 # ---------------------------------------------------------------- CUDA
 
 CUDA_PROGRAMS = train_cuda sample_cuda train_cuda_fp32 sample_cuda_fp32
 # Only where one of these is to be made, nvcc is run and asked.
 CUDA_GOALS := $(filter cuda test-cuda bench-cuda diff $(CUDA_PROGRAMS) build/gpu/%,$(MAKECMDGOALS))
-# The GPU of this machine, or CUARCH="80 90": code for each, and PTX of the last for those that come after.
+# The GPU of this machine, or CUARCH="75 80 90": code for each, and PTX of the last for later ones. bfloat16 needs 80. For
+# compute capability 9.0 the code is that of sm_90a, which has wgmma and TMA.
 CUARCH ?= native
 
 ifneq ($(CUDA_GOALS),)
@@ -157,20 +159,29 @@ ifeq ($(CUARCH),native)
 # What nvcc would compile for. Where it finds no GPU, as on a login node, it warns and takes an old architecture.
 GPUS := $(if $(CUDA_ROOT),$(shell $(NVCC) --dryrun -arch=native -x cu /dev/null 2>&1 | \
         sed -n -e 's/.*Cannot find valid GPU.*/none/p' -e 's/.* -arch compute_\([0-9]*\).*/\1/p'),native)
-ifneq ($(filter none 5% 6% 7%,$(or $(GPUS),none)),)
-override CUARCH := 80 90
-$(info nvcc finds no GPU of compute capability 8.0 or more on this machine: building for CUARCH="$(CUARCH)")
+ifneq ($(filter none 5% 6% 70 72,$(or $(GPUS),none)),)
+override CUARCH := 75 80 90
+$(info nvcc finds no GPU of compute capability 7.5 or more on this machine: building for CUARCH="$(CUARCH)")
+else ifneq ($(filter 75 90,$(GPUS)),)
+override CUARCH := $(GPUS)
 endif
 endif
+ifeq ($(CUARCH),75)
+CUDA_PROGRAMS = train_cuda_fp32 sample_cuda_fp32
 endif
-CUDA_LIBS = $(foreach d,lib64 lib,-L$(CUDA_ROOT)/$d -Xlinker -rpath,$(CUDA_ROOT)/$d) -lcublasLt $(if $(OMP),-Xcompiler $(OMP))
+endif
+CUDA_LIBS = $(foreach d,lib64 lib,-L$(CUDA_ROOT)/$d -Xlinker -rpath,$(CUDA_ROOT)/$d) -lcublas -lcublasLt $(if $(OMP),-Xcompiler $(OMP))
+# $(call code_for,ARCHITECTURES)
+code_for = $(if $(filter native,$(1)),-arch=native,$(foreach a,$(patsubst 90,90a,$(1)),-gencode \
+            arch=compute_$a,code=sm_$a) -gencode arch=compute_$(lastword $(1)),code=compute_$(lastword $(1)))
+BFLOAT16_CODE = $(call code_for,$(filter-out 75,$(CUARCH)))
+FLOAT32_CODE = $(call code_for,$(CUARCH))
 ALL_NVCCFLAGS = $(BASE_NVCCFLAGS) $(filter -D% -U% -I%,$(CPPFLAGS)) $(NVCCFLAGS)
-BASE_NVCCFLAGS = -std=c++17 -O3 $(if $(filter native,$(CUARCH)),-arch=native,$(foreach a,$(CUARCH),-gencode \
-            arch=compute_$a,code=sm_$a) -gencode arch=compute_$(lastword $(CUARCH)),code=compute_$(lastword $(CUARCH)))
-BASE_NVCCFLAGS += -Xcompiler -Wall,-Wextra $(if $(WERROR),--Werror all-warnings)
+BASE_NVCCFLAGS = -std=c++17 -O3
+BASE_NVCCFLAGS += -Xcompiler -Wall,-Wextra $(if $(WERROR),--Werror all-warnings) $(if $(PLAIN),-DMEGALODON_PLAIN)
 
 ifneq ($(CUDA_GOALS),)
-CUDA_FLAGS := $(strip $(NVCC) $(ALL_NVCCFLAGS))
+CUDA_FLAGS := $(strip $(NVCC) $(FLOAT32_CODE) $(ALL_NVCCFLAGS))
 ifneq ($(CUDA_FLAGS),$(shell cat build/gpu/flags 2>/dev/null))
 $(shell mkdir -p build/gpu; printf '%s\n' $(call quote,$(CUDA_FLAGS)) > build/gpu/flags)
 endif
@@ -178,17 +189,17 @@ endif
 
 # In bfloat16, and in float32 to compare with the CPU.
 vpath %.cu . tests dev plumbing
-GPU_SOURCES = megalodon.cu megalodon.h tests/cpu_layers.h build/gpu/flags
+GPU_SOURCES = megalodon.cu megalodon.h plumbing/model.h plumbing/device.cuh $(wildcard kernels/*.cuh) tests/cpu_layers.h build/gpu/flags
 build/gpu/peers.o: plumbing/peers.cu plumbing/peers.h plumbing/plumbing.h megalodon.h build/gpu/flags
-	$(NVCC) $(ALL_NVCCFLAGS) $(filter -I%,$(MPI)) -c $< -o $@
+	$(NVCC) $(FLOAT32_CODE) $(ALL_NVCCFLAGS) $(filter -I%,$(MPI)) -c $< -o $@
 build/gpu/%_fp32.o: %.cu $(GPU_SOURCES)
-	$(NVCC) $(ALL_NVCCFLAGS) -DMEGALODON_FP32 -c $< -o $@
+	$(NVCC) $(FLOAT32_CODE) $(ALL_NVCCFLAGS) -DMEGALODON_FP32 -c $< -o $@
 build/gpu/%.o: %.cu $(GPU_SOURCES)
-	$(NVCC) $(ALL_NVCCFLAGS) -c $< -o $@
+	$(NVCC) $(BFLOAT16_CODE) $(ALL_NVCCFLAGS) -c $< -o $@
 
 # Flags of the host's linker, which nvcc passes on.
 for_nvcc = $(foreach f,$(1),$(if $(filter -L% -l% %.o %.a %.so,$f),$f,-Xcompiler $(call quote,$(subst $(comma),\$(comma),$f))))
-GPU_LINK = $(NVCC) $(ALL_NVCCFLAGS) $(call for_nvcc,$(LDFLAGS)) $(filter %.o,$^) $(filter %.a,$^) $(CUDA_LIBS) $(call for_nvcc,$(ALL_LIBS)) -o $@
+GPU_LINK = $(NVCC) $(FLOAT32_CODE) $(ALL_NVCCFLAGS) $(call for_nvcc,$(LDFLAGS)) $(filter %.o,$^) $(filter %.a,$^) $(CUDA_LIBS) $(call for_nvcc,$(ALL_LIBS)) -o $@
 ifneq ($(MPI),)
 train_cuda train_cuda_fp32: build/ranks_peers.o build/gpu/peers.o
 train_cuda train_cuda_fp32: BASE_LIBS += $(filter -L% -l%,$(MPI))
@@ -235,11 +246,15 @@ endif
 EMULATED = build/emulated/test_cuda build/emulated/test_cuda_fp32 build/emulated/test_model_fp32
 ALL_CXXFLAGS = $(BASE_CXXFLAGS) $(CPPFLAGS) $(CXXFLAGS)
 BASE_CXXFLAGS = -std=c++17 -O2 $(NATIVE) $(SANITIZER) -Wall -Wextra -Wno-unknown-pragmas $(if $(WERROR),-Werror) \
-           -Itests/cuda_on_cpu -iquote . -iquote tests
+           $(if $(PLAIN),-DMEGALODON_PLAIN) -Itests/cuda_on_cpu -iquote . -iquote tests
 build/emulated/%.cu build/emulated/tests/%.cu build/emulated/plumbing/%.cu: %.cu tests/cuda_on_cpu/translate.awk
 	@mkdir -p $(@D)
 	awk -v file=$< -f tests/cuda_on_cpu/translate.awk $< > $@
-EMULATED_SOURCES = build/emulated/megalodon.cu $(wildcard tests/cuda_on_cpu/*.h) megalodon.h tests/cpu_layers.h
+build/emulated/%.cuh: %.cuh tests/cuda_on_cpu/translate.awk
+	@mkdir -p $(@D)
+	awk -v file=$< -f tests/cuda_on_cpu/translate.awk $< > $@
+EMULATED_SOURCES = build/emulated/megalodon.cu $(wildcard tests/cuda_on_cpu/*.h) megalodon.h plumbing/model.h tests/cpu_layers.h \
+                   $(addprefix build/emulated/,plumbing/device.cuh $(wildcard kernels/*.cuh))
 build/emulated/%.o: build/emulated/%.cu $(EMULATED_SOURCES)
 	$(CXX) $(ALL_CXXFLAGS) -c -x c++ $< -o $@
 build/emulated/%_fp32.o: build/emulated/%.cu $(EMULATED_SOURCES)
@@ -247,15 +262,16 @@ build/emulated/%_fp32.o: build/emulated/%.cu $(EMULATED_SOURCES)
 build/emulated/test_cuda: build/emulated/tests/test_cuda.o build/cpu_layers.o build/library.a
 build/emulated/test_cuda_fp32: build/emulated/tests/test_cuda_fp32.o build/cpu_layers.o build/library.a
 build/emulated/test_model_fp32: build/test_model.o build/emulated/megalodon_fp32.o build/library.a
-build/emulated/train_fp32: build/train.o $(if $(MPI),build/ranks_peers.o build/emulated/plumbing/peers.o) \
-                           build/emulated/megalodon_fp32.o build/library.a
+EMULATED_TRAIN = build/train.o $(if $(MPI),build/ranks_peers.o build/emulated/plumbing/peers.o)
+build/emulated/train: $(EMULATED_TRAIN) build/emulated/megalodon.o build/library.a
+build/emulated/train_fp32: $(EMULATED_TRAIN) build/emulated/megalodon_fp32.o build/library.a
 build/emulated/plumbing/peers.o: BASE_CXXFLAGS += -iquote plumbing $(filter -I%,$(MPI))
 build/emulated/plumbing/peers.o: plumbing/peers.h plumbing/plumbing.h
-build/emulated/train_fp32: BASE_LIBS += $(filter-out -I%,$(MPI))
-$(EMULATED) build/emulated/train_fp32:
+build/emulated/train build/emulated/train_fp32: BASE_LIBS += $(filter-out -I%,$(MPI))
+$(EMULATED) build/emulated/train build/emulated/train_fp32:
 	$(CXX) $(ALL_CXXFLAGS) $(LDFLAGS) $^ -rdynamic $(OMP) $(ALL_LIBS) -o $@
 
-test-emulated: $(EMULATED) build/emulated/train_fp32 train compare
+test-emulated: $(EMULATED) build/emulated/train build/emulated/train_fp32 train compare
 	@sh tests/run.sh $(EMULATED) tests/limits_emulated.sh tests/mpi_emulated.sh
 
 # Shared memory of every kernel of megalodon.cu, for all presets, and whether it fits 99, 163, 227 KB. Needs no GPU.

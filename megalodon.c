@@ -1570,37 +1570,6 @@ void megalodon_logits(Model *m, size_t first, size_t rows, real *dst) {
     linear_forward(dst, NULL, m->final + first * m->dims.D, m->params.output, NULL, (int)rows, m->dims.D, m->dims.V);
 }
 
-int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
-    Dims d = m->dims;
-    size_t R = (size_t)d.B * d.L;
-    assert(m->mode != MEGALODON_INFER);
-    if (layer < 0) { // of no layer
-        if (strcmp(name, "final_norm")) return 0;
-        if (dst) memcpy(dst, m->final, R * d.D * sizeof *dst);
-        return d.D;
-    }
-    const ActivationRow *row = activation_row(name);
-    if (!row) return 0;
-    int width = width_of(&d, row->width);
-    if (!dst) return width;
-    block_again(m, layer);
-    const LayerActs *a = &m->acts[layer];
-    const LayerParams *w = &m->params.layers[layer];
-    Scratch *s = &m->scratch;
-    const real *src = stored_activation(a, row);
-    if (!strcmp(name, "nffn.out")) {
-        src = m->x[layer + 1];
-    } else if (!strcmp(name, "mega.q") || !strcmp(name, "mega.k")) {
-        qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, NULL, NULL, d, m->config.norm_eps);
-        src = strcmp(name, "mega.q") ? s->k : s->q;
-    } else if (!strcmp(name, "mega.v") || !strcmp(name, "mega.r")) {
-        silu_forward(s->v, strcmp(name, "mega.v") ? a->r_pre : a->v_pre, R * d.E);
-        src = s->v;
-    }
-    memcpy(dst, src, R * width * sizeof *dst);
-    return width;
-}
-
 // ----------------------------------------------------------------------------
 // optimizer
 
@@ -1661,7 +1630,7 @@ void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, in
 }
 
 // ----------------------------------------------------------------------------
-// memory: what plumbing/model.h asks of a backend, and the two functions that plan and allocate a model
+// memory: what plumbing/model.h asks of a backend
 
 static void *memory_new(size_t bytes) { // aligned for vectors
     void *memory = aligned_alloc(64, (bytes / 64 + 1) * 64);
@@ -1677,31 +1646,17 @@ static size_t scores_size(const Model *m, Dims d) {
 static size_t workspace_size(const Model *m, Dims d) { return (void)m, (void)d, 0; }
 static void params_written(Model *m, size_t first, size_t n) { (void)m, (void)first, (void)n; }
 
-MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
-    MemoryPlan plan = {0};
-    Model *m = model_outline(config, mode, B, L);
-    if (!m) return plan;
-    m->threads = threads_here();
-    model_layout(m);
-    plan = m->plan;
-    megalodon_free(m);
-    return plan;
-}
+static void begin_layers(Model *m) { (void)m; }
+static void read_floatX(real *dst, const floatX *src, size_t n) { memcpy(dst, src, n * sizeof *dst); }
+static int backend_threads(void) { return threads_here(); }
 
-Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
+// The buffers of the matrix products are taken before the model's memory, so that both are refused together.
+static int backend_open(int allocate) {
+    if (!allocate) return 1;
 #ifdef _OPENMP
     megalodon_threads(omp_get_max_threads());
 #endif
-    if (!blas_buffers(threads_here())) return NULL;
-    Model *m = model_outline(config, mode, B, L);
-    if (!m) return NULL;
-    m->threads = threads_here();
-    if (!model_allocate(m)) {
-        megalodon_free(m);
-        return NULL;
-    }
-    rope_table(m->rope, config->chunk_size, config->z_dim / config->num_heads, config->rope_base);
-    return m;
+    return blas_buffers(threads_here());
 }
 
 // ----------------------------------------------------------------------------

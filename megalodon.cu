@@ -1,19 +1,20 @@
 /*
-megalodon.cu: the Megalodon language model on one GPU. It has the functions of megalodon.c, in the same order and with the
-same arguments, so that the two files can be read side by side: megalodon.c derives each formula, this file says how it
-is mapped to threads. megalodon.h says what the model is and what the letters mean.
+megalodon.cu: the Megalodon language model on one GPU. It has the functions of megalodon.c, in the same order and with
+the same arguments, so that the two files can be read side by side: megalodon.c derives each formula, this file says how
+it is mapped to threads. megalodon.h says what the model is and what the letters mean.
 
 How to read it
-- Each layer has one plain kernel, or a few, for any shape. Its comment has four parts. Formula: what is computed, or "see
-  megalodon.c". Mapping: what a thread block, a warp and a thread own. Memory: elements read and written, where R = B*L.
+- Each layer has one plain kernel, or a few, for any shape. Its comment has four parts. Formula: what is computed, or
+  "see megalodon.c". Mapping: what a thread block, a warp and a thread own. Memory: elements read and written, where R =
+  B*L.
   Passes: the kernels or loops in order; the code repeats their numbers.
 - Matrix products are calls of cuBLAS.
 - Faster versions are in kernels/, one idea a file. A plain function hands over to one in a line that begins with FAST,
   with the same arguments. `make cuda PLAIN=1` builds without kernels/. MEGALODON_PLAIN=1 in the environment ignores it.
 
 Numbers
-- floatX is the type of activations and of the weights that are multiplied: bfloat16, or float with -DMEGALODON_FP32. All
-  kernels compute in float, and products accumulate in float (no TF32).
+- floatX is the type of activations and of the weights that are multiplied: bfloat16, or float with -DMEGALODON_FP32.
+  All kernels compute in float, and products accumulate in float (no TF32).
 - Parameters, gradients and moments are float. The optimizer rounds the parameters to floatX after each step.
 - TimestepNorm's moments, and all means and sums of squares, are double.
 
@@ -56,57 +57,12 @@ enum {
     SCORES = 1 << 24, // elements of the score matrices computed at once, at most
     LOGITS = 1 << 27, // logits that exist at a time, at most, but at least LOGIT_ROWS rows
     LOGIT_ROWS = 128,
-    SUM_PARTS = 256,         // parts of a sum over rows
-    EMBED_PARTS = 4096,      // thread blocks that the embedding's gradient is divided into, at least, if V is smaller
-    BLAS_WORKSPACE = 1 << 25 // bytes of cuBLAS's workspace
+    SUM_PARTS = 256,    // parts of a sum over rows
+    EMBED_PARTS = 4096, // thread blocks that the embedding's gradient is divided into, at least, if V is smaller
 };
 
-extern "C" {
-#include "plumbing/model.h"
-}
-
-static const double PI = 3.14159265358979323846;
-
-static __host__ __device__ int min_int(int a, int b) { return a < b ? a : b; }
-static __host__ __device__ int max_int(int a, int b) { return a > b ? a : b; }
-static __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// Thread blocks of `threads` threads for n elements.
-static unsigned blocks_for(size_t n, int threads) { return (unsigned)((n + (size_t)threads - 1) / (size_t)threads); }
-
-// Index of this thread in the grid, for kernels in which a thread has one element.
-static __device__ size_t thread_index(void) { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
-
-// ----------------------------------------------------------------------------
-// the device
-
-static struct {
-    int open;          // the fields below are set
-    int devices;       // GPUs of this machine
-    int plain;         // MEGALODON_PLAIN is set: no kernel of kernels/ is used
-    int has_pdl;       // supports programmatic dependent launch (compute capability 9.0 or more)
-    size_t max_shared; // bytes of shared memory that a thread block can have
-    char name[300];    // for megalodon_backend()
-    size_t used, peak; // bytes of device memory allocated by this program
-    cublasHandle_t blas;
-    char *workspace; // of the model that is running, see workspace()
-    size_t workspace_bytes;
-} gpu;
-
-static void check_cuda(cudaError_t status, const char *file, int line) {
-    if (status == cudaSuccess) return;
-    fprintf(stderr, "error: %s:%d: CUDA: %s\n", file, line, cudaGetErrorString(status));
-    exit(1);
-}
-static void check_blas(cublasStatus_t status, const char *file, int line) {
-    if (status == CUBLAS_STATUS_SUCCESS) return;
-    fprintf(stderr, "error: %s:%d: cuBLAS: status %d\n", file, line, (int)status);
-    exit(1);
-}
-#define cudaCheck(call) check_cuda((call), __FILE__, __LINE__)
-#define cublasCheck(call) check_blas((call), __FILE__, __LINE__)
-
-// FAST(supported, call): where a kernel of kernels/ supports this case, the function returns by calling it.
+// FAST(supported, call): where a kernel of kernels/ supports this case, the function returns by calling it. There are
+// no such kernels for float32, and none with `make cuda PLAIN=1`.
 #if defined MEGALODON_FP32 || defined MEGALODON_PLAIN
 #define FAST(supported, call)
 #else
@@ -115,90 +71,22 @@ static void check_blas(cublasStatus_t status, const char *file, int line) {
     if (!gpu.plain && (supported)) return call
 #endif
 
-// Device memory, zeroed. Returns NULL if the device has not enough.
-static void *memory_new(size_t bytes) {
-    void *memory = NULL;
-    cudaError_t status = cudaMalloc(&memory, bytes > 0 ? bytes : 1);
-    if (status == cudaErrorMemoryAllocation) {
-        cudaGetLastError(); // clear the sticky error
-        return NULL;
-    }
-    cudaCheck(status);
-    cudaCheck(cudaMemset(memory, 0, bytes));
-    gpu.used += bytes;
-    gpu.peak = gpu.peak > gpu.used ? gpu.peak : gpu.used;
-    return memory;
-}
-static void memory_free(void *memory, size_t bytes) {
-    if (memory == NULL) return;
-    cudaCheck(cudaFree(memory));
-    gpu.used -= bytes;
-}
-static void memory_copy(void *dst, const void *src, size_t bytes) {
-    cudaCheck(cudaMemcpy(dst, src, bytes, cudaMemcpyDefault));
-}
-static void memory_clear(void *memory, size_t bytes) { cudaCheck(cudaMemsetAsync(memory, 0, bytes)); }
+static __host__ __device__ int min_int(int a, int b) { return a < b ? a : b; }
+static __host__ __device__ int max_int(int a, int b) { return a > b ? a : b; }
+static __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Scratch memory of the layer function that is running: the next one overwrites it. See workspace_size().
-static void *workspace(size_t bytes) {
-    assert(bytes <= gpu.workspace_bytes);
-    return gpu.workspace;
+extern "C" {
+#include "plumbing/model.h"
 }
+#include "plumbing/device.cuh"
 
-static __global__ void advance_kernel(int64_t *count, int B, int64_t L);
+static const double PI = 3.14159265358979323846;
 
-// Ends the program if its kernels cannot run on the device.
-static void check_device(const cudaDeviceProp *properties) {
-    int major = properties->major, minor = properties->minor, is_float = sizeof(floatX) == sizeof(float);
-    int needed = is_float ? 75 : 80;
-    if (10 * major + minor < needed) {
-        fprintf(stderr, "error: %s has compute capability %d.%d; this program needs %d.%d%s\n", properties->name, major,
-                minor, needed / 10, needed % 10,
-                is_float ? ". ./train and ./sample run on the CPU" : ". The float32 programs (_fp32) need 7.5");
-        exit(1);
-    }
-    cudaFuncAttributes attributes;
-    cudaError_t status = cudaFuncGetAttributes(&attributes, advance_kernel);
-    if (status == cudaSuccess) return;
-    fprintf(stderr,
-            "error: %s has compute capability %d.%d, for which this program has no code (CUDA: %s). Build it for this "
-            "GPU: make cuda CUARCH=%d%d\n",
-            properties->name, major, minor, cudaGetErrorString(status), major, minor);
-    exit(1);
-}
+// Thread blocks of `threads` threads for n elements.
+static unsigned blocks_for(size_t n, int threads) { return (unsigned)((n + (size_t)threads - 1) / (size_t)threads); }
 
-static void gpu_open(void) {
-    int count = 0, shared = 0;
-    cudaDeviceProp properties;
-    if (gpu.open) return;
-    cudaError_t status = cudaGetDeviceCount(&count);
-    if (status != cudaSuccess || count == 0) {
-        fprintf(stderr, "error: no CUDA GPU: %s. ./train and ./sample run without one\n",
-                status == cudaSuccess ? "none found" : cudaGetErrorString(status));
-        exit(1);
-    }
-    int number = local_rank() % count; // the processes of a machine use its GPUs in turn
-    gpu.devices = count;
-    cudaCheck(cudaSetDevice(number));
-    cudaCheck(cudaGetDeviceProperties(&properties, number));
-    cudaCheck(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, number));
-    check_device(&properties);
-    const char *plain = getenv("MEGALODON_PLAIN");
-    gpu.plain = plain != NULL && strcmp(plain, "0") != 0;
-    gpu.has_pdl = properties.major >= 9;
-    gpu.max_shared = (size_t)shared;
-    snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s%s", properties.name, properties.major, properties.minor,
-             sizeof(floatX) == 4 ? "float32" : "bfloat16", gpu.plain ? ", plain kernels" : "");
-    cublasCheck(cublasCreate(&gpu.blas));
-    void *blas_workspace = memory_new(BLAS_WORKSPACE); // one of our own, so that products are repeatable
-    if (blas_workspace == NULL) {
-        fprintf(stderr, "error: %s: out of memory on the GPU\n", gpu.name);
-        exit(1);
-    }
-    cublasCheck(cublasSetWorkspace(gpu.blas, blas_workspace, BLAS_WORKSPACE));
-    cublasCheck(cublasSetMathMode(gpu.blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
-    gpu.open = 1;
-}
+// Index of this thread in the grid, for kernels in which a thread has one element.
+static __device__ size_t thread_index(void) { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
 
 // ----------------------------------------------------------------------------
 // device functions that several kernels use
@@ -227,25 +115,12 @@ static __device__ size_t warp_row(void) { return (size_t)blockIdx.x * ROW_WARPS 
 #define ROW_GRID(R) blocks_for((size_t)(R), ROW_WARPS), dim3(WARP, ROW_WARPS)
 
 // ----------------------------------------------------------------------------
-// the fast kernels, and what they use of this file
-
-static void sum_parts(float *out, const float *parts, int P, size_t stride, size_t n, int add);
-
-#ifdef FAST_KERNELS
-#include "kernels/common.cuh"
-#include "kernels/matmul.cuh"
-#include "kernels/elementwise.cuh"
-#include "kernels/timestep_norm.cuh"
-#include "kernels/cema.cuh"
-#include "kernels/norms.cuh"
-#include "kernels/qk.cuh"
-#include "kernels/attention.cuh"
-#include "kernels/loss.cuh"
-#endif
-
-// ----------------------------------------------------------------------------
 // matrix product: C (M,N) = op(A) op(B), added to C if `add`. op(A) is (M,K), op(B) is (K,N).
 // cuBLAS stores matrices by columns. A row-major C is the column-major C' = op(B)' op(A)', so A and B change places.
+// The three products of a linear map y = x W', with x (R,K), W (M,K), y (R,M), all row-major:
+//     forward          y  = x W'         matmul(y,  matrix(x),     transpose(W), R, M, K)
+//     input gradient   dx = dy W         matmul(dx, matrix(dy),    matrix(W),    R, K, M)
+//     weight gradient  dW += dy' x       matmul(dW, transpose(dy), matrix(x),    M, K, R)
 
 // An operand in device memory. Its stored rows are `ld` elements long; transposed: it is stored as (K,M) or (N,K).
 typedef struct {
@@ -276,7 +151,22 @@ static void matmul_batched(floatX *C, int ldc, int64_t stride_c, Matrix A, Matri
 }
 
 // ----------------------------------------------------------------------------
+// the fast kernels, and what they use of this file
+
+static void sum_parts(float *out, const float *parts, int P, size_t stride, size_t n, int add);
+
+#ifdef FAST_KERNELS
+#include "kernels/kernels.cuh"
+#endif
+
+// ----------------------------------------------------------------------------
 // sums over rows, in two kernels, so that their order is fixed
+//
+// A gradient of a bias or of a norm's scale is a sum over all R rows for each column. One thread for each column would
+// be too few threads, and atomic additions would come in another order in every run. So the rows are divided into P
+// parts:
+//     1. parts (P,D): part p is the sum of rows p R/P .. (p+1) R/P - 1
+//     2. out (D) += parts[0] + parts[1] + ... in this order
 
 // Formula: out (n) = sum_p parts (P,stride) over the first n columns, added to out if `add`.
 // Mapping: a thread block has 32 columns; warp threadIdx.y has every 32nd part. Memory: reads P*n floats.
@@ -297,11 +187,10 @@ static __global__ void sum_parts_kernel(float *out, const float *parts, int P, s
 
 static void sum_parts(float *out, const float *parts, int P, size_t stride, size_t n, int add) {
     sum_parts_kernel<<<blocks_for(n, WARP), dim3(WARP, WARP)>>>(out, parts, P, stride, n, add);
-    cudaCheck(cudaGetLastError());
 }
 
-// Formula: out (D) += sum_r dy (R,D) for a bias, or scale sum_r dy (x - mean) rstd for the scale of a norm, with mean and
-//   rstd (R,G) of G groups of columns. mean, rstd NULL: 0, 1.
+// Formula: out (D) += sum_r dy (R,D) for a bias, or scale sum_r dy (x - mean) rstd for the scale of a norm, with mean
+//   and rstd (R,G) of G groups of columns. mean, rstd NULL: 0, 1.
 // Mapping: a thread block has 32 columns and the rows of part blockIdx.y; threadIdx.y counts rows.
 // Memory: reads R*D, or 2 R*D.
 // Passes: 1. each thread sums its rows. 2. the thread block adds these sums. sum_parts() adds the parts.
@@ -330,12 +219,12 @@ static void sum_rows(float *out, const floatX *dy, const floatX *x, const double
     int P = min_int(SUM_PARTS, ceil_div(R, ROW_WARPS));
     float *parts = (float *)workspace((size_t)P * D * sizeof(float));
     sum_rows_kernel<<<dim3(ceil_div(D, WARP), P), dim3(WARP, ROW_WARPS)>>>(parts, dy, x, mean, rstd, scale, R, D, G);
-    cudaCheck(cudaGetLastError());
     sum_parts(out, parts, P, D, D, 1);
 }
 
 // ----------------------------------------------------------------------------
-// embedding: out (R,D) = scale * embed[token], embed (V,D)
+// embedding: out (R,D) = scale * embed[token], embed (V,D). The scale is sqrt(D) with scale_emb, otherwise 1. Backward,
+// the gradient of a token's row is the sum over all rows of the batch that have this token.
 
 // Mapping: a thread has an element. Memory: reads and writes R*D.
 static __global__ void embedding_forward_kernel(floatX *out, const int32_t *tokens, const floatX *embed, float scale,
@@ -347,12 +236,11 @@ static __global__ void embedding_forward_kernel(floatX *out, const int32_t *toke
 
 static void embedding_forward(floatX *out, const int32_t *tokens, const floatX *embed, float scale, int R, int D) {
     embedding_forward_kernel<<<blocks_for((size_t)R * D, THREADS), THREADS>>>(out, tokens, embed, scale, R, D);
-    cudaCheck(cudaGetLastError());
 }
 
 // Formula: dembed[token] += scale * sum of dout over the rows with that token.
-// Mapping: a thread block has token blockIdx.x, the rows of part blockIdx.y and the columns of blockIdx.z; a thread has a
-//   column. A small vocabulary has frequent tokens, so its rows are divided into more parts.
+// Mapping: a thread block has token blockIdx.x, the rows of part blockIdx.y and the columns of blockIdx.z; a thread has
+//   a column. A small vocabulary has frequent tokens, so its rows are divided into more parts.
 // Memory: reads R*D of dout, and the tokens V times, mostly from cache.
 // Passes, for THREADS rows at a time: 1. each thread looks at one row's token. 2. if there is a match, each thread adds
 //   its column of the matching rows.
@@ -390,12 +278,13 @@ static void embedding_backward(float *dembed, const floatX *dout, const int32_t 
     float *parts = (float *)workspace(P > 1 ? (size_t)P * V * D * sizeof(float) : 0);
     embedding_backward_kernel<<<dim3(V, P, ceil_div(D, THREADS)), THREADS>>>(dembed, parts, dout, tokens, scale, R, D,
                                                                              V);
-    cudaCheck(cudaGetLastError());
     if (P > 1) sum_parts(dembed, parts, P, (size_t)V * D, (size_t)V * D, 1);
 }
 
 // ----------------------------------------------------------------------------
-// dropout: out = mask inp/(1 - p); out may be inp. Masks are drawn again in the backward pass, see megalodon.c.
+// dropout: out = mask inp/(1 - p); out may be inp. The backward pass is the same function on gradients. Masks are not
+// kept: Philox turns the index of an element into its random word, so the backward pass, another rank or the CPU gets
+// the same mask from the same index.
 
 static __device__ void mask_words(uint32_t words[4], const Mask *mask, uint64_t four) {
     // indices beyond 32 bits go above the layer's 16 bits
@@ -430,13 +319,21 @@ static void dropout(floatX *out, const floatX *inp, Mask mask, size_t n) {
     unsigned blocks = blocks_for(run / 4 + 2, THREADS); // for each sequence
     if (mask.p == 0) return;
     dropout_kernel<<<blocks *(unsigned)(n / run), THREADS>>>(out, inp, mask, run, blocks);
-    cudaCheck(cudaGetLastError());
 }
 
 // ----------------------------------------------------------------------------
 // TimestepNorm: y_t = (x_t - mean_t) rstd_t (weight + 1) + bias, with the mean and variance of a group's scalars at all
-// tokens up to t. The moments of two sets of scalars can be merged (Chan et al.), in any grouping, so time is scanned in
-// parallel: a warp takes 32 tokens at a time.
+// tokens up to t. The moments of two sets of scalars can be merged (Chan et al.), in any grouping, so time is scanned
+// in parallel: a warp takes 32 tokens at a time.
+//
+//     token             0      1      2    ...   31  |  32     33    ...
+//     1. own moments    m0     m1     m2         m31 |  m32    m33          a thread each
+//     2. scan           m0    m0:1   m0:2       m0:31|  m32   m32:33        log2(32) steps inside a warp
+//        merged with    state  state  state    state |  0:31   0:31         what came before, carried on by the warp
+//     3. normalize      y0     y1     y2         y31 |  y32    y33          a thread for each element
+//
+// Moments are double. In float, mean and variance of a long stream would lose their digits: the millionth token changes
+// the mean by a millionth of its deviation.
 
 typedef struct {
     double mean, m2; // m2: sum of squared deviations from the mean
@@ -519,12 +416,9 @@ static void timestep_norm_forward(floatX *out, double *mean, float *rstd, NormSt
     size_t R = (size_t)d.B * d.L;
     Moments *moments = (Moments *)workspace(timestep_norm_workspace(d));
     timestep_norm_moments_kernel<<<blocks_for(R * d.G, THREADS), THREADS>>>(moments, inp, R, d.D, d.G);
-    cudaCheck(cudaGetLastError());
     timestep_norm_scan_kernel<<<ROW_GRID(d.B * d.G)>>>(mean, rstd, end, moments, start, d, eps);
-    cudaCheck(cudaGetLastError());
     timestep_norm_apply_kernel<<<blocks_for(R * d.D, THREADS), THREADS>>>(out, mean, rstd, inp, weight, bias, R, d.D,
                                                                           d.G);
-    cudaCheck(cudaGetLastError());
 }
 
 // Forward line: y_t = (x_t - mean_t) rstd_t w + bias. x_s is in the moments of every t >= s, so with
@@ -536,8 +430,8 @@ typedef struct {
     double U, V, W;
 } Sums;
 
-// Formula: the terms of U, V and W for one token. Mapping: a thread has a token and a group. Memory: reads 2 R*D, writes
-// 3 R*G doubles.
+// Formula: the terms of U, V and W for one token. Mapping: a thread has a token and a group. Memory: reads 2 R*D,
+// writes 3 R*G doubles.
 static __global__ void timestep_norm_terms_kernel(Sums *sums, const floatX *dout, const floatX *inp,
                                                   const float *weight, const double *mean, const float *rstd,
                                                   const int64_t *count, Dims d) {
@@ -607,19 +501,18 @@ static void timestep_norm_backward(floatX *dinp, float *dweight, float *dbias, d
     Sums *sums = (Sums *)workspace(timestep_norm_workspace(d));
     timestep_norm_terms_kernel<<<blocks_for(R * d.G, THREADS), THREADS>>>(sums, dout, inp, weight, mean, rstd, count,
                                                                           d);
-    cudaCheck(cudaGetLastError());
     timestep_norm_scan_backward_kernel<<<ROW_GRID(d.B * d.G)>>>(sums, dstate, mean, d);
-    cudaCheck(cudaGetLastError());
     const floatX *residual0 = residuals ? residuals[0] : NULL, *residual1 = residuals ? residuals[1] : NULL;
     timestep_norm_backward_kernel<<<blocks_for(R * d.D, THREADS), THREADS>>>(dinp, dout, residual0, residual1, inp,
                                                                              weight, mean, rstd, sums, R, d.D, d.G);
-    cudaCheck(cudaGetLastError());
     sum_rows(dweight, dout, inp, mean, rstd, 1, (int)R, d.D, d.G);
     sum_rows(dbias, dout, NULL, NULL, NULL, 1, (int)R, d.D, 1);
 }
 
 // Chunk parallelism: what a rank finds in its own tokens, and how the ranks' results combine. The all-gather is between
-// the two, see timestep_norm_layer_forward().
+// the two, see timestep_norm_layer_forward(). Moments combine by merge(), in any grouping, so each rank reduces its own
+// tokens without waiting for the ranks before it. The sums U, V and W of the backward pass are plain sums over tokens,
+// so those of later ranks are added.
 
 // sum.mean, sum.m2 (B,G): the moments of these tokens alone.
 static void timestep_norm_reduce(NormState sum, const floatX *inp, Dims d) {
@@ -627,9 +520,7 @@ static void timestep_norm_reduce(NormState sum, const floatX *inp, Dims d) {
     NormState none = {NULL, NULL, NULL};
     Moments *moments = (Moments *)workspace(timestep_norm_workspace(d));
     timestep_norm_moments_kernel<<<blocks_for(R * d.G, THREADS), THREADS>>>(moments, inp, R, d.D, d.G);
-    cudaCheck(cudaGetLastError());
     timestep_norm_scan_kernel<<<ROW_GRID(d.B * d.G)>>>(NULL, NULL, sum, moments, none, d, 0);
-    cudaCheck(cudaGetLastError());
 }
 
 // dstate (B,G,3): U, V, W of these tokens alone.
@@ -639,10 +530,8 @@ static void timestep_norm_reduce_backward(double *dstate, const floatX *dout, co
     Sums *sums = (Sums *)workspace(timestep_norm_workspace(d));
     timestep_norm_terms_kernel<<<blocks_for(pairs * d.L, THREADS), THREADS>>>(sums, dout, inp, weight, mean, rstd,
                                                                               count, d);
-    cudaCheck(cudaGetLastError());
     memory_clear(dstate, pairs * 3 * sizeof *dstate);
     timestep_norm_scan_backward_kernel<<<ROW_GRID(pairs)>>>(sums, dstate, NULL, d);
-    cudaCheck(cudaGetLastError());
 }
 
 // Formula: merge the moments of all ranks in order, see megalodon.c. all (cp_size,2,B,G): mean and m2 of each rank's
@@ -667,10 +556,10 @@ static __global__ void timestep_norm_combine_kernel(NormState start, NormState e
 static void timestep_norm_combine(NormState start, NormState end, const double *all, const int64_t *count,
                                   const ChunkParallel *cp, Dims d) {
     timestep_norm_combine_kernel<<<blocks_for((size_t)d.B * d.G, THREADS), THREADS>>>(start, end, all, count, *cp, d);
-    cudaCheck(cudaGetLastError());
 }
 
-// Formula: dstate = the sum of U, V, W over all ranks after this one. all (cp_size,B,G,3). Mapping: a thread has one sum.
+// Formula: dstate = the sum of U, V, W over all ranks after this one. all (cp_size,B,G,3). Mapping: a thread has one
+//   sum.
 static __global__ void timestep_norm_combine_backward_kernel(double *dstate, const double *all, ChunkParallel cp,
                                                              size_t n) {
     size_t i = thread_index();
@@ -683,12 +572,12 @@ static __global__ void timestep_norm_combine_backward_kernel(double *dstate, con
 static void timestep_norm_combine_backward(double *dstate, const double *all, const ChunkParallel *cp, Dims d) {
     size_t n = (size_t)d.B * d.G * 3;
     timestep_norm_combine_backward_kernel<<<blocks_for(n, THREADS), THREADS>>>(dstate, all, *cp, n);
-    cudaCheck(cudaGetLastError());
 }
 
 // ----------------------------------------------------------------------------
 // CEMA, the complex exponential moving average: h_t = q h_(t-1) + p x_t, y_t = Re sum_n g_n h_t,n + omega x_t for N
-// complex numbers h per channel, see megalodon.c. Coefficients, states and all sums are float; each coefficient is (N,D).
+// complex numbers h per channel, see megalodon.c. Coefficients, states and all sums are float; each coefficient is
+// (N,D).
 
 // Formula: coefficients from parameters, see megalodon.c. Mapping: a thread has one of the N*D.
 static __global__ void cema_coeffs_forward_kernel(Coeffs c, const float *alpha, const float *delta, const float *theta,
@@ -706,7 +595,6 @@ static __global__ void cema_coeffs_forward_kernel(Coeffs c, const float *alpha, 
 static void cema_coeffs_forward(Coeffs *c, const float *alpha, const float *delta, const float *theta,
                                 const float *gamma, int D, int N) {
     cema_coeffs_forward_kernel<<<blocks_for((size_t)D * N, THREADS), THREADS>>>(*c, alpha, delta, theta, gamma, D, N);
-    cudaCheck(cudaGetLastError());
 }
 
 // Forward lines: p = sigmoid(alpha), q = (1 - p sigmoid(delta)) e^(i phi), phi = sigmoid(theta) 2 pi (n+1)/N,
@@ -737,7 +625,6 @@ static void cema_coeffs_backward(float *dalpha, float *ddelta, float *dtheta, fl
                                  const float *alpha, const float *delta, const float *theta, int D, int N) {
     cema_coeffs_backward_kernel<<<blocks_for(D, WARP), WARP>>>(dalpha, ddelta, dtheta, dgamma, *dc, alpha, delta, theta,
                                                                D, N);
-    cudaCheck(cudaGetLastError());
 }
 
 static __device__ float2 times(float2 a, float2 b) { return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x); }
@@ -762,6 +649,14 @@ static __device__ float2 power(float2 base, int64_t n) {
 // a token, which already includes the factor conj(q):
 //     G_t = conj(g) dy_t + F_t,   F_(t-1) = conj(q) G_t,   so for a token block  F_before = conj(q)^T F_after + end
 // States and gradients are (B, blocks, 2, N, D).
+//
+//     token block      0               1               2
+//     1. ends       0 -> end_0      0 -> end_1      0 -> end_2       in parallel
+//     2. scan      h_0 = h_in   h_1 = q^T h_0 + end_0   h_2 = ..     in order, N*D numbers a step
+//     3. outputs   h_0 -> y        h_1 -> y        h_2 -> y          in parallel
+//
+// Work: 1 and 3 both compute the recurrence, so each token costs two steps for each mode instead of one. In return the
+// chain of dependent steps has L/T + T instead of L.
 
 static size_t cema_states_bytes(Dims d) {
     return (size_t)d.B * ceil_div(d.L, CEMA_BLOCK) * 2 * d.N * d.D * sizeof(float);
@@ -805,9 +700,9 @@ static __global__ void cema_ends_kernel(float *ends, const floatX *inp, Coeffs c
     ends[at] = h.x, ends[at + d.N * d.D] = h.y;
 }
 
-// 2. Formula: h_(k+1) = q^T h_k + end_k; backward F_(k-1) = conj(q)^T F_k + end_k. states: the ends, replaced by the state
-//   before each token block, or the gradient after it. start (B,2,N,D), or NULL: zero. final (B,2,N,D), or NULL: the state
-//   after the last token, or the gradient before the first.
+// 2. Formula: h_(k+1) = q^T h_k + end_k; backward F_(k-1) = conj(q)^T F_k + end_k. states: the ends, replaced by the
+//   state before each token block, or the gradient after it. start (B,2,N,D), or NULL: zero. final (B,2,N,D), or NULL:
+//   the state after the last token, or the gradient before the first.
 // Mapping: a thread has a channel and a mode of a sequence. Memory: reads and writes the states.
 static __global__ void cema_scan_kernel(float *states, float *final, const float *start, Coeffs coeffs, int backward,
                                         Dims d) {
@@ -835,9 +730,7 @@ static void cema_states(float *states, float *final, const float *start, const f
     int blocks = ceil_div(d.L, CEMA_BLOCK), columns = ceil_div(d.D, THREADS);
     dim3 grid(d.B * blocks, columns, d.N), sequences(d.B, columns, d.N);
     cema_ends_kernel<<<grid, THREADS>>>(states, inp, *coeffs, backward, d);
-    cudaCheck(cudaGetLastError());
     cema_scan_kernel<<<sequences, THREADS>>>(states, final, start, *coeffs, backward, d);
-    cudaCheck(cudaGetLastError());
 }
 
 // 3. Formula: h_t = q h_(t-1) + p x_t, y_t = Re sum_n g_n h_t,n + omega x_t.
@@ -871,14 +764,14 @@ static __global__ void cema_forward_kernel(floatX *out, const floatX *inp, const
     }
 }
 
-// h_blocks: the state before each token block, for the backward pass; the fast kernels have another layout of their own.
+// h_blocks: the state before each token block, for the backward pass; the fast kernels have another layout of their
+// own.
 static void cema_forward(floatX *out, float *h_blocks, float *h_out, const floatX *inp, const Coeffs *coeffs,
                          const float *omega, const float *h_in, Dims d) {
     FAST(cema_fast_supports(d), cema_fast_forward(out, h_blocks, h_out, inp, coeffs, omega, h_in, d));
     cema_states(h_blocks, h_out, h_in, inp, coeffs, 0, d);
     dim3 grid(d.B * ceil_div(d.L, CEMA_BLOCK), ceil_div(d.D, WARP));
     cema_forward_kernel<<<grid, WARP>>>(out, inp, h_blocks, *coeffs, omega, d);
-    cudaCheck(cudaGetLastError());
 }
 
 // Forward lines: h_t = q h_(t-1) + p x_t, y_t = Re sum_n g_n h_t,n + omega x_t. Derivatives, see megalodon.c:
@@ -886,8 +779,8 @@ static void cema_forward(floatX *out, float *h_blocks, float *h_out, const float
 //     dp = sum_t x_t Re G_t,  dq = sum_t G_t conj(h_(t-1)),  dg = sum_t dy_t conj(h_t),  domega = sum_t x_t dy_t
 // Mapping: a thread has a channel, and the token blocks of part blockIdx.x one after another.
 // Memory: reads 2 R*D N times, mostly from cache, and the states and gradients; writes R*D.
-// Passes, for each token block and mode: 1. forward: h before each token, into shared memory, where a thread has a column
-//   of its own. 2. backward: G, dx in registers, and this thread's sums, which it adds to its place in parts.
+// Passes, for each token block and mode: 1. forward: h before each token, into shared memory, where a thread has a
+//   column of its own. 2. backward: G, dx in registers, and this thread's sums, which it adds to its place in parts.
 // parts (CEMA_PARTS, 5 N + 1, D): dp, dq_re, dq_im, dg_re, dg_im, domega.
 static __global__ void cema_backward_kernel(floatX *dinp, float *parts, const floatX *dout, const floatX *inp,
                                             const float *states, const float *futures, Coeffs coeffs,
@@ -960,13 +853,14 @@ static void cema_backward(floatX *dinp, Coeffs *dcoeffs, float *domega, float *d
     cema_states(futures, dh, dh, dout, coeffs, 1, d);
     cema_backward_kernel<<<dim3(P, ceil_div(d.D, WARP)), WARP>>>(dinp, parts, dout, inp, h_blocks, futures, *coeffs,
                                                                  omega, d);
-    cudaCheck(cudaGetLastError());
     sum_parts(dcoeffs->p, parts, P, width, 5 * modes, 0);
     sum_parts(domega, parts + 5 * modes, P, width, d.D, 1);
 }
 
-// Chunk parallelism, see megalodon.c. h (B,2,N,D): the state after these tokens from a zero state; backward: the gradient
-// before them with nothing after them.
+// Chunk parallelism: the same three steps, with ranks in the place of token blocks. cema_reduce() is step 1: h
+// (B,2,N,D) is the state after these tokens from a zero state; backward, the gradient w.r.t. the state before them if
+// nothing follows. The all-gather is next, then cema_combine(), which is step 2, then cema_forward() or
+// cema_backward().
 static void cema_reduce(float *h, const floatX *inp, const Coeffs *coeffs, int backward, Dims d) {
     cema_states((float *)workspace(cema_states_bytes(d)), h, NULL, inp, coeffs, backward, d);
 }
@@ -996,12 +890,12 @@ static void cema_combine(float *h, float *end, const float *all, const Coeffs *c
                          const ChunkParallel *cp, Dims d) {
     dim3 grid(d.B, ceil_div(d.D, THREADS), d.N);
     cema_combine_kernel<<<grid, THREADS>>>(h, end, all, *coeffs, backward, *cp, d);
-    cudaCheck(cudaGetLastError());
 }
 
 // ----------------------------------------------------------------------------
 // RMSNorm: y = x rstd (weight + 1), rstd = 1/sqrt(mean(x^2) + eps); weight NULL: no scale. rstd (R).
-// Sums of squares are double, so that they do not overflow while x itself does not.
+// Sums of squares are double, so that they do not overflow while x itself does not. A row is read by one warp: its
+// lanes read neighbouring elements, and no shared memory or barrier is needed for the sum.
 
 // Mapping: a warp has a row. Memory: reads R*D twice (the second time from cache), writes R*D.
 static __global__ void rmsnorm_forward_kernel(floatX *out, float *rstd, const floatX *inp, const float *weight, int R,
@@ -1021,7 +915,6 @@ static void rmsnorm_forward(floatX *out, float *rstd, const floatX *inp, const f
                             double eps) {
     FAST(norms_fast_supports(D) && weight, rmsnorm_fast_forward(out, rstd, inp, weight, R, D, eps));
     rmsnorm_forward_kernel<<<ROW_GRID(R)>>>(out, rstd, inp, weight, R, D, eps);
-    cudaCheck(cudaGetLastError());
 }
 
 // Forward line: y = x rstd (weight + 1). With n = x rstd and a = (weight + 1) dy: dx = rstd (a - n mean(a n)), and
@@ -1046,7 +939,6 @@ static void rmsnorm_backward(floatX *dinp, float *dweight, const floatX *dout, c
                              const float *rstd, int R, int D) {
     FAST(norms_fast_supports(D) && weight, rmsnorm_fast_backward(dinp, dweight, dout, inp, weight, rstd, R, D));
     rmsnorm_backward_kernel<<<ROW_GRID(R)>>>(dinp, dout, inp, weight, rstd, R, D);
-    cudaCheck(cudaGetLastError());
     if (dweight) sum_rows(dweight, dout, inp, NULL, rstd, 1, R, D, 1);
 }
 
@@ -1066,13 +958,13 @@ static void linear_forward(floatX *out, const floatX *residual, const floatX *in
     size_t n = (size_t)R * M;
     if (bias || (residual && residual != out)) {
         linear_start_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, residual, bias, n, M);
-        cudaCheck(cudaGetLastError());
     }
     matmul(out, CUBLAS_TYPE, M, matrix(inp, K), transpose(weight, K), R, M, K, bias || residual);
 }
 
-// Forward line: out = inp weight' + bias. dinp = dout weight, added to dinp if `add`; dweight += dout' inp; dbias += sum
-// over rows of dout.
+// Forward line: out = inp weight' + bias. dinp = dout weight, added to dinp if `add`, since several linear maps read
+// the same input; dweight += dout' inp; dbias += sum over rows of dout. Gradients of weights are float, so cuBLAS
+// multiplies floatX and adds the products to float.
 static void linear_backward_input(floatX *dinp, int add, const floatX *dout, const floatX *weight, int R, int K,
                                   int M) {
     FAST(1, linear_fast_backward_input(dinp, add, dout, weight, R, K, M));
@@ -1111,7 +1003,6 @@ static void qk_forward(floatX *q, floatX *k, const floatX *zn, const float *gamm
                        int dz) {
     size_t n = (size_t)R * Z;
     qk_forward_kernel<<<blocks_for(n, THREADS), THREADS>>>(q, k, zn, gamma, beta, n, Z, 1 / sqrtf((float)dz));
-    cudaCheck(cudaGetLastError());
 }
 
 // Forward lines: q = zn (gamma0 + 1) scale + beta0, likewise k. dzn = (dq (gamma0 + 1) + dk (gamma1 + 1)) scale;
@@ -1129,7 +1020,6 @@ static void qk_backward(floatX *dzn, float *dgamma, float *dbeta, const floatX *
     size_t n = (size_t)R * Z;
     float scale = 1 / sqrtf((float)dz);
     qk_backward_kernel<<<blocks_for(n, THREADS), THREADS>>>(dzn, dq, dk, gamma, n, Z, scale);
-    cudaCheck(cudaGetLastError());
     sum_rows(dgamma, dq, zn, NULL, NULL, scale, R, Z, 1);
     sum_rows(dgamma + Z, dk, zn, NULL, NULL, scale, R, Z, 1);
     sum_rows(dbeta, dq, NULL, NULL, NULL, 1, R, Z, 1);
@@ -1137,8 +1027,9 @@ static void qk_backward(floatX *dzn, float *dgamma, float *dbeta, const floatX *
 }
 
 // ----------------------------------------------------------------------------
-// rotary embedding: in each head the pair (2j, 2j+1), taken as a complex number, is multiplied by e^(i pos base^(-2j/dz)),
-// pos counted from the chunk's start. table (C, dz/2, 2): cos, sin. count (B): tokens before these, or NULL.
+// rotary embedding: in each head the pair (2j, 2j+1), taken as a complex number, is multiplied by e^(i pos
+// base^(-2j/dz)), pos counted from the chunk's start. table (C, dz/2, 2): cos, sin. count (B): tokens before these, or
+// NULL.
 
 // Mapping: a thread has a pair at a position.
 static __global__ void rope_table_kernel(float *table, int C, int dz, double base) {
@@ -1150,7 +1041,6 @@ static __global__ void rope_table_kernel(float *table, int C, int dz, double bas
 
 static void rope_table(float *table, int C, int dz, double base) {
     rope_table_kernel<<<blocks_for((size_t)C * (dz / 2), THREADS), THREADS>>>(table, C, dz, base);
-    cudaCheck(cudaGetLastError());
 }
 
 // Mapping: a thread has a pair. sign: 1 forward; -1 backward, since the transpose of a rotation is its inverse.
@@ -1169,19 +1059,17 @@ static __global__ void rope_kernel(floatX *out, const floatX *inp, const float *
 
 static void rope_forward(floatX *out, const floatX *inp, const float *table, const int64_t *count, Dims d) {
     rope_kernel<<<blocks_for((size_t)d.B * d.L * d.Z / 2, THREADS), THREADS>>>(out, inp, table, count, 1, d);
-    cudaCheck(cudaGetLastError());
 }
 
 static void rope_backward(floatX *dinp, const floatX *dout, const float *table, const int64_t *count, Dims d) {
     rope_kernel<<<blocks_for((size_t)d.B * d.L * d.Z / 2, THREADS), THREADS>>>(dinp, dout, table, count, -1, d);
-    cudaCheck(cudaGetLastError());
 }
 
 // From z (B,L,Z) to the rotated q and k: the norm of each head, the affine, the rotation (table NULL: none).
 // zn (B,L,Z) and z_rstd (B,L,H) are for the backward pass, which calls this again instead of keeping them.
 static void qk_layer_forward(floatX *q, floatX *k, floatX *zn, float *z_rstd, const floatX *z, const float *gamma,
                              const float *beta, const float *table, const int64_t *count, Dims d, double eps) {
-    FAST(1, qk_fast_forward(q, k, zn, z_rstd, z, gamma, beta, table, count, d, eps));
+    FAST(qk_fast_supports(d), qk_fast_forward(q, k, zn, z_rstd, z, gamma, beta, table, count, d, eps));
     int R = d.B * d.L, dz = d.Z / d.H;
     rmsnorm_forward(zn, z_rstd, z, NULL, R * d.H, dz, eps);
     qk_forward(q, k, zn, gamma, beta, R, d.Z, dz);
@@ -1203,7 +1091,8 @@ static void qk_layer_backward(floatX *dz_out, float *dgamma, float *dbeta, float
 
 // ----------------------------------------------------------------------------
 // silu(x) = x sigmoid(x), and the gate out = a silu(b): the attention's (o, r) and the FFN's (f3, f1)
-// In each kernel a thread has an element.
+// In each kernel a thread has an element. The time is that of reading and writing memory, so each backward kernel also
+// computes the forward output again: the product after it needs that output for the gradient of its weights.
 
 // Memory: reads and writes n.
 static __global__ void silu_forward_kernel(floatX *out, const floatX *inp, size_t n) {
@@ -1216,7 +1105,6 @@ static __global__ void silu_forward_kernel(floatX *out, const floatX *inp, size_
 static void silu_forward(floatX *out, const floatX *inp, size_t n) {
     FAST(1, silu_fast_forward(out, inp, n));
     silu_forward_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
-    cudaCheck(cudaGetLastError());
 }
 
 // Forward line: out = x sigmoid(x). dx = dout s (1 + x (1 - s)) with s = sigmoid(x). out is computed again, for the
@@ -1234,7 +1122,6 @@ static __global__ void silu_backward_kernel(floatX *out, floatX *dinp, const flo
 static void silu_backward(floatX *out, floatX *dinp, const floatX *dout, const floatX *inp, size_t n) {
     FAST(1, silu_fast_backward(out, dinp, dout, inp, n));
     silu_backward_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, dinp, dout, inp, n);
-    cudaCheck(cudaGetLastError());
 }
 
 // Memory: reads 2 n, writes n.
@@ -1248,7 +1135,6 @@ static __global__ void gate_forward_kernel(floatX *out, const floatX *a, const f
 static void gate_forward(floatX *out, const floatX *a, const floatX *b, size_t n) {
     FAST(1, gate_fast_forward(out, a, b, n));
     gate_forward_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, a, b, n);
-    cudaCheck(cudaGetLastError());
 }
 
 // Forward line: out = a silu(b). da = dout silu(b), db = dout a silu'(b). out is computed again, see silu_backward.
@@ -1267,18 +1153,28 @@ static void gate_backward(floatX *out, floatX *da, floatX *db, const floatX *dou
                           size_t n) {
     FAST(1, gate_fast_backward(out, da, db, dout, a, b, n));
     gate_backward_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, da, db, dout, a, b, n);
-    cudaCheck(cudaGetLastError());
 }
 
 // ----------------------------------------------------------------------------
 // attention of one head inside chunks:
 //     S_ij = q_i . k_j for j <= i        P = softmax over j        o_i = sum_j P_ij v_j
-// Scores are computed for QUERY_TILE queries at a time, against the keys up to the last of them, so that few products are
-// above the diagonal. The same chunk of all sequences is one batch of matrix products. Of P only lse_i = log sum_j e^(S_ij)
-// is kept. S, P and their gradients are floatX, the softmax is float.
+// Scores are computed for QUERY_TILE queries at a time, against the keys up to the last of them, so that few products
+// are above the diagonal. The same chunk of all sequences is one batch of matrix products. Of P only lse_i = log sum_j
+// e^(S_ij) is kept. S, P and their gradients are floatX, the softmax is float.
+//
+//              keys of the chunk                      C = 4 tiles: the first tile of queries needs 1/4 of the row,
+//     queries  +-----+                                the last one all of it. Only the triangles on the diagonal are
+//              | S 0 |                                computed in vain.
+//              +-----+-----+                          Heads are wide here (dv = 2048 in mega200M), so a fused kernel
+//              |   S 1     |                          that keeps o in registers does not fit. S of one tile is small
+//              +-----------+-----+                    enough to stay in the L2 cache between the two products.
+//              |      S 2        |
+//              +-----------------+-----+
+//              |         S 3           |
+//              +-----------------------+
 
-// A tile of queries: nq consecutive queries of head h, in each of `batch` sequences from sequence b0 on. The first of them
-// is token t. They see nk keys, of which the last nq are at their own positions.
+// A tile of queries: nq consecutive queries of head h, in each of `batch` sequences from sequence b0 on. The first of
+// them is token t. They see nk keys, of which the last nq are at their own positions.
 typedef struct {
     int b0, batch, t, nq, nk, h;
 } QueryTile;
@@ -1318,8 +1214,8 @@ static __global__ void attention_forward_kernel(floatX *scores, float *lse, Quer
     if (threadIdx.x == 0) lse[row * d.H + tile.h] = max + logf(sum);
 }
 
-// q, o begin with the first query, k, v with the first key; rows of q and k are Z long, of v and o E. stride: rows between
-// the keys of two sequences.
+// q, o begin with the first query, k, v with the first key; rows of q and k are Z long, of v and o E. stride: rows
+// between the keys of two sequences.
 static void attention_chunk_forward(floatX *o, float *lse, floatX *scores, const floatX *q, const floatX *k,
                                     const floatX *v, QueryTile tile, int stride, Mask mask, Dims d) {
     int dz = d.Z / d.H, dv = d.E / d.H, nq = tile.nq, nk = tile.nk;
@@ -1328,7 +1224,6 @@ static void attention_chunk_forward(floatX *o, float *lse, floatX *scores, const
     Matrix P = {scores, nk, 0, all};
     matmul_batched(scores, nk, all, Q, K, nq, nk, dz, 0, tile.batch);
     attention_forward_kernel<<<ROW_GRID((size_t)tile.batch * nq)>>>(scores, lse, tile, mask, d);
-    cudaCheck(cudaGetLastError());
     matmul_batched(o, d.E, rows * d.E, P, V, nq, dv, nk, 0, tile.batch);
 }
 
@@ -1371,7 +1266,6 @@ static void attention_chunk_backward(AttentionTensors a, const float *lse, Query
     matmul_batched(a.scores, nk, all, Q, Kt, nq, nk, dz, 0, tile.batch);
     matmul_batched(a.dscores, nk, all, dO, Vt, nq, nk, dv, 0, tile.batch);
     attention_backward_kernel<<<ROW_GRID((size_t)tile.batch * nq)>>>(a.scores, a.dscores, lse, tile, mask, d);
-    cudaCheck(cudaGetLastError());
     matmul_batched(a.dq, d.Z, z, dS, K, nq, dz, nk, 0, tile.batch);
     matmul_batched(a.dk, d.Z, z, dSt, Q, nk, dz, nq, add, tile.batch);
     matmul_batched(a.dv, d.E, e, P, dO, nk, dv, nq, add, tile.batch);
@@ -1393,12 +1287,10 @@ static __global__ void to_floatX_kernel(floatX *out, const float *inp, size_t n)
 static void copy_to_float(float *out, const floatX *inp, size_t n) {
     if (n == 0) return;
     to_float_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
-    cudaCheck(cudaGetLastError());
 }
 static void copy_to_floatX(floatX *out, const float *inp, size_t n) {
     if (n == 0) return;
     to_floatX_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
-    cudaCheck(cudaGetLastError());
 }
 
 // Writes the keys and values of n tokens of sequence b, from token t on, to the cache of its chunk, from place `at` on.
@@ -1412,8 +1304,8 @@ static void cache_chunk(float *cache_k, float *cache_v, const floatX *k, const f
 static size_t attention_workspace(Dims d) { return (size_t)d.C * (d.Z + d.E) * sizeof(floatX); }
 
 // Chunked attention: a token sees its own chunk up to itself. q, k (B,L,Z) are rotated, v, o (B,L,E), lse (B,L,H).
-// past (B), in host memory, or NULL: all 0. past[b] tokens of the chunk at the start came before; their keys and values are
-// in cache_k (B,C,Z), cache_v (B,C,E), and those of this call are added, as far as their chunk stays unfinished.
+// past (B), in host memory, or NULL: all 0. past[b] tokens of the chunk at the start came before; their keys and values
+// are in cache_k (B,C,Z), cache_v (B,C,E), and those of this call are added, as far as their chunk stays unfinished.
 static void attention_forward(floatX *o, float *lse, float *cache_k, float *cache_v, floatX *scores, const floatX *q,
                               const floatX *k, const floatX *v, const int *past, Mask mask, Dims d) {
     FAST(attention_fast_supports(past, d),
@@ -1477,7 +1369,8 @@ static void attention_backward(floatX *dq, floatX *dk, floatX *dv_out, floatX *s
 
 // ----------------------------------------------------------------------------
 // LayerNorm: y = (x - mean) rstd (weight + 1) + bias over the D elements of a row; weight, bias NULL: neither.
-// mean, rstd (R).
+// mean, rstd (R). The mean is computed first, and the squares are those of x - mean: the sum of x^2 minus the square of
+// the sum would lose its digits where the mean is large.
 
 // Mapping: a warp has a row. Memory: reads R*D three times (the second and third time from cache), writes R*D.
 static __global__ void layernorm_forward_kernel(floatX *out, double *mean, float *rstd, const floatX *inp,
@@ -1501,7 +1394,6 @@ static void layernorm_forward(floatX *out, double *mean, float *rstd, const floa
                               const float *bias, int R, int D, double eps) {
     FAST(norms_fast_supports(D), layernorm_fast_forward(out, mean, rstd, inp, weight, bias, R, D, eps));
     layernorm_forward_kernel<<<ROW_GRID(R)>>>(out, mean, rstd, inp, weight, bias, R, D, eps);
-    cudaCheck(cudaGetLastError());
 }
 
 // Forward line: y = n (weight + 1) + bias, n = (x - mean) rstd. With a = (weight + 1) dy:
@@ -1530,7 +1422,6 @@ static void layernorm_backward(floatX *dinp, float *dweight, float *dbias, const
                                const float *weight, const double *mean, const float *rstd, int R, int D) {
     FAST(norms_fast_supports(D), layernorm_fast_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, R, D));
     layernorm_backward_kernel<<<ROW_GRID(R)>>>(dinp, dout, inp, weight, mean, rstd, R, D);
-    cudaCheck(cudaGetLastError());
     if (dweight == NULL) return;
     sum_rows(dweight, dout, inp, mean, rstd, 1, R, D, 1);
     sum_rows(dbias, dout, NULL, NULL, NULL, 1, R, D, 1);
@@ -1546,7 +1437,6 @@ static __global__ void rescale_kernel(floatX *out, const floatX *inp, const floa
 
 static void rescale_forward(floatX *out, const floatX *inp, const float *alpha, int R, int D) {
     rescale_kernel<<<blocks_for((size_t)R * D, THREADS), THREADS>>>(out, inp, alpha, (size_t)R * D, D);
-    cudaCheck(cudaGetLastError());
 }
 
 // Forward line: out = alpha inp. dinp = alpha dout; dalpha += sum over rows of dout inp.
@@ -1564,12 +1454,13 @@ static __global__ void add_kernel(floatX *out, const floatX *inp, size_t n) {
 
 static void add(floatX *out, const floatX *inp, size_t n) {
     add_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
-    cudaCheck(cudaGetLastError());
 }
 
 // ----------------------------------------------------------------------------
-// output and loss: logits (R,V) = x output', loss = log sum_v e^logit - logit of the target, in nats. Some rows at a
-// time, forward and backward in one, see megalodon.c.
+// output and loss: logits (R,V) = x output', loss = log sum_v e^logit - logit of the target, in nats.
+// The logits are the largest activation: V numbers for each token. So they only exist for logit_rows(V) rows at a time,
+// and each such slice goes through forward and backward before the next one is computed:
+//     logits = x output' -> loss, and dlogits in the place of the logits -> dx = dlogits output, doutput += dlogits' x
 
 static int logit_rows(int V) { return max_int(LOGITS / V, LOGIT_ROWS); }
 
@@ -1591,8 +1482,8 @@ static __device__ float block_max(float x) {
     return warp_max(threadIdx.x % WARP < THREADS / WARP ? maxima[threadIdx.x % WARP] : -INFINITY);
 }
 
-// Formula: loss = log(sum + own) - (target's logit - max), with own = e^(target's logit - max) and sum that of the other
-//   tokens. Keeping them apart preserves a small loss, and softmax - 1 at the target. Then with `grad`
+// Formula: loss = log(sum + own) - (target's logit - max), with own = e^(target's logit - max) and sum that of the
+//   other tokens. Keeping them apart preserves a small loss, and softmax - 1 at the target. Then with `grad`
 //   dlogit = grad_scale (softmax - onehot(target)), in the place of the logits.
 // Mapping: a thread block has a row. Memory: reads the logits three times (the second and third time from cache).
 // Passes: 1. maximum. 2. sum, NaN where a logit overflowed. 3. gradient.
@@ -1622,7 +1513,6 @@ static void cross_entropy(double *losses, floatX *logits, const int32_t *targets
                           int V) {
     FAST(loss_fast_supports(V), loss_fast(losses, logits, targets, grad_scale, grad, R, V));
     loss_kernel<<<R, THREADS>>>(losses, logits, targets, grad_scale, grad, V);
-    cudaCheck(cudaGetLastError());
 }
 
 // Formula: total = sum of x (n). Mapping: one thread block; a thread has every THREADS-th element. Memory: reads n.
@@ -1644,46 +1534,8 @@ static void output_loss(double *losses, floatX *dx, float *doutput, floatX *logi
     }
 }
 
-// ----------------------------------------------------------------------------
-// memory that the layers use while they run
-
-static size_t coeffs_stride(int D) { return (size_t)D; }
-
-static size_t scores_size(const Model *m, Dims d) {
-    size_t plain = tile_batch(d) * tile_scores(d.C), most = plain;
-#ifdef FAST_KERNELS
-    size_t fast = attention_fast_scores(d);
-    most = fast > most ? fast : most;
-#endif
-    return m->mode == MEGALODON_INFER ? most : 2 * most;
-}
-
-static size_t workspace_size(const Model *m, Dims d) {
-    size_t widest = (size_t)max_int(max_int(d.D, d.E), max_int(2 * d.Z, d.F)), embedding = 0;
-    if (m->mode != MEGALODON_INFER) embedding = (size_t)embedding_parts(d.B * d.L, d.V) * d.V * d.D * sizeof(float);
-    size_t sizes[] = {timestep_norm_workspace(d), cema_workspace(d), attention_workspace(d),
-                      SUM_PARTS * widest * sizeof(float), embedding},
-           most = 0;
-    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) most = sizes[i] > most ? sizes[i] : most;
-#ifdef FAST_KERNELS
-    size_t fast = fast_workspace(m, d);
-    most = fast > most ? fast : most;
-#endif
-    return most;
-}
-
-// The public functions that run layers call this first.
-static void use_workspace(const Model *m) {
-    gpu.workspace = m->scratch.workspace;
-    gpu.workspace_bytes = workspace_size(m, dims_of(&m->config, m->max_B, m->max_L));
-}
-
 // A parameter as matrix products read it.
 static const floatX *rounded(const Model *m, const float *param) { return m->rounded + (param - m->memory[PARAMS]); }
-
-static void params_written(Model *m, size_t first, size_t n) {
-    if (sizeof(floatX) < sizeof(float)) copy_to_floatX(m->rounded + first, m->memory[PARAMS] + first, n);
-}
 
 // ----------------------------------------------------------------------------
 // TimestepNorm and CEMA in the model. With chunk parallelism, each rank reduces its tokens from a zero state, an
@@ -1751,6 +1603,15 @@ static void cema_layer_backward(Model *m, int layer, floatX *dx, const floatX *d
 // ----------------------------------------------------------------------------
 // the attention sub-layer: y = mega(x), see megalodon.h. It continues from the state `in` and leaves its own in `out`,
 // which may be the same; NULL: a fresh start, or an end that is not kept.
+//
+//     x --+-- TimestepNorm -- xt --+-- CEMA -- RMSNorm -- mx --+-- wz -- norm -- q, k ----+
+//         |                        |                           |                         attention -- o
+//         |                        +-- wv -- silu -- v --------|--------------------------+          |
+//         |                                                    +-- wr -- silu -- r ------------------ * -- wh2 --+
+//         |                                                    +-- wh1 ---------------------------------------- + -- y
+//         +---------------------------------------------------------------------------------------------------- +
+//
+// Widths: x, xt, mx, y D; z, q, k Z; v, r, o E.
 
 static void mega_forward(Model *m, int layer, const State *in, State *out, const floatX *x) {
     const Config *c = &m->config;
@@ -1790,8 +1651,8 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     if (residual == NULL) add(a->y, x, (size_t)R * d.D);
 }
 
-// dx = dL/dx through mega() + residual, from dy = dL/dy. residual, which may be dx itself, is the gradient of the block's
-// own residual. Steps are those of mega_forward, from the last to the first.
+// dx = dL/dx through mega() + residual, from dy = dL/dy. residual, which may be dx itself, is the gradient of the
+// block's own residual. Steps are those of mega_forward, from the last to the first.
 static void mega_backward(Model *m, int layer, floatX *dx, const floatX *dy, const floatX *residual, const floatX *x) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layers[layer];
@@ -1900,7 +1761,9 @@ static void nffn_backward(Model *m, int layer, floatX *dy, const floatX *dout) {
 }
 
 // ----------------------------------------------------------------------------
-// the block: y = mega(x), out = nffn(y) + x. The second residual skips both sub-layers.
+// the block: y = mega(x), out = nffn(y) + x. The second residual skips both sub-layers: the FFN reads y, but x is what
+// is added to its output. Backward, dout therefore reaches x twice: through the FFN and the attention sub-layer, and
+// directly. mega() has a residual of its own, y = ... + x, which is the third way.
 
 static void block_forward(Model *m, int layer, const State *in, State *out) {
     mega_forward(m, layer, in, out, m->x[layer]);
@@ -1924,11 +1787,14 @@ static void block_backward(Model *m, int layer) {
 
 // ----------------------------------------------------------------------------
 // the model: tokens -> embedding -> blocks -> TimestepNorm -> output
+//
+// The public functions return before the GPU has finished, except where the host needs a number: the loss, the gradient
+// norm, logits, activations. Everything is in the order of stream 0.
 
 static float embedding_scale(const Config *c) { return c->scale_emb ? (float)sqrt((double)c->model_dim) : 1; }
 
 // Copies n elements from the device to floats in host memory.
-static void download(float *dst, const floatX *src, size_t n) {
+static void read_floatX(float *dst, const floatX *src, size_t n) {
     enum { BUFFER = 1 << 16 };
     static floatX buffer[BUFFER];
     for (size_t done = 0; done < n; done += BUFFER) {
@@ -1938,6 +1804,7 @@ static void download(float *dst, const floatX *src, size_t n) {
     }
 }
 
+// A state counts the tokens of each sequence on the device, so that decoding needs no number from the host.
 // Formula: count += L. Mapping: a thread has a sequence.
 static __global__ void advance_kernel(int64_t *count, int B, int64_t L) {
     int b = thread_index();
@@ -1945,7 +1812,6 @@ static __global__ void advance_kernel(int64_t *count, int B, int64_t L) {
 }
 static void advance(int64_t *count, int B, int64_t L) {
     advance_kernel<<<blocks_for(B, THREADS), THREADS>>>(count, B, L);
-    cudaCheck(cudaGetLastError());
 }
 
 // Reads from the state how many tokens each sequence's unfinished chunk has.
@@ -1970,7 +1836,7 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
     for (size_t i = 0; i < R; i++) assert(tokens[i] >= 0 && tokens[i] < c->vocab_size);
     const Dims d = m->dims = dims_of(c, B, L);
     m->acts_layer = -1;
-    use_workspace(m);
+    begin_layers(m);
     memory_copy(m->tokens, tokens, R * sizeof *tokens);
     for (int l = 0; l < layers && !m->coeffs_valid; l++) {
         const LayerParams *w = &m->params.layers[l];
@@ -1996,12 +1862,11 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
 double megalodon_loss(Model *m, const int32_t *targets, double grad_scale, int64_t *counted, real *losses) {
     int R = m->dims.B * m->dims.L, grad = grad_scale > 0 && m->mode != MEGALODON_INFER;
     double sum;
-    use_workspace(m);
+    begin_layers(m);
     memory_copy(m->targets, targets, (size_t)R * sizeof *targets);
     output_loss(m->losses, grad ? m->scratch.dxt : NULL, grad ? m->grads.output : NULL, m->scratch.logits, m->final,
                 rounded(m, m->params.output), m->targets, grad_scale, R, m->dims.D, m->dims.V);
     sum_kernel<<<1, THREADS>>>(m->sums, m->losses, R);
-    cudaCheck(cudaGetLastError());
     *counted = 0;
     for (int r = 0; r < R; r++) *counted += targets[r] >= 0;
     memory_copy(&sum, m->sums, sizeof sum);
@@ -2020,7 +1885,7 @@ void megalodon_backward(Model *m) {
     Scratch *s = &m->scratch;
     assert(m->mode != MEGALODON_INFER);
     for (int b = 0; b < d.B; b++) assert(m->past[b] == 0);
-    use_workspace(m);
+    begin_layers(m);
     timestep_norm_layer_backward(m, s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, s->dxt, NULL,
                                  m->x[layers], m->params.final_norm_weight, m->final_mean, m->final_rstd);
     if (m->on_grad_ready) m->on_grad_ready(m, layers + 1);
@@ -2033,48 +1898,22 @@ void megalodon_backward(Model *m) {
     if (m->on_grad_ready) m->on_grad_ready(m, 0);
 }
 
-void megalodon_logits(Model *m, size_t first, size_t rows, real *dst) {
-    int D = m->dims.D, V = m->dims.V, most = logit_rows(V);
-    assert(first + rows <= (size_t)m->dims.B * m->dims.L);
-    use_workspace(m);
-    for (size_t r = 0; r < rows; r += most) {
-        int some = rows - r < (size_t)most ? (int)(rows - r) : most;
-        linear_forward(m->scratch.logits, NULL, m->final + (first + r) * D, rounded(m, m->params.output), NULL, some, D,
-                       V);
-        download(dst + r * V, m->scratch.logits, (size_t)some * V);
-    }
+// Logits of `rows` positions, from `first` on, in scratch.logits.
+static void output_logits(Model *m, size_t first, int rows) {
+    FAST(decode_logits_supports(m, rows), decode_logits(m, first, rows));
+    linear_forward(m->scratch.logits, NULL, m->final + first * m->dims.D, rounded(m, m->params.output), NULL, rows,
+                   m->dims.D, m->dims.V);
 }
 
-int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
-    size_t n = (size_t)m->dims.B * m->dims.L;
-    assert(m->mode != MEGALODON_INFER);
-    if (layer < 0) {
-        if (strcmp(name, "final_norm") != 0) return 0;
-        if (dst) download(dst, m->final, n * m->dims.D);
-        return m->dims.D;
+void megalodon_logits(Model *m, size_t first, size_t rows, real *dst) {
+    int V = m->dims.V, most = logit_rows(V);
+    assert(first + rows <= (size_t)m->dims.B * m->dims.L);
+    begin_layers(m);
+    for (size_t r = 0; r < rows; r += most) {
+        int some = rows - r < (size_t)most ? (int)(rows - r) : most;
+        output_logits(m, first + r, some);
+        read_floatX(dst + r * V, m->scratch.logits, (size_t)some * V);
     }
-    const ActivationRow *row = activation_row(name);
-    if (row == NULL) return 0;
-    int width = width_of(&m->dims, row->width);
-    if (dst == NULL) return width;
-    LayerActs *a = &m->acts[layer];
-    LayerParams *w = &m->params.layers[layer];
-    Scratch *s = &m->scratch;
-    use_workspace(m);
-    block_again(m, layer);
-    const floatX *src = (const floatX *)stored_activation(a, row);
-    if (strcmp(name, "mega.q") == 0 || strcmp(name, "mega.k") == 0) {
-        qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, NULL, NULL, m->dims,
-                         m->config.norm_eps);
-        src = strcmp(name, "mega.q") == 0 ? s->q : s->k;
-    } else if (strcmp(name, "mega.v") == 0 || strcmp(name, "mega.r") == 0) {
-        silu_forward(s->v, strcmp(name, "mega.v") == 0 ? a->v_pre : a->r_pre, n * width);
-        src = s->v;
-    } else if (strcmp(name, "nffn.out") == 0) {
-        src = m->x[layer + 1];
-    }
-    download(dst, src, n * width);
-    return width;
 }
 
 // ----------------------------------------------------------------------------
@@ -2095,7 +1934,6 @@ double megalodon_grad_norm(Model *m) {
     double sums[NUM_SUMS], total = 0;
     for (int s = 0; s < m->num_shards; s++) {
         square_kernel<<<NUM_SUMS, THREADS>>>(m->sums, m->memory[GRADS] + m->shards[s].first, m->shards[s].count, s > 0);
-        cudaCheck(cudaGetLastError());
     }
     memory_copy(sums, m->sums, sizeof sums);
     for (int i = 0; i < NUM_SUMS; i++) total += sums[i];
@@ -2133,57 +1971,7 @@ void megalodon_update(Model *m, const AdamW *o, double lr, double grad_scale, in
         if (n == 0) continue;
         adamw_kernel<<<blocks_for(n, THREADS), THREADS>>>(m->memory[PARAMS] + first, m->rounded + first, moment1,
                                                           moment2, m->memory[GRADS] + first, f, n);
-        cudaCheck(cudaGetLastError());
         moment1 += n, moment2 += n;
     }
     m->coeffs_valid = 0;
-}
-
-// ----------------------------------------------------------------------------
-// the model's memory, see plumbing/model.h
-
-MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
-    MemoryPlan plan = {0, 0, 0, 0, 0};
-    gpu_open();
-    Model *m = model_outline(config, mode, B, L);
-    if (!m) return plan;
-    model_layout(m);
-    plan = m->plan;
-    megalodon_free(m);
-    return plan;
-}
-
-Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
-    gpu_open();
-    Model *m = model_outline(config, mode, B, L);
-    if (!m) return NULL;
-    if (!model_allocate(m)) {
-        megalodon_free(m);
-        return NULL;
-    }
-    rope_table(m->rope, config->chunk_size, config->z_dim / config->num_heads, config->rope_base);
-    return m;
-}
-
-float *megalodon_device_ptr(Model *m, Buffer buffer) { return m->memory[buffer]; }
-
-// ----------------------------------------------------------------------------
-// the machine
-
-void megalodon_threads(int threads) { (void)threads; }
-
-int megalodon_on_gpu(void) { return 1; }
-
-size_t megalodon_available_memory(int processes) {
-    size_t free_bytes, total;
-    gpu_open();
-    cudaCheck(cudaMemGetInfo(&free_bytes, &total));
-    return free_bytes / ceil_div(processes, gpu.devices);
-}
-
-size_t megalodon_peak_memory(void) { return gpu.peak; }
-
-const char *megalodon_backend(void) {
-    gpu_open();
-    return gpu.name;
 }

@@ -241,8 +241,8 @@ typedef struct {
 
 // What rank `rank` of `ranks` updates. The parameters are divided into buckets whose gradients are summed together: the
 // embedding, each layer, and the rest. Each bucket is divided into nearly equal shards. Boundaries are rounded to 4
-// elements, so that float4 loads stay aligned. *count gets the number of shards: num_layers + 2, or with one rank 1, all
-// parameters. To be freed by the caller; NULL if out of memory.
+// elements, so that float4 loads stay aligned. *count gets the number of shards: num_layers + 2, or with one rank 1,
+// all parameters. To be freed by the caller; NULL if out of memory.
 Shard *megalodon_shards(const Config *config, int rank, int ranks, int *count);
 
 // Fills values (tensor->size) with the tensor's initial values, see Init.
@@ -273,8 +273,9 @@ MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L);
 Model *megalodon_new(const Config *config, Mode mode, int B, int L);
 void megalodon_free(Model *model);
 
-// Copies the elements first .. first + n - 1 of a buffer that is laid out as megalodon_tensors() says. Moments outside of
-// this rank's shards cannot be read, and writing them has no effect. On a GPU, src and dst may also be device memory.
+// Copies the elements first .. first + n - 1 of a buffer that is laid out as megalodon_tensors() says. Moments outside
+// of this rank's shards cannot be read, and writing them has no effect. On a GPU, src and dst may also be device
+// memory.
 typedef enum { PARAMS, GRADS, MOMENT1, MOMENT2 } Buffer;
 void megalodon_read(Model *model, Buffer buffer, size_t first, size_t n, real *dst);
 void megalodon_write(Model *model, Buffer buffer, size_t first, size_t n, const real *src);
@@ -311,8 +312,9 @@ void state_write(State *state, size_t first, size_t bytes, const void *src);
 // ----------------------------------------------------------------------------
 // running it
 
-// Turns on dropout with the configuration's probabilities from the next forward pass on; NULL turns it off, as at first.
-// A mask depends on these numbers and on the position in the whole step's batch (that of all ranks), on nothing else.
+// Turns on dropout with the configuration's probabilities from the next forward pass on; NULL turns it off, as at
+// first. A mask depends on these numbers and on the position in the whole step's batch (that of all ranks), on nothing
+// else.
 typedef struct {
     uint64_t seed;
     int64_t step; // updates before this one
@@ -320,15 +322,16 @@ typedef struct {
 } DropoutKey;
 void megalodon_dropout(Model *model, const DropoutKey *key);
 
-// Chunk parallelism: from the next forward pass on, this model has one part of each of its sequences, and the other ranks
-// have the other parts. All ranks call the same functions with the same number of rows. Each rank reduces its part from a
-// zero state; an all-gather exchanges the small results; each rank combines those of the ranks before it (in the backward
-// pass, of the ranks after it). NULL, as at first: this model has whole sequences. Returns 0 if out of memory.
+// Chunk parallelism: from the next forward pass on, this model has one part of each of its sequences, and the other
+// ranks have the other parts. All ranks call the same functions with the same number of rows. Each rank reduces its
+// part from a zero state; an all-gather exchanges the small results; each rank combines those of the ranks before it
+// (in the backward pass, of the ranks after it). NULL, as at first: this model has whole sequences. Returns 0 if out of
+// memory.
 typedef struct {
     int cp_rank, cp_size;   // this rank, and the number of ranks
     const int64_t *lengths; // (cp_size) tokens of each rank's part; whole chunks, except for the last rank. Copied
-    // All-gather: all (cp_size, bytes) gets every rank's `mine` (bytes), in rank order. Both are in the backend's memory;
-    // on a GPU the exchange is in the order of stream 0. context is the field below.
+    // All-gather: all (cp_size, bytes) gets every rank's `mine` (bytes), in rank order. Both are in the backend's
+    // memory; on a GPU the exchange is in the order of stream 0. context is the field below.
     void (*gather)(void *context, const void *mine, void *all, size_t bytes);
     void *context;
 } ChunkParallel;
@@ -366,10 +369,12 @@ void megalodon_update(Model *model, const AdamW *adamw, double lr, double grad_s
 // Writes the logits of `rows` of the last forward pass's B*L positions, from `first` on, to dst (rows,V).
 void megalodon_logits(Model *model, size_t first, size_t rows, real *dst);
 
-// Writes an activation of the last forward pass to dst (B,L,width); allowed after megalodon_backward, too. layer = -1 with
-// "final_norm": the final norm's output. dst NULL: only returns the width. Returns 0 if there is no such activation.
+// Writes an activation of the last forward pass to dst (B,L,width); allowed after megalodon_backward, too. layer = -1
+// with "final_norm": the final norm's output. dst NULL: only returns the width. Returns 0 if there is no such
+// activation.
 int megalodon_activation(Model *model, int layer, const char *name, real *dst);
 const char *megalodon_activation_name(int i); // names of a layer's activations in data-flow order; NULL after the last
+int megalodon_activation_width(const Config *config, const char *name); // elements per token; 0 if there is none
 
 void megalodon_threads(int threads); // number of threads that the backend uses; no effect on a GPU
 int megalodon_on_gpu(void);          // 1: models and states are in device memory, 0: in main memory

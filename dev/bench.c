@@ -1,26 +1,27 @@
-// Where the time of a training step goes, or of a token's decoding, beside what this machine can do: a large matrix
-// product, a large copy and a large read, with the same threads.
+// CPU benchmark: the time of each part of a training step, or of decoding a token, beside the rates of this machine for
+// a large matrix product, a large copy and a large read with the same threads.
 //     make bench        or   build/bench --preset mega200M --decode --threads 2
-// megalodon.c is included, since layers are static. Parts are timed on the buffers of a real step, all layers one
-// after another, as in the step; what the parts do not add up to is said in the last line. Everything takes turns, once
-// a round, so that a machine that slows down does so for all of it, and no part finds its own numbers in the caches.
+// megalodon.c is included because its layers are static functions. Each part runs on the buffers of a real step, for
+// all layers in order. The last line of the table compares the sum of the parts with the whole step. Each round runs
+// every part once. So a slower phase of the machine affects all parts alike, and no part finds its own data in the
+// caches.
 #include "../megalodon.c"
 #include "../plumbing/plumbing.h"
 
 enum { MAX_REPEATS = 1000 };
 static const char *preset = "enwik8";
 static int batch_size = 4, seq_len = 512, threads, repeats = 7, decode, brief;
-static int64_t furthest;
-static double dropped;
+static int64_t max_tokens; // decode after 4096, 16384, .. tokens, up to this many; 0: not at all
+static double dropout_p;   // probability of all three dropouts
 static Option options[] = {
-    {OPT_TEXT, "preset", &preset, .arg = "NAME", .help = "the model"},
-    {OPT_INT, "batch-size", &batch_size, 1, 1 << 16, .help = "sequences"},
-    {OPT_INT, "seq-len", &seq_len, 1, 1 << 28, .help = "tokens of each"},
-    {OPT_REAL, "dropout", &dropped, 0, 0.999, .help = "all three of them"},
-    {OPT_INT, "threads", &threads, 0, 1024, .help = "of the CPU; 0: all"},
-    {OPT_INT, "repeats", &repeats, 3, MAX_REPEATS, .help = "rounds, after one that does not count"},
-    {OPT_SWITCH, "decode", &decode, .help = "decode single tokens instead"},
-    {OPT_INT64, "furthest", &furthest, 4096, 1e9, .help = "decode after 4096, 16384, .. tokens, up to so many"},
+    {OPT_TEXT, "preset", &preset, .arg = "NAME", .help = "configuration of the model"},
+    {OPT_INT, "batch-size", &batch_size, 1, 1 << 16, .help = "sequences per batch"},
+    {OPT_INT, "seq-len", &seq_len, 1, 1 << 28, .help = "tokens per sequence"},
+    {OPT_REAL, "dropout", &dropout_p, 0, 0.999, .help = "probability of all three dropouts"},
+    {OPT_INT, "threads", &threads, 0, 1024, .help = "CPU threads; 0: all cores"},
+    {OPT_INT, "repeats", &repeats, 3, MAX_REPEATS, .help = "measured rounds, after one warm-up round"},
+    {OPT_SWITCH, "decode", &decode, .help = "measure decoding, one token at a time"},
+    {OPT_INT64, "max-tokens", &max_tokens, 4096, 1e9, .help = "measure decoding after 4096, 16384, .. tokens, up to N"},
     {OPT_SWITCH, "brief", &brief, .help = "only the whole step, without its parts"},
     {OPT_END, .help = NULL},
 };
@@ -33,16 +34,17 @@ static int32_t *tokens, *targets;
 typedef struct {
     const char *name;
     void (*run)(void);
-    double operations, bytes; // that must be done and moved: those of matrix products, or else those of the rest
-    double median, fastest;   // seconds
+    double operations;      // of its matrix products, 2 per multiply-add; 0 if it has none
+    double bytes;           // read and written, if it has no matrix products
+    double median, fastest; // seconds
 } Part;
 
-static int by_size(const void *a, const void *b) {
+static int compare_doubles(const void *a, const void *b) {
     const double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
 }
 
-// Runs all parts in turn, repeats + 1 times.
+// Sets the median and the fastest time of each part, over `repeats` rounds after one warm-up round.
 static void time_parts(Part *parts, int count) {
     double *times = allocate((size_t)count * (size_t)repeats, sizeof *times);
     for (int r = -1; r < repeats; r++) {
@@ -54,20 +56,23 @@ static void time_parts(Part *parts, int count) {
     }
     for (int i = 0; i < count; i++) {
         double *t = times + i * repeats;
-        qsort(t, (size_t)repeats, sizeof *t, by_size);
+        qsort(t, (size_t)repeats, sizeof *t, compare_doubles);
         parts[i].fastest = t[0], parts[i].median = t[repeats / 2];
     }
     free(times);
 }
 
 // ----------------------------------------------------------------------------
-// what the machine can do
+// rates of the machine
 
-enum { SIDE = 3072, COPIED = 64 << 20 }; // of the matrices; numbers to copy, well beyond the caches
-static real *large[3];
-static double sink;
+enum {
+    SIDE = 3072,       // rows and columns of the matrices
+    COPIED = 64 << 20, // elements to copy or read, more than fit the caches
+};
+static real *large[3]; // (COPIED) each
+static double sink;    // uses results, so that the compiler keeps the computation
 
-static void run_product(void) {
+static void run_matmul(void) {
     matmul(large[2], SIDE, NULL, matrix(large[0], SIDE), transposed(large[1], SIDE), NULL, SIDE, SIDE, SIDE);
 }
 static void run_copy(void) {
@@ -77,33 +82,33 @@ static void run_copy(void) {
 static void run_read(void) {
     double sum = 0;
 #pragma omp parallel for schedule(static) reduction(+ : sum)
-    for (size_t part = 0; part < COPIED; part += 4096) {
-        real some = 0;
-#pragma omp simd reduction(+ : some)
-        for (size_t i = 0; i < 4096; i++) some += large[0][part + i];
-        sum += some;
+    for (size_t start = 0; start < COPIED; start += 4096) {
+        real partial = 0;
+#pragma omp simd reduction(+ : partial)
+        for (size_t i = 0; i < 4096; i++) partial += large[0][start + i];
+        sum += partial;
     }
     sink += sum;
 }
 
-enum { PRODUCT, COPY, READ, MACHINE }; // the first parts of every table
-static const Part machine[MACHINE] = {
-    {"product", run_product, .operations = 2.0 * (double)SIDE * SIDE * SIDE},
+enum { MATMUL, COPY, READ, NUM_RATES }; // the first parts of every table
+static const Part rates[NUM_RATES] = {
+    {"matmul", run_matmul, .operations = 2.0 * (double)SIDE * SIDE * SIDE},
     {"copy", run_copy, .bytes = 2.0 * COPIED * sizeof(real)},
     {"read", run_read, .bytes = 1.0 * COPIED * sizeof(real)},
 };
 
-static void machine_new(void) {
+static void rates_open(void) {
     for (int i = 0; i < 3; i++) {
         large[i] = allocate(COPIED, sizeof(real));
         for (size_t k = 0; k < COPIED; k++) large[i][k] = (real)(k % 7) * (real)0.1;
     }
 }
 
-static void print_machine(const Part *parts) {
-    const Part *product = &parts[PRODUCT], *copy = &parts[COPY], *read = &parts[READ];
-    printf("%s; medians of %d rounds, in brackets the best\n", megalodon_backend(), repeats);
-    printf("a product of %d x %d: %.0f (%.0f) GFLOP/s; a copy of %zu MiB: %.1f (%.1f) GB/s, read and write; a read: "
+static void print_rates(const Part *parts) {
+    const Part *product = &parts[MATMUL], *copy = &parts[COPY], *read = &parts[READ];
+    printf("%s; medians of %d rounds, the best in brackets\n", megalodon_backend(), repeats);
+    printf("matmul %d x %d: %.0f (%.0f) GFLOP/s; copy of %zu MiB: %.1f (%.1f) GB/s read and written; read: "
            "%.1f (%.1f) GB/s\n\n",
            SIDE, SIDE, product->operations / product->median / 1e9, product->operations / product->fastest / 1e9,
            (size_t)COPIED * sizeof(real) >> 20, copy->bytes / copy->median / 1e9, copy->bytes / copy->fastest / 1e9,
@@ -111,14 +116,14 @@ static void print_machine(const Part *parts) {
 }
 
 // ----------------------------------------------------------------------------
-// a step, and its parts
+// a training step and its parts
 
 static const AdamW adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1};
 static int64_t counted;
 
 static void run_step(void) {
     const DropoutKey draw = {.seed = 1};
-    megalodon_dropout(m, dropped > 0 ? &draw : NULL);
+    megalodon_dropout(m, dropout_p > 0 ? &draw : NULL);
     megalodon_zero_grad(m);
     megalodon_forward(m, NULL, tokens, batch_size, seq_len);
     megalodon_loss(m, targets, 1.0 / (m->dims.B * m->dims.L), &counted, NULL);
@@ -139,14 +144,14 @@ static void run_step(void) {
     LayerParams *w = &m->params.layers[l], *dw = &m->grads.layers[l];                                                  \
     (void)a, (void)w, (void)dw;
 
-static void norm_forward(void) {
+static void run_timestep_norm_forward(void) {
     EACH_LAYER {
         LAYER const NormState none = {NULL, NULL, NULL};
         timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, none, m->x[l], w->timenorm_weight, w->timenorm_bias,
                               none, d, c->norm_eps);
     }
 }
-static void norm_backward(void) {
+static void run_timestep_norm_backward(void) {
     EACH_LAYER {
         LAYER const real *const residuals[2] = {s->dy, s->dx};
         timestep_norm_backward(s->dmx, dw->timenorm_weight, dw->timenorm_bias, NULL, s->dxt, residuals, m->x[l],
@@ -164,20 +169,20 @@ static void run_cema_backward(void) {
                              w->cema_delta, w->cema_theta, D, d.N);
     }
 }
-static void rows_forward(void) {
+static void run_row_norms_forward(void) {
     EACH_LAYER {
         LAYER rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, c->norm_eps);
         layernorm_forward(a->u, a->ffn_mean, a->ffn_rstd, a->y, w->norm_weight, w->norm_bias, R, D, c->norm_eps);
     }
 }
-static void rows_backward(void) {
+static void run_row_norms_backward(void) {
     EACH_LAYER {
         LAYER rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, R, D);
         layernorm_backward(s->dy, dw->norm_weight, dw->norm_bias, s->dxt, a->y, w->norm_weight, a->ffn_mean,
                            a->ffn_rstd, R, D);
     }
 }
-static void projections_forward(void) {
+static void run_projections_forward(void) {
     EACH_LAYER {
         LAYER linear_forward(a->z, NULL, a->mx, w->wz, w->wz_bias, R, D, Z);
         linear_forward(a->v_pre, NULL, a->xt, w->wv, w->wv_bias, R, D, E);
@@ -186,7 +191,7 @@ static void projections_forward(void) {
         linear_forward(a->y, a->y, s->gated, w->wh2, NULL, R, E, D);
     }
 }
-static void projections_dx(void) {
+static void run_projections_dx(void) {
     EACH_LAYER {
         LAYER linear_backward_input(s->do_, 0, s->dy, w->wh2, R, E, D);
         linear_backward_input(s->dmx, 0, s->dy, w->wh1, R, D, D);
@@ -195,7 +200,7 @@ static void projections_dx(void) {
         linear_backward_input(s->dxt, 1, s->dv, w->wv, R, D, E);
     }
 }
-static void projections_dw(void) {
+static void run_projections_dw(void) {
     EACH_LAYER {
         LAYER linear_backward_weight(dw->wh2, NULL, s->dy, s->gated, R, E, D);
         linear_backward_weight(dw->wh1, NULL, s->dy, a->mx, R, D, D);
@@ -204,7 +209,7 @@ static void projections_dw(void) {
         linear_backward_weight(dw->wv, NULL, s->dv, a->xt, R, D, E);
     }
 }
-static void biases(void) {
+static void run_bias_gradients(void) {
     EACH_LAYER {
         LAYER sum_rows(dw->wh1_bias, s->dy, NULL, NULL, NULL, R, D, 1),
             sum_rows(dw->wr_bias, s->dr_pre, NULL, NULL, NULL, R, E, 1);
@@ -212,21 +217,21 @@ static void biases(void) {
             sum_rows(dw->wv_bias, s->dv, NULL, NULL, NULL, R, E, 1);
     }
 }
-static void ffn_forward(void) {
+static void run_ffn_forward(void) {
     EACH_LAYER {
         LAYER linear_forward(a->f1, NULL, a->u, w->fc1, NULL, R, D, F);
         if (c->swiglu) linear_forward(a->f3, NULL, a->u, w->fc3, NULL, R, D, F);
         linear_forward(s->dy, m->x[l], s->hidden, w->fc2, NULL, R, F, D);
     }
 }
-static void ffn_dx(void) {
+static void run_ffn_dx(void) {
     EACH_LAYER {
         LAYER linear_backward_input(s->dhidden, 0, s->dx, w->fc2, R, F, D);
         if (c->swiglu) linear_backward_input(s->dxt, 0, s->dhidden, w->fc3, R, D, F);
         linear_backward_input(s->dxt, c->swiglu, s->df1, w->fc1, R, D, F);
     }
 }
-static void ffn_dw(void) {
+static void run_ffn_dw(void) {
     EACH_LAYER {
         LAYER linear_backward_weight(dw->fc2, NULL, s->dx, s->hidden, R, F, D);
         if (c->swiglu) linear_backward_weight(dw->fc3, NULL, s->dhidden, a->u, R, D, F);
@@ -245,7 +250,8 @@ static void run_attention_backward(void) {
                                  mask_of_attention(m, l), d, m->threads);
     }
 }
-static void qk_both(void) { // forward, the same again, and backward
+// The forward pass, what the backward pass recomputes (norm and rotation), and the backward pass.
+static void run_qk(void) {
     EACH_LAYER {
         LAYER for (int again = 0; again < 2; again++) {
             qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, NULL, d, c->norm_eps);
@@ -253,8 +259,9 @@ static void qk_both(void) { // forward, the same again, and backward
         qk_layer_backward(s->dz, dw->gamma, dw->beta, s->dq, s->dk, s->zn, s->z_rstd, a->z, w->gamma, m->rope, d);
     }
 }
-// Forward, and backward with the forward again. Not in place, as in the step: numbers would become denormal, which is slow.
-static void gates_both(void) {
+// The forward pass, and the backward pass with its recomputation. Not in place: repeated in place, the values would
+// become denormal, which is slow.
+static void run_gates(void) {
     EACH_LAYER {
         LAYER for (int again = 0; again < 2; again++) silu_forward(s->v, a->v_pre, (size_t)R * E);
         gate_forward(s->gated, a->o, a->r_pre, (size_t)R * E);
@@ -267,13 +274,14 @@ static void gates_both(void) {
         if (!c->swiglu) silu_backward(s->hidden, s->df1, s->dhidden, a->f1, (size_t)R * F);
     }
 }
-static void dropouts(void) { // forward, and in the backward pass of gradients and of what is computed again
+// The masks of the forward pass, of the gradients, and of what the backward pass recomputes.
+static void run_dropout(void) {
     EACH_LAYER {
         const Mask mx = mask_of(m, l, DROP_MX, c->hidden_dropout, D), mega = mask_of(m, l, DROP_MEGA, c->dropout, D);
         const Mask gated = mask_of(m, l, DROP_GATED, c->hidden_dropout, E);
         const Mask hidden = mask_of(m, l, DROP_HIDDEN, c->hidden_dropout, F);
         for (int i = 0; i < 2; i++) dropout(s->dmx, s->dmx, mx, (size_t)R * D);
-        for (int i = 0; i < 4; i++) dropout(s->dmx, s->dxt, mega, (size_t)R * D); // and as many after the FFN
+        for (int i = 0; i < 4; i++) dropout(s->dmx, s->dxt, mega, (size_t)R * D); // and the same after the FFN
         for (int i = 0; i < 3; i++) dropout(s->gated, s->gated, gated, (size_t)R * E);
         for (int i = 0; i < 3; i++) dropout(s->hidden, s->hidden, hidden, (size_t)R * F);
     }
@@ -284,11 +292,11 @@ static void run_embedding(void) {
     embedding_forward(m->x[0], tokens, m->params.embed, 1, m->dims.B * m->dims.L, c->model_dim);
     embedding_backward(m->grads.embed, m->scratch.dx, tokens, 1, m->dims.B * m->dims.L, c->model_dim);
 }
-static void run_norm(void) { sink += megalodon_grad_norm(m); }
-static void run_zero(void) { megalodon_zero_grad(m); }
+static void run_grad_norm(void) { sink += megalodon_grad_norm(m); }
+static void run_zero_grad(void) { megalodon_zero_grad(m); }
 static void run_update(void) { megalodon_update(m, &adamw, 1e-6, 1, 0); }
 
-// Multiply-adds that the matrix products of a token's forward pass need; in attention the causal half of a chunk.
+// Multiply-adds per token of the matrix products in the forward pass. Attention counts the causal half of a chunk.
 static double attention_macs(const Config *c, int L) {
     const double whole = L / c->chunk_size, rest = L % c->chunk_size, C = c->chunk_size;
     return (whole * C * (C + 1) / 2 + rest * (rest + 1) / 2) / L * (c->z_dim + c->value_dim) * c->num_layers;
@@ -300,7 +308,8 @@ static double ffn_macs(const Config *c) {
     return (double)c->num_layers * c->model_dim * c->ffn_hidden_dim * (2 + c->swiglu);
 }
 static double output_macs(const Config *c) { return (double)c->vocab_size * c->model_dim; }
-static double step_flop(const Config *c, int L) { // a token's
+// FLOP per token of a step: 2 per multiply-add, and the backward pass has twice as many as the forward pass.
+static double step_flop(const Config *c, int L) {
     return 6 * (attention_macs(c, L) + projection_macs(c) + ffn_macs(c) + output_macs(c));
 }
 
@@ -310,79 +319,83 @@ static void bench_step(void) {
     const double E = c->value_dim, Z = c->z_dim, F = c->ffn_hidden_dim, P = (double)m->num_params;
     const double attention = 2 * R * attention_macs(c, seq_len), output = 2 * R * output_macs(c);
     const double projections = 2 * R * projection_macs(c), ffn = 2 * R * ffn_macs(c), gates = c->swiglu ? 3 : 2;
-    enum { STEP = MACHINE, FIRST, MOST = 40 };
-    Part parts[MOST] = {
-        machine[PRODUCT],
-        machine[COPY],
-        machine[READ],
-        {"the step", run_step, R * step_flop(c, seq_len), 0, 0, 0},
-        {"TimestepNorm forward", norm_forward, 0, b * R * l * 2 * D, 0, 0},
-        {"TimestepNorm backward", norm_backward, 0, b * R * l * 5 * D, 0, 0},
+    enum { STEP = NUM_RATES, FIRST_PART, MAX_PARTS = 40 };
+    Part parts[MAX_PARTS] = {
+        rates[MATMUL],
+        rates[COPY],
+        rates[READ],
+        {"step", run_step, R * step_flop(c, seq_len), 0, 0, 0},
+        {"TimestepNorm forward", run_timestep_norm_forward, 0, b * R * l * 2 * D, 0, 0},
+        {"TimestepNorm backward", run_timestep_norm_backward, 0, b * R * l * 5 * D, 0, 0},
         {"CEMA forward", run_cema_forward, 0, b * R * l * 2 * D, 0, 0},
         {"CEMA backward", run_cema_backward, 0, b * R * l * 3 * D, 0, 0},
-        {"RMSNorm, LayerNorm forward", rows_forward, 0, b * R * l * 4 * D, 0, 0},
-        {"RMSNorm, LayerNorm backward", rows_backward, 0, b * R * l * 6 * D, 0, 0},
-        {"projections forward", projections_forward, projections, 0, 0, 0},
-        {"projections dx", projections_dx, projections, 0, 0, 0},
-        {"projections dw", projections_dw, projections, 0, 0, 0},
-        {"biases' gradients", biases, 0, b * R * l * (D + 2 * E + Z), 0, 0},
-        {"queries, keys, rotation", qk_both, 0, b * R * l * 20 * Z, 0, 0},
+        {"RMSNorm, LayerNorm forward", run_row_norms_forward, 0, b * R * l * 4 * D, 0, 0},
+        {"RMSNorm, LayerNorm backward", run_row_norms_backward, 0, b * R * l * 6 * D, 0, 0},
+        {"projections forward", run_projections_forward, projections, 0, 0, 0},
+        {"projections dx", run_projections_dx, projections, 0, 0, 0},
+        {"projections dw", run_projections_dw, projections, 0, 0, 0},
+        {"bias gradients", run_bias_gradients, 0, b * R * l * (D + 2 * E + Z), 0, 0},
+        {"q, k, rotary embedding", run_qk, 0, b * R * l * 20 * Z, 0, 0},
         {"attention forward", run_attention_forward, attention, 0, 0, 0},
         {"attention backward", run_attention_backward, 2 * attention, 0, 0, 0},
-        {"FFN forward", ffn_forward, ffn, 0, 0, 0},
-        {"FFN dx", ffn_dx, ffn, 0, 0, 0},
-        {"FFN dw", ffn_dw, ffn, 0, 0, 0},
-        {"silu, gates", gates_both, 0, b * R * l * (16 * E + (4 * gates - 1) * F), 0, 0},
+        {"FFN forward", run_ffn_forward, ffn, 0, 0, 0},
+        {"FFN dx", run_ffn_dx, ffn, 0, 0, 0},
+        {"FFN dw", run_ffn_dw, ffn, 0, 0, 0},
+        {"silu and gates", run_gates, 0, b * R * l * (16 * E + (4 * gates - 1) * F), 0, 0},
         {"output and loss", run_output, 3 * output, 0, 0, 0},
         {"embedding", run_embedding, 0, b * R * 5 * D, 0, 0},
-        {"gradients cleared", run_zero, 0, b * P, 0, 0},
-        {"gradient norm", run_norm, 0, b * P, 0, 0},
+        {"zero gradients", run_zero_grad, 0, b * P, 0, 0},
+        {"gradient norm", run_grad_norm, 0, b * P, 0, 0},
         {"AdamW", run_update, 0, b * P * 7, 0, 0},
-        {dropped > 0 ? "dropout" : NULL, dropouts, 0, b * R * l * (12 * D + 6 * E + 6 * F), 0, 0},
+        {dropout_p > 0 ? "dropout" : NULL, run_dropout, 0, b * R * l * (12 * D + 6 * E + 6 * F), 0, 0},
     };
-    int count = FIRST;
+    int count = FIRST_PART;
     while (!brief && parts[count].name != NULL) count++;
     run_step();
-    const double peak = (double)megalodon_peak_memory() / 1048576; // before the machine's own arrays
-    machine_new();
+    const double peak = (double)megalodon_peak_memory() / 1048576; // before the arrays of the rates are allocated
+    rates_open();
     time_parts(parts, count);
-    print_machine(parts);
-    const Part *step = &parts[STEP], *product = &parts[PRODUCT], *copy = &parts[COPY];
-    const double product_rate = product->operations / product->median, copy_rate = copy->bytes / copy->median;
-    printf("a step of %d x %d tokens, %s: %.1f (%.1f) ms, %.0f (%.0f) tokens/s\n", batch_size, seq_len, preset,
+    print_rates(parts);
+    const Part *step = &parts[STEP], *product = &parts[MATMUL], *copy = &parts[COPY];
+    const double matmul_rate = product->operations / product->median, copy_rate = copy->bytes / copy->median;
+    printf("step of %d x %d tokens, %s: %.1f (%.1f) ms, %.0f (%.0f) tokens/s\n", batch_size, seq_len, preset,
            step->median * 1e3, step->fastest * 1e3, R / step->median, R / step->fastest);
-    printf("    floor: %.1f MFLOP of products a token at the rate above, %.1f ms: %.0f %% of the step's (the best of "
-           "both: %.0f %%)\n",
-           step->operations / R / 1e6, step->operations / product_rate * 1e3,
-           100 * step->operations / product_rate / step->median,
+    printf("    floor: %.1f MFLOP of matrix products per token at the rate above, %.1f ms: %.0f %% of the step "
+           "(best of both: %.0f %%)\n",
+           step->operations / R / 1e6, step->operations / matmul_rate * 1e3,
+           100 * step->operations / matmul_rate / step->median,
            100 * step->operations * product->fastest / product->operations / step->fastest);
     printf("    memory: %.0f MiB planned, %.0f MiB at peak\n",
            (double)(plan.params + plan.grads + plan.moments + plan.activations + plan.scratch) / 1048576, peak);
     if (brief) return;
     double sum = 0, best = 0;
-    printf("\n%-28s %9s %9s %7s %9s %7s %18s\n", "part", "ms", "best", "share", "GFLOP/s", "GB/s", "of product/copy");
-    for (const Part *q = parts + FIRST; q < parts + count; q++) {
-        const double done = q->operations / q->median, moved = q->bytes / q->median;
+    printf("\n%-28s %9s %9s %7s %9s %7s %18s\n", "part", "ms", "best ms", "share", "GFLOP/s", "GB/s", "of matmul/copy");
+    for (const Part *q = parts + FIRST_PART; q < parts + count; q++) {
+        const double flops = q->operations / q->median, bandwidth = q->bytes / q->median; // per second
         sum += q->median, best += q->fastest;
         printf("%-28s %9.2f %9.2f %6.1f%%", q->name, q->median * 1e3, q->fastest * 1e3, 100 * q->median / step->median);
-        if (done > 0) printf(" %9.1f %7s %17.0f%%\n", done / 1e9, "", 100 * done / product_rate);
-        if (done == 0) printf(" %9s %7.1f %17.0f%%\n", "", moved / 1e9, 100 * moved / copy_rate);
+        if (flops > 0) printf(" %9.1f %7s %17.0f%%\n", flops / 1e9, "", 100 * flops / matmul_rate);
+        if (flops == 0) printf(" %9s %7.1f %17.0f%%\n", "", bandwidth / 1e9, 100 * bandwidth / copy_rate);
     }
-    printf("%-28s %9.2f %9.2f %6.1f%%\n", "all parts", sum * 1e3, best * 1e3, 100 * sum / step->median);
+    printf("%-28s %9.2f %9.2f %6.1f%%\n", "sum of all parts", sum * 1e3, best * 1e3, 100 * sum / step->median);
 }
 
 // ----------------------------------------------------------------------------
-// decoding: one token after another. A chunk's tokens see from 1 to C keys: times are means over whole chunks, of long
-// chunks at PLACES places, the middle of each sixteenth.
+// decoding, token by token. A token of a chunk attends to 1 to C keys, so the time is the mean over a chunk. Chunks
+// longer than 256 tokens are sampled at POSITIONS positions, the middle of each sixteenth.
 
-enum { PLACES = 16, PIECE = 2048, MOST_STATES = 12 };
-static State *states[MOST_STATES]; // each at the start of a chunk
-static int which;                  // of them goes on
+enum {
+    POSITIONS = 16,
+    PREFILL = 2048, // tokens per forward pass that reads the text
+    MAX_STATES = 12,
+};
+static State *states[MAX_STATES]; // each at the start of a chunk
+static int current;               // index of the state that run_chunk() continues
 
-static int places(void) { return config.chunk_size <= 256 ? config.chunk_size : PLACES; }
+static int num_positions(void) { return config.chunk_size <= 256 ? config.chunk_size : POSITIONS; }
 static void run_chunk(void) {
-    State *s = states[which];
-    const int64_t start = s->count[0], C = config.chunk_size, n = places();
+    State *s = states[current];
+    const int64_t start = s->count[0], C = config.chunk_size, n = num_positions();
     for (int64_t i = 0; i < n; i++) {
         if (n < C) s->count[0] = start + (2 * i + 1) * C / (2 * n);
         megalodon_forward(m, s, tokens + i, 1, 1);
@@ -395,57 +408,57 @@ static void bench_decode(void) {
     const Config *c = &config;
     const double weights = (double)(m->num_params - (size_t)c->vocab_size * (size_t)c->model_dim * !c->share_emb);
     const double cache = (double)c->num_layers * (c->chunk_size + 1) / 2 * (c->z_dim + c->value_dim);
-    enum { CHUNK = MACHINE };
-    Part parts[] = {machine[PRODUCT], machine[COPY], machine[READ], {"a chunk", run_chunk, 0, 0, 0, 0}};
-    machine_new();
+    enum { CHUNK = NUM_RATES };
+    Part parts[] = {rates[MATMUL], rates[COPY], rates[READ], {"chunk", run_chunk, 0, 0, 0, 0}};
+    rates_open();
     time_parts(parts, CHUNK + 1);
-    print_machine(parts);
-    const double token = parts[CHUNK].median / places(), best = parts[CHUNK].fastest / places();
+    print_rates(parts);
+    const double token = parts[CHUNK].median / num_positions(), best = parts[CHUNK].fastest / num_positions();
     const double bytes = (weights + cache) * sizeof(real), floor = bytes * parts[READ].median / parts[READ].bytes;
-    printf("decoding, %s: %.3f (%.3f) ms a token, %.1f tokens/s, mean over a chunk (%d of its %d places)\n", preset,
-           token * 1e3, best * 1e3, 1 / token, places(), c->chunk_size);
-    printf("    floor: %.1f MB of weights, %.1f MB of a mean chunk's keys and values, read once: %.3f ms; ours is %.2f "
-           "times that (the best of both: %.2f)\n",
+    printf("decoding, %s: %.3f (%.3f) ms/token, %.1f tokens/s, mean over a chunk (%d of its %d positions)\n", preset,
+           token * 1e3, best * 1e3, 1 / token, num_positions(), c->chunk_size);
+    printf("    floor: reading %.1f MB of weights and %.1f MB of keys and values (mean of a chunk) once: %.3f ms\n"
+           "    measured: %.2f times the floor (best of both: %.2f)\n",
            weights * sizeof(real) / 1e6, cache * sizeof(real) / 1e6, floor * 1e3, token / floor,
            best * parts[READ].bytes / bytes / parts[READ].fastest);
 }
 
-// Chunks decoded after 4096, 16384, .. tokens, in turn: does the time depend on how much was read?
+// Decodes a chunk after 4096, 16384, .. tokens in turn, to show whether the time depends on the number of tokens read.
 static void bench_positions(void) {
-    static double times[MOST_STATES][MAX_REPEATS];
-    const size_t C = (size_t)config.chunk_size, piece = PIECE / C > 0 ? PIECE / C * C : C;
+    static double times[MAX_STATES][MAX_REPEATS];
+    const size_t C = (size_t)config.chunk_size, step = PREFILL / C > 0 ? PREFILL / C * C : C;
     int count = 0;
-    size_t at[MOST_STATES], read = 0;
-    for (size_t next = 4096; next <= (size_t)furthest; next *= 4, count++) {
-        for (; read < next; read += piece) megalodon_forward(m, states[0], tokens, 1, (int)piece);
+    size_t at[MAX_STATES], read = 0;
+    for (size_t next = 4096; next <= (size_t)max_tokens; next *= 4, count++) {
+        for (; read < next; read += step) megalodon_forward(m, states[0], tokens, 1, (int)step);
         at[count] = read;
         states[count + 1] = state_new(&config, 1, 0);
-        if (states[count + 1] == NULL) fatal("--furthest: out of memory for the states");
+        if (states[count + 1] == NULL) fatal("--max-tokens: out of memory for the states");
         state_write(states[count + 1], 0, states[0]->bytes, states[0]->memory);
     }
     for (int r = -1; r < repeats; r++) {
-        for (which = 1; which <= count; which++) {
+        for (current = 1; current <= count; current++) {
             const double start = seconds();
             run_chunk();
-            if (r >= 0) times[which - 1][r] = (seconds() - start) / places();
+            if (r >= 0) times[current - 1][r] = (seconds() - start) / num_positions();
         }
     }
-    printf("%s; medians of %d chunks in turn, in brackets the best\n", megalodon_backend(), repeats);
+    printf("%s; medians of %d chunks in turn, the best in brackets\n", megalodon_backend(), repeats);
     for (int i = 0; i < count; i++) {
-        qsort(times[i], (size_t)repeats, sizeof *times[i], by_size);
-        printf("decoding after %zu tokens, %s: %.4f (%.4f) ms a token\n", at[i], preset, times[i][repeats / 2] * 1e3,
+        qsort(times[i], (size_t)repeats, sizeof *times[i], compare_doubles);
+        printf("decoding after %zu tokens, %s: %.4f (%.4f) ms/token\n", at[i], preset, times[i][repeats / 2] * 1e3,
                times[i][0] * 1e3);
     }
 }
 
 int main(int argc, char **argv) {
-    options_parse(options, argc, argv, "Where the time of a training step goes.\n\n");
+    options_parse(options, argc, argv, "Measures the parts of a training step, or decoding, on this CPU.\n\n");
     settle_threads(argv);
     if (threads > 0) megalodon_threads(threads);
     config = *find_preset(preset);
-    config.dropout = config.hidden_dropout = config.attention_dropout = dropped;
-    decode |= furthest > 0;
-    if (decode) batch_size = 1, seq_len = furthest > 0 ? max(PIECE, config.chunk_size) : 1;
+    config.dropout = config.hidden_dropout = config.attention_dropout = dropout_p;
+    decode |= max_tokens > 0;
+    if (decode) batch_size = 1, seq_len = max_tokens > 0 ? max(PREFILL, config.chunk_size) : 1;
     const size_t n = (size_t)batch_size * (size_t)max(seq_len, config.chunk_size);
     const Mode mode = decode ? MEGALODON_INFER : MEGALODON_TRAIN;
     plan = check_memory(&config, mode, batch_size, seq_len, 0, (size_t)3 * COPIED * sizeof(real));
@@ -461,14 +474,14 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i < n; i++)
         tokens[i] = (int32_t)(i * 7 % (size_t)config.vocab_size),
         targets[i] = (int32_t)(i * 5 % (size_t)config.vocab_size);
-    if (furthest > 0)
+    if (max_tokens > 0)
         bench_positions();
     else if (decode)
         bench_decode();
     else
         bench_step();
     megalodon_free(m);
-    for (int i = 0; i < MOST_STATES; i++) state_free(states[i]);
+    for (int i = 0; i < MAX_STATES; i++) state_free(states[i]);
     for (int i = 0; i < 3; i++) free(large[i]);
     free(tokens), free(targets);
     return 0;

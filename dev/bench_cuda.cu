@@ -1,9 +1,9 @@
-// Where the time of a training step on a GPU goes, beside what this GPU can do: a large copy, a large matrix product.
+// Times a training step on a GPU and its parts, next to what this GPU can do: a large copy, a large matrix product.
 //     build/gpu/bench_cuda --preset mega200M --batch-size 8 --seq-len 2048
-// With --decode: how long one token more takes, of --batch-size texts (1).
-// megalodon.cu is included, since layers are static. Parts are timed on the buffers of a real step, all layers one
-// after another; what the parts do not add up to is said in the last line. Everything takes turns, once a round, so
-// that a GPU that slows down does so for all of it.
+// --decode times one more token of --batch-size texts (default 1). --plain uses the plain kernels.
+// megalodon.cu is included, since its layers are static. Parts are timed on the buffers of a real step, all layers one
+// after another. The last line compares the sum of the parts with the step. Each round times every line once, so that a
+// GPU that slows down does so for all of them.
 #include "../megalodon.cu"
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 #include <vector>
 
 static const char *preset = "enwik8";
-static int batch_size, seq_len = 512, repeats = 20, brief, decoding;
+static int batch_size, seq_len = 512, repeats = 20, brief, decoding, plain;
 
 static void stop(int status, const char *what, const char *which) {
     fprintf(stderr, "error: %s%s\n", what, which);
@@ -28,8 +28,11 @@ static void read_options(int argc, char **argv) { // plumbing.h is C
             brief = 1;
         } else if (flag == "--decode") {
             decoding = 1;
+        } else if (flag == "--plain") {
+            plain = 1;
         } else if (i + 1 == argc || (number == &repeats && flag != "--repeats" && flag != "--preset")) {
-            stop(2, "flags: --preset NAME --batch-size N --seq-len N --repeats N --brief --decode, not ", argv[i]);
+            stop(2, "flags: --preset NAME --batch-size N --seq-len N --repeats N --brief --decode --plain, not ",
+                 argv[i]);
         } else if (flag == "--preset") {
             preset = argv[++i];
         } else if ((*number = atoi(argv[++i])) < 1 || *number > 1 << 20) {
@@ -45,10 +48,10 @@ static void read_options(int argc, char **argv) { // plumbing.h is C
 
 typedef std::function<void()> Call;
 typedef struct {
-    std::string name;         // begins with a space: a piece of a line above, which is not added up
-    std::vector<Call> calls;  // all that a step makes
-    double operations, bytes; // of products; or moved, when every input is read once and every output written once
-    std::vector<float> ms;    // every round's, then sorted
+    std::string name;
+    std::vector<Call> calls;  // all calls of this part in a step
+    double operations, bytes; // of matrix products; or moved, if every input is read once and every output written once
+    std::vector<float> ms;    // milliseconds of each round, sorted at the end
 } Line;
 static std::vector<Line> lines;
 
@@ -67,29 +70,28 @@ static double median(const Line &l) { return l.ms[l.ms.size() / 2] / 1e3; } // s
 
 enum { SIDE = 8192 };                         // of the matrices
 static const size_t COPIED = (size_t)1 << 30; // bytes, well beyond the caches
-static floatX *large[2];                         // of so many bytes each
+static floatX *large[2];                      // COPIED bytes each
 
 static __global__ void random_kernel(floatX *dst, size_t n) { // -1..1
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     uint32_t words[4];
     if (4 * i >= n) return;
     megalodon_philox(words, 1, 0, 0, 0, (uint32_t)i);
-    for (int k = 0; k < 4; k++) set(&dst[4 * i + k], (float)words[k] * (2.0f / 4294967296.0f) - 1);
+    for (int k = 0; k < 4; k++) dst[4 * i + k] = to_floatX((float)words[k] * (2.0f / 4294967296.0f) - 1);
 }
 
 static void run_copy(void) { cudaCheck(cudaMemcpyAsync(large[1], large[0], COPIED, cudaMemcpyDeviceToDevice)); }
 static void run_product(void) {
     const floatX *A = large[0], *B = A + (size_t)SIDE * SIDE;
-    matmul(matmul_key(0, 1, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE), A, B, NULL, NULL, large[1]);
+    matmul(large[1], CUBLAS_TYPE, SIDE, matrix(A, SIDE), transpose(B, SIDE), SIDE, SIDE, SIDE, 0);
 }
 
 static void list_machine(void) {
     const size_t n = COPIED / sizeof(floatX);
     for (floatX *&memory : large) {
-        memory = (floatX *)device_new(COPIED);
+        memory = (floatX *)memory_new(COPIED);
         if (memory == NULL) stop(1, "no room on the GPU for the arrays to copy: ", "a smaller --batch-size may help");
         random_kernel<<<blocks_for(n / 4, THREADS), THREADS>>>(memory, n);
-        cudaCheck(cudaGetLastError());
     }
     part("copy", 0, 2.0 * COPIED, run_copy);
     part("product", 2.0 * SIDE * SIDE * SIDE, 0, run_product);
@@ -100,8 +102,9 @@ static void list_machine(void) {
 
 static Model *m;
 static Scratch *s;
-static int layers, B, L, R, D, N, H, Z, E, C, F, G, V;
+static int layers, B, L, R, D, N, Z, E, C, F, G, V;
 static double eps, sink;
+static Dims d;
 static std::vector<int32_t> tokens, targets;
 
 static void run_loss(void) {
@@ -122,6 +125,7 @@ static void run_step(void) {
 }
 
 // Operations of products: of a linear map; of attention, for `width` numbers of a key and a value, in the causal half.
+static const NormState none = {NULL, NULL, NULL};
 static double linear(double K, double M) { return 2.0 * R * K * M; }
 static double attention(double width) {
     const double whole = L / C, rest = L % C;
@@ -139,96 +143,23 @@ static double step_operations(void) {
 static double acts(double width) { return (double)sizeof(floatX) * R * width; } // bytes of an array (R, width)
 static const floatX *weight(const float *param) { return param ? rounded(m, param) : NULL; }
 
-static void forward(const char *name, floatX *out, const floatX *add, const floatX *inp, const float *w, const float *bias,
-                    int K, int M) {
+static void forward(const char *name, floatX *out, const floatX *add, const floatX *inp, const float *w,
+                    const float *bias, int K, int M) {
     part(name, linear(K, M), 0, [=] { linear_forward(out, add, inp, weight(w), weight(bias), R, K, M); });
 }
-static void backward_inp(const char *name, floatX *dinp, int add, const floatX *dout, const float *w, int K, int M) {
+static void backward_input(const char *name, floatX *dinp, int add, const floatX *dout, const float *w, int K, int M) {
     part(std::string(name) + " dinp", linear(K, M), 0,
-         [=] { linear_backward_inp(dinp, add, dout, weight(w), R, K, M); });
+         [=] { linear_backward_input(dinp, add, dout, weight(w), R, K, M); });
 }
-static void backward_weight(const char *name, float *dw, float *dbias, const floatX *dout, const floatX *inp, int K, int M) {
+static void backward_weight(const char *name, float *dw, float *dbias, const floatX *dout, const floatX *inp, int K,
+                            int M) {
     part(std::string(name) + " dweight", linear(K, M), 0,
-         [=] { linear_backward_weight(dw, dbias, dout, inp, s->parts, R, K, M); });
-}
-
-// attention_chunk_forward's calls, or attention_chunk_backward's, for all blocks of queries as attention_backward goes through them.
-static void list_block(const LayerActs *a, bool backward, const Queries &q, int add, size_t zk, size_t ek, size_t zq,
-                       size_t eq) {
-    const int dz = Z / H, dv = E / H, ld = q.ld;
-    const double bytes = (double)sizeof(floatX) * q.batch * q.nq * q.nk;
-    const dim3 grid(blocks_for((size_t)q.batch * q.nq, ROW_WARPS)), warps(WARP, ROW_WARPS);
-    auto times = [=](const char *name, int width, int ta, int tb, const floatX *x, int ldx, const floatX *y, int ldy, int add,
-                     floatX *out, int ldo) {
-        const double causal = (double)q.batch * q.nq * (q.nk - (q.nq - 1) / 2.0);
-        const int M = ta ? q.nk : q.nq, N = tb ? q.nk : width, K = tb ? width : ta ? q.nq : q.nk;
-        auto apart = [=](const floatX *p, int ld) {
-            return (int64_t)ld * (p == s->scores || p == s->dscores ? q.nq : q.step);
-        };
-        const int64_t x_apart = apart(x, ldx), y_apart = apart(y, ldy), out_apart = apart(out, ldo);
-        part(name, 2 * causal * width, 0,
-             [=] { chunk_product(&q, ta, tb, M, N, K, x, ldx, x_apart, y, ldy, y_apart, add, out, ldo, out_apart); });
-    };
-    times(backward ? "  scores again" : "  scores", dz, 0, 1, s->q_rotated + zq, Z, s->k_rotated + zk, Z, 0, s->scores,
-          ld);
-    if (backward) times("  dscores", dv, 0, 1, s->do_ + eq, E, s->v + ek, E, 0, s->dscores, ld);
-    part(backward ? "  softmax backward" : "  softmax", 0, backward ? 4 * bytes : 2 * bytes, [=] {
-        if (backward) attention_chunk_backward_kernel<<<grid, warps>>>(s->scores, s->dscores, a->lse, q, Mask{});
-        if (!backward) attention_chunk_forward_kernel<<<grid, warps>>>(s->scores, a->lse, q, Mask{});
-        cudaCheck(cudaGetLastError());
-    });
-    if (!backward) return times("  values", dv, 0, 0, s->scores, ld, s->v + ek, E, 0, a->o + eq, E);
-    times("  dq", dz, 0, 0, s->dscores, ld, s->k_rotated + zk, Z, 0, s->dq + zq, Z);
-    times("  dk", dz, 1, 0, s->dscores, ld, s->q_rotated + zq, Z, add, s->dk + zk, Z);
-    times("  dv", dv, 1, 0, s->scores, ld, s->do_ + eq, E, add, s->dv + ek, E);
-}
-
-static void list_attention(const LayerActs *a, bool backward) {
-    for (int r = 0; r < count_runs(L, C); r++) {
-        const Run run = run_number(r, B, L, C);
-        for (int first = 0; first < run.chunks; first += chunks_at_once(C)) {
-            const Run p = run_part(run, first, chunks_at_once(C));
-            const int last = (p.n - 1) / QUERY_TILE * QUERY_TILE;
-            for (int h = 0; h < H; h++) {
-                const size_t z = p.row * Z + h * (Z / H), e = p.row * E + h * (E / H);
-                for (int i = last; i >= 0; i -= QUERY_TILE) {
-                    const int nq = min_int(QUERY_TILE, p.n - i);
-                    const Queries q = {p.row + i, p.step, p.chunks, nq, i + nq, score_columns(C), h, L, H, C};
-                    list_block(a, backward, q, i < last, z, e, z + (size_t)i * Z, e + (size_t)i * E);
-                }
-            }
-        }
-    }
-}
-
-// CEMA's kernels, as cema_forward or cema_backward launches them.
-static void list_cema(const LayerActs *a, const LayerParams *w, const Coeffs coeffs, double states, bool backward) {
-    const int blocks = ceil_div(L, CEMA_BLOCK);
-    const dim3 grid = cema_grid(B, L, D), threads(WARP, CEMA_WARPS);
-    float2 *h = (float2 *)(void *)(backward ? s->futures : a->h);
-    const float2 *before = (const float2 *)(const void *)a->h;
-    const floatX *x = backward ? s->dema : a->xt;
-    const bool vectors = D % VEC == 0;
-    part(backward ? "  ends back" : "  ends", 0, acts(D) + states, [=] {
-        auto kernel = vectors ? cema_ends_kernel<VEC> : cema_ends_kernel<1>;
-        kernel<<<grid, threads, CEMA_TILES>>>(h, x, coeffs, backward, B, L, D, N);
-        cudaCheck(cudaGetLastError());
-    });
-    part(backward ? "  scan back" : "  scan", 0, 2 * states, [=] {
-        cema_scan_kernel<<<blocks_for((size_t)B * N * D, THREADS), THREADS>>>(h, NULL, coeffs, backward, CEMA_BLOCK, B,
-                                                                              blocks, D, N);
-        cudaCheck(cudaGetLastError());
-    });
-    part(backward ? "  tokens back" : "  tokens", 0, acts(2 * D) + states,
-         [=] { cema_tokens(backward ? s->dxt : a->ema, h, x, &coeffs, w->cema_omega, backward, B, L, D, N); });
-    if (!backward) return;
-    part("  sums", 0, acts(2 * D) + 2 * states,
-         [=] { cema_sums(s->parts, s->dema, a->xt, before, h, &coeffs, false, B, L, D, N); });
+         [=] { linear_backward_weight(dw, dbias, dout, inp, R, K, M); });
 }
 
 static void list_qkv(const LayerActs *a, const LayerParams *w, const char *again) {
     part(std::string("q, k") + again, 0, acts(3 * Z),
-         [=] { qk_forward(s->q_rotated, s->k_rotated, a->z, w->gamma, w->beta, m->rope, NULL, R, L, Z, Z / H, C, eps); });
+         [=] { qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, NULL, d, eps); });
     part(std::string("silu of v") + again, 0, acts(2 * E), [=] { silu_forward(s->v, a->v_pre, (size_t)R * E); });
 }
 
@@ -236,22 +167,18 @@ static void list_forward(int l, double states) {
     const LayerParams *w = &m->params.layers[l];
     LayerActs *a = &m->acts[l];
     const floatX *x = m->x[l];
-    part("TimestepNorm", 0, acts(2 * D) + 8.0 * R * G, [=] {
-        timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, NULL, NULL, x, w->timenorm_weight, w->timenorm_bias,
-                              NULL, NULL, NULL, s->prefix, s->moments, B, L, D, G, eps);
+    part("TimestepNorm", 0, acts(2 * D) + 12.0 * R * G, [=] {
+        timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, none, x, w->timenorm_weight, w->timenorm_bias, none, d,
+                              eps);
     });
     part("CEMA", 0, acts(2 * D) + states,
-         [=] { cema_forward(a->ema, a->h, NULL, a->xt, &m->coeffs[l], w->cema_omega, NULL, B, L, D, N); });
-    list_cema(a, w, m->coeffs[l], states, false);
+         [=] { cema_forward(a->ema, a->h, NULL, a->xt, &m->coeffs[l], w->cema_omega, NULL, d); });
     part("RMSNorm", 0, acts(2 * D), [=] { rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, eps); });
     forward("wz", a->z, NULL, a->mx, w->wz, w->wz_bias, D, Z);
     forward("wv", a->v_pre, NULL, a->xt, w->wv, w->wv_bias, D, E);
     list_qkv(a, w, "");
-    part("attention", attention(Z + E), 0, [=] {
-        attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->chunk_k, s->chunk_v, s->q_rotated, s->k_rotated, s->v,
-                          NULL, Mask{}, B, L, C, H, Z, E);
-    });
-    list_attention(a, false);
+    part("attention", attention(Z + E), 0,
+         [=] { attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->q, s->k, s->v, NULL, Mask{}, d); });
     forward("wr", a->r_pre, NULL, a->mx, w->wr, w->wr_bias, D, E);
     part("gate", 0, acts(3 * E), [=] { gate_forward(s->gated, a->o, a->r_pre, (size_t)R * E); });
     forward("wh1", a->y, x, a->mx, w->wh1, w->wh1_bias, D, D);
@@ -270,105 +197,69 @@ static void list_forward(int l, double states) {
 static void list_backward(int l, double states) {
     const LayerParams *w = &m->params.layers[l], *dw = &m->grads.layers[l];
     const LayerActs *a = &m->acts[l];
-    backward_inp("fc2", s->dhidden, 0, s->dx, w->fc2, F, D);
+    backward_input("fc2", s->dhidden, 0, s->dx, w->fc2, F, D);
     part(w->fc3 ? "gate of fc3 backward" : "silu of fc1 backward", 0, acts(w->fc3 ? 6 * F : 4 * F), [=] {
         if (w->fc3) gate_backward(s->hidden, s->dhidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F);
         if (!w->fc3) silu_backward(s->hidden, s->df1, s->dhidden, a->f1, (size_t)R * F);
     });
-    if (w->fc3) backward_inp("fc3", s->dxt, 0, s->dhidden, w->fc3, D, F);
+    if (w->fc3) backward_input("fc3", s->dxt, 0, s->dhidden, w->fc3, D, F);
     if (w->fc3) backward_weight("fc3", dw->fc3, NULL, s->dhidden, a->u, D, F);
     backward_weight("fc2", dw->fc2, NULL, s->dx, s->hidden, F, D);
-    backward_inp("fc1", s->dxt, w->fc3 != NULL, s->df1, w->fc1, D, F);
+    backward_input("fc1", s->dxt, w->fc3 != NULL, s->df1, w->fc1, D, F);
     backward_weight("fc1", dw->fc1, NULL, s->df1, a->u, D, F);
     part("LayerNorm backward", 0, acts(3 * D), [=] {
         layernorm_backward(s->dy, dw->norm_weight, dw->norm_bias, s->dxt, a->y, w->norm_weight, a->ffn_mean,
-                           a->ffn_rstd, s->parts, R, D);
+                           a->ffn_rstd, R, D);
     });
-    backward_inp("wh2", s->do_, 0, s->dy, w->wh2, E, D);
+    backward_input("wh2", s->do_, 0, s->dy, w->wh2, E, D);
     part("gate backward", 0, acts(6 * E),
          [=] { gate_backward(s->gated, s->dv, s->dr_pre, s->do_, a->o, a->r_pre, (size_t)R * E); });
     backward_weight("wh2", dw->wh2, NULL, s->dy, s->gated, E, D);
-    backward_inp("wh1", s->dmx, 0, s->dy, w->wh1, D, D);
+    backward_input("wh1", s->dmx, 0, s->dy, w->wh1, D, D);
     backward_weight("wh1", dw->wh1, dw->wh1_bias, s->dy, a->mx, D, D);
-    backward_inp("wr", s->dmx, 1, s->dr_pre, w->wr, D, E);
+    backward_input("wr", s->dmx, 1, s->dr_pre, w->wr, D, E);
     backward_weight("wr", dw->wr, dw->wr_bias, s->dr_pre, a->mx, D, E);
     list_qkv(a, w, " again");
-    part("attention backward", 2 * attention(Z + E), 0, [=] {
-        attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->lse, s->q_rotated, s->k_rotated, s->v,
-                           Mask{}, B, L, C, H, Z, E);
-    });
-    list_attention(a, true);
+    part("attention backward", 2 * attention(Z + E), 0,
+         [=] { attention_backward(s->dq, s->dk, s->dv, s->scores, s->do_, a->lse, s->q, s->k, s->v, Mask{}, d); });
     part("q, k backward", 0, acts(4 * Z), [=] {
-        qk_backward(s->dz, dw->gamma, dw->beta, s->dq, s->dk, a->z, w->gamma, m->rope, s->parts, R, L, Z, Z / H, C,
-                    eps);
+        qk_layer_backward(s->dz, dw->gamma, dw->beta, s->dq, s->dk, s->zn, s->z_rstd, a->z, w->gamma, m->rope, d);
     });
-    backward_inp("wz", s->dmx, 1, s->dz, w->wz, D, Z);
+    backward_input("wz", s->dmx, 1, s->dz, w->wz, D, Z);
     backward_weight("wz", dw->wz, dw->wz_bias, s->dz, a->mx, D, Z);
-    part("RMSNorm backward", 0, acts(3 * D), [=] {
-        rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, s->parts, R, D);
-    });
+    part("RMSNorm backward", 0, acts(3 * D),
+         [=] { rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, R, D); });
     part("CEMA backward", 0, acts(3 * D) + states, [=] {
-        cema_backward(s->dxt, &s->dcoeffs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coeffs[l], w->cema_omega,
-                      s->futures, s->parts, B, L, D, N);
+        cema_backward(s->dxt, &s->dcoeffs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coeffs[l], w->cema_omega, d);
         cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoeffs, w->cema_alpha,
-                            w->cema_delta, w->cema_theta, D, N);
+                             w->cema_delta, w->cema_theta, D, N);
     });
-    list_cema(a, w, m->coeffs[l], states, true);
     part("silu of v backward", 0, acts(3 * E), [=] { silu_backward(NULL, s->do_, s->dv, a->v_pre, (size_t)R * E); });
-    backward_inp("wv", s->dxt, 1, s->dv, w->wv, D, E);
+    backward_input("wv", s->dxt, 1, s->dv, w->wv, D, E);
     backward_weight("wv", dw->wv, dw->wv_bias, s->dv, a->xt, D, E);
-    part("TimestepNorm backward", 0, acts(5 * D) + 8.0 * R * G, [=] {
-        timestep_norm_sums(NULL, s->suffix, s->sums, s->dxt, m->x[l], w->timenorm_weight, a->norm_mean, a->norm_rstd,
-                           NULL, B, L, D, G);
-        timestep_norm_backward(s->dmx, dw->timenorm_weight, dw->timenorm_bias, s->dxt, s->dy, s->dx, m->x[l],
-                               w->timenorm_weight, a->norm_mean, a->norm_rstd, s->suffix, s->sums, NULL, s->parts, B, L,
-                               D, G);
+    part("TimestepNorm backward", 0, acts(5 * D) + 12.0 * R * G, [=] {
+        const floatX *residuals[2] = {s->dy, s->dx};
+        timestep_norm_backward(s->dmx, dw->timenorm_weight, dw->timenorm_bias, NULL, s->dxt, residuals, m->x[l],
+                               w->timenorm_weight, a->norm_mean, a->norm_rstd, NULL, d);
     });
 }
 
 static void list_output(void) {
     const Params *w = &m->params, *dw = &m->grads;
-    part("final TimestepNorm", 0, acts(2 * D) + 8.0 * R * G, [=] {
-        timestep_norm_forward(m->final, m->final_mean, m->final_rstd, NULL, NULL, m->x[layers], w->final_norm_weight,
-                              w->final_norm_bias, NULL, NULL, NULL, s->prefix, s->moments, B, L, D, G, eps);
+    part("final TimestepNorm", 0, acts(2 * D) + 12.0 * R * G, [=] {
+        timestep_norm_forward(m->final, m->final_mean, m->final_rstd, none, m->x[layers], w->final_norm_weight,
+                              w->final_norm_bias, none, d, eps);
     });
     part("output, loss, backward", 3 * linear(D, V), 0, run_loss);
-    for (int r = 0; r < R; r += logit_rows(V)) {
-        const int rows = min_int(logit_rows(V), R - r), threads = V > 4096 ? 512 : 64;
-        const double operations = 2.0 * rows * D * V;
-        const floatX *x = m->final + (size_t)r * D;
-        part("  logits", operations, 0,
-             [=] { linear_forward(s->logits, NULL, x, weight(w->output), NULL, rows, D, V); });
-        part("  loss", 0, 2.0 * sizeof(floatX) * rows * V, [=] {
-            auto kernel = V % VEC == 0 ? loss_kernel<VEC> : loss_kernel<1>;
-            kernel<<<rows, threads>>>(m->losses + r, s->logits, m->targets + r, 1.0f / R, 1, V);
-            cudaCheck(cudaGetLastError());
-        });
-        part("  output dinp", operations, 0,
-             [=] { linear_backward_inp(s->dxt + (size_t)r * D, 0, s->logits, weight(w->output), rows, D, V); });
-        part("  output dweight", operations, 0,
-             [=] { linear_backward_weight(dw->output, NULL, s->logits, x, s->parts, rows, D, V); });
-    }
-    part("final TimestepNorm backward", 0, acts(3 * D) + 8.0 * R * G, [=] {
-        timestep_norm_sums(NULL, s->suffix, s->sums, s->dxt, m->x[layers], w->final_norm_weight, m->final_mean,
-                           m->final_rstd, NULL, B, L, D, G);
-        timestep_norm_backward(s->dx, dw->final_norm_weight, dw->final_norm_bias, s->dxt, NULL, NULL, m->x[layers],
-                               w->final_norm_weight, m->final_mean, m->final_rstd, s->suffix, s->sums, NULL, s->parts,
-                               B, L, D, G);
+    part("final TimestepNorm backward", 0, acts(3 * D) + 12.0 * R * G, [=] {
+        timestep_norm_backward(s->dx, dw->final_norm_weight, dw->final_norm_bias, NULL, s->dxt, NULL, m->x[layers],
+                               w->final_norm_weight, m->final_mean, m->final_rstd, NULL, d);
     });
 }
 
-// After a step, whose tokens are sorted.
 static void list_step(void) {
     const double P = (double)m->num_params, states = 8.0 * N * D * B * ceil_div(L, CEMA_BLOCK);
-    const Sorted n = m->sorted;
     part("zero_grad", 0, 4 * P, [] { megalodon_zero_grad(m); });
-    part("tokens: sort, copy", 0, 0, [=] {
-        upload(m->tokens, tokens.data(), R * sizeof *m->tokens);
-        sort_tokens(m->host_order, m->host_segments, m->host_first, tokens.data(), R, V);
-        upload(m->order, m->host_order, R * sizeof *m->order);
-        upload(m->segments, m->host_segments, (size_t)(n.segments + n.tokens) * sizeof *m->segments);
-    });
     for (int l = 0; l < layers; l++) {
         const LayerParams *w = &m->params.layers[l];
         part("CEMA's coefficients", 0, 4.0 * (11.0 * N * D + D), [=] {
@@ -380,9 +271,8 @@ static void list_step(void) {
     for (int l = 0; l < layers; l++) list_forward(l, states);
     list_output();
     for (int l = layers - 1; l >= 0; l--) list_backward(l, states);
-    part("embedding backward", 0, acts(D) + 8.0 * D * (n.segments - n.parts + n.tokens), [=] {
-        embedding_backward(m->grads.embed, s->parts, s->dx, m->order, m->segments, n, embedding_scale(&m->config), D);
-    });
+    part("embedding backward", 0, acts(D) + 8.0 * D * V,
+         [] { embedding_backward(m->grads.embed, s->dx, m->tokens, embedding_scale(&m->config), R, D, V); });
     part("grad_norm", 0, 4 * P, [] { sink += megalodon_grad_norm(m); });
     part("AdamW", 0, P * (28 + (sizeof(floatX) < 4 ? sizeof(floatX) : 0)), run_update);
 }
@@ -475,7 +365,7 @@ static void print_lines(double step, double product_rate, double copy_rate) {
         const Line &l = lines[i];
         const double time = median(l), work = l.operations + l.bytes;
         const bool product = l.operations > 0;
-        if (l.name[0] != ' ') sum += time;
+        sum += time;
         printf("%-28s %9.1f %6.1f%%", l.name.c_str(), time * 1e6, 100 * time / step);
         if (work > 0)
             printf(" %9.1f %-5s %8.1f %-7s %12.0f%%", work / (product ? 1e9 : 1e6), product ? "GFLOP" : "MB",
@@ -483,20 +373,19 @@ static void print_lines(double step, double product_rate, double copy_rate) {
                    100 * work / time / (product ? product_rate : copy_rate));
         printf("\n");
     }
-    printf("%-28s %9.1f %6.1f%%  of the step's %.1f us; indented lines are pieces, not added up\n", "all parts",
-           sum * 1e6, 100 * sum / step, step * 1e6);
+    printf("%-28s %9.1f %6.1f%%  of the step's %.1f us\n", "all parts", sum * 1e6, 100 * sum / step, step * 1e6);
 }
 
 int main(int argc, char **argv) {
     const Config *c = NULL;
     const double GiB = 1 << 30;
     read_options(argc, argv);
+    if (plain) setenv("MEGALODON_PLAIN", "1", 1);
     for (const Preset &p : megalodon_presets) c = strcmp(p.name, preset) == 0 ? &p.config : c;
     if (c == NULL) stop(2, "no preset has the name ", preset);
-    layers = c->num_layers, B = batch_size, L = seq_len, R = B * L, D = c->model_dim, N = c->cema_ndim,
-    H = c->num_heads;
+    layers = c->num_layers, B = batch_size, L = seq_len, R = B * L, D = c->model_dim, N = c->cema_ndim;
     Z = c->z_dim, E = c->value_dim, C = c->chunk_size, F = c->ffn_hidden_dim, G = c->norm_num_groups, V = c->vocab_size;
-    eps = c->norm_eps;
+    eps = c->norm_eps, d = dims_of(c, B, L);
     const double room = (double)megalodon_available_memory(1);
     const Mode mode = decoding ? MEGALODON_INFER : MEGALODON_TRAIN;
     const MemoryPlan p = megalodon_memory(c, mode, B, L);
@@ -518,7 +407,7 @@ int main(int argc, char **argv) {
         megalodon_free(m);
         return 0;
     }
-    run_step();
+    run_step(); // leaves the model's workspace in use
     const double taken = room - (double)megalodon_available_memory(1);
     list_machine();
     part("step", step_operations(), 0, run_step);
@@ -536,6 +425,6 @@ int main(int argc, char **argv) {
            (double)(p.params + p.grads + p.moments + p.activations + p.scratch) / GiB, taken / GiB);
     if (!brief) print_lines(step, product_rate, copy_rate);
     megalodon_free(m);
-    for (floatX *memory : large) device_free(memory, COPIED);
+    for (floatX *memory : large) memory_free(memory, COPIED);
     return 0;
 }

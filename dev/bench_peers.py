@@ -1,14 +1,18 @@
-"""Time a training step of ours beside peers on this machine's CPU: the enwik8 preset, float32, AdamW.
+"""Compare the speed and memory of a training step with other implementations, on this machine's CPU.
 
     make build/bench && python dev/bench_peers.py --threads 16
 
-Peers: megalodon-jax (pip install -r dev/requirements-bench.txt) and a PyTorch Llama with as many parameters (pip
-install torch), each left out if it is not installed. --wheels DIR: packages are also looked for there, for a machine
-that has JAX but no network: pip install --no-deps --target DIR for what requirements-bench.txt names besides jax,
-jaxlib, numpy, scipy. Every case is a process of its own, held to --threads cores, of which no two are one core's
-hardware threads if there are enough; cases take turns, --rounds times, so that all meet the same machine. A case
-reports the median of its steps after two for warming up, and the peak of its resident memory, of which the
-interpreter and its libraries had some before the model was made. The table has the median round, and the best one.
+All cases train the enwik8 preset, or a model of equal size, in float32 with AdamW. The other implementations are
+megalodon-jax (pip install -r dev/requirements-bench.txt) and a PyTorch Llama with as many parameters (pip install
+torch). Each is left out if it is not installed.
+
+- Every case is a separate process, bound to --threads CPUs, one hardware thread per core if there are enough cores.
+- Cases take turns, --rounds times, so that all see the same load of the machine.
+- A case reports the median time of its steps after two warm-up steps, and its peak resident memory. It also reports
+  the resident memory before the model was created, which the interpreter and its libraries use.
+- The table shows the median round, and the best one.
+- --wheels DIR is a further directory to import packages from, for a machine that has JAX but no network: pip install
+  --no-deps --target DIR with the packages of requirements-bench.txt other than jax, jaxlib, numpy and scipy.
 """
 
 import argparse
@@ -34,7 +38,7 @@ def report(times, batch, length, before):
 
 
 def cpus(threads):
-    """The first `threads` CPUs, taking second hardware threads of a core only when there are no others."""
+    """The first `threads` CPUs. Second hardware threads of a core are used only if there are too few cores."""
     def key(cpu):
         try:
             with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as f:
@@ -117,11 +121,11 @@ def run_llama(batch, length, steps, threads):
     before = resident()
     heads, hidden = 6, 1088
     angles = torch.outer(torch.arange(length), 10000 ** (-torch.arange(0, DIM // heads, 2) / (DIM // heads)))
-    turn = torch.polar(torch.ones_like(angles), angles)
+    rotation = torch.polar(torch.ones_like(angles), angles)
 
     def rotate(x):
         pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * turn).flatten(-2)
+        return torch.view_as_real(pairs * rotation).flatten(-2)
 
     class Block(nn.Module):
         def __init__(self):
@@ -161,13 +165,14 @@ def run_ours(program, batch, length, steps, threads):
     floor = re.search(r"ms: (\d+) % of the step", text).group(1)
     peak = re.search(r"([\d.]+) MiB at peak", text).group(1)
     print(f"NOTE {text.splitlines()[0].split(';')[0]}; {floor} % of the floor")
-    print(f"RESULT {tokens} {peak} nan")  # a C program: a MiB or two before the model
+    print(f"RESULT {tokens} {peak} nan")  # a C program uses only a MiB or two before the model
 
 
 def child(name, args):
-    """What a case measured, or None, and a note."""
+    """Runs a case in a process of its own: (its results or None, a note or an error message)."""
     command = [sys.executable, __file__, "--case", name]
-    command += [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key not in ("case", "rounds")]
+    options = {key: value for key, value in vars(args).items() if key not in ("case", "rounds")}
+    command += [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
     except subprocess.TimeoutExpired:
@@ -180,25 +185,26 @@ def child(name, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--timeout", type=int, default=180, help="seconds for one case")
-    parser.add_argument("--program", default="build/bench")
-    parser.add_argument("--wheels", default="", metavar="DIR", help="where else to look for packages")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPUs of each case")
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences per batch")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--steps", type=int, default=7, help="measured steps per case and round")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each case")
+    parser.add_argument("--timeout", type=int, default=180, help="time limit of one case in seconds")
+    parser.add_argument("--program", default="build/bench", help="the benchmark of megalodon.c")
+    parser.add_argument("--wheels", default="", metavar="DIR", help="a further directory to import packages from")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.wheels:
-        sys.path.append(os.path.abspath(args.wheels))  # last: what is installed comes first
-    cases = {"megalodon.c": lambda *a: run_ours(args.program, *a), "megalodon-jax": run_jax, "Llama, PyTorch": run_llama}
+        sys.path.append(os.path.abspath(args.wheels))  # last, so that installed packages take precedence
+    cases = {"megalodon.c": lambda *a: run_ours(args.program, *a), "megalodon-jax": run_jax,
+             "Llama, PyTorch": run_llama}
     if args.case:
         os.sched_setaffinity(0, cpus(args.threads))
         cases[args.case](args.batch_size, args.seq_len, args.steps, args.threads)
         return
     if not os.path.exists(args.program):
-        sys.exit(f"{args.program} is not here: run this in the repository's root, after make build/bench")
+        sys.exit(f"error: {args.program}: not found; run this in the repository's root, after make build/bench")
     print(f"{cpu_model()}, {len(os.sched_getaffinity(0))} CPUs, Python {platform.python_version()}", flush=True)
     results, failed = {}, set()
     for _ in range(args.rounds):
@@ -213,9 +219,10 @@ def main():
                 results.setdefault(name, []).append(result)
                 print(f"{name}: {result[0]:.0f} tokens/s, {result[1]:.0f} MiB ({note})", flush=True)
     if "megalodon.c" not in results:
-        sys.exit("no result of ours to compare with")
+        sys.exit("error: megalodon.c gave no result, so there is nothing to compare with")
     print(f"\n{args.threads} threads, {args.batch_size} x {args.seq_len} tokens, median of {args.rounds} rounds")
-    print(f"{'':16} {'tokens/s':>9} {'best':>9} {'ours is':>8} {'peak MiB':>9} {'ours is':>8} {'before the model':>17}")
+    print(f"{'':16} {'tokens/s':>9} {'best':>9} {'ratio':>8} {'peak MiB':>9} {'ratio':>8} {'MiB before model':>17}"
+          "   ratio: megalodon.c relative to this row")
     columns = {name: [statistics.median(c) for c in zip(*rounds)] for name, rounds in results.items()}
     speed, peak, _ = columns["megalodon.c"]
     for name, column in columns.items():

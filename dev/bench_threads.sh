@@ -1,33 +1,39 @@
-# Tokens/s of the demo preset in training and in sampling, for several numbers of threads, on the machine as it is
-# ("idle") and beside processes that use a core each ("busy"). Prints a table; see dev/notes/cpu.md. After make:
+# Measures tokens/s of training and of sampling for several numbers of threads, on an idle machine and beside processes
+# that use one core each ("busy"). Prints a table; results are in dev/notes/cpu.md. Needs ./train and ./sample (make):
 #   sh dev/bench_threads.sh
-# In the environment: THREADS="1 2 0" (0: the default), HOGS=1 busy processes, ROUNDS=3 (the best counts), STEPS=20,
-# TOKENS=500, PRESET=demo.
+# Environment variables and their defaults:
+#   THREADS="1 2 0"   numbers of threads; 0 is the default of the programs
+#   BUSY=1            busy processes
+#   ROUNDS=3          runs of each case, of which the best counts
+#   STEPS=20          training steps per run
+#   TOKENS=500        tokens to sample per run
+#   PRESET=demo       configuration of the model
 threads=${THREADS:-1 2 0}
-hogs=${HOGS:-1}
+busy=${BUSY:-1}
 rounds=${ROUNDS:-3}
 dir=$(mktemp -d)
 pids=
-stop_hogs() {
+stop_busy() {
     [ -z "$pids" ] || kill $pids 2> /dev/null
     pids=
 }
-trap 'stop_hogs; rm -rf "$dir"' EXIT
+trap 'stop_busy; rm -rf "$dir"' EXIT
 trap 'exit 1' INT TERM
 
-start_hogs() {
-    for i in $(seq "$hogs"); do
+start_busy() {
+    for i in $(seq "$busy"); do
         (while :; do :; done) &
         pids="$pids $!"
     done
 }
 better() { awk -v a="$1" -v b="$2" 'BEGIN { print (b + 0 > a + 0) ? b : a }'; }
-# Mean over the steps after the first two.
+# Tokens/s, the mean over the steps after the first two.
 training() {
     ./train --preset "${PRESET:-demo}" --steps "${STEPS:-20}" --val-every 0 --threads "$1" --out "$dir/run" --overwrite |
         awk -F'|' '/^step .*tok\/s/ && ++n > 2 { ms += $5; m++ } /^step  / && /tokens,/ { split($0, w, " ")
             tokens = w[2] * w[4] * w[6] } END { printf "%.0f", 1000 * tokens * m / ms }'
 }
+# Tokens/s of generating $2 samples at once with $1 threads.
 sampling() {
     ./sample --model "$dir/model" --prompt "The " --num-tokens "${TOKENS:-500}" --num-samples "$2" --threads "$1" \
         2>&1 > /dev/null | sed -n 's/.*wrote [0-9]*, \([0-9]*\) tokens.*/\1/p'
@@ -36,7 +42,7 @@ sampling() {
 ./train --preset "${PRESET:-demo}" --steps 1 --val-every 0 --out "$dir/model" > /dev/null || exit 1
 printf '%-6s %-8s %12s %12s %12s   (tokens/s, best of %d)\n' machine threads training '1 sample' '8 samples' "$rounds"
 for machine in idle busy; do
-    [ $machine = idle ] || start_hogs
+    [ $machine = idle ] || start_busy
     for t in $threads; do
         a=0 b=0 c=0
         for round in $(seq "$rounds"); do

@@ -1,13 +1,13 @@
-"""Compare ./train with megalodon-jax, live, on random configurations, parameters and batches.
+"""Compare ./train with megalodon-jax on random configurations, parameters and batches.
 
     pip install -r dev/requirements-jax.txt
     python dev/check_jax.py --seed 1 --count 6
 
-megalodon-jax's initial values plus noise go to ./train as a checkpoint, together with a batch. The dump must
-have megalodon-jax's logits and loss within 1e-5 and every gradient within 1e-4, relative L2. Prints one line
-per configuration, with its worst gradient, and exits with 1 if one fails. Each configuration has its own
-seed, counted from --seed, so that a failing one can be run alone. It takes about 20 s for each on two cores,
-mostly compiling.
+For each configuration megalodon-jax's initial values plus noise are written as a checkpoint, and ./train runs one step
+on it with a random batch. In the dump of ./train, logits and loss must agree with megalodon-jax to a relative L2 error
+of 1e-5, and every gradient to 1e-4. The script prints one line per configuration, with its worst gradient, and exits
+with status 1 if one fails. Configuration i has the seed --seed + i, so that a failing one can be run alone. Each takes
+about 20 s on two cores, mostly for compilation.
 """
 
 import argparse
@@ -26,8 +26,11 @@ FLAGS = ("swiglu", "rescale_nffn", "scale_emb", "share_emb", "norm_affine")
 
 
 def random_case(seed):
-    """A small configuration with its batch size and length. A norm over only two features is left out: where
-    both are nearly equal, or nearly zero, it amplifies rounding past any fixed tolerance."""
+    """A small configuration, its batch size and its sequence length.
+
+    A norm over only two features is excluded: where both are nearly equal, or nearly zero, it amplifies rounding
+    beyond any fixed tolerance.
+    """
     rng = np.random.default_rng(seed)
     fields = {name: bool(rng.integers(2)) for name in FLAGS}
     heads, length = int(rng.integers(1, 4)), int(rng.integers(8, 71))
@@ -42,7 +45,7 @@ def random_case(seed):
 
 
 def dump_of_train(train, config, tensors, batch):
-    """Run one step of ./train on these tensors and return what it dumps."""
+    """Runs one step of ./train from these tensors and returns the tensors of its dump."""
     with tempfile.TemporaryDirectory() as folder:
         init, data, dump = (os.path.join(folder, name + ".safetensors") for name in ("init", "batch", "dump"))
         write_checkpoint(init, config, tensors)
@@ -56,14 +59,14 @@ def dump_of_train(train, config, tensors, batch):
 
 
 def difference(got, want):
-    """Relative L2; infinite for a missing or mis-shaped tensor, and for a reference that is all zero."""
+    """Relative L2 error; infinite if the tensor is missing, has another shape, or the reference is all zero."""
     if got is None or got.shape != want.shape or not want.any():
         return np.inf
     return np.linalg.norm(np.subtract(got, want, dtype=np.float64)) / np.linalg.norm(want.astype(np.float64))
 
 
 def compare(dump, want):
-    """-> whether all tensors pass, and a line about the logits and the worst gradient."""
+    """(whether all tensors pass, a line with the errors of the logits and of the worst gradient)."""
     found = {name: difference(dump.get(name), value) for name, value in want.items() if "input." not in name}
     passed = all(d <= (1e-4 if name.startswith("grad.") else 1e-5) for name, d in found.items())  # NaN fails
     gradients = {name: d if d == d else np.inf for name, d in found.items() if name.startswith("grad.")}
@@ -74,9 +77,9 @@ def compare(dump, want):
 def main():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("--train", default="./train", help="the program to check (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="the first seed (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=6, help="how many (default: %(default)s)")
+    parser.add_argument("--train", default="./train", help="program to check (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="first seed (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=6, help="number of configurations (default: %(default)s)")
     args = parser.parse_args()
     require_version()
     failures = 0

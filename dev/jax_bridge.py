@@ -1,12 +1,12 @@
-"""Carry a model between our checkpoints and megalodon-jax, bit for bit.
+"""Convert a model between our checkpoints and megalodon-jax, bit for bit.
 
     python dev/jax_bridge.py to-jax IN.safetensors OUT.safetensors     ours to megalodon-jax's
     python dev/jax_bridge.py from-jax IN.safetensors OUT.safetensors   megalodon-jax's to ours
-    python dev/jax_bridge.py check IN.safetensors                      there and back, compared bitwise
+    python dev/jax_bridge.py check IN.safetensors                      round trip, compared bitwise
 
-Both kinds are safetensors files. Ours has the released names, and the configuration as JSON under the
-metadata key `config`; megalodon-jax's is what its save_checkpoint and load_checkpoint use. Its own converter
-for released checkpoints needs PyTorch and .pth files, so the names are mapped here.
+Both formats are safetensors files. Ours has the released names, and the configuration as JSON under the metadata key
+`config`. The other format is the one of megalodon-jax's save_checkpoint and load_checkpoint. megalodon-jax has its own
+converter for released checkpoints, but that needs PyTorch and .pth files, so this script maps the names itself.
 Setup: pip install -r dev/requirements-jax.txt
 """
 
@@ -26,7 +26,7 @@ from outputs import check_output
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-# The configuration's fields and what a missing one means. megalodon-jax's own defaults differ in two places.
+# The fields of our configuration and their defaults. megalodon-jax's own defaults differ for two fields.
 DEFAULTS = dict(
     num_layers=8, model_dim=1024, z_dim=256, value_dim=2048, num_heads=1, ffn_hidden_dim=2048, cema_ndim=16,
     chunk_size=2048, init_mode="he", vocab_size=-1, output_size=-1, norm_num_groups=32, norm_affine=True,
@@ -34,14 +34,14 @@ DEFAULTS = dict(
     rescale_nffn=False, scale_emb=False, share_emb=False)
 IGNORED = {"efficient_attn", "layerwise_ckpt"}
 
-# megalodon-jax's names to the released ones, as replacements in this order.
+# Replacements, in this order, that turn megalodon-jax's names into the released names.
 RENAMES = (("model.embed.", "embed."), ("model.norm.", "output.final_norm."), ("lm_head.", "output.output."),
            ("model.layers.", "layers."), (".attn.", ".mega."), (".ffn.", ".nffn."),
            (".rmsnorm.gamma", ".rmsnorm.weight"))
 
 
 def config_from_fields(fields):
-    """Our JSON fields -> MegalodonConfig, which checks the values; it computes in float32 by default."""
+    """Our JSON fields -> MegalodonConfig, which validates the values. The model computes in float32 by default."""
     unknown = set(fields) - set(DEFAULTS) - IGNORED
     if unknown:
         raise ValueError(f"configuration has unknown fields: {sorted(unknown)}")
@@ -49,7 +49,7 @@ def config_from_fields(fields):
 
 
 def fields_from_config(config):
-    """MegalodonConfig -> our JSON fields. What megalodon-jax adds to the released model is refused."""
+    """MegalodonConfig -> our JSON fields. Extensions of megalodon-jax to the released model raise ValueError."""
     if config.attention_window is not None:
         raise ValueError("attention_window: sliding windows are not part of the released model")
     if config.effective_output_size != config.vocab_size:
@@ -64,10 +64,10 @@ def released_name(name):
 
 
 def to_released(model):
-    """Model, or a gradient of the same tree -> {released name: array} of the trained tensors.
+    """Model, or a gradient with the same tree -> {released name: array} of the trained tensors.
 
-    Tied weights appear once, as embed.weight. On both sides scales are stored as offsets from one, linear
-    weights as (out, in), q/k's gamma and beta as (2, Z). Only CEMA's gamma and omega change their layout.
+    Tied weights appear once, as embed.weight. Both sides store scales as offsets from one, linear weights as (out, in),
+    gamma and beta of q and k as (2, Z). Only gamma and omega of CEMA have another layout.
     """
     native = {name: np.asarray(value) for name, value in model_state_dict(model).items()}
     tensors = {}
@@ -84,8 +84,11 @@ def to_released(model):
 
 
 def blank_model(config):
-    """A model whose tensors are only shapes, to be filled. With scale_emb the constructor takes float() of a
-    computed square root, which jax cannot trace, so there the initial values are computed for nothing."""
+    """A model whose tensors are only shapes.
+
+    With scale_emb the constructor calls float() on a computed square root, which jax cannot trace. Then the initial
+    values are computed, although they are not used.
+    """
     key = jax.random.key(0)
     if config.scale_emb:
         return MegalodonForCausalLM(config, key=key)
@@ -93,7 +96,7 @@ def blank_model(config):
 
 
 def from_released(config, tensors):
-    """{released name: array} of the trained tensors, all of them and no others -> model."""
+    """{released name: array} of exactly the trained tensors -> model."""
     blank = blank_model(config)
     native, used = {}, set()
     for name, want in model_state_dict(blank).items():
@@ -109,12 +112,12 @@ def from_released(config, tensors):
         native[name] = jnp.asarray(tensors[source][part], dtype=want.dtype)
         used.add(source)
     if set(tensors) != used:
-        raise ValueError(f"tensors that the configuration does not have: {sorted(set(tensors) - used)}")
+        raise ValueError(f"tensors that are not in the configuration: {sorted(set(tensors) - used)}")
     return apply_model_state_dict(blank, native)[0]
 
 
 def derived_tensors(config, tensors):
-    """What a checkpoint holds beside the trained tensors; it follows from them and the configuration."""
+    """The tensors of a checkpoint that are not trained. They follow from the configuration and the trained tensors."""
     half = config.head_dim // 2
     freqs = config.effective_rope_base ** -(np.arange(half) / half)
     derived = {"rope.freqs": freqs.astype(np.float32)}
@@ -128,7 +131,7 @@ def derived_tensors(config, tensors):
 
 
 def read_checkpoint(path):
-    """Our file, float32 or bfloat16 -> (config, trained tensors as float32). Derived ones are checked."""
+    """Our file, float32 or bfloat16 -> (config, trained tensors as float32). Checks the derived tensors."""
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -149,14 +152,14 @@ def read_checkpoint(path):
 
 
 def write_checkpoint(path, config, tensors):
-    """Write a file of ours, float32."""
+    """Writes our file format, float32."""
     tensors = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in tensors.items()}
     metadata = {"config": json.dumps(fields_from_config(config))}
     save_file(tensors | derived_tensors(config, tensors), path, metadata=metadata)
 
 
 def is_safetensors(path):
-    """A header's length, which is below 100 MB, and its first character."""
+    """Whether the file starts like a safetensors file: the header's length (below 100 MB), then `{`."""
     with open(path, "rb") as file:
         start = file.read(9)
     return start[4:] == b"\0\0\0\0{"
@@ -172,7 +175,7 @@ def from_jax(source, target):
 
 
 def check(source):
-    """Raise unless every trained tensor comes back with the same bits."""
+    """Raises ValueError unless every trained tensor has the same bits after the round trip."""
     with tempfile.TemporaryDirectory() as folder:
         there, back = os.path.join(folder, "jax.safetensors"), os.path.join(folder, "back.safetensors")
         to_jax(source, there)

@@ -1,19 +1,24 @@
-"""Turn texts into llm.c's .bin token files, which ./train --data reads.
+"""Convert texts to llm.c's .bin token files, which ./train --data reads.
 
     pip install -r dev/requirements-tokenizer.txt
     python dev/make_bin.py train.bin book.txt other.txt --tokenizer tokenizer.bin --eot 1
     python dev/make_bin.py train.bin stories.txt --tokenizer tokenizer.bin --eot 1 --between "<|endoftext|>"
     python dev/make_bin.py train.bin *.txt --tokenizer tokenizer.bin --shard-tokens 100000000
 
-Without --tokenizer each byte is a token. tokenizer.bin is what dev/make_tokenizer.py makes; texts must be UTF-8 then,
-and SentencePiece encodes them, as ./sample does. With --eot that token comes before each document and after the last
-one, for ./train --eot: a document is a file or, with --between LINE, what lies between such lines; each begins as
-./sample begins a prompt. Without --eot the documents follow each other. With --shard-tokens N there are several files,
-train_000000.bin and so on, each but the last of N tokens.
+Tokens. Without --tokenizer each byte is a token. With --tokenizer, a tokenizer.bin from dev/make_tokenizer.py, texts
+must be UTF-8, and SentencePiece encodes them as ./sample does.
 
-A file has 256 int32, of which the first are 20240520, the version 1 and the number of tokens, and then the tokens as
-uint16, so there are at most 65536 different ones. It is written under another name, *.tmp, and renamed when complete.
-An older .bin token file of that name is replaced; any other file, and one that is read, is not.
+Documents. A document is a file or, with --between LINE, the text between two such lines. With --tokenizer each document
+gets a leading space, as a prompt of ./sample does. With --eot, that token is written before each document and after the
+last one, as ./train --eot expects. Without --eot the documents follow each other directly.
+
+Shards. With --shard-tokens N there are several files, train_000000.bin and so on, each of N tokens but for the last.
+
+Format. 256 int32: 20240520, the version 1, the number of tokens, zeros. Then the tokens as uint16, so there are at most
+65536 different ones.
+
+Safety. A file is written as *.tmp and renamed when it is complete. It may replace an older .bin token file, but no
+other file and no input.
 """
 
 import argparse
@@ -28,10 +33,10 @@ import numpy as np
 from outputs import begins_with, check_output
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256
-MOST = 2**31 - 1  # the header's number of tokens is an int32
+MAX_TOKENS = 2**31 - 1  # of a file, whose header has the number of tokens as an int32
 MARK = "\u2581"
-CHUNK = 1 << 12  # bytes of a text that are encoded at once, at least, if it can be cut at line ends
-BATCH = 1024  # chunks that SentencePiece's threads share
+CHUNK = 1 << 12  # a text is divided at the next line end after this many bytes, if the tokenizer permits it
+BATCH = 1024  # chunks per call of SentencePiece, which distributes them over its threads
 
 
 def is_utf8(data):
@@ -47,7 +52,7 @@ class ByteTokenizer:
 
 
 class BinTokenizer:
-    """SentencePiece with the tokens of a tokenizer.bin."""
+    """A SentencePiece BPE with the tokens of a tokenizer.bin."""
 
     def __init__(self, path):
         with open(path, "rb") as f:
@@ -55,16 +60,16 @@ class BinTokenizer:
         pieces, at = [], 4
         while at < len(data):
             if len(data) - at < 8:
-                sys.exit(f"error: --tokenizer {path}: ends within token {len(pieces)}")
+                sys.exit(f"error: --tokenizer {path}: the file is truncated in token {len(pieces)}")
             score, length = struct.unpack_from("<fi", data, at)
             at += 8 + length
             if length < 0 or at > len(data):
-                sys.exit(f"error: --tokenizer {path}: token {len(pieces)} is {length} bytes long")
+                sys.exit(f"error: --tokenizer {path}: token {len(pieces)} has an invalid length of {length} bytes")
             pieces.append((data[at - length:at], score))
         if [p for p, _ in pieces[3:259]] != [b"<0x%02X>" % b for b in range(256)]:
             sys.exit(f"error: --tokenizer {path}: tokens 3 to 258 are not <0x00> to <0xFF>; is it a tokenizer.bin?")
         self.count = len(pieces)
-        # lines can be encoded one by one unless a token goes on behind a line's end
+        # Lines can be encoded separately unless a token continues after a line end.
         self.cuts = not any(b"\n" in p[:-1] for p, _ in pieces[259:])
         self.first, self.next = self.build(pieces, True), self.build(pieces, False)
 
@@ -84,7 +89,8 @@ class BinTokenizer:
         seen = set()
         for i, (data, score) in enumerate(pieces):
             piece = ("<unk>", "<s>", "</s>")[i] if i < 3 else data.decode(errors="replace").replace(" ", MARK)
-            # Of equal ones the first counts. A mark in a text is a space, and no UTF-8 text has other bytes.
+            # Of tokens with equal bytes only the first is used. A token that contains the mark would match spaces, and a
+            # token that is not UTF-8 occurs in no text.
             of_text = i >= 259 and data and data not in seen and MARK.encode() not in data and is_utf8(data)
             seen.add(data)
             special = kind.UNKNOWN if i == 0 else kind.BYTE if 3 <= i < 259 else kind.CONTROL
@@ -93,7 +99,7 @@ class BinTokenizer:
         return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
     def encode(self, chunks):
-        """chunks: (bytes, whether a document begins there); those that do get a space put before them."""
+        """Encodes chunks: (bytes, whether a document starts there). The start of a document gets a leading space."""
         ids = [None] * len(chunks)
         for processor, first in (self.first, True), (self.next, False):
             which = [i for i, chunk in enumerate(chunks) if chunk[1] == first]
@@ -104,10 +110,10 @@ class BinTokenizer:
 
 
 class Writer:
-    """One .bin file, or numbered ones of --shard-tokens each."""
+    """Writes one .bin file, or numbered files of --shard-tokens tokens each."""
 
     def __init__(self, path, shard_tokens):
-        self.path, self.limit, self.numbered = path, shard_tokens or MOST, shard_tokens is not None
+        self.path, self.limit, self.numbered = path, shard_tokens or MAX_TOKENS, shard_tokens is not None
         self.file, self.shards, self.total, self.here = None, 0, 0, 0
 
     def shard(self, number):
@@ -115,7 +121,7 @@ class Writer:
         return f"{stem}_{number}{ending}"
 
     def check(self, inputs):
-        """Refuses all names that may be written: that of the file, or those of existing shards and the first one."""
+        """Checks the names of all possible outputs: the file, or the first shard and all existing shards."""
         names = {self.shard("000000")} if self.numbered else {self.path}
         if self.numbered:
             stem, ending = map(glob.escape, os.path.splitext(self.path))
@@ -136,15 +142,15 @@ class Writer:
         while len(tokens) > 0:
             if self.file is not None and self.here == self.limit:
                 if not self.numbered:
-                    sys.exit(f"error: more than {MOST} tokens do not go into one file: use --shard-tokens")
+                    sys.exit(f"error: {self.path}: one file holds at most {MAX_TOKENS} tokens; use --shard-tokens")
                 self.close()
             if self.file is None:
                 self.open()
-            some = tokens[:self.limit - self.here]
-            self.file.write(some.astype("<u2").tobytes())
-            self.here += len(some)
-            self.total += len(some)
-            tokens = tokens[len(some):]
+            part = tokens[:self.limit - self.here]
+            self.file.write(part.astype("<u2").tobytes())
+            self.here += len(part)
+            self.total += len(part)
+            tokens = tokens[len(part):]
 
     def close(self):
         if self.file is None:
@@ -160,7 +166,8 @@ class Writer:
         print(f"{self.name}: {self.here} tokens")
         self.file = None
 
-    def discard(self):  # what has not been closed
+    def discard(self):
+        """Removes the file that has not been closed, if there is one."""
         if self.file is not None:
             self.file.close()
             os.remove(self.name + ".tmp")
@@ -173,7 +180,7 @@ def write_bin(path, tokens):
 
 
 def chunks_of(path, between, cuts):
-    """A file's text in pieces, and whether a document begins with each; empty documents are left out."""
+    """Yields the chunks of a file's text: (bytes, whether a document starts there). Empty documents are skipped."""
     start, parts, size = True, [], 0
     with open(path, "rb") as f:
         for line in f:
@@ -190,7 +197,7 @@ def chunks_of(path, between, cuts):
 
 
 def encode_files(args, tokenizer, writer):
-    """Returns the numbers of bytes and of documents."""
+    """Encodes all texts; returns the number of bytes and the number of documents."""
     size, documents = 0, 0
     for path in args.texts:
         batch = []
@@ -200,11 +207,11 @@ def encode_files(args, tokenizer, writer):
                 encoded = tokenizer.encode(batch)
             except UnicodeDecodeError as error:
                 near = error.object[max(error.start - 20, 0):error.end]
-                sys.exit(f"error: {path}: not UTF-8 at the end of {near!r}: convert it, or use bytes as tokens (no "
-                         "--tokenizer)")
+                sys.exit(f"error: {path}: not UTF-8 at the end of {near!r}; convert it, or use bytes as tokens "
+                         "(without --tokenizer)")
             for (text, start), tokens in zip(batch, encoded):
                 if args.eot is not None and (tokens == args.eot).any():
-                    sys.exit(f"error: {path}: holds token {args.eot} itself: choose another --eot")
+                    sys.exit(f"error: {path}: the text contains token {args.eot}; choose another --eot")
                 if args.eot is not None and start:
                     writer.add(np.array([args.eot]))
                 writer.add(tokens)
@@ -220,12 +227,12 @@ def run(args):
     tokenizer = BinTokenizer(args.tokenizer) if args.tokenizer else ByteTokenizer()
     vocab_size = max(tokenizer.count, (args.eot or 0) + 1)
     if vocab_size > 65536:
-        sys.exit(f"error: a vocabulary of {vocab_size} tokens: .bin files have 16 bits for a token, 65536 at most")
+        sys.exit(f"error: the vocabulary has {vocab_size} tokens; .bin files have 16 bits per token, so at most 65536")
     if args.eot is not None and (args.eot < 0 or (args.tokenizer and args.eot >= tokenizer.count)):
-        sys.exit(f"error: --eot {args.eot}: the tokens are 0 to {tokenizer.count - 1}")
-    if args.shard_tokens is not None and not 1 <= args.shard_tokens <= MOST:
-        sys.exit(f"error: --shard-tokens {args.shard_tokens}: 1 to {MOST}")
-    writer, begun = Writer(args.out, args.shard_tokens), time.time()
+        sys.exit(f"error: --eot {args.eot}: must be 0 to {tokenizer.count - 1}")
+    if args.shard_tokens is not None and not 1 <= args.shard_tokens <= MAX_TOKENS:
+        sys.exit(f"error: --shard-tokens {args.shard_tokens}: must be 1 to {MAX_TOKENS}")
+    writer, start = Writer(args.out, args.shard_tokens), time.time()
     try:
         size, documents = encode_files(args, tokenizer, writer)
         if writer.total == 0:
@@ -233,19 +240,19 @@ def run(args):
         writer.close()
     finally:
         writer.discard()
-    print(f"{size} bytes in {documents} documents, {writer.total} tokens, {size / writer.total:.2f} bytes a token, "
-          f"{size / (time.time() - begun) / 1e6:.1f} MB/s; for --vocab-size {vocab_size}" +
+    print(f"{size} bytes in {documents} documents, {writer.total} tokens, {size / writer.total:.2f} bytes/token, "
+          f"{size / (time.time() - start) / 1e6:.1f} MB/s; train with --vocab-size {vocab_size}" +
           (f" --eot {args.eot}" if args.eot is not None else ""))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", help="what to write, *.bin")
-    parser.add_argument("texts", nargs="+", help="what to read")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.bin; without it bytes are tokens")
-    parser.add_argument("--eot", type=int, metavar="TOKEN", help="a token between documents")
-    parser.add_argument("--between", metavar="LINE", help="such lines separate documents, and are left out")
-    parser.add_argument("--shard-tokens", type=int, metavar="N", help="tokens of a file")
+    parser.add_argument("out", help="output file, *.bin")
+    parser.add_argument("texts", nargs="+", help="input texts")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.bin; without it each byte is a token")
+    parser.add_argument("--eot", type=int, metavar="TOKEN", help="token before each document and after the last one")
+    parser.add_argument("--between", metavar="LINE", help="line that separates documents; it is not encoded")
+    parser.add_argument("--shard-tokens", type=int, metavar="N", help="write several files of N tokens each")
     args = parser.parse_args()
     try:
         run(args)

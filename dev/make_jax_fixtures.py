@@ -1,20 +1,20 @@
-"""Make the golden fixtures tests/data/jax_*.safetensors with megalodon-jax, an independent implementation.
+"""Make the test fixtures tests/data/jax_*.safetensors with megalodon-jax, an independent implementation.
 
     pip install -r dev/requirements-jax.txt       megalodon-jax 0.2.2, jax 0.10.2, equinox 0.13.8
-    python dev/make_jax_fixtures.py               all of them; names after it make only those
+    python dev/make_jax_fixtures.py               all fixtures; with names, only those
     python dev/make_jax_fixtures.py --double DIR  .expect files in float64, from the .init files, into DIR
 
-Per configuration X, jax_X.init.safetensors is a checkpoint whose every parameter is away from its usual
-initial value, and jax_X.expect.safetensors holds
+For each configuration X, jax_X.init.safetensors is a checkpoint. All its parameters differ from their usual initial
+values. jax_X.expect.safetensors holds:
 
     input.tokens, input.targets   int32 (B,L), random; a target is not the next token
     act.logits, loss              the loss is the mean cross-entropy over all positions
-    grad.<parameter>              of that loss, unclipped; tied weights once, under embed.weight
+    grad.<parameter>              gradient of that loss, unclipped; tied weights once, under embed.weight
     train.losses, .grad_norms     five AdamW steps on this batch, each value before its update
 
-Computed in float32 on the CPU, with fixed seeds; another CPU may round the last bits differently. How far
-rounding goes, --double shows: the float32 logits are within 6e-7 relative L2 of the float64 ones, the
-gradients within 4e-6, the training losses and norms within 2e-7.
+Everything is computed in float32 on the CPU with fixed seeds. Another CPU may round the last bits differently. --double
+shows the size of rounding errors: relative to float64, the float32 logits have a relative L2 error of 6e-7, the
+gradients of 4e-6, the training losses and norms of 2e-7.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_default_matmul_precision", "highest")
 if "--double" in sys.argv:
-    # megalodon-jax casts to jnp.float32 by that name everywhere: before its import, let the name mean double.
+    # megalodon-jax casts to jnp.float32 everywhere. Redefining the name before its import makes it compute in double.
     jax.config.update("jax_enable_x64", True)
     jnp.float32, jnp.complex64 = jnp.float64, jnp.complex128
 
@@ -43,8 +43,8 @@ from jax_bridge import config_from_fields, from_released, read_checkpoint, to_re
 DEV = os.path.dirname(os.path.abspath(__file__))
 DATA = os.path.join(os.path.dirname(DEV), "tests", "data")
 
-# name: (B, L, configuration). Sizes are odd on purpose: a wrong stride or tail does not pass unseen. No norm
-# is over only two features: where both are nearly equal, or nearly zero, rounding grows past the tolerance.
+# name: (B, L, configuration). Many sizes are odd, so that a wrong stride or tail is detected. No norm is over only two
+# features: where both are nearly equal, or nearly zero, rounding would exceed the tolerance.
 FIXTURES = {
     "plain": (3, 48, dict(num_layers=2, model_dim=24, num_heads=1, z_dim=8, value_dim=32, ffn_hidden_dim=28,
                           vocab_size=41, cema_ndim=16, chunk_size=16, norm_num_groups=4)),
@@ -69,16 +69,17 @@ FIXTURES = {
 
 
 def require_version():
-    """Refuse another megalodon-jax than the pinned one: what it computes is what the fixtures mean."""
+    """Exits unless the pinned version of megalodon-jax is installed, because it defines the fixtures."""
     with open(os.path.join(DEV, "requirements-jax.txt")) as file:
         pinned = re.search(r"^megalodon-jax==(\S+)", file.read(), re.MULTILINE)[1]
     installed = importlib.metadata.version("megalodon-jax")
     if installed != pinned:
-        sys.exit(f"megalodon-jax is {installed}, not {pinned}: pip install -r dev/requirements-jax.txt")
+        sys.exit(f"error: megalodon-jax {installed} is installed, {pinned} is needed: "
+                 "pip install -r dev/requirements-jax.txt")
 
 
 def random_tensors(config, seed):
-    """megalodon-jax's own initial values plus noise, so that no bias, offset or imaginary part is zero."""
+    """megalodon-jax's initial values plus noise, so that no bias, offset or imaginary part is zero."""
     noise = np.random.default_rng(seed)
     tensors = to_released(MegalodonForCausalLM(config, key=jax.random.key(seed)))
     for name, value in tensors.items():
@@ -88,7 +89,7 @@ def random_tensors(config, seed):
 
 
 def random_batch(config, batch, length, seed):
-    """Tokens and targets under a dump's names."""
+    """Random tokens and targets, under the names of a dump."""
     rows = np.random.default_rng(seed).integers(config.vocab_size, size=(2, batch, length), dtype=np.int32)
     return {"input.tokens": rows[0], "input.targets": rows[1]}
 
@@ -96,14 +97,14 @@ def random_batch(config, batch, length, seed):
 @eqx.filter_jit
 @eqx.filter_value_and_grad(has_aux=True)
 def loss_and_logits(model, tokens, targets):
-    """Mean cross-entropy at all positions; megalodon-jax's compute_loss would shift the targets."""
+    """Mean cross-entropy over all positions. megalodon-jax's compute_loss is not used, since it shifts the targets."""
     logits, _ = model(tokens)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
     return -picked.mean(), logits
 
 
 def reference(config, tensors, batch):
-    """What megalodon-jax computes for one batch, under a dump's names."""
+    """Logits, loss and gradients of megalodon-jax for one batch, under the names of a dump."""
     model = from_released(config, tensors)
     (loss, logits), gradient = loss_and_logits(model, batch["input.tokens"], batch["input.targets"])
     gradients = {"grad." + name: value for name, value in to_released(gradient).items()}
@@ -111,7 +112,7 @@ def reference(config, tensors, batch):
 
 
 def train(config, tensors, batch, steps=5, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1, clip=1.0):
-    """AdamW on one batch, decay on every parameter -> losses and gradient norms before each update."""
+    """AdamW steps on one batch, every parameter decays -> losses and gradient norms before each update."""
     tensors = dict(tensors)
     moment1, moment2 = dict.fromkeys(tensors, 0.0), dict.fromkeys(tensors, 0.0)
     losses, norms = [], []
@@ -134,7 +135,7 @@ def main():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(FIXTURES))
-    parser.add_argument("--double", metavar="DIR", help="compute in float64, write .expect files to DIR")
+    parser.add_argument("--double", metavar="DIR", help="compute in float64 and write .expect files to DIR")
     args = parser.parse_args()
     if set(args.names) - set(FIXTURES):
         parser.error(f"the fixtures are {', '.join(FIXTURES)}")

@@ -1,18 +1,23 @@
-"""Make llama2.c's tokenizer.bin, which ./sample --tokenizer and dev/make_bin.py read.
+"""Convert a Llama-like tokenizer to llama2.c's tokenizer.bin, which ./sample --tokenizer and dev/make_bin.py read.
 
     pip install -r dev/requirements-tokenizer.txt
     python dev/make_tokenizer.py tokenizer.model tokenizer.bin    a SentencePiece model
     python dev/make_tokenizer.py tokenizer.json tokenizer.bin     a Hugging Face tokenizer
 
-Both must be byte-pair encodings of Llama's kind: spaces become a mark and one more is put before the text, characters
-that are no token become <0x00> .. <0xFF>, which are tokens 3 to 258 behind <unk>, <s> and </s>; nothing else changes
-the text. Others are refused with the reason. Then the C encoder and the original encode a text (--text FILE; otherwise
-two of the repository's), and the file is written only if their token ids are equal. The C encoder is built by make.
+Requirements. The tokenizer must be a byte-pair encoding as in Llama:
+- a space becomes a mark (U+2581), and the text gets one leading space;
+- tokens 0 to 2 are <unk>, <s> and </s>, and tokens 3 to 258 are the bytes <0x00> to <0xFF>;
+- characters without a token are encoded as these bytes, and the text is not normalized otherwise.
+Other tokenizers are refused with the reason.
 
-The file: int32, the longest token's length; then for each token float32 score, int32 length, and its bytes,
-little-endian, with spaces for the mark. Of tokens with equal bytes the first one counts. Control tokens are written as
-llama2.c does, those behind token 258 as empty: no text contains them and they print nothing. An older tokenizer.bin is
-replaced; any other file, and one that is read, is not.
+Check. The C encoder (built by make) and the original encode the text of --text FILE, or two texts of the repository.
+The output is written only if all token ids are equal.
+
+Format. int32, the length of the longest token; then for each token float32 score, int32 length, and its bytes. All
+little-endian, with spaces in place of the mark. Of tokens with equal bytes the first one is used. Control tokens up to
+258 are written as in llama2.c, later ones as empty: they occur in no text and print nothing.
+
+Safety. The output may replace an older tokenizer.bin, but no other file and no input.
 """
 
 import argparse
@@ -29,12 +34,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXTS = [os.path.join(ROOT, "tests/data/tokenizer.txt"), os.path.join(ROOT, "dev/data/demo.txt")]
 MARK = "\u2581"  # SentencePiece's space
 BYTES = [f"<0x{b:02X}>" for b in range(256)]
-FIRST = 3 + 256  # the first token that is not special
+FIRST = 3 + 256  # first token that is neither special nor a byte
 SPECIAL = ["<unk>", "\n<s>\n", "\n</s>\n"]  # as llama2.c writes them
 
 
 class Refused(Exception):
-    pass
+    """The source is not a supported tokenizer; the message says why."""
 
 
 def need(condition, reason):
@@ -43,7 +48,7 @@ def need(condition, reason):
 
 
 def from_sentencepiece(path):
-    """The pieces, their scores, and the original's encoder."""
+    """Reads a SentencePiece model: (tokens, their scores, the encoder of SentencePiece)."""
     import sentencepiece
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as proto
@@ -53,15 +58,15 @@ def from_sentencepiece(path):
         with open(path, "rb") as f:
             model.ParseFromString(f.read())
     except DecodeError:
-        raise Refused("no SentencePiece model") from None
-    need(len(model.pieces) > 0, "no SentencePiece model")
+        raise Refused("not a SentencePiece model") from None
+    need(len(model.pieces) > 0, "not a SentencePiece model")
     trainer, normalizer, kind = model.trainer_spec, model.normalizer_spec, proto.ModelProto.SentencePiece.Type
     name = proto.TrainerSpec.ModelType.Name(trainer.model_type)
     need(name == "BPE", f"a {name} model; only BPE is supported")
     need(trainer.byte_fallback, "no byte fallback; train with --byte_fallback")
     need(not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces,
-         f"it changes texts ({normalizer.name}, remove_extra_whitespaces {normalizer.remove_extra_whitespaces}); train "
-         "with --normalization_rule_name=identity --remove_extra_whitespaces=false")
+         f"it normalizes texts ({normalizer.name}, remove_extra_whitespaces {normalizer.remove_extra_whitespaces}); "
+         "train with --normalization_rule_name=identity --remove_extra_whitespaces=false")
     need(normalizer.add_dummy_prefix and normalizer.escape_whitespaces and not trainer.treat_whitespace_as_suffix,
          "spaces are not treated as in Llama: add_dummy_prefix and escape_whitespaces must be on, "
          "treat_whitespace_as_suffix off")
@@ -79,7 +84,7 @@ def from_sentencepiece(path):
 
 
 def check_spaces(normalizer, pre, vocab):
-    """Are spaces treated as in Llama? Returns whether a text's own first space is dropped, as Metaspace does."""
+    """Raises Refused unless spaces are treated as in Llama. Returns whether the first space of a text is dropped."""
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     replaces = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
     prepends = {"type": "Prepend", "prepend": MARK}
@@ -90,36 +95,37 @@ def check_spaces(normalizer, pre, vocab):
         return False
     need(pre["type"] == "Metaspace", f"pre-tokenizer {pre['type']}; only Metaspace or none is supported" +
          (": a byte-level BPE as in GPT-2" if "ByteLevel" in json.dumps(pre) else ""))
-    need(steps in ([], [replaces]), "its normalizer changes texts: " + ", ".join(s["type"] for s in steps))
+    need(steps in ([], [replaces]), "its normalizer modifies texts: " + ", ".join(s["type"] for s in steps))
     need(pre.get("replacement") == MARK, f"Metaspace with {pre.get('replacement')!r} for the mark")
     scheme = pre.get("prepend_scheme", "always" if pre.get("add_prefix_space", True) else "never")
     need(scheme != "never", "Metaspace with prepend_scheme never: no space before the text")
-    # cut before every mark, unless told not to: the same if no token has a mark further in
+    # With split (the default) Metaspace cuts before every mark. That changes nothing if no token has a mark inside.
     inside = next((p for p in vocab if MARK in p[1:]), None) if pre.get("split", True) else None
-    need(inside is None, f"Metaspace cuts at spaces, but there are tokens that contain them, {inside!r}")
+    need(inside is None, f"Metaspace cuts at spaces, but token {inside!r} contains one")
     return True
 
 
 def scores_of_merges(model, pieces):
-    """Scores that choose the merges in the order of their ranks: token by token, the first one the highest."""
+    """Scores, one per token, that make an encoder by scores apply the merges in the order of their ranks."""
     vocab = {p for p in pieces[FIRST:] if p}
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     order = {}
     for left, right in merges:
-        need({left, right, left + right} <= vocab, f"merge {left!r} {right!r}: not all are tokens")
+        need({left, right, left + right} <= vocab, f"merge {left!r} {right!r}: a part or the result is not a token")
         order.setdefault(left + right, len(order))
-    # An encoder that merges by score joins any two tokens that make up a third, so each such pair must be a merge.
+    # An encoder by scores merges any two tokens whose concatenation is a token, so each such pair must be a merge.
     known = set(merges)
     for piece in vocab:
         for i in range(1, len(piece)):
             pair = piece[:i], piece[i:]
             need(pair in known or pair[0] not in vocab or pair[1] not in vocab,
-                 f"{pair[0]!r} and {pair[1]!r} are not merged although {piece!r} is a token: not made from a "
-                 "SentencePiece model, and no scores give its tokens")
+                 f"{pair[0]!r} and {pair[1]!r} are not merged although {piece!r} is a token: not converted "
+                 "from a SentencePiece model, so no scores reproduce its tokens")
     return [0.0] * FIRST + [-float(order.get(p, len(order))) for p in pieces[FIRST:]]
 
 
 def from_hugging_face(path):
+    """Reads a tokenizer.json: (tokens, scores, the encoder of Hugging Face's tokenizers)."""
     from tokenizers import Tokenizer
 
     try:
@@ -138,24 +144,24 @@ def from_hugging_face(path):
     special = {}
     for token in source.get("added_tokens", []):
         need(token.get("special"),
-             f"added token {token['content']!r} is no special one: it would be cut out of texts before anything else")
+             f"added token {token['content']!r} is not special; the original would match it before all merges")
         special[token["id"]] = token["content"]
     names = {i: p for p, i in model["vocab"].items()} | special
     count = len(names)
     hole = next((i for i in range(count) if i not in names), None)
-    need(hole is None, f"{count} tokens, but none has the id {hole}")
+    need(hole is None, f"there are {count} tokens, but none has the id {hole}")
     pieces = [names[i] for i in range(count)]
     need(pieces[3:FIRST] == BYTES, "tokens 3 to 258 are not <0x00> to <0xFF> in order")
-    need(model.get("unk_token") in (None, pieces[0]), f"token 0 is not the unknown one, {model.get('unk_token')!r}")
+    need(model.get("unk_token") in (None, pieces[0]), f"token 0 is not the unknown token, {model.get('unk_token')!r}")
     pieces[FIRST:] = ["" if i in special else names[i] for i in range(FIRST, count)]
     drops = check_spaces(source.get("normalizer"), source.get("pre_tokenizer"), pieces[FIRST:])
     scores = scores_of_merges(model, pieces)
     if drops:
-        print("note: of a text that begins with a space the original drops that one; we keep it, like SentencePiece")
+        print("note: the original drops the first space of a text; we keep it, as SentencePiece does")
 
     tokenizer = Tokenizer.from_file(path)
     tokenizer.no_truncation(), tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # "<s>" in a text is text
+    tokenizer.encode_special_tokens = True  # "<s>" in a text is ordinary text
 
     def encode(text):
         return tokenizer.encode(" " * (drops and text[:1] == " ") + text, add_special_tokens=False).ids
@@ -163,7 +169,7 @@ def from_hugging_face(path):
 
 
 def is_tokenizer(path):
-    """The longest token's length, and the first byte's token behind <unk>, <s> and </s>."""
+    """Whether a file starts like a tokenizer.bin: a small maximal length, and <0x00> among the first tokens."""
     with open(path, "rb") as f:
         start = f.read(128)
     return start[2:4] == b"\0\0" and b"<0x00>" in start
@@ -178,15 +184,15 @@ def write(path, pieces, scores):
 
 
 def compare(path, count, text, encode):
-    """Do the C encoder, which is built if need be, and the original agree on the text? Returns the number of tokens."""
+    """Raises Refused unless the C encoder (built if necessary) and the original agree. Returns the number of tokens."""
     expected = np.array(encode(text.decode()), dtype="<i4")
     subprocess.run(["make", "-s", "-C", ROOT, "build/test_tokenizer"], check=True)
     command = [os.path.join(ROOT, "build/test_tokenizer"), path, str(count)]
     ids = np.frombuffer(subprocess.run(command, input=text, check=True, stdout=subprocess.PIPE).stdout, dtype="<i4")
     both = min(len(ids), len(expected))
     at = next((i for i in range(both) if ids[i] != expected[i]), both)
-    need(len(ids) == len(expected) == at, f"token {at} of the text differs: from there on the original has "
-         f"{expected[at:at + 8].tolist()}, we have {ids[at:at + 8].tolist()}")
+    need(len(ids) == len(expected) == at, f"token {at} of the text differs: the original continues with "
+         f"{expected[at:at + 8].tolist()}, ours with {ids[at:at + 8].tolist()}")
     return len(ids)
 
 
@@ -194,7 +200,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="tokenizer.model or tokenizer.json")
     parser.add_argument("out", help="tokenizer.bin")
-    parser.add_argument("--text", metavar="FILE", help="compare the token ids of this text")
+    parser.add_argument("--text", metavar="FILE", help="text for the check of token ids")
     args = parser.parse_args()
     temporary = args.out + ".tmp"
     check_output(args.out, [args.source, *([args.text] if args.text else TEXTS)], "a tokenizer.bin", is_tokenizer,
@@ -208,7 +214,7 @@ def main():
             with open(path, "rb") as f:
                 text = f.read()
             tokens = compare(temporary, len(pieces), text, encode)
-            print(f"{path}: {len(text)} bytes, {tokens} tokens, equal to the original's")
+            print(f"{path}: {len(text)} bytes, {tokens} tokens, identical to the original's")
         os.replace(temporary, args.out)
     except (Refused, UnicodeDecodeError, subprocess.CalledProcessError) as reason:
         sys.exit(f"error: {args.source}: {reason}")
@@ -217,7 +223,7 @@ def main():
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-    print(f"{args.out}: {len(pieces)} tokens; models for it have --vocab-size {len(pieces)}")
+    print(f"{args.out}: {len(pieces)} tokens; train with --vocab-size {len(pieces)}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     pip install -r dev/requirements-tokenizer.txt
     python dev/make_tokenizer_fixture.py
 
-Trains a small SentencePiece BPE model on the repository's own text and lets SentencePiece itself encode tokenizer.txt,
-as a whole and then each of its lines; and a longer text made of pieces of it, of whose tokens a hash is kept.
+Trains a small SentencePiece BPE model on the repository's own text. SentencePiece itself encodes tokenizer.txt, as a
+whole and then line by line. It also encodes a longer text made of parts of tokenizer.txt, of which
+only a hash of the ids is stored.
 """
 
 import os
@@ -19,7 +20,7 @@ LONG, VOCAB_SIZE = 200_000, 576
 
 
 def longer(text):
-    """LONG bytes, or a few more: pieces of 1 to 64 bytes of the text, from whole characters. As in test_tokenizer.c."""
+    """LONG bytes or a few more: random parts of the text, 1 to 64 bytes each; as in tests/test_tokenizer.c."""
     out, random = bytearray(), 1
     while len(out) < LONG:
         random = (random * 6364136223846793005 + 1442695040888963407) % 2**64
@@ -33,7 +34,8 @@ def longer(text):
     return bytes(out)
 
 
-def hash_of(ids):  # FNV-1a of the ids, each of them one step
+def hash_of(ids):
+    """FNV-1a over the ids, one step for each id."""
     value = 14695981039346656037
     for token in ids:
         value = (value ^ token) * 1099511628211 % 2**64
@@ -45,7 +47,7 @@ def main():
         text = f.read()
     with open(make_tokenizer.TEXTS[1], encoding="utf-8") as f:
         lines = f.read().splitlines()
-    # German, Chinese and emoji often enough that some become tokens; other scripts stay bytes
+    # Lines with German, Chinese and emoji are repeated, so that some become tokens. Other scripts are encoded as bytes.
     lines += text.decode().splitlines()[3:10] * 40
     with tempfile.TemporaryDirectory() as folder:
         sentencepiece.SentencePieceTrainer.train(

@@ -1,13 +1,16 @@
-"""What the Python tools check before they write: no output replaces an input or a file that is not of its own kind."""
+"""Checks before the Python tools write a file: no output replaces an input or a file of another kind."""
 
 import os
 import sys
 
 
 def check_output(path, inputs, what, is_ours, temporary=None):
-    """Exits with an error unless `path`, and `temporary`, its name until it is complete, can be written.
+    """Exits with an error message unless the output `path` can be written without damage to other files.
 
-    An older file may be replaced if it is empty or is_ours(path); `what` names such files: "a .bin token file".
+    inputs: files that the tool reads. path must not be one of them.
+    what, is_ours: the kind of file that the tool writes, in words ("a .bin token file") and as a test of a path. An
+        existing file is replaced only if it is empty or is_ours(path).
+    temporary: the name under which the output is written until it is complete, if any. It must not exist.
     """
     folder = os.path.dirname(path) or "."
     if path == "":
@@ -20,9 +23,9 @@ def check_output(path, inputs, what, is_ours, temporary=None):
     if os.path.exists(path) and os.path.getsize(path) > 0 and not is_ours(path):
         sys.exit(f"error: {path}: exists and is not {what}; give another name or remove it")
     if not os.access(folder, os.W_OK | os.X_OK) or (os.path.exists(path) and not os.access(path, os.W_OK)):
-        sys.exit(f"error: {path}: cannot write there")
+        sys.exit(f"error: {path}: cannot write: no permission, or the folder does not exist")
     if temporary and os.path.lexists(temporary):
-        sys.exit(f"error: {temporary}: exists, perhaps left by a command that was killed; remove it")
+        sys.exit(f"error: {temporary}: exists, perhaps left over from a killed command; remove it")
 
 
 def begins_with(path, start):

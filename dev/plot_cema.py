@@ -1,8 +1,8 @@
-"""Draws what CEMA remembers: python dev/plot_cema.py MODEL.safetensors OUT.png
+"""Plots the impulse responses of CEMA: python dev/plot_cema.py MODEL.safetensors OUT.png
 
-A channel's impulse response is k[j] = Re sum_n gamma_n/sqrt(N) p_n q_n^j: what a token adds to the output j tokens
-later. Left, for every layer, the channels sorted by how long they remember; right, some channels of one layer.
-Needs numpy, safetensors and matplotlib.
+The impulse response of a channel is k[j] = Re sum_n gamma_n/sqrt(N) p_n q_n^j: the contribution of a token to the
+output j tokens later. Left: the channels of every layer, sorted by the length of their response. Right: some channels of
+the last layer. Needs numpy, safetensors and matplotlib.
 """
 import json
 import sys
@@ -22,7 +22,7 @@ def sigmoid(x):
 
 
 def impulse_response(model, layer):
-    """(D, LENGTH), the formulas of cema_coefs_forward in megalodon.c"""
+    """k (D, LENGTH), by the formulas of cema_coeffs_forward in megalodon.c."""
     alpha, delta, theta, gamma = (
         model.get_tensor(f"layers.{layer}.mega.cema.{name}").astype(np.float64)
         for name in ("alpha", "delta", "theta", "gamma")
@@ -42,17 +42,17 @@ def main(path, out):
     for layer in range(layers):
         k = impulse_response(model, layer)
         power = np.cumsum(k**2, 1)
-        reach = (power < 0.99 * power[:, -1:]).sum(1) + 1  # tokens that hold 99 % of the response's energy
+        reach = (power < 0.99 * power[:, -1:]).sum(1) + 1  # tokens that contain 99 % of the energy of k
         left.plot(np.linspace(0, 100, len(reach)), np.sort(reach), label=f"layer {layer}")
         if layer == layers - 1:
             for d in np.argsort(reach)[[len(reach) // 10, len(reach) // 2, len(reach) * 9 // 10, -1]]:
                 right.plot(k[d] / np.abs(k[d]).max(), linewidth=1, label=f"channel {d}")
-    left.set_xlabel("channels, per cent")
-    left.set_ylabel("tokens with 99 % of the response")
+    left.set_xlabel("channels, %")
+    left.set_ylabel("tokens with 99 % of the energy of k")
     left.legend(fontsize=7)
     right.set_xlim(0, 2 * reach.max())
-    right.set_xlabel("tokens later")
-    right.set_ylabel(f"response of layer {layers - 1}, largest = 1")
+    right.set_xlabel("delay j, tokens")
+    right.set_ylabel(f"k[j] of layer {layers - 1}, divided by its maximum")
     right.legend(fontsize=7)
     for ax in (left, right):
         ax.grid(alpha=0.3)

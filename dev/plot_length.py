@@ -1,7 +1,7 @@
-"""Draws what dev/bench_length.py measured: python dev/plot_length.py [length.csv [length.png]]
+"""Plots the measurements of dev/bench_length.py: python dev/plot_length.py [length.csv [length.png]]
 
-Left: the time of a token, decoding and training, against how many there are. Right: training's peak memory. The
-defaults are dev/notes/length.csv and .png. Needs matplotlib.
+Left: the time per token of decoding and training against the number of tokens. Right: the peak memory of training. The
+defaults are dev/notes/length.csv and dev/notes/length.png. Needs matplotlib.
 """
 import csv
 import sys
@@ -26,14 +26,14 @@ def main(source="dev/notes/length.csv", out="dev/notes/length.png"):
             mib = [float(r["peak_mib"]) for r in rows]
             slope = (mib[-1] - mib[0]) * 2**20 / max(tokens[-1] - tokens[0], 1)
             label = "--recompute" if "recompute" in name else "all activations kept"
-            right.plot(tokens, mib, "o-", markersize=4, label=f"{label}: {slope / 1024:.1f} KiB a token")
+            right.plot(tokens, mib, "o-", markersize=4, label=f"{label}: {slope / 1024:.1f} KiB/token")
     left.set_xscale("log", base=2)
     left.set_ylim(bottom=0)
-    left.set_xlabel("tokens read before, or of a step's sequence")
-    left.set_ylabel("ms a token")
+    left.set_xlabel("tokens read before (decoding), or per sequence (training)")
+    left.set_ylabel("ms/token")
     right.set_xlim(left=0)
     right.set_ylim(bottom=0)
-    right.set_xlabel("tokens of a step's sequence")
+    right.set_xlabel("tokens per sequence")
     right.set_ylabel("peak memory of training, MiB")
     for ax in (left, right):
         ax.grid(alpha=0.3)

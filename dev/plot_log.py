@@ -1,6 +1,6 @@
-"""Draws the losses of one or more training logs: python dev/plot_log.py OUT.png LOG.csv [LOG.csv ...]
+"""Plots the losses of one or more training logs: python dev/plot_log.py OUT.png LOG.csv [LOG.csv ...]
 
-Training loss as a running mean over 20 steps, validation loss as points. Needs matplotlib.
+The training loss is a running mean over 20 steps; the validation loss is shown as points. Needs matplotlib.
 """
 import csv
 import sys

@@ -210,6 +210,15 @@ static size_t scores_size(const Model *m, Dims d);           // elements of scra
 static size_t workspace_size(const Model *m, Dims d);        // bytes of scratch.workspace
 static int logit_rows(int V);                                // rows of logits that exist at a time
 static void params_written(Model *m, size_t first, size_t n); // elements of PARAMS have changed
+static int backend_open(int allocate); // before a model is planned (0) or allocated (1); returns 0 if out of memory
+static int backend_threads(void);          // see Model.threads
+static void begin_layers(Model *m); // before a public function runs layers
+static void read_floatX(real *dst, const floatX *src, size_t n); // to host memory
+static void block_again(Model *m, int layer); // computes a block's activations, unless they are in memory
+static void rope_table(real *table, int C, int dz, double base);
+static void qk_layer_forward(floatX *q, floatX *k, floatX *zn, real *z_rstd, const floatX *z, const real *gamma,
+                             const real *beta, const real *table, const int64_t *count, Dims d, double eps);
+static void silu_forward(floatX *out, const floatX *inp, size_t n);
 enum { NUM_SUMS = 1024 };
 
 // ----------------------------------------------------------------------------
@@ -313,6 +322,7 @@ static Model *model_outline(const Config *config, Mode mode, int B, int L) {
     Model *m = (Model *)calloc(1, sizeof *m);
     if (!m) return NULL;
     m->config = *config, m->mode = mode, m->max_B = B, m->max_L = L, m->acts_layer = -1, m->cp.cp_size = 1;
+    m->threads = backend_threads();
     m->tensors = megalodon_tensors(config, &m->num_tensors, &m->num_params);
     m->shards = megalodon_shards(config, shard_rank, shard_ranks, &m->num_shards);
     for (int s = 0; m->shards && s < m->num_shards; s++) m->shard_size += m->shards[s].count;
@@ -551,6 +561,12 @@ static const ActivationRow *activation_row(const char *name) {
     return NULL;
 }
 
+int megalodon_activation_width(const Config *config, const char *name) {
+    const ActivationRow *row = activation_row(name);
+    Dims d = dims_of(config, 1, 1);
+    return row ? width_of(&d, row->width) : 0;
+}
+
 // Where an activation is in memory; NULL if it is computed when it is dumped.
 static const void *stored_activation(const LayerActs *acts, const ActivationRow *row) {
     const void *at = NULL;
@@ -563,4 +579,60 @@ const char *megalodon_activation_name(int i) {
         if (activation_table[row].name && i-- == 0) return activation_table[row].name;
     }
     return NULL;
+}
+
+int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
+    size_t n = (size_t)m->dims.B * m->dims.L;
+    assert(m->mode != MEGALODON_INFER);
+    if (layer < 0) {
+        if (strcmp(name, "final_norm") != 0) return 0;
+        if (dst) read_floatX(dst, m->final, n * m->dims.D);
+        return m->dims.D;
+    }
+    const ActivationRow *row = activation_row(name);
+    if (row == NULL) return 0;
+    int width = width_of(&m->dims, row->width);
+    if (dst == NULL) return width;
+    LayerActs *a = &m->acts[layer];
+    LayerParams *w = &m->params.layers[layer];
+    Scratch *s = &m->scratch;
+    begin_layers(m);
+    block_again(m, layer);
+    const floatX *src = (const floatX *)stored_activation(a, row);
+    if (strcmp(name, "mega.q") == 0 || strcmp(name, "mega.k") == 0) {
+        qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, NULL, NULL, m->dims,
+                         m->config.norm_eps);
+        src = strcmp(name, "mega.q") == 0 ? s->q : s->k;
+    } else if (strcmp(name, "mega.v") == 0 || strcmp(name, "mega.r") == 0) {
+        silu_forward(s->v, strcmp(name, "mega.v") == 0 ? a->v_pre : a->r_pre, n * width);
+        src = s->v;
+    } else if (strcmp(name, "nffn.out") == 0) {
+        src = m->x[layer + 1];
+    }
+    read_floatX(dst, src, n * width);
+    return width;
+}
+
+// ----------------------------------------------------------------------------
+// a model's beginning
+
+MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
+    MemoryPlan plan = {0, 0, 0, 0, 0};
+    Model *m = backend_open(0) ? model_outline(config, mode, B, L) : NULL;
+    if (!m) return plan;
+    model_layout(m);
+    plan = m->plan;
+    megalodon_free(m);
+    return plan;
+}
+
+Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
+    Model *m = backend_open(1) ? model_outline(config, mode, B, L) : NULL;
+    if (!m) return NULL;
+    if (!model_allocate(m)) {
+        megalodon_free(m);
+        return NULL;
+    }
+    rope_table(m->rope, config->chunk_size, config->z_dim / config->num_heads, config->rope_base);
+    return m;
 }

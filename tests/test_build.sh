@@ -92,21 +92,31 @@ nvcc() { # CAPABILITIES...
     chmod +x nvcc
     rm -f asked
 }
-gpu_code() { sed -n 's/.*nvcc -std=c++17 -O3 \(.*\) -Xcompiler.* -c megalodon.cu -o .*megalodon.o$/\1/p' out; }
-both='-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90'
-fallback='nvcc finds no GPU of compute capability 8.0 or more on this machine: building for CUARCH="80 90"'
+gpu_code() { sed -n "s/.*nvcc \(.*\) -std=c++17 -O3 -Xcompiler.* -c megalodon.cu -o .*megalodon$1.o\$/\\1/p" out; }
+both='-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90,code=compute_90'
+turing='-gencode arch=compute_75,code=sm_75'
+fallback='nvcc finds no GPU of compute capability 7.5 or more on this machine: building for CUARCH="75 80 90"'
 nvcc
 plan NVCC=./nvcc && plan NVCC=./nvcc help && plan NVCC=./nvcc test && [ ! -e asked ]
 verdict $? "make, make help and make test do not run nvcc"
 plan NVCC=./nvcc cuda
-[ "$(gpu_code)" = "$both" ] && [ "$(grep -c -F -e "$fallback" out)" -eq 1 ] && case $(last) in *'for sm 80 90.'*) ;; *) false ;; esac
-verdict $? "make cuda without a GPU: for CUARCH=\"80 90\", and one line says so"
-nvcc 75
+[ "$(gpu_code)" = "$both" ] && [ "$(grep -c -F -e "$fallback" out)" -eq 1 ] && case $(last) in *'for sm 75 80 90.'*) ;; *) false ;; esac
+verdict $? "make cuda without a GPU: bfloat16 for CUARCH=\"80 90\", and one line says so"
+[ "$(gpu_code _fp32)" = "$turing $both" ]
+verdict $? "  and float32 for 75, too"
+nvcc 70
 plan NVCC=./nvcc cuda && [ "$(gpu_code)" = "$both" ] && grep -q -F -e "$fallback" out
-verdict $? "  likewise with a GPU of compute capability 7.5"
-nvcc 90 120
+verdict $? "  likewise with a GPU of compute capability 7.0"
+nvcc 75
+plan NVCC=./nvcc cuda && [ "$(gpu_code _fp32)" = "$turing -gencode arch=compute_75,code=compute_75" ] && [ -z "$(gpu_code)" ] &&
+    ! grep -q 'nvcc finds' out
+verdict $? "  with a GPU of compute capability 7.5: float32 only"
+nvcc 90
+plan NVCC=./nvcc cuda && [ "$(gpu_code)" = "${both#* * }" ] && ! grep -q 'nvcc finds' out
+verdict $? "  with a GPU of 9.0: for sm_90a"
+nvcc 86 120
 plan NVCC=./nvcc cuda && [ "$(gpu_code)" = -arch=native ] && ! grep -q 'nvcc finds' out
-verdict $? "  with GPUs of 9.0 and 12.0: for these"
+verdict $? "  with GPUs of 8.6 and 12.0: for these"
 nvcc
 plan NVCC=./nvcc cuda CUARCH=90 && [ "$(gpu_code)" = "${both#* * }" ] && ! grep -q 'nvcc finds' out
 verdict $? "  with CUARCH=90: for that"

@@ -12,9 +12,9 @@ the source into C++ that includes this folder's headers in place of CUDA's; see 
 With CUDA_ON_CPU_SHARED=1 in the environment other processes can open device memory, as cudaIpcOpenMemHandle does.
 AddressSanitizer then sees no overruns of it.
 
-The device is one of compute capability 9.0 with 227 KB of shared memory per thread block. Environment variables make it
-another one: CUDA_ON_CPU_CAPABILITY=86 is 8.6, CUDA_ON_CPU_OPTIN=101376 are the bytes of shared memory, and with
-CUDA_ON_CPU_NO_CODE=1 the program has no code for it. What a kernel has declared with __shared__ is known once it has run.
+The device is one of compute capability 9.0. Environment variables make it another one: CUDA_ON_CPU_CAPABILITY=86 is 8.6,
+CUDA_ON_CPU_OPTIN=101376 are the bytes of shared memory of a thread block (if not given, those of that capability), and
+with CUDA_ON_CPU_NO_CODE=1 the program has no code for it. What a kernel has declared with __shared__ is known once it has run.
 
 Left out: streams and events (all calls wait), atomics, masks of some lanes, a look-out for races between two barriers. With
 CUDA_ON_CPU_REVERSE=1 in the environment threads take turns the other way round, which makes some races visible.
@@ -164,6 +164,10 @@ struct EmuWorker {
     EmuFiber main, fibers[EMU_THREADS], *current, *ready[EMU_THREADS];
     int num_fibers, num_ready, reverse;
     EmuBarrier block;
+    struct {
+        unsigned turn; // at which it was begun, + 1
+        int any;
+    } votes[2]; // of this __syncthreads_or and the one before, whose readers may be late
     EmuWarp warps[EMU_WARPS];
     void (*run)(const void *arguments);
     const void *arguments;
@@ -353,6 +357,16 @@ inline void emu_declared(const void *array, size_t bytes) {
 }
 
 inline void __syncthreads(void) { emu_wait(&emu_worker->block); }
+// Whether any thread of the block passes something other than 0.
+inline int __syncthreads_or(int x) {
+    EmuWorker *w = emu_worker;
+    unsigned turn = w->block.turn;
+    auto *vote = &w->votes[turn % 2];
+    if (vote->turn != turn + 1) vote->turn = turn + 1, vote->any = 0;
+    vote->any |= x != 0;
+    emu_wait(&w->block);
+    return vote->any;
+}
 
 inline EmuWarp *emu_whole_warp(unsigned mask) {
     if (mask != ~0u) emu_fatal("only masks of all lanes can be emulated");
@@ -625,14 +639,19 @@ inline long emu_setting(const char *name, long otherwise) {
     const char *text = getenv(name);
     return text ? atol(text) : otherwise;
 }
-inline size_t emu_optin(void) { return (size_t)emu_setting("CUDA_ON_CPU_OPTIN", 227 << 10); } // with it
+inline int emu_capability(void) { return (int)emu_setting("CUDA_ON_CPU_CAPABILITY", 90); }
+inline size_t emu_optin(void) { // bytes that it may have with cudaFuncSetAttribute
+    int capability = emu_capability();
+    long kb = capability < 80 ? 64 : capability == 80 ? 163 : capability < 90 || capability >= 120 ? 99 : 227;
+    return (size_t)emu_setting("CUDA_ON_CPU_OPTIN", kb << 10);
+}
 
 inline cudaError_t cudaGetDeviceCount(int *count) {
     *count = 1;
     return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int) {
-    int capability = (int)emu_setting("CUDA_ON_CPU_CAPABILITY", 90);
+    int capability = emu_capability();
     *properties = cudaDeviceProp{"CPU", capability / 10, capability % 10, 4, EMU_MEMORY, emu_optin()};
     return cudaSuccess;
 }

@@ -1,0 +1,194 @@
+// device.cuh: the GPU of this process: errors, memory, cuBLAS. Included by megalodon.cu after plumbing/model.h.
+#pragma once
+
+enum { BLAS_WORKSPACE = 1 << 25 }; // bytes of cuBLAS's workspace
+
+static struct {
+    int open;          // the fields below are set
+    int devices;       // GPUs of this machine
+    int plain;         // MEGALODON_PLAIN is set: no kernel of kernels/ is used
+    int has_pdl;       // supports programmatic dependent launch (compute capability 9.0 or more)
+    size_t max_shared; // bytes of shared memory that a thread block can have
+    char name[300];    // for megalodon_backend()
+    size_t used, peak; // bytes of device memory allocated by this program
+    cublasHandle_t blas;
+    void *blas_workspace; // BLAS_WORKSPACE bytes of our own, so that products are repeatable
+    char *workspace; // of the model that is running, see workspace()
+    size_t workspace_bytes;
+} gpu;
+
+static void check_cuda(cudaError_t status, const char *file, int line) {
+    if (status == cudaSuccess) return;
+    fprintf(stderr, "error: %s:%d: CUDA: %s\n", file, line, cudaGetErrorString(status));
+    exit(1);
+}
+static void check_blas(cublasStatus_t status, const char *file, int line) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    fprintf(stderr, "error: %s:%d: cuBLAS: status %d\n", file, line, (int)status);
+    exit(1);
+}
+#define cudaCheck(call) check_cuda((call), __FILE__, __LINE__)
+#define cublasCheck(call) check_blas((call), __FILE__, __LINE__)
+
+// Device memory, zeroed. Returns NULL if the device has not enough.
+static void *memory_new(size_t bytes) {
+    void *memory = NULL;
+    cudaError_t status = cudaMalloc(&memory, bytes > 0 ? bytes : 1);
+    if (status == cudaErrorMemoryAllocation) {
+        cudaGetLastError(); // clear the sticky error
+        return NULL;
+    }
+    cudaCheck(status);
+    cudaCheck(cudaMemset(memory, 0, bytes));
+    gpu.used += bytes;
+    gpu.peak = gpu.peak > gpu.used ? gpu.peak : gpu.used;
+    return memory;
+}
+static void memory_free(void *memory, size_t bytes) {
+    if (memory == NULL) return;
+    cudaCheck(cudaFree(memory));
+    gpu.used -= bytes;
+}
+static void memory_copy(void *dst, const void *src, size_t bytes) {
+    cudaCheck(cudaGetLastError()); // of the kernels that were launched since the last copy
+    cudaCheck(cudaMemcpy(dst, src, bytes, cudaMemcpyDefault));
+}
+static void memory_clear(void *memory, size_t bytes) { cudaCheck(cudaMemsetAsync(memory, 0, bytes)); }
+
+// Scratch memory of the layer function that is running: the next one overwrites it. See workspace_size().
+static void *workspace(size_t bytes) {
+    assert(bytes <= gpu.workspace_bytes);
+    return gpu.workspace;
+}
+
+static __global__ void advance_kernel(int64_t *count, int B, int64_t L);
+
+// Ends the program if its kernels cannot run on the device.
+static void check_device(const cudaDeviceProp *properties) {
+    int major = properties->major, minor = properties->minor, is_float = sizeof(floatX) == sizeof(float);
+    int needed = is_float ? 75 : 80;
+    if (10 * major + minor < needed) {
+        fprintf(stderr, "error: %s has compute capability %d.%d; this program needs %d.%d%s\n", properties->name, major,
+                minor, needed / 10, needed % 10,
+                is_float ? ". ./train and ./sample run on the CPU" : ". The float32 programs (_fp32) need 7.5");
+        exit(1);
+    }
+    cudaFuncAttributes attributes;
+    cudaError_t status = cudaFuncGetAttributes(&attributes, advance_kernel);
+    if (status == cudaSuccess) return;
+    fprintf(stderr,
+            "error: %s has compute capability %d.%d, for which this program has no code (CUDA: %s). Build it for this "
+            "GPU: make cuda CUARCH=%d%d\n",
+            properties->name, major, minor, cudaGetErrorString(status), major, minor);
+    exit(1);
+}
+
+static int backend_open(int allocate) {
+    int count = 0, shared = 0;
+    cudaDeviceProp properties;
+    (void)allocate;
+    if (gpu.open) return 1;
+    cudaError_t status = cudaGetDeviceCount(&count);
+    if (status != cudaSuccess || count == 0) {
+        fprintf(stderr, "error: no CUDA GPU: %s. ./train and ./sample run without one\n",
+                status == cudaSuccess ? "none found" : cudaGetErrorString(status));
+        exit(1);
+    }
+    int number = local_rank() % count; // the processes of a machine use its GPUs in turn
+    gpu.devices = count;
+    cudaCheck(cudaSetDevice(number));
+    cudaCheck(cudaGetDeviceProperties(&properties, number));
+    cudaCheck(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, number));
+    check_device(&properties);
+    const char *plain = getenv("MEGALODON_PLAIN");
+    gpu.plain = plain != NULL && strcmp(plain, "0") != 0;
+    gpu.has_pdl = properties.major >= 9;
+    gpu.max_shared = (size_t)shared;
+    snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s%s", properties.name, properties.major, properties.minor,
+             sizeof(floatX) == 4 ? "float32" : "bfloat16", gpu.plain ? ", plain kernels" : "");
+    cublasCheck(cublasCreate(&gpu.blas));
+    gpu.blas_workspace = memory_new(BLAS_WORKSPACE);
+    if (gpu.blas_workspace == NULL) {
+        fprintf(stderr, "error: %s: out of memory on the GPU\n", gpu.name);
+        exit(1);
+    }
+    cublasCheck(cublasSetWorkspace(gpu.blas, gpu.blas_workspace, BLAS_WORKSPACE));
+    cublasCheck(cublasSetMathMode(gpu.blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
+    gpu.open = 1;
+    return 1;
+}
+
+// ----------------------------------------------------------------------------
+// memory that the layers use while they run, see "provided by the backend" in model.h
+
+static int tile_batch(Dims d);
+static size_t tile_scores(int C);
+static size_t timestep_norm_workspace(Dims d);
+static size_t cema_workspace(Dims d);
+static size_t attention_workspace(Dims d);
+static int embedding_parts(int R, int V);
+static void copy_to_floatX(floatX *out, const float *inp, size_t n);
+#ifdef FAST_KERNELS
+static size_t attention_fast_scores(Dims d);
+static size_t fast_workspace(Dims d);
+#endif
+
+static size_t coeffs_stride(int D) { return (size_t)D; }
+
+static size_t scores_size(const Model *m, Dims d) {
+    size_t plain = tile_batch(d) * tile_scores(d.C), most = plain;
+#ifdef FAST_KERNELS
+    size_t fast = attention_fast_scores(d);
+    most = fast > most ? fast : most;
+#endif
+    return m->mode == MEGALODON_INFER ? most : 2 * most;
+}
+
+static size_t workspace_size(const Model *m, Dims d) {
+    size_t widest = (size_t)max_int(max_int(d.D, d.E), max_int(2 * d.Z, d.F)), embedding = 0;
+    if (m->mode != MEGALODON_INFER) embedding = (size_t)embedding_parts(d.B * d.L, d.V) * d.V * d.D * sizeof(float);
+    size_t sizes[] = {timestep_norm_workspace(d), cema_workspace(d), attention_workspace(d),
+                      SUM_PARTS * widest * sizeof(float), embedding},
+           most = 0;
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) most = sizes[i] > most ? sizes[i] : most;
+#ifdef FAST_KERNELS
+    size_t fast = fast_workspace(d);
+    most = fast > most ? fast : most;
+#endif
+    return most;
+}
+
+// The public functions that run layers call this first.
+static void begin_layers(Model *m) {
+    gpu.workspace = m->scratch.workspace;
+    gpu.workspace_bytes = workspace_size(m, dims_of(&m->config, m->max_B, m->max_L));
+}
+
+static void params_written(Model *m, size_t first, size_t n) {
+    if (sizeof(floatX) < sizeof(float)) copy_to_floatX(m->rounded + first, m->memory[PARAMS] + first, n);
+}
+
+// ----------------------------------------------------------------------------
+// what megalodon.h says of the machine
+
+static int backend_threads(void) { return 1; }
+
+float *megalodon_device_ptr(Model *m, Buffer buffer) { return m->memory[buffer]; }
+
+void megalodon_threads(int threads) { (void)threads; }
+
+int megalodon_on_gpu(void) { return 1; }
+
+size_t megalodon_available_memory(int processes) {
+    size_t free_bytes, total;
+    backend_open(0);
+    cudaCheck(cudaMemGetInfo(&free_bytes, &total));
+    return free_bytes / ceil_div(processes, gpu.devices);
+}
+
+size_t megalodon_peak_memory(void) { return gpu.peak; }
+
+const char *megalodon_backend(void) {
+    backend_open(0);
+    return gpu.name;
+}
