@@ -10,8 +10,13 @@ static const double ROUNDING = 1e-11;
 static const double ROUNDING = 1e-5;
 #endif
 
-// layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base | dropouts
-static const Config config = {2, 19, 6, 9, 3, 7, 3, 8, 11, 1, 1, 1, 0, 1, 1, 1e-3, 1e4, 0.1, 0.2, 0.3, HE};
+// clang-format off
+static const Config config = {
+    .num_layers = 2, .model_dim = 19, .z_dim = 6, .value_dim = 9, .num_heads = 3, .ffn_hidden_dim = 7,
+     .cema_ndim = 3, .chunk_size = 8, .vocab_size = 11, .norm_num_groups = 1, .swiglu = 1, .rescale_nffn = 1,
+     .share_emb = 1, .norm_affine = 1, .norm_eps = 1e-3, .rope_base = 1e4, .dropout = 0.1, .hidden_dropout = 0.2,
+     .attention_dropout = 0.3};
+// clang-format on
 enum { B = 2, MAX_RANKS = 4, MAX_L = 240, STEPS = 2 };
 
 static size_t size; // of all parameters
