@@ -181,8 +181,8 @@ static void matmul_init(real *C, int ldc, const real *residual, const real *bias
 }
 
 // The grid is the one for which the threads together read least of A and B: tiles of nearly equal size, near squares.
-// Without a library an element's sum runs over k in the same order whatever the grid, so that the result does not depend
-// on the number of threads.
+// Without a library an element's sum runs over k in the same order whatever the grid, so that the result does not
+// depend on the number of threads.
 static void matmul(real *C, int ldc, const real *residual, Matrix A, Matrix B, const real *bias, int M, int N, int K) {
     double macs = (double)M * N * K; // multiply-adds; those of a single row wait for memory
     int threads = is_large(macs / (M == 1 ? 4 : 16)) ? threads_here() : 1, rows = M, columns = N;

@@ -1,6 +1,6 @@
-// The layers of megalodon.c as functions cpu_*, for tests/test_cuda.cu: build/cpu_layers.h declares and here defines them.
-// megalodon.c is included, since layers are static. Afterwards only cpu_* stay global, so that the program may have
-// megalodon.cu, too:
+// The layers of megalodon.c as functions cpu_*, for tests/test_cuda.cu: build/cpu_layers.h declares and here defines
+// them. megalodon.c is included, since layers are static. Afterwards only cpu_* stay global, so that the program may
+// have megalodon.cu, too:
 //     objcopy --wildcard --keep-global-symbol='cpu_*' cpu_layers.o
 #include "../megalodon.c"
 #include "check.h"

@@ -1,6 +1,6 @@
-// Chunk parallelism: the parts of a sequence on several ranks, each a model in its own thread, against the whole sequence on
-// one: logits, gradients, states, dropout. ZeRO-1: an update by two ranks with a shard each, against one rank. Built for
-// double and for float.
+// Chunk parallelism: the parts of a sequence on several ranks, each a model in its own thread, against the whole
+// sequence on one: logits, gradients, states, dropout. ZeRO-1: an update by two ranks with a shard each, against one
+// rank. Built for double and for float.
 #include <pthread.h> // defines: pthread_cond_wait, pthread_create
 #include "check.h"
 

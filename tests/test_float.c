@@ -1,6 +1,6 @@
-// Float against definitions in double, where rounding could do most harm: TimestepNorm's moments over a long sequence, exp,
-// and every layer for numbers that are large, small or far from zero. A result must be close, or not finite; never finite
-// and wrong. megalodon.c is included, since its functions are static.
+// Float against definitions in double, where rounding could do most harm: TimestepNorm's moments over a long sequence,
+// exp, and every layer for numbers that are large, small or far from zero. A result must be close, or not finite; never
+// finite and wrong. megalodon.c is included, since its functions are static.
 #include "../megalodon.c"
 #include "check.h"
 #include <float.h>
@@ -249,8 +249,8 @@ static void test_timestep_norm(void) {
     timestep_norm_case(-1e6, 1, 1e-6), timestep_norm_case(0, 1e20, 1e-6), timestep_norm_case(1e29, 1e25, 1e-6);
 }
 
-// One query and three keys with dz = 1, so that scores are products of two numbers. Where the first key's probability is
-// below the range of float, its value must not count.
+// One query and three keys with dz = 1, so that scores are products of two numbers. Where the first key's probability
+// is below the range of float, its value must not count.
 static void test_softmax(void) {
     float q = 1, k[3] = {-1000, 0, 0}, v[3] = {1e38f, 1, 3}, o, lse, s[3], ds[3];
     float dq, dk[3], dv[3], one = 1;

@@ -1,6 +1,6 @@
-// Every layer of megalodon.c by itself, in double precision: its forward pass against the definition written plainly, and
-// its backward pass against central differences of its forward pass, for every input, parameter and incoming state. Build:
-// -DMEGALODON_DOUBLE, with plumbing/params.c; megalodon.c is included, since layers are static.
+// Every layer of megalodon.c by itself, in double precision: its forward pass against the definition written plainly,
+// and its backward pass against central differences of its forward pass, for every input, parameter and incoming state.
+// Build: -DMEGALODON_DOUBLE, with plumbing/params.c; megalodon.c is included, since layers are static.
 #include "../megalodon.c"
 #include "check.h"
 
@@ -251,8 +251,8 @@ static void test_dropout_definition(void) {
 
 // ----------------------------------------------------------------------------
 // Gradients against central differences. A layer works on the tensors below, under the names that megalodon.c has for
-// them. The loss is the sum of all outputs, each element times a random weight; these weights are the gradients w.r.t. the
-// outputs (dout). An outgoing state is an output like others. A test
+// them. The loss is the sum of all outputs, each element times a random weight; these weights are the gradients w.r.t.
+// the outputs (dout). An outgoing state is an output like others. A test
 //     - declares its tensors: INPUT, OUTPUT, KEEP. Tensors of no elements are NULL: left out;
 //     - calls gradcheck with the layer's forward and backward pass.
 

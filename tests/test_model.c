@@ -1,5 +1,5 @@
-// The whole model through megalodon.h: gradients, recomputation, accumulation, states, optimizer. Built twice: for double,
-// where gradients are compared with central differences, too, and for float.
+// The whole model through megalodon.h: gradients, recomputation, accumulation, states, optimizer. Built twice: for
+// double, where gradients are compared with central differences, too, and for float.
 #include "../plumbing/plumbing.h"
 #include "check.h"
 
@@ -524,8 +524,8 @@ static void scale_tensors(Setup *s, const char *const names[2], double factor) {
     megalodon_write(s->model, PARAMS, 0, s->size, s->params);
 }
 
-// Compares logits, and the gradients of all tensors whose name is not in `except`. Each gradient is divided by its norm:
-// the gradient w.r.t. a weight that is s times as large is 1/s times as large.
+// Compares logits, and the gradients of all tensors whose name is not in `except`. Each gradient is divided by its
+// norm: the gradient w.r.t. a weight that is s times as large is 1/s times as large.
 static void same_model(const char *what, Setup *a, Setup *b, const char *const except[2]) {
     size_t n = (size_t)a->c->B * a->c->L, V = (size_t)a->c->config.vocab_size;
     real *logits = malloc(2 * n * V * sizeof *logits);
