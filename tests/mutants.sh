@@ -264,7 +264,6 @@ timestep_norm_backward: residual_sum(dx, residuals, at, g)  =>  residual_sum(dx,
 timestep_norm_backward: if (dstate) memcpy(sums, dstate  =>  if (0) memcpy(sums, dstate
 timestep_norm_reduce_backward: memset(dstate, 0  =>  memset(dstate, 64
 unscale: weight[c] + 1  =>  weight[c]
-qk_layer_backward: *dzn = dq  =>  *dzn = dk
 qk_layer_forward: rope_forward(k, k  =>  rope_forward(k, q
 silu_backward: if (out)  =>  if (0)
 gate_backward: if (out)  =>  if (0)
