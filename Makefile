@@ -189,7 +189,7 @@ endif
 
 # In bfloat16, and in float32 to compare with the CPU.
 vpath %.cu . tests dev plumbing
-GPU_SOURCES = megalodon.cu megalodon.h plumbing/model.h plumbing/device.cuh $(wildcard kernels/*.cuh) tests/cpu_layers.h build/gpu/flags
+GPU_SOURCES = megalodon.cu megalodon.h plumbing/model.h plumbing/device.cuh $(wildcard kernels/*.cuh) build/cpu_layers.h build/gpu/flags
 build/gpu/peers.o: plumbing/peers.cu plumbing/peers.h plumbing/plumbing.h megalodon.h build/gpu/flags
 	$(NVCC) $(FLOAT32_CODE) $(ALL_NVCCFLAGS) $(filter -I%,$(MPI)) -c $< -o $@
 build/gpu/%_fp32.o: %.cu $(GPU_SOURCES)
@@ -215,8 +215,11 @@ build/gpu/test_cuda build/gpu/test_cuda_fp32: %: %.o build/cpu_layers.o build/li
 build/gpu/bench_cuda: build/gpu/bench_cuda.o build/library.a
 	$(GPU_LINK)
 
-# The CPU's layers under names of their own, beside those of the GPU.
-build/cpu_layers.o: tests/cpu_layers.c build/flags
+# The layers of megalodon.c as cpu_*, for tests/test_cuda.cu. The header is generated from megalodon.c.
+build/cpu_layers.h: tests/cpu_layers.sh megalodon.c
+	sh tests/cpu_layers.sh > $@.new
+	mv $@.new $@
+build/cpu_layers.o: tests/cpu_layers.c build/cpu_layers.h build/flags
 	$(CC) $(ALL_CFLAGS) -MMD -MP -c $< -o $@
 	objcopy --wildcard --keep-global-symbol='cpu_*' $@
 
@@ -253,7 +256,7 @@ build/emulated/%.cu build/emulated/tests/%.cu build/emulated/plumbing/%.cu: %.cu
 build/emulated/%.cuh: %.cuh tests/cuda_on_cpu/translate.awk
 	@mkdir -p $(@D)
 	awk -v file=$< -f tests/cuda_on_cpu/translate.awk $< > $@
-EMULATED_SOURCES = build/emulated/megalodon.cu $(wildcard tests/cuda_on_cpu/*.h) megalodon.h plumbing/model.h tests/cpu_layers.h \
+EMULATED_SOURCES = build/emulated/megalodon.cu $(wildcard tests/cuda_on_cpu/*.h) megalodon.h plumbing/model.h build/cpu_layers.h \
                    $(addprefix build/emulated/,plumbing/device.cuh $(wildcard kernels/*.cuh))
 build/emulated/%.o: build/emulated/%.cu $(EMULATED_SOURCES)
 	$(CXX) $(ALL_CXXFLAGS) -c -x c++ $< -o $@

@@ -1,7 +1,7 @@
 /*
 megalodon.c: the Megalodon language model on the CPU. Every layer's forward pass has its backward pass next to it, and
-the layers come in the order in which data flows. After them: the blocks, the model, the optimizer. megalodon.h says what
-the model is, why it has these parts, and what the letters mean. megalodon.cu has the same functions for a GPU.
+the layers come in the order in which data flows. After them: the blocks, the model, the optimizer. megalodon.h says
+what the model is, why it has these parts, and what the letters mean. megalodon.cu has the same functions for a GPU.
 
 How to read it
 - Arguments: results first, then what the forward pass kept, inputs, parameters, sizes. The backward pass of
@@ -75,9 +75,9 @@ static int thread_number(void) {
 #endif
 }
 
-// Whether a loop of this many operations (iterations of its innermost loop) is worth waking the other threads. That takes
-// tens of microseconds if they sleep, and far longer if other processes have the cores. So a small model, or one token of
-// a medium one, runs on one thread.
+// Whether a loop of this many operations (iterations of its innermost loop) is worth waking the other threads. That
+// takes tens of microseconds if they sleep, and far longer if other processes have the cores. So a small model, or one
+// token of a medium one, runs on one thread.
 static int is_large(double operations) { return operations > PARALLEL_MIN && threads_here() > 1; }
 
 // A vector: LANES elements that one instruction handles.
@@ -129,8 +129,8 @@ static void embedding_forward(real *out, const int32_t *tokens, const real *embe
 }
 
 // forward: out_r = scale * embed[token_r]
-// A token's row of dembed collects the gradients of all rows r in which the token occurs. Two threads must not add to the
-// same row of dembed at once, so a task owns columns.
+// A token's row of dembed collects the gradients of all rows r in which the token occurs. Two threads must not add to
+// the same row of dembed at once, so a task owns columns.
 static void embedding_backward(real *dembed, const real *dout, const int32_t *tokens, real scale, int R, int D) {
 #pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int c0 = 0; c0 < D; c0 += COLUMNS) {
@@ -142,9 +142,9 @@ static void embedding_backward(real *dembed, const real *dout, const int32_t *to
 }
 
 // ----------------------------------------------------------------------------
-// dropout: out = mask inp/(1 - p), the mask 0 with probability p, otherwise 1. Dividing by 1 - p keeps the expected value.
-// The derivative of out w.r.t. inp is mask/(1 - p), so the backward pass is the same function of the gradient. Masks are
-// not stored but drawn again: see Mask in plumbing/model.h for which random word decides about which element.
+// dropout: out = mask inp/(1 - p), the mask 0 with probability p, otherwise 1. Dividing by 1 - p keeps the expected
+// value. The derivative of out w.r.t. inp is mask/(1 - p), so the backward pass is the same function of the gradient.
+// Masks are not stored but drawn again: see Mask in plumbing/model.h for which random word decides about which element.
 // out may be inp.
 
 // The mask of what begins `rows` rows of `width` elements later.
@@ -184,46 +184,43 @@ static void dropout(real *out, const real *inp, Mask mask, size_t n) {
 // M2 is the sum of squared deviations from the mean.
 //
 // Why the statistics end at t: ordinary group normalization over a whole sequence would let token t see later tokens by
-// their mean and variance, and the model could learn to read the answer from them. With running statistics nothing leaks,
-// and training, which computes all tokens at once, equals generation, which computes one at a time from the state.
+// their mean and variance, and the model could learn to read the answer from them. With running statistics nothing
+// leaks, and training (all tokens at once) equals generation (one token at a time from the state).
 //
-// Why deviations: the textbook form, sum x^2 - n mean^2, subtracts two nearly equal numbers where the mean is large, and
-// loses all digits of the variance. Chan's update only adds deviations from the mean so far. The g scalars of a token
-// join the moments by s1 = sum (x - mean) and s2 = sum (x - mean)^2:
+// Why deviations: the textbook form, sum x^2 - n mean^2, subtracts two nearly equal numbers where the mean is large,
+// and loses all digits of the variance. Chan's update only adds deviations from the mean so far. The g scalars of a
+// token join the moments by s1 = sum (x - mean) and s2 = sum (x - mean)^2:
 //
 //     mean += s1/n_t,    M2 += s2 - s1^2/n_t
 //
 // inp, out (B,L,D); mean, rstd (B,L,G). start, end: the state before the first token and after the last one. The kept
 // mean is double: where it is 10,000 times the deviation, rounding it to float costs 5e-4 of the deviation.
 
-// Chan's update: one more token's scalars x (g) join mean and M2. n is their count, this token included.
-static inline void moments_add(double *mean, double *m2, double n, const real *x, int g) {
-    double from = n > g ? *mean : x[0], s1 = 0, s2 = 0; // before the first token any value serves as mean
-#pragma omp simd reduction(+ : s1, s2)
-    for (int i = 0; i < g; i++) {
-        double d = x[i] - from;
-        s1 += d;
-        s2 += d * d;
-    }
-    *mean = from + s1 / n;
-    *m2 += s2 - s1 * s1 / n;
-}
-
+// out NULL: only the moments.
 static void timestep_norm_forward(real *out, double *mean, real *rstd, NormState end, const real *inp,
                                   const real *weight, const real *bias, NormState start, Dims d, double eps) {
     int B = d.B, L = d.L, D = d.D, G = d.G, g = D / G;
 #pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D))
     for (int b = 0; b < B; b++) {
         for (int j = 0; j < G; j++) {
-            const real *w = weight + (size_t)j * g, *bs = bias + (size_t)j * g;
+            const real *w = out ? weight + (size_t)j * g : NULL, *bs = out ? bias + (size_t)j * g : NULL;
             double m = start.mean ? start.mean[b * G + j] : 0, m2 = start.m2 ? start.m2[b * G + j] : 0;
             double n = start.count ? (double)g * (double)start.count[b] : 0;
             for (int t = 0; t < L; t++) {
                 size_t row = (size_t)b * L + t;
                 const real *x = inp + row * D + (size_t)j * g;
-                real *y = out + row * D + (size_t)j * g;
+                double from = n > 0 ? m : x[0], s1 = 0, s2 = 0; // before the first token any value serves as mean
+#pragma omp simd reduction(+ : s1, s2)
+                for (int i = 0; i < g; i++) {
+                    double deviation = x[i] - from;
+                    s1 += deviation;
+                    s2 += deviation * deviation;
+                }
                 n += g;
-                moments_add(&m, &m2, n, x, g);
+                m = from + s1 / n;
+                m2 += s2 - s1 * s1 / n;
+                if (!out) continue;
+                real *y = out + row * D + (size_t)j * g;
                 double r = 1 / sqrt(m2 / n + eps);
                 for (int i = 0; i < g; i++) y[i] = (real)((x[i] - m) * r) * (w[i] + 1) + bs[i];
                 mean[row * G + j] = m;
@@ -243,31 +240,31 @@ static void timestep_norm_forward(real *out, double *mean, real *rstd, NormState
 //
 // forward: y_t = (x_t - mean_t) rstd_t w + bias, with w = weight + 1
 // gives dmean_t = -rstd_t sum_group w dy_t and dvar_t = -1/2 rstd_t^3 sum_group w dy_t (x_t - mean_t).
-
-// One token's gradient joins U, V, W (sums). mean, rstd and n are those of the token; x, dy, weight (g).
-static inline void dmoments_add(double sums[3], const real *dy, const real *x, const real *weight, double mean,
-                                double rstd, double n, int g) {
-    double s = 0, dot = 0;
-#pragma omp simd reduction(+ : s, dot)
-    for (int i = 0; i < g; i++) {
-        double wdy = (weight[i] + 1) * dy[i];
-        s += wdy;
-        dot += wdy * (x[i] - mean);
-    }
-    double dmean = -rstd * s, dvar = -0.5 * rstd * rstd * rstd * dot;
-    sums[0] += dmean / n;
-    sums[1] += dvar / n;
-    sums[2] += dvar / n * mean;
-}
-
+//
 // The gradient of a token has its own y, and the three sums:
 //
 //     dx_s = rstd_s w dy_s + U_s + 2 (x_s V_s - W_s)
 //          = rstd_s w dy_s + U_s - 2 (W_s - mean_s V_s) + 2 V_s (x_s - mean_s)
 //
 // The last form subtracts large numbers once for each token, not for each element.
+
+// out (n) = sum of those residuals that are not NULL, from element `at` on. out may be part of one of them. The cases
+// are separate loops: a vectorised `a ? a[i] : 0` would become a masked load, which is very slow where a is NULL.
+static inline void residual_sum(real *out, const real *const residuals[2], size_t at, int n) {
+    const real *a = residuals ? residuals[0] : NULL, *b = residuals ? residuals[1] : NULL;
+    if (a && b) {
+#pragma omp simd
+        for (int i = 0; i < n; i++) out[i] = a[at + i] + b[at + i];
+    } else if (a || b) {
+        memmove(out, (a ? a : b) + at, (size_t)n * sizeof *out);
+    } else {
+        memset(out, 0, (size_t)n * sizeof *out);
+    }
+}
+
 // dstate (B,G,3), or NULL: in: U, V, W of all later tokens; out: those at the first token. Each of the two residuals,
-// which may be NULL, is added to dinp: gradients of other paths on which x reaches the loss. dinp may be one of them.
+// which may be NULL, is added to dinp: gradients of other paths on which x reaches the loss. dinp may be one of them,
+// or NULL: only dstate.
 static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, double *dstate, const real *dout,
                                    const real *const residuals[2], const real *inp, const real *weight,
                                    const double *mean, const real *rstd, const int64_t *count, Dims d) {
@@ -278,67 +275,57 @@ static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, doubl
             const real *w = weight + (size_t)j * g;
             double n = (count ? (double)g * (double)count[b] : 0) + (double)g * L, sums[3] = {0};
             if (dstate) memcpy(sums, dstate + 3 * ((size_t)b * G + j), sizeof sums);
+            double U = sums[0], V = sums[1], W = sums[2];
             for (int t = L - 1; t >= 0; t--, n -= g) {
                 size_t row = (size_t)b * L + t, at = row * D + (size_t)j * g;
                 const real *x = inp + at, *dy = dout + at;
-                double m = mean[row * G + j], r = rstd[row * G + j];
-                dmoments_add(sums, dy, x, w, m, r, n, g);
-                double U = sums[0], V = sums[1], W = sums[2], shift = U - 2 * (W - m * V);
-                const real *res0 = residuals && residuals[0] ? residuals[0] + at : NULL;
-                const real *res1 = residuals && residuals[1] ? residuals[1] + at : NULL;
+                double m = mean[row * G + j], r = rstd[row * G + j], s = 0, dot = 0;
+#pragma omp simd reduction(+ : s, dot)
                 for (int i = 0; i < g; i++) {
-                    real dx = (real)(r * (w[i] + 1) * dy[i] + shift + 2 * V * (x[i] - m));
-                    dinp[at + i] = dx + (res0 ? res0[i] : 0) + (res1 ? res1[i] : 0);
+                    double wdy = (w[i] + 1) * dy[i];
+                    s += wdy;
+                    dot += wdy * (x[i] - m);
                 }
+                double dmean = -r * s, dvar = -0.5 * r * r * r * dot;
+                U += dmean / n;
+                V += dvar / n;
+                W += dvar / n * m;
+                if (!dinp) continue;
+                real *dx = dinp + at;
+                double shift = U - 2 * (W - m * V);
+                residual_sum(dx, residuals, at, g);
+                for (int i = 0; i < g; i++) dx[i] += (real)(r * (w[i] + 1) * dy[i] + shift + 2 * V * (x[i] - m));
             }
+            sums[0] = U, sums[1] = V, sums[2] = W;
             if (dstate) memcpy(dstate + 3 * ((size_t)b * G + j), sums, sizeof sums);
         }
     }
+    if (!dinp) return;
     sum_rows(dweight, dout, inp, mean, rstd, B * L, D, G);
     sum_rows(dbias, dout, NULL, NULL, NULL, B * L, D, 1);
 }
 
 // Chunk parallelism: several ranks have consecutive parts of one sequence. A rank reduces its part to moments of these
-// tokens alone, an all-gather exchanges them, and each rank combines those of the ranks before it. Chan's formula for the
-// moments (mean, M2) of n and (mean', M2') of n' scalars, with d = mean' - mean:
+// tokens alone, an all-gather exchanges them, and each rank combines those of the ranks before it. Chan's formula for
+// the moments (mean, M2) of n and (mean', M2') of n' scalars, with d = mean' - mean:
 //
 //     mean + d n'/(n + n'),    M2 + M2' + d^2 n n'/(n + n')
 
 // sum.mean, sum.m2 (B,G): moments of these tokens alone.
 static void timestep_norm_reduce(NormState sum, const real *inp, Dims d) {
-    int B = d.B, L = d.L, D = d.D, G = d.G, g = D / G;
-#pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D))
-    for (int b = 0; b < B; b++) {
-        for (int j = 0; j < G; j++) {
-            double m = 0, m2 = 0;
-            for (int t = 0; t < L; t++) {
-                moments_add(&m, &m2, (t + 1.0) * g, inp + ((size_t)b * L + t) * D + (size_t)j * g, g);
-            }
-            sum.mean[b * G + j] = m, sum.m2[b * G + j] = m2;
-        }
-    }
+    const NormState fresh = {NULL, NULL, NULL};
+    timestep_norm_forward(NULL, NULL, NULL, sum, inp, NULL, NULL, fresh, d, 0);
 }
 
 // The same for the backward pass: dstate (B,G,3) gets U, V, W of these tokens alone.
 static void timestep_norm_reduce_backward(double *dstate, const real *dout, const real *inp, const real *weight,
                                           const double *mean, const real *rstd, const int64_t *count, Dims d) {
-    int B = d.B, L = d.L, D = d.D, G = d.G, g = D / G;
-#pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D))
-    for (int b = 0; b < B; b++) {
-        for (int j = 0; j < G; j++) {
-            double n = (count ? (double)g * (double)count[b] : 0) + (double)g * L, sums[3] = {0};
-            for (int t = L - 1; t >= 0; t--, n -= g) {
-                size_t row = (size_t)b * L + t, at = row * D + (size_t)j * g;
-                dmoments_add(sums, dout + at, inp + at, weight + (size_t)j * g, mean[row * G + j], rstd[row * G + j], n,
-                             g);
-            }
-            memcpy(dstate + 3 * ((size_t)b * G + j), sums, sizeof sums);
-        }
-    }
+    memset(dstate, 0, (size_t)d.B * d.G * 3 * sizeof *dstate);
+    timestep_norm_backward(NULL, NULL, NULL, dstate, dout, NULL, inp, weight, mean, rstd, count, d);
 }
 
-// all (cp_size,2,B,G): every rank's moments. start.mean, start.m2 (B,G): in: those before the whole sequence, where count
-// (B) tokens were (NULL: none); out: those before this rank. end (NULL: not kept) gets those after the last rank.
+// all (cp_size,2,B,G): every rank's moments. start.mean, start.m2 (B,G): in: those before the whole sequence, where
+// count (B) tokens were (NULL: none); out: those before this rank. end (NULL: not kept) gets those after the last rank.
 static void timestep_norm_combine(NormState start, NormState end, const double *all, const int64_t *count,
                                   const ChunkParallel *cp, Dims d) {
     size_t groups = (size_t)d.B * d.G;
@@ -356,8 +343,8 @@ static void timestep_norm_combine(NormState start, NormState end, const double *
     }
 }
 
-// all (cp_size,B,G,3): every rank's U, V, W. They are sums, so those of all later tokens, dstate (B,G,3), are the sum of
-// those of the later ranks.
+// all (cp_size,B,G,3): every rank's U, V, W. They are sums, so those of all later tokens, dstate (B,G,3), are the sum
+// of those of the later ranks.
 static void timestep_norm_combine_backward(double *dstate, const double *all, const ChunkParallel *cp, Dims d) {
     size_t n = (size_t)d.B * d.G * 3;
     for (size_t i = 0; i < n; i++) {
@@ -374,16 +361,16 @@ static void timestep_norm_combine_backward(double *dstate, const double *all, co
 //     h_t = q h_(t-1) + p x_t                             y_t = Re sum_n gamma_n/sqrt(N) h_t,n + omega x_t
 //
 // Unrolled, y is a convolution of x with the kernel k_j = Re sum_n gamma_n/sqrt(N) p_n q_n^j, which reaches back to the
-// first token. |q| < 1 says how fast a mode forgets: after about 1/(1 - |q|) tokens. The angle says what it listens to: a
-// real q sees only the mean of the recent past, while a mode that rotates by phi each token adds up what repeats with a
-// period of 2 pi/phi tokens and cancels the rest, as one term of a Fourier transform does. N modes of different angles and
-// decays are a small filter bank for each channel, and gamma says how to combine them.
+// first token. |q| < 1 says how fast a mode forgets: after about 1/(1 - |q|) tokens. The angle says what it listens to:
+// a real q sees only the mean of the recent past, while a mode that rotates by phi each token adds up what repeats with
+// a period of 2 pi/phi tokens and cancels the rest, as one term of a Fourier transform does. N modes of different
+// angles and decays are a small filter bank for each channel, and gamma says how to combine them.
 //
-// So h is all that a layer knows of tokens before the present chunk, apart from TimestepNorm's moments. Its size is fixed:
-// it keeps a summary of an unlimited past, of which attention then sees exactly the present chunk.
+// So h is all that a layer knows of tokens before the present chunk, apart from TimestepNorm's moments. Its size is
+// fixed, and it summarises an unlimited past. Attention, afterwards, adds the exact content of the present chunk.
 //
-// In the paper's Eq. 2 the input has the factor e^(i phi), too. The released code has not. With gamma' = gamma e^(-i phi)
-// both are the same model, so a trained checkpoint of one can be read as the other.
+// In the paper's Eq. 2 the input has the factor e^(i phi), too, which the released code leaves out. Both are the same
+// model: the released code with gamma is the paper with gamma e^(-i phi), since the factor is the same for all tokens.
 
 static const double PI = 3.14159265358979323846;
 
@@ -391,8 +378,8 @@ enum { STRIP = 2 * LANES }; // channels of one task: two vectors, so that two ch
 
 static size_t coeffs_stride(int D) { return (size_t)ceil_div(D, STRIP) * STRIP; }
 
-// Coefficients from the parameters, once for each update. They are complex numbers kept as real and imaginary parts, each
-// (N, coeffs_stride(D)). Channels are contiguous, since they are what is vectorised.
+// Coefficients from the parameters, once for each update. They are complex numbers kept as real and imaginary parts,
+// each (N, coeffs_stride(D)). Channels are contiguous, since they are what is vectorised.
 static void cema_coeffs_forward(Coeffs *c, const real *alpha, const real *delta, const real *theta, const real *gamma,
                                 int D, int N) {
 #pragma omp parallel for schedule(static) if (is_large(64.0 * D * N))
@@ -470,9 +457,9 @@ static StripCoeffs strip_coeffs(const Coeffs *c, int n, int D, int d0) {
 
 // The recurrence, token by token. A task owns a strip of channels of one sequence. It goes through token blocks of
 // CEMA_BLOCK tokens, and within a token block mode by mode, so that h stays in registers. inp, out (B,L,D).
-// h_blocks (B, blocks, 2, N, D): h before each token block, for the backward pass. h_in, h_out (B,2,N,D): the state before
-// the first token and after the last one, N real parts before N imaginary parts. Any of the three may be NULL, and h_in
-// may be h_out.
+// h_blocks (B, blocks, 2, N, D): h before each token block, for the backward pass. h_in, h_out (B,2,N,D): the state
+// before the first token and after the last one, N real parts before N imaginary parts. Any of the three may be NULL,
+// and h_in may be h_out.
 static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp, const Coeffs *coeffs,
                          const real *omega, const real *h_in, Dims d) {
     int B = d.B, L = d.L, D = d.D, N = d.N, blocks = ceil_div(L, CEMA_BLOCK);
@@ -523,9 +510,9 @@ static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp
 //     G_t = conj(g) dy_t + conj(q) G_(t+1)            dx_t = omega dy_t + sum_n p Re G_t
 //     dg = sum dy conj(h_t)    dq = sum G_t conj(h_(t-1))    dp = sum x Re G_t    domega = sum x dy
 //
-// The h of a token block are computed again from the one kept at its start: storing all of them would take 2 N times the
-// memory of x. A task owns a strip of channels of all sequences, so no two tasks add to the same parameter. dcoeffs is
-// set. dh (B,2,N,D), or NULL: in: gradient w.r.t. the outgoing state; out: w.r.t. the incoming one, conj(q) G_1.
+// The h of a token block are computed again from the one kept at its start: storing all of them would take 2 N times
+// the memory of x. A task owns a strip of channels of all sequences, so no two tasks add to the same parameter. dcoeffs
+// is set. dh (B,2,N,D), or NULL: in: gradient w.r.t. the outgoing state; out: w.r.t. the incoming one, conj(q) G_1.
 static void cema_backward(real *dinp, Coeffs *dcoeffs, real *domega, real *dh, const real *dout, const real *inp,
                           const real *h_blocks, const Coeffs *coeffs, const real *omega, Dims d) {
     int B = d.B, L = d.L, D = d.D, N = d.N, blocks = ceil_div(L, CEMA_BLOCK);
@@ -603,11 +590,11 @@ static void cema_backward(real *dinp, Coeffs *dcoeffs, real *domega, real *dh, c
 //
 //     h_after = q^l h_before + (h that the part alone gives, from a zero state)
 //
-// and the gradient dh_before = conj(q)^l dh_after + (what the part alone gives). So ranks are to these sums what tokens are
-// to h: each rank reduces its part to one h, and combines those of the others by the same recurrence, with q^l for q.
+// and the gradient dh_before = conj(q)^l dh_after + (what the part alone gives). So each rank
+// reduces its part to one h, and combines those of the others by the same recurrence, with q^l in the place of q.
 
-// Of these tokens alone: forward, h (B,2,N,D) after the last token of inp (B,L,D); backward, with inp = dout, the gradient
-// w.r.t. the state before the first token, sum_t conj(q)^t conj(g) dy_t with t from 1, computed from the last token on.
+// Of these tokens alone: forward, h (B,2,N,D) after the last token of inp (B,L,D); backward, with inp = dout, the
+// gradient w.r.t. the state before the first token, sum_(t>=1) conj(q)^t conj(g) dy_t, from the last token on.
 static void cema_reduce(real *h, const real *inp, const Coeffs *coeffs, int backward, Dims d) {
     int B = d.B, L = d.L, D = d.D, N = d.N;
 #pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D * N))
@@ -702,6 +689,16 @@ static void rmsnorm_forward(real *out, real *rstd, const real *inp, const real *
     }
 }
 
+// a (D) = dy (weight + 1): the gradient before a norm's scale. weight NULL: a = dy.
+static inline void unscale(real *a, const real *dy, const real *weight, int D) {
+    if (!weight) {
+        memcpy(a, dy, (size_t)D * sizeof *a);
+        return;
+    }
+#pragma omp simd
+    for (int c = 0; c < D; c++) a[c] = dy[c] * (weight[c] + 1);
+}
+
 // forward: y_c = n_c (weight_c + 1), n_c = x_c rstd, d rstd/d x_c = -rstd^2 n_c/D
 // With a = (weight + 1) dy, the gradient w.r.t. n: x_c reaches the loss by n_c, and by rstd in every n of the row:
 // dx = rstd (a - n mean(a n)). The second term removes the part of a that would only change the length of x.
@@ -710,18 +707,20 @@ static void rmsnorm_backward(real *dinp, real *dweight, const real *dout, const 
 #pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
-        real *dx = dinp + (size_t)r * D, s = rstd[r], dot = 0;
+        real *a = dinp + (size_t)r * D, *dx = a, s = rstd[r], dot = 0; // a is kept where dx will be
+        unscale(a, dy, weight, D);
 #pragma omp simd reduction(+ : dot)
-        for (int c = 0; c < D; c++) dot += dy[c] * (weight ? weight[c] + 1 : 1) * (x[c] * s);
+        for (int c = 0; c < D; c++) dot += a[c] * (x[c] * s);
         dot /= D;
-        for (int c = 0; c < D; c++) dx[c] = s * (dy[c] * (weight ? weight[c] + 1 : 1) - x[c] * s * dot);
+#pragma omp simd
+        for (int c = 0; c < D; c++) dx[c] = s * (a[c] - x[c] * s * dot);
     }
     if (dweight) sum_rows(dweight, dout, inp, NULL, rstd, R, D, 1);
 }
 
 // ----------------------------------------------------------------------------
-// linear: out (R,M) = inp (R,K) weight' + bias + residual. weight (M,K), weight' its transpose; bias (M), or NULL; residual
-// (R,M), or NULL, may be out itself.
+// linear: out (R,M) = inp (R,K) weight' + bias + residual. weight (M,K), weight' its transpose; bias (M), or NULL;
+// residual (R,M), or NULL, may be out itself.
 
 static void linear_forward(real *out, const real *residual, const real *inp, const real *weight, const real *bias,
                            int R, int K, int M) {
@@ -729,7 +728,7 @@ static void linear_forward(real *out, const real *residual, const real *inp, con
 }
 
 // forward: out = inp weight' + bias
-// Every product's derivative is a product again: dinp = dout weight, dweight = dout' inp, dbias = sum over rows of dout.
+// A product's derivative is two products: dinp = dout weight, dweight = dout' inp. dbias = sum over rows of dout.
 
 // dinp (R,K) is set, or added to if `add`.
 static void linear_backward_input(real *dinp, int add, const real *dout, const real *weight, int R, int K, int M) {
@@ -752,15 +751,16 @@ static void linear_backward(real *dinp, int add, real *dweight, real *dbias, con
 //
 //     q = zn (gamma0 + 1)/sqrt(dz) + beta0,    k = zn (gamma1 + 1)/sqrt(dz) + beta1;    gamma, beta (2,Z)
 //
-// RMSNorm makes each head's vector sqrt(dz) long, so zn/sqrt(dz) has length 1, as Z/|Z| in the paper. A score is then a
-// product of two vectors of nearly equal length, whatever the size of the activations, and gamma sets the temperature of
-// the softmax. That is why both carry 1/sqrt(dz), and the scores get no scale of their own.
+// RMSNorm makes each head's vector sqrt(dz) long, so zn/sqrt(dz) has length 1, as Z/|Z| in the paper. Without gamma and
+// beta a score would be the cosine of the angle between two such vectors, whatever the size of the activations. gamma
+// lets the model learn the temperature of the softmax. That is why both carry 1/sqrt(dz), and the scores have no scale.
 
 static void qk_forward(real *q, real *k, const real *zn, const real *gamma, const real *beta, int R, int Z, int dz) {
     real scale = (real)(1 / sqrt(dz));
 #pragma omp parallel for schedule(static) if (is_large((double)R * Z))
     for (int r = 0; r < R; r++) {
         size_t at = (size_t)r * Z;
+#pragma omp simd
         for (int c = 0; c < Z; c++) {
             q[at + c] = zn[at + c] * (gamma[c] + 1) * scale + beta[c];
             k[at + c] = zn[at + c] * (gamma[Z + c] + 1) * scale + beta[Z + c];
@@ -769,8 +769,8 @@ static void qk_forward(real *q, real *k, const real *zn, const real *gamma, cons
 }
 
 // forward: q = zn (gamma0 + 1) scale + beta0, and k with row 1
-// dgamma0 = sum over rows of dq zn scale, dbeta0 = sum of dq; zn has two uses: dzn = (dq (gamma0 + 1) + dk (gamma1 + 1))
-// scale. dzn may be dq or dk, since the sums come first.
+// dgamma0 = sum over rows of dq zn scale, dbeta0 = sum of dq; zn has two uses, so
+// dzn = (dq (gamma0 + 1) + dk (gamma1 + 1)) scale. dzn may be dq or dk, since the sums come first.
 static void qk_backward(real *dzn, real *dgamma, real *dbeta, const real *dq, const real *dk, const real *zn,
                         const real *gamma, int R, int Z, int dz) {
     real scale = (real)(1 / sqrt(dz));
@@ -792,6 +792,7 @@ static void qk_backward(real *dzn, real *dgamma, real *dbeta, const real *dq, co
 #pragma omp parallel for schedule(static) if (is_large((double)R * Z))
     for (int r = 0; r < R; r++) {
         size_t at = (size_t)r * Z;
+#pragma omp simd
         for (int c = 0; c < Z; c++) {
             dzn[at + c] = (dq[at + c] * (gamma[c] + 1) + dk[at + c] * (gamma[Z + c] + 1)) * scale;
         }
@@ -804,7 +805,7 @@ static void qk_backward(real *dzn, real *dgamma, real *dbeta, const real *dq, co
 //     e^(i pos base^(-2j/dz)),    pos counted from the start of the chunk
 //
 // A product of a rotated query and a rotated key depends on the difference of their positions only. Counting from the
-// chunk's start is enough, since attention never leaves the chunk; so positions stay below C, however long the sequence.
+// chunk's start is enough, since attention never leaves the chunk. So positions stay below C in any sequence.
 // inp, out (B,L,Z), out may be inp; table (C, dz/2, 2): cos and sin; count (B): tokens before these, or NULL: none.
 
 static void rope_table(real *table, int C, int dz, double base) {
@@ -875,10 +876,10 @@ static void qk_layer_backward(real *dz, real *dgamma, real *dbeta, real *dq, rea
 // ----------------------------------------------------------------------------
 // silu(x) = x sigmoid(x), and the gate out = a silu(b): attention's output times (o, r), and swiglu's (f3, f1)
 
-// exp(x). The library's expf keeps a loop from being vectorised, so float has its own: e^x = 2^n e^r with |r| <= ln(2)/2,
-// and e^r by its series. Relative error below 2e-7. Above the range of float the result is infinity. Below the smallest
-// normal number it is 0, since denormal numbers are a hundred times slower on some processors. NaN stays NaN. Limiting x
-// instead would be wrong: -1e30 sigmoid(-1e30) is 0, but -1e30 e^-64 is -160.
+// exp(x). The library's expf keeps a loop from being vectorised, so float has its own: e^x = 2^n e^r with |r| <=
+// ln(2)/2, and e^r by its series. Relative error below 2e-7. Above the range of float the result is infinity. Below the
+// smallest normal number it is 0, since denormal numbers are a hundred times slower on some processors. NaN stays NaN.
+// Limiting x instead would be wrong: -1e30 sigmoid(-1e30) is 0, but -1e30 e^-64 is -160.
 #ifdef MEGALODON_DOUBLE
 static inline real exp_real(real x) { return exp(x); }
 #else
@@ -907,12 +908,12 @@ static void silu_forward(real *out, const real *inp, size_t n) {
 }
 
 // forward: y = x s, s = sigmoid(x), s' = s (1 - s). So dx = dy (s + x s (1 - s)) = dy s (1 + x (1 - s)).
-// out, or NULL, gets the forward pass again, which needs the same sigmoid. dinp may be dout.
+// out, or NULL, gets the forward pass again. dinp may be dout.
 static void silu_backward(real *out, real *dinp, const real *dout, const real *inp, size_t n) {
+    if (out) silu_forward(out, inp, n);
 #pragma omp parallel for simd schedule(static) if (parallel : is_large((double)n))
     for (size_t i = 0; i < n; i++) {
         real s = sigmoid(inp[i]);
-        if (out) out[i] = inp[i] * s;
         dinp[i] = dout[i] * (s * (1 + inp[i] * (1 - s)));
     }
 }
@@ -925,10 +926,10 @@ static void gate_forward(real *out, const real *a, const real *b, size_t n) {
 
 // forward: y = a silu(b). So da = dy silu(b), db = dy a silu'(b). out, or NULL, gets y again. da may be dout.
 static void gate_backward(real *out, real *da, real *db, const real *dout, const real *a, const real *b, size_t n) {
+    if (out) gate_forward(out, a, b, n);
 #pragma omp parallel for simd schedule(static) if (parallel : is_large((double)n))
     for (size_t i = 0; i < n; i++) {
         real s = sigmoid(b[i]), dy = dout[i];
-        if (out) out[i] = a[i] * (b[i] * s);
         db[i] = dy * (a[i] * (s * (1 + b[i] * (1 - s))));
         da[i] = dy * (b[i] * s);
     }
@@ -939,16 +940,16 @@ static void gate_backward(real *out, real *da, real *db, const real *dout, const
 //
 //     S_ij = q_i . k_j        P_ij = e^(S_ij)/sum_j e^(S_ij)        o_i = sum_j P_ij v_j
 //
-// The sequence is cut into chunks of C tokens, and a token sees nothing outside of its own, so the cost grows with L C and
-// not with L^2. What was before the chunk is in q, k and v themselves: they are computed from CEMA's and TimestepNorm's
-// output. A query can therefore find any token of its chunk exactly, and knows a summary of all the tokens before.
-// In depth, the CEMA of the next layer carries what attention has found across the next border.
+// The sequence is cut into chunks of C tokens, and a token sees nothing outside of its own, so the cost grows with L C
+// and not with L^2. What was before the chunk is in q, k and v themselves: they are computed from CEMA's and
+// TimestepNorm's output. A query can therefore find any token of its chunk exactly, and knows a summary of all the
+// tokens before. In depth, the CEMA of the next layer carries what attention has found across the next border.
 //
-// QUERY_TILE rows of S are computed at once, against the keys up to the last of them, so few scores above the diagonal are
-// computed. Of P only lse_i = log sum_j e^(S_ij) is kept, from which the backward pass computes P again.
+// QUERY_TILE rows of S are computed at once, against the keys up to the last of them, so few scores above the diagonal
+// are computed. Of P only lse_i = log sum_j e^(S_ij) is kept, from which the backward pass computes P again.
 
-// One head in one chunk: nq queries, which are the last nq of nk positions. q, k, v point to the head's part of the first
-// query, key and value. Rows of q and k are Z elements apart, of v and o E, of lse H.
+// One head in one chunk: nq queries, which are the last nq of nk positions. q, k, v point to the head's part of the
+// first query, key and value. Rows of q and k are Z elements apart, of v and o E, of lse H.
 typedef struct {
     const real *q, *k, *v;
     int nq, nk;
@@ -981,11 +982,12 @@ static void attention_chunk_forward(real *o, real *lse, real *scores, const Quer
 }
 
 // forward: o_i = sum_j P_ij v_j        gives dP_ij = do_i . v_j,    dv_j = sum_i P_ij do_i
-// forward: P_ij = e^(S_ij - lse_i)     gives dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij): raising one score lowers all others
+// forward: P_ij = e^(S_ij - lse_i)     gives dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), since lse_i has all S_ij in it
 // forward: S_ij = q_i . k_j            gives dq_i = sum_j dS_ij k_j,    dk_j = sum_i dS_ij q_i
 //
-// With dropout, v meets P under the mask, and so does dP. P computed again is divided by its sum, since lse_i is rounded:
-// at S = 1e8 by up to 4. dq is set; dk and dv are set, or added to if `add`. scores, dscores (QUERY_TILE, nk) are scratch.
+// With dropout, v meets P under the mask, and so does dP. P computed again is divided by its sum, since lse_i is
+// rounded: at S = 1e8 by up to 4. dq is set; dk and dv are set, or added to if `add`. scores, dscores (QUERY_TILE, nk)
+// are scratch.
 static void attention_chunk_backward(real *dq, real *dk, real *dv, real *scores, real *dscores, int add,
                                      const real *dout, const real *lse, const QueryTile *tile, Dims d) {
     int nq = tile->nq, nk = tile->nk, key_dim = d.Z / d.H, value_dim = d.E / d.H;
@@ -1017,8 +1019,8 @@ static void attention_chunk_backward(real *dq, real *dk, real *dv, real *scores,
 }
 
 // All heads and chunks. q, k (B,L,Z) are rotated; v, o (B,L,E); lse (B,L,H). past (B), or NULL: number of tokens of the
-// unfinished chunk before these. Their keys and values are in cache_k (B,C,Z) and cache_v (B,C,E). The keys and values of
-// this call's unfinished chunk go there, too. Caches are NULL without a state.
+// unfinished chunk before these. Their keys and values are in cache_k (B,C,Z) and cache_v (B,C,E). The keys and values
+// of this call's unfinished chunk go there, too. Caches are NULL without a state.
 //
 // A task is a query tile of one head. Where there are fewer tasks than threads, the threads share each product instead.
 // scores (threads, QUERY_TILE, C) is scratch, for the backward pass twice that.
@@ -1075,7 +1077,7 @@ static void attention_forward(real *o, real *lse, real *cache_k, real *cache_v, 
     }
 }
 
-// Every row must have begun at the start of a chunk. A task is one head in one chunk: dk and dv sum over its query tiles.
+// Every row must have begun at the start of a chunk. A task is a head in a chunk: dk and dv sum over its query tiles.
 static void attention_backward(real *dq, real *dk, real *dv, real *scores, const real *dout, const real *lse,
                                const real *q, const real *k, const real *v, Mask mask, Dims d, int threads) {
     int B = d.B, L = d.L, C = d.C, H = d.H;
@@ -1102,8 +1104,8 @@ static void attention_backward(real *dq, real *dk, real *dv, real *scores, const
 }
 
 // ----------------------------------------------------------------------------
-// LayerNorm: y = (x - mean) rstd (weight + 1) + bias over the D elements of a row. inp, out (R,D); mean, rstd (R); weight,
-// bias (D), or NULL: neither. Sums and mean are double, as in TimestepNorm and RMSNorm.
+// LayerNorm: y = (x - mean) rstd (weight + 1) + bias over the D elements of a row. inp, out (R,D); mean, rstd (R);
+// weight, bias (D), or NULL: neither. Sums and mean are double, as in TimestepNorm and RMSNorm.
 
 static void layernorm_forward(real *out, double *mean, real *rstd, const real *inp, const real *weight,
                               const real *bias, int R, int D, double eps) {
@@ -1127,25 +1129,26 @@ static void layernorm_forward(real *out, double *mean, real *rstd, const real *i
 }
 
 // forward: y = n (weight + 1) + bias, n = (x - mean) rstd
-// As for RMSNorm, with a = (weight + 1) dy; by the mean each x is in every n of the row, too: dx = rstd (a - mean(a) -
-// n mean(a n)).
+// As for RMSNorm, with a = (weight + 1) dy. Each x_c is in the mean, too, which removes the mean of a from the
+// gradient: dx = rstd (a - mean(a) - n mean(a n)).
 static void layernorm_backward(real *dinp, real *dweight, real *dbias, const real *dout, const real *inp,
                                const real *weight, const double *mean, const real *rstd, int R, int D) {
 #pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
-        real *dx = dinp + (size_t)r * D, sum = 0, dot = 0;
+        real *a = dinp + (size_t)r * D, *dx = a, sum = 0, dot = 0; // a is kept where dx will be
         double m = mean[r], s = rstd[r];
+        unscale(a, dy, weight, D);
 #pragma omp simd reduction(+ : sum, dot)
         for (int c = 0; c < D; c++) {
-            real a = dy[c] * (weight ? weight[c] + 1 : 1);
-            sum += a;
-            dot += a * (real)((x[c] - m) * s);
+            sum += a[c];
+            dot += a[c] * (real)((x[c] - m) * s);
         }
         sum /= D, dot /= D;
+#pragma omp simd
         for (int c = 0; c < D; c++) {
-            real a = dy[c] * (weight ? weight[c] + 1 : 1), n = (real)((x[c] - m) * s);
-            dx[c] = (real)s * (a - sum - n * dot);
+            real n = (real)((x[c] - m) * s);
+            dx[c] = (real)s * (a[c] - sum - n * dot);
         }
     }
     if (dweight) {
@@ -1155,7 +1158,7 @@ static void layernorm_backward(real *dinp, real *dweight, real *dbias, const rea
 }
 
 // ----------------------------------------------------------------------------
-// rescale: out (R,D) = alpha (D) inp. alpha begins small, so that at first the FFN's branch hardly changes its residual.
+// rescale: out (R,D) = alpha (D) inp. alpha begins small, so that at first the FFN hardly changes the residual stream.
 
 static void rescale_forward(real *out, const real *inp, const real *alpha, int R, int D) {
 #pragma omp parallel for schedule(static) if (is_large((double)R * D))
@@ -1184,8 +1187,8 @@ static void add(real *out, const real *inp, size_t n) {
 // output and loss: logits (R,V) = x output', x (R,D), output (V,D); losses (R) = log sum_v e^logit_v - logit_target, in
 // nats; a target of -1 gives no loss and no gradient.
 //
-// A block of logit_rows(V) rows at a time, so that the logits of a long sequence, often the largest tensor of all, never
-// exist as a whole. While a block is at hand, its backward pass follows at once: with dx not NULL,
+// A block of logit_rows(V) rows at a time, so that the logits of a long sequence, often the largest tensor of all,
+// never exist as a whole. While a block is at hand, its backward pass follows at once: with dx not NULL,
 //
 //     dlogit = grad_scale (softmax - onehot(target)),    dx = dlogit output,    doutput += dlogit' x
 
@@ -1224,11 +1227,13 @@ static void output_loss(double *losses, real *dx, real *doutput, real *logits, c
 }
 
 // ----------------------------------------------------------------------------
-// TimestepNorm and CEMA in the model. These two are all that carries information from one chunk to the next, so they have
-// a state, and these four functions alone know of chunk-parallel ranks. A rank starts from the state before its part:
-// reduce these tokens, all-gather, combine the ranks before. in: incoming state, or NULL: none. out: receives the outgoing
-// state, or NULL: not kept. Of a chunk-parallel rank, in is before the whole sequence and becomes that before this rank's
-// part; out is after the whole sequence.
+// TimestepNorm and CEMA in the model. These two carry information from one chunk to the next, so they have a state. in:
+// the incoming state, or NULL: none. out receives the outgoing state, or is NULL: not kept.
+//
+// Only these four functions know of chunk-parallel ranks. A rank reduces its own tokens, an all-gather exchanges the
+// results, and the rank combines those of the ranks before it (backward: after it) to the state that its layer starts
+// from. With several ranks, `in` is the state before the whole sequence and becomes the state before this rank's part.
+// `out` receives the state after the whole sequence, the same on every rank.
 
 // TimestepNorm number `layer`. Number num_layers is the final norm.
 static void timestep_norm_layer_forward(Model *m, int layer, real *y, double *mean, real *rstd, const real *x,
@@ -1241,7 +1246,7 @@ static void timestep_norm_layer_forward(Model *m, int layer, real *y, double *me
         timestep_norm_reduce((NormState){NULL, mine, mine + groups}, x, d);
         const double *all = all_gather(m, 2 * groups * sizeof *all);
         timestep_norm_combine(start, end, all, end.count, &m->cp, d);
-        end.mean = end.m2 = NULL; // is complete
+        end.mean = end.m2 = NULL; // timestep_norm_combine has set them
     }
     timestep_norm_forward(y, mean, rstd, end, x, weight, bias, start, d, m->config.norm_eps);
 }
@@ -1272,7 +1277,7 @@ static void cema_layer_forward(Model *m, int layer, const State *in, State *out)
         cema_reduce((real *)(void *)m->exchange, a->xt, coeffs, 0, d);
         const real *all = all_gather(m, modes * sizeof *all);
         cema_combine(h_in, h_out, all, coeffs, 0, &m->cp, d);
-        h_out = NULL; // is complete
+        h_out = NULL; // cema_combine has set it
     }
     cema_forward(a->ema, a->h, h_out, a->xt, coeffs, m->params.layers[layer].cema_omega, h_in, d);
 }
@@ -1284,7 +1289,7 @@ static void cema_layer_backward(Model *m, int layer, real *dx, const real *dy) {
     LayerParams *dw = &m->grads.layers[layer];
     const Coeffs *coeffs = &m->coeffs[layer];
     Coeffs *dcoeffs = &m->scratch.dcoeffs;
-    real *dh = NULL; // w.r.t. the outgoing state; without other ranks no loss depends on it
+    real *dh = NULL; // gradient w.r.t. the outgoing state; without later ranks the loss does not depend on it
     if (m->cp.cp_size > 1) {
         size_t bytes = (size_t)d.B * 2 * d.N * d.D * sizeof *dh;
         cema_reduce((real *)(void *)m->exchange, dy, coeffs, 1, d);
@@ -1298,7 +1303,7 @@ static void cema_layer_backward(Model *m, int layer, real *dx, const real *dy) {
 }
 
 // ----------------------------------------------------------------------------
-// the attention sub-layer, y = mega(x), its residual inside: see megalodon.h. in and out as above; they may be the same.
+// the attention sub-layer, y = mega(x), with its own residual: see megalodon.h. in and out as above; out may be in.
 //
 // One token's way: TimestepNorm puts it on the scale of its past, CEMA mixes the past into it. From this mixture come
 // queries, keys and the gate r; the values come from the token itself (xt), so that attention moves unblurred content.
@@ -1342,9 +1347,9 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     if (!residual) add(a->y, x, (size_t)R * D);
 }
 
-// dx = gradient w.r.t. x, from dy, that w.r.t. y. residual is added to it: the gradient of the block's other residual,
-// which may be dx itself. Activations that are cheap to compute (gated, v, q, k) are not kept but computed again. dmx sums
-// over the four uses of mx: Wh1, Wr and Wz here, in this order, and dxt over the two of xt: CEMA and Wv.
+// dx = gradient w.r.t. x, from dy, the gradient w.r.t. y. residual, the gradient of the block's other residual, is
+// added to it and may be dx itself. Activations that are cheap to compute (gated, v, q, k) are not kept but computed
+// again. mx has three uses, so dmx sums the gradients of Wh1, Wr and Wz. xt has two, so dxt sums those of CEMA and Wv.
 static void mega_backward(Model *m, int layer, real *dx, const real *dy, const real *residual, const real *x) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layers[layer];
@@ -1354,7 +1359,7 @@ static void mega_backward(Model *m, int layer, real *dx, const real *dy, const r
     Dims d = m->dims;
     int R = d.B * d.L, D = d.D, Z = d.Z, E = d.E;
 
-    // forward: y = dropout((mx Wh1' + bh1) + gated Wh2') + x,    gated = dropout(o * silu(r_pre)),    r_pre = mx Wr' + br
+    // forward: y = dropout((mx Wh1' + bh1) + gated Wh2') + x,    gated = dropout(o * silu(mx Wr' + br))
     const Mask mega_mask = mask_of(m, layer, DROP_MEGA, c->dropout, D);
     const Mask gated_mask = mask_of(m, layer, DROP_GATED, c->hidden_dropout, E);
     const real *dsum = mega_mask.p > 0 ? s->dxt : dy; // gradient w.r.t. the sum of the two products
@@ -1456,11 +1461,11 @@ static void nffn_backward(Model *m, int layer, real *dy, const real *dout) {
 // ----------------------------------------------------------------------------
 // the block: y = mega(x), out = nffn(y) + x
 //
-// In a pre-norm Transformer block the residual hops over one sub-layer at a time: y = x + f(x), out = y + g(y). Each hop
-// adds a branch, and their variance adds up with depth. Here the second residual is x again, so it hops over both
-// sub-layers: out = x + g(y). y still has its own residual, so that the FFN reads x and not only what attention made of
-// it; but y itself never enters the residual stream, and the stream grows by one branch for each block. Backwards it is the
-// same: dout reaches x directly, by one addition, however deep the block.
+// In a pre-norm Transformer block each sub-layer has its own residual: y = x + f(x), out = y + g(y). So every block
+// adds two branches to the residual stream, and the variance of the stream grows with their number. Here the second
+// residual is x again, two hops back: out = x + g(y). y has its own residual inside mega, so that the FFN reads x
+// together with what attention has found. But y does not enter the stream, which so grows by one branch for each block.
+// In the backward pass dout reaches x by one addition, too, past both sub-layers.
 
 static void block_forward(Model *m, int layer, const State *in, State *out) {
     mega_forward(m, layer, in, out, m->x[layer]);
@@ -1576,8 +1581,8 @@ void megalodon_zero_grad(Model *m) {
     for (size_t i = 0; i < m->num_params; i++) m->memory[GRADS][i] = 0;
 }
 
-// Each shard is summed in NUM_SUMS parts, which are then summed in order, so that the result does not depend on the number
-// of threads.
+// Each shard is summed in NUM_SUMS parts, which are then summed in order, so that the result does not depend on the
+// number of threads.
 double megalodon_grad_norm(Model *m) {
     double total = 0;
     for (int s = 0; s < m->num_shards; s++) {

@@ -169,19 +169,20 @@ static void matmul_row(real *c, int add, const real *a, Matrix B, int N, int K) 
 // the product for all threads. bias (N) and residual (M,N) may be NULL. residual may be C itself: then the product is
 // added to C. Rows of C and of residual are ldc elements apart.
 
-// What a tile of C (rows, columns) holds before the product is added to it.
+// Sets a tile of C (rows, columns) to bias + residual, before the product is added to it.
 static void matmul_init(real *C, int ldc, const real *residual, const real *bias, int rows, int columns) {
-    if (!bias && residual == C) return;
     for (int i = 0; i < rows; i++) {
         real *c = C + (size_t)i * ldc;
-        const real *r = residual ? residual + (size_t)i * ldc : NULL;
-        for (int j = 0; j < columns; j++) c[j] = (bias ? bias[j] : 0) + (r ? r[j] : 0);
+        const real *first = residual ? residual + (size_t)i * ldc : bias;
+        if (c != first) memcpy(c, first, (size_t)columns * sizeof *c);
+        if (!residual || !bias) continue;
+        for (int j = 0; j < columns; j++) c[j] += bias[j];
     }
 }
 
 // The grid is the one for which the threads together read least of A and B: tiles of nearly equal size, near squares.
-// Without a library an element's sum runs over k in the same order whatever the grid, so that the result does not depend
-// on the number of threads.
+// Without a library an element's sum runs over k in the same order whatever the grid, so that the result does not
+// depend on the number of threads.
 static void matmul(real *C, int ldc, const real *residual, Matrix A, Matrix B, const real *bias, int M, int N, int K) {
     double macs = (double)M * N * K; // multiply-adds; those of a single row wait for memory
     int threads = is_large(macs / (M == 1 ? 4 : 16)) ? threads_here() : 1, rows = M, columns = N;

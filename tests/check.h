@@ -1,5 +1,5 @@
-// What the numeric tests share: the one comparing function, central differences, random numbers. A test
-// prints a line for everything it checks and ends with check_done().
+// Shared by the numeric tests: comparison, central differences, random numbers. A test prints a line for each check and
+// ends with check_done().
 #pragma once
 #include <math.h>   // defines: sqrt
 #include <stdio.h>  // defines: printf
@@ -16,7 +16,7 @@ static inline int check_done(void) {
 
 static inline void check_count(int ok) {
     *(ok ? &checks_passed : &checks_failed) += 1;
-#ifdef STOP_AT_FAILURE // the mutation run wants to know no more than whether there is one
+#ifdef STOP_AT_FAILURE // tests/mutants.sh only needs the first failure
     if (!ok) exit(check_done());
 #endif
 }
@@ -26,8 +26,8 @@ static inline void check_true(const char *name, int ok) {
     check_count(ok);
 }
 
-// The comparing function: the relative L2 difference |a - b| / |b| must be at most tol. NaN and infinity
-// fail, since they compare false; so does a reference that is all zero, which would say nothing.
+// Compares a with b: the relative L2 difference |a - b| / |b| must be at most tol. NaN and infinity fail, since they
+// compare false. A reference that is all zero fails, too, since the relative difference is undefined.
 static inline int within(double *relative, const double *a, const double *b, size_t n, double tol) {
     double difference = 0, norm = 0;
     for (size_t i = 0; i < n; i++) {
@@ -57,7 +57,7 @@ static inline void check_same(const char *name, const void *a, const void *b, si
 }
 
 // ----------------------------------------------------------------------------
-// random numbers from -1 to 1, times scale, plus shift: the same ones for the same seed
+// random numbers from -1 to 1, times scale, plus shift; the same for the same seed
 
 static inline double random_real(uint64_t seed, size_t i) {
     uint32_t r[4];
@@ -70,11 +70,10 @@ static inline void random_fill(real *x, size_t n, uint64_t seed, double scale, d
 }
 
 // ----------------------------------------------------------------------------
-// A gradient against central differences of the loss, four points each: of every element if there are at most
-// `elements`, otherwise of that many, spread over the tensor. Last comes a random direction through all
-// elements.
+// Compares a gradient with central differences of the loss (four points, fourth order). At most `elements` elements are
+// checked, spread over the tensor, and last the derivative along a random direction through all elements.
 
-typedef double Loss(void *context); // reads the values, wherever the context has them
+typedef double Loss(void *context); // the loss for the present values
 
 static inline void check_gradient(const char *name, Loss *loss, void *context, real *value, const real *grad, size_t n,
                                   size_t elements, double tol) {
@@ -85,7 +84,7 @@ static inline void check_gradient(const char *name, Loss *loss, void *context, r
     real *kept = malloc(n * sizeof *kept);
     memcpy(kept, value, n * sizeof *kept);
     for (size_t k = 0; k <= count; k++) {
-        size_t at = k * n / count; // n itself: the direction
+        size_t at = k * n / count; // n: the random direction
         for (int p = 0; p < 4; p++) {
             for (size_t i = 0; i < n; i++) {
                 double along = at == n ? random_real(n, i) / sqrt((double)n) : i == at;

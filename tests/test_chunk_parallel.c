@@ -1,5 +1,6 @@
-// One sequence in pieces, each with a model in a thread of its own, against the whole: what it gives, gradients, states,
-// dropout; and an update of which each of two models does its part. Built for doubles and for floats.
+// Chunk parallelism: the parts of a sequence on several ranks, each a model in its own thread, against the whole
+// sequence on one: logits, gradients, states, dropout. ZeRO-1: an update by two ranks with a shard each, against one
+// rank. Built for double and for float.
 #include <pthread.h> // defines: pthread_cond_wait, pthread_create
 #include "check.h"
 
@@ -9,27 +10,34 @@ static const double ROUNDING = 1e-11;
 static const double ROUNDING = 1e-5;
 #endif
 
-// layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base | dropouts
-static const Config config = {2, 19, 6, 9, 3, 7, 3, 8, 11, 1, 1, 1, 0, 1, 1, 1e-3, 1e4, 0.1, 0.2, 0.3, HE};
-enum { B = 2, MAX_PIECES = 4, MAX_L = 240, STEPS = 2 };
+// clang-format off
+static const Config config = {
+    .num_layers = 2, .model_dim = 19, .z_dim = 6, .value_dim = 9, .num_heads = 3, .ffn_hidden_dim = 7,
+     .cema_ndim = 3, .chunk_size = 8, .vocab_size = 11, .norm_num_groups = 1, .swiglu = 1, .rescale_nffn = 1,
+     .share_emb = 1, .norm_affine = 1, .norm_eps = 1e-3, .rope_base = 1e4, .dropout = 0.1, .hidden_dropout = 0.2,
+     .attention_dropout = 0.3};
+// clang-format on
+enum { B = 2, MAX_RANKS = 4, MAX_L = 240, STEPS = 2 };
 
 static size_t size; // of all parameters
 static int32_t tokens[STEPS][B * MAX_L], targets[STEPS][B * MAX_L];
 
-// A run of two steps, the second going on where the first ended.
+// One rank's two steps. The second continues from the state after the first.
 typedef struct {
     ChunkParallel cp;
     Mode mode;
-    int start, L, whole; // of this piece
+    int start, L; // first token and number of tokens of this rank's part
+    int whole;    // tokens of the whole sequence
     double loss;
-    real *logits, *grads; // (B,L,V), all parameters
+    real *logits; // (B,L,V) of the last step
+    real *grads;  // of all parameters
     State *state;
 } Run;
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t all_arrived = PTHREAD_COND_INITIALIZER;
 static int arrived, rounds;
-static const void *given[MAX_PIECES];
+static const void *sent[MAX_RANKS];
 
 // Returns once all `threads` have called it. POSIX's own barriers are missing on macOS.
 static void barrier(int threads) {
@@ -45,13 +53,13 @@ static void barrier(int threads) {
 
 static void gather(void *context, const void *mine, void *all, size_t bytes) {
     const Run *run = context;
-    given[run->cp.cp_rank] = mine;
+    sent[run->cp.cp_rank] = mine;
     barrier(run->cp.cp_size);
-    for (int p = 0; p < run->cp.cp_size; p++) memcpy((char *)all + (size_t)p * bytes, given[p], bytes);
+    for (int r = 0; r < run->cp.cp_size; r++) memcpy((char *)all + (size_t)r * bytes, sent[r], bytes);
     barrier(run->cp.cp_size);
 }
 
-static void *go(void *context) {
+static void *run_rank(void *context) {
     Run *r = context;
     int32_t in[B * MAX_L], out[B * MAX_L];
     int64_t counted;
@@ -82,32 +90,32 @@ static void *go(void *context) {
 
 static void run_free(Run *r) { free(r->logits), free(r->grads), state_free(r->state); }
 
-static void test_pieces(int pieces, const int64_t *lengths, Mode mode) {
-    Run whole = {.mode = mode, .cp = {.cp_size = 1}}, runs[MAX_PIECES];
-    pthread_t threads[MAX_PIECES];
+static void test_ranks(int ranks, const int64_t *lengths, Mode mode) {
+    Run whole = {.mode = mode, .cp = {.cp_size = 1}}, runs[MAX_RANKS];
+    pthread_t threads[MAX_RANKS];
     char name[64];
-    for (int p = 0; p < pieces; p++) whole.L += (int)lengths[p];
+    for (int r = 0; r < ranks; r++) whole.L += (int)lengths[r];
     whole.whole = whole.L;
-    go(&whole);
-    for (int p = 0, start = 0; p < pieces; start += (int)lengths[p++]) {
-        runs[p] = (Run){.mode = mode, .start = start, .L = (int)lengths[p], .whole = whole.L};
-        runs[p].cp = (ChunkParallel){p, pieces, lengths, gather, &runs[p]};
-        pthread_create(&threads[p], NULL, go, &runs[p]);
+    run_rank(&whole);
+    for (int r = 0, start = 0; r < ranks; start += (int)lengths[r++]) {
+        runs[r] = (Run){.mode = mode, .start = start, .L = (int)lengths[r], .whole = whole.L};
+        runs[r].cp = (ChunkParallel){r, ranks, lengths, gather, &runs[r]};
+        pthread_create(&threads[r], NULL, run_rank, &runs[r]);
     }
-    for (int p = 0; p < pieces; p++) pthread_join(threads[p], NULL);
+    for (int r = 0; r < ranks; r++) pthread_join(threads[r], NULL);
 
     size_t V = (size_t)config.vocab_size, norms = (size_t)(config.num_layers + 1) * B * config.norm_num_groups;
     size_t h = (size_t)config.num_layers * B * 2 * config.cema_ndim * config.model_dim;
     real *logits = malloc((size_t)B * whole.L * V * sizeof *logits), *grads = calloc(size, sizeof *grads);
     double loss = 0;
-    for (int p = 0; p < pieces; p++) {
+    for (int r = 0; r < ranks; r++) {
         for (int b = 0; b < B; b++)
-            memcpy(logits + ((size_t)b * whole.L + runs[p].start) * V, runs[p].logits + (size_t)b * runs[p].L * V,
-                   (size_t)runs[p].L * V * sizeof *logits);
-        for (size_t i = 0; i < size; i++) grads[i] += runs[p].grads[i];
-        loss += runs[p].loss;
+            memcpy(logits + ((size_t)b * whole.L + runs[r].start) * V, runs[r].logits + (size_t)b * runs[r].L * V,
+                   (size_t)runs[r].L * V * sizeof *logits);
+        for (size_t i = 0; i < size; i++) grads[i] += runs[r].grads[i];
+        loss += runs[r].loss;
     }
-    snprintf(name, sizeof name, "%d pieces of %d tokens%s: loss", pieces, whole.L,
+    snprintf(name, sizeof name, "%d ranks, %d tokens%s: loss", ranks, whole.L,
              mode == MEGALODON_RECOMPUTE ? ", recomputing" : "");
     check(name, &loss, &whole.loss, 1, ROUNDING);
     check_real("  logits", logits, whole.logits, (size_t)B * whole.L * V, ROUNDING);
@@ -117,50 +125,50 @@ static void test_pieces(int pieces, const int64_t *lengths, Mode mode) {
         snprintf(name, sizeof name, "  gradient of %s", t->name);
         check_real(name, grads + t->offset, whole.grads + t->offset, t->size, ROUNDING);
     }
-    for (int p = 0; p < pieces; p += pieces - 1) { // the first one and the last have the whole sequence's
-        check_same("  state: count", runs[p].state->count, whole.state->count, B * sizeof(int64_t));
-        check("  state: mean", runs[p].state->mean, whole.state->mean, norms, ROUNDING);
-        check("  state: m2", runs[p].state->m2, whole.state->m2, norms, ROUNDING);
-        check_real("  state: h", runs[p].state->h, whole.state->h, h, ROUNDING);
+    for (int r = 0; r < ranks; r += ranks - 1) { // of the first and the last rank: the state after the whole sequence
+        check_same("  state: count", runs[r].state->count, whole.state->count, B * sizeof(int64_t));
+        check("  state: mean", runs[r].state->mean, whole.state->mean, norms, ROUNDING);
+        check("  state: m2", runs[r].state->m2, whole.state->m2, norms, ROUNDING);
+        check_real("  state: h", runs[r].state->h, whole.state->h, h, ROUNDING);
     }
-    for (int p = 0; p < pieces; p++) run_free(&runs[p]);
+    for (int r = 0; r < ranks; r++) run_free(&runs[r]);
     run_free(&whole), free(logits), free(grads), free(tensors);
 }
 
-// Two steps of AdamW by one model, and by two which each do their part and do not know the other's.
+// Two AdamW steps by one rank, and by two ranks with a shard each, which have no moments of the other shard.
 static void test_shards(void) {
     const AdamW adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1};
-    real *values = malloc(2 * size * sizeof *values), *wanted[3], norm[3];
-    const Buffer blocks[3] = {PARAMS, MOMENT1, MOMENT2};
+    real *values = malloc(2 * size * sizeof *values), *expected[3], norm[3];
+    const Buffer buffers[3] = {PARAMS, MOMENT1, MOMENT2};
     static const char *const names[3] = {"  parameters", "  moment1", "  moment2"};
     random_fill(values, 2 * size, 6, 1, 0);
-    for (int part = -1; part < 2; part++) {
-        int first_is_whole = part < 0;
-        megalodon_set_shard(first_is_whole ? 0 : part, first_is_whole ? 1 : 2);
-        int ranges;
-        Shard *own = megalodon_shards(&config, first_is_whole ? 0 : part, first_is_whole ? 1 : 2, &ranges);
+    for (int rank = -1; rank < 2; rank++) {
+        int single = rank < 0;
+        megalodon_set_shard(single ? 0 : rank, single ? 1 : 2);
+        int num_shards;
+        Shard *shards = megalodon_shards(&config, single ? 0 : rank, single ? 1 : 2, &num_shards);
         Model *m = megalodon_new(&config, MEGALODON_TRAIN, 1, 8);
         megalodon_write(m, PARAMS, 0, size, values);
-        for (int i = 1; i < 3; i++) { // moments of all are offered, its own taken
+        for (int i = 1; i < 3; i++) { // moments of all parameters are written, only those of the shard kept
             for (size_t k = 0; k < size; k++) values[size + k] = (real)fabs(values[size + k]);
-            megalodon_write(m, blocks[i], 0, size, values + size);
+            megalodon_write(m, buffers[i], 0, size, values + size);
         }
         for (int update = 0; update < 2; update++) {
             megalodon_write(m, GRADS, 0, size, values + size * (size_t)update);
             megalodon_update(m, &adamw, 0.01, 0.5, update);
         }
-        norm[part + 1] = (real)megalodon_grad_norm(m);
+        norm[rank + 1] = (real)megalodon_grad_norm(m);
         for (int i = 0; i < 3; i++) {
-            if (first_is_whole) wanted[i] = malloc(size * sizeof(real));
-            for (int s = 0; s < ranges; s++) {
-                real *got = first_is_whole ? wanted[i] : malloc((own[s].count + 1) * sizeof *got);
-                megalodon_read(m, blocks[i], own[s].first, own[s].count, got);
-                if (first_is_whole) continue;
-                check_same(names[i], got, wanted[i] + own[s].first, own[s].count * sizeof *got);
+            if (single) expected[i] = malloc(size * sizeof(real));
+            for (int s = 0; s < num_shards; s++) {
+                real *got = single ? expected[i] : malloc((shards[s].count + 1) * sizeof *got);
+                megalodon_read(m, buffers[i], shards[s].first, shards[s].count, got);
+                if (single) continue;
+                check_same(names[i], got, expected[i] + shards[s].first, shards[s].count * sizeof *got);
                 free(got);
             }
         }
-        megalodon_free(m), free(own);
+        megalodon_free(m), free(shards);
     }
     norm[1] = (real)sqrt(norm[1] * norm[1] + norm[2] * norm[2]);
     check_real("  norm", &norm[1], &norm[0], 1, 1e-6);
@@ -169,68 +177,70 @@ static void test_shards(void) {
     megalodon_set_shard(1, 4);
     MemoryPlan quarter = megalodon_memory(&config, MEGALODON_TRAIN, B, 8);
     megalodon_set_shard(0, 1);
+    // shards are rounded to 4 elements, and each of the two buffers to 256 bytes
     check_true("  moments of a quarter",
                quarter.moments < one.moments / 4 + 2 * (4 * 4 * sizeof(real) + 256) && quarter.params == one.params);
-    for (int i = 0; i < 3; i++) free(wanted[i]);
+    for (int i = 0; i < 3; i++) free(expected[i]);
     free(values);
 }
 
-static void test_ranges(void) {
-    for (int parts = 2; parts < 6; parts++) {
-        int segments[5], fours = 1, even = 1;
+// The shards of all ranks are the parameters, bucket by bucket.
+static void test_shard_sizes(void) {
+    for (int ranks = 2; ranks < 6; ranks++) {
+        int buckets[5], aligned = 1, even = 1;
         size_t end = 0;
-        Shard *ranges[5];
-        for (int p = 0; p < parts; p++) ranges[p] = megalodon_shards(&config, p, parts, &segments[p]);
-        check_true("the embedding, layers and the rest are segments", segments[0] == config.num_layers + 2);
-        for (int s = 0; s < segments[0]; s++) {
-            for (int p = 0; p < parts; p++) {
-                const Shard r = ranges[p][s];
-                fours &= r.first == end && (r.first % 4 == 0 || r.count == 0);
-                even &= r.count <= ranges[0][s].count && ranges[0][s].count < r.count + 4 * (size_t)parts;
-                end = r.first + r.count;
+        Shard *shards[5];
+        for (int r = 0; r < ranks; r++) shards[r] = megalodon_shards(&config, r, ranks, &buckets[r]);
+        check_true("buckets are the embedding, the layers and the rest", buckets[0] == config.num_layers + 2);
+        for (int i = 0; i < buckets[0]; i++) {
+            for (int r = 0; r < ranks; r++) {
+                const Shard s = shards[r][i];
+                aligned &= s.first == end && (s.first % 4 == 0 || s.count == 0);
+                even &= s.count <= shards[0][i].count && shards[0][i].count < s.count + 4 * (size_t)ranks;
+                end = s.first + s.count;
             }
         }
-        check_true("  ranges follow each other and begin at fours", fours && end == size);
-        check_true("  a segment's are nearly as long", even);
-        for (int p = 0; p < parts; p++) free(ranges[p]);
+        check_true("  shards are contiguous and begin at multiples of 4", aligned && end == size);
+        check_true("  a bucket's shards are nearly equal", even);
+        for (int r = 0; r < ranks; r++) free(shards[r]);
     }
     int count;
     Shard *whole = megalodon_shards(&config, 0, 1, &count);
-    check_true("one process has all of the block", count == 1 && whole->first == 0 && whole->count == size);
+    check_true("one rank has one shard, all parameters", count == 1 && whole->first == 0 && whole->count == size);
     free(whole);
 }
 
-// Segments whose gradients are complete, as a backward pass tells; what they were then is what they are at the end.
-static int told[8], tellings;
-static real *then;
+// What the callback of a backward pass saw: the buckets in order, and each bucket's gradients at that time.
+static int seen[8], num_seen;
+static real *grads_then;
 
-static void ready(Model *m, int segment) {
-    int count, parts = 2; // to have segments
-    told[tellings++] = segment;
-    for (int p = 0; p < parts; p++) {
-        Shard *ranges = megalodon_shards(&config, p, parts, &count), r = ranges[segment];
-        megalodon_read(m, GRADS, r.first, r.count, then + r.first);
-        free(ranges);
+static void on_grad_ready(Model *m, int bucket) {
+    int count, ranks = 2; // shards of one rank would not be divided into buckets
+    seen[num_seen++] = bucket;
+    for (int r = 0; r < ranks; r++) {
+        Shard *shards = megalodon_shards(&config, r, ranks, &count), s = shards[bucket];
+        megalodon_read(m, GRADS, s.first, s.count, grads_then + s.first);
+        free(shards);
     }
 }
 
-static void test_ready(void) {
+static void test_grad_ready(void) {
     real *values = malloc(size * sizeof *values), *grads = malloc(size * sizeof *grads);
     int64_t counted;
     random_fill(values, size, 8, 1, 0);
-    then = calloc(size, sizeof *then);
+    grads_then = calloc(size, sizeof *grads_then);
     Model *m = megalodon_new(&config, MEGALODON_TRAIN, 1, 24);
     megalodon_write(m, PARAMS, 0, size, values);
-    megalodon_on_grad_ready(m, ready);
+    megalodon_on_grad_ready(m, on_grad_ready);
     megalodon_forward(m, NULL, tokens[0], 1, 24);
     megalodon_loss(m, targets[0], 0.1, &counted, NULL);
     megalodon_backward(m);
     megalodon_read(m, GRADS, 0, size, grads);
-    int down = tellings == config.num_layers + 2;
-    for (int i = 0; i < tellings; i++) down &= told[i] == tellings - 1 - i;
-    check_true("segments are ready from the last one down", down);
-    check_same("  and complete then", then, grads, size * sizeof *grads);
-    megalodon_free(m), free(values), free(grads), free(then);
+    int descending = num_seen == config.num_layers + 2;
+    for (int i = 0; i < num_seen; i++) descending &= seen[i] == num_seen - 1 - i;
+    check_true("buckets are ready from the last to the first", descending);
+    check_same("  and complete by then", grads_then, grads, size * sizeof *grads);
+    megalodon_free(m), free(values), free(grads), free(grads_then);
 }
 
 int main(void) {
@@ -241,11 +251,11 @@ int main(void) {
             targets[step][i] = i % 5 == 3 ? -1 : (int32_t)((random_real(9, i) + 1) / 2 * config.vocab_size);
         }
     }
-    test_pieces(2, (const int64_t[]){8, 16}, MEGALODON_TRAIN);
-    test_pieces(3, (const int64_t[]){16, 72, 8}, MEGALODON_RECOMPUTE);
-    test_pieces(4, (const int64_t[]){8, 8, 136, 80}, MEGALODON_TRAIN);
+    test_ranks(2, (const int64_t[]){8, 16}, MEGALODON_TRAIN);
+    test_ranks(3, (const int64_t[]){16, 72, 8}, MEGALODON_RECOMPUTE);
+    test_ranks(4, (const int64_t[]){8, 8, 136, 80}, MEGALODON_TRAIN);
     test_shards();
-    test_ranges();
-    test_ready();
+    test_shard_sizes();
+    test_grad_ready();
     return check_done();
 }

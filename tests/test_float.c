@@ -1,12 +1,12 @@
-// What single precision costs where it could cost much: the moments of a long stream, exp, and every layer for numbers
-// that are large, small or far from zero, against its definition in double. Results must be near or not finite, never
-// finite and wrong. Build: float, with plumbing/params.c; megalodon.c is included, since its functions are static.
+// Float against definitions in double, where rounding could do most harm: TimestepNorm's moments over a long sequence,
+// exp, and every layer for numbers that are large, small or far from zero. A result must be close, or not finite; never
+// finite and wrong. megalodon.c is included, since its functions are static.
 #include "../megalodon.c"
 #include "check.h"
 #include <float.h>
 
-// TimestepNorm's moments after a million tokens whose mean is 1000 times their deviation, read in pieces
-// through its state, against two passes in double over the same numbers. The last piece's output likewise.
+// TimestepNorm's moments after a million tokens whose mean is 1000 times their deviation, in calls of PIECE tokens that
+// continue from its state, against two passes in double over the same numbers; and the output of the last token.
 static void test_moments(void) {
     enum { PIECE = 4096, PIECES = 245, D = 8, G = 2, g = D / G };
     static real x[PIECE * D], y[PIECE * D], expected[PIECE * D], row_rstd[PIECE * G];
@@ -26,7 +26,7 @@ static void test_moments(void) {
         random_fill(x, PIECE * D, (uint64_t)p, sqrt(3), 1000);
         for (int i = 0; i < PIECE * D; i++) squares[i % D / g] += pow(x[i] - sum[i % D / g], 2);
     }
-    for (int j = 0; j < G; j++) seen[j] = mean[j] - 1000, sum[j] -= 1000; // what is left of them when centered
+    for (int j = 0; j < G; j++) seen[j] = mean[j] - 1000, sum[j] -= 1000; // the mean without the part that is known
     check("mean of 1003520 tokens around 1000, less 1000", seen, sum, G, 1e-7);
     check("their squared deviations", m2, squares, G, 1e-10);
     for (int i = (PIECE - 1) * D; i < PIECE * D; i++) {
@@ -36,7 +36,7 @@ static void test_moments(void) {
     check_real("the last one's output", y + (PIECE - 1) * D, expected + (PIECE - 1) * D, D, 1e-6);
 }
 
-// Whether exp_real is right for x and its neighbours, of which some are beyond the bound.
+// Whether exp_real is accurate for x and the 400 floats around it, some of which are beyond the bound.
 static int edge_of_exp(float x) {
     int right = 1;
     for (int i = 0; i < 200; i++) x = nextafterf(x, 0);
@@ -61,11 +61,12 @@ static void test_exp(void) {
     }
     printf("exp_real from -87.3365 to 88.7228: largest relative error %.2e\n", worst);
     check_true("exp_real errs by less than 2e-7",
-               worst < 2e-7); // if it were NaN somewhere, rising would be false
+               worst < 2e-7); // a NaN would make `rising` false
     check_true("exp_real rises", rising);
     check_true("exp_real(0) = 1", exp_real(0) == 1);
     check_true("exp_real keeps NaN", isnan(exp_real(NAN)) && isnan(exp_real(-NAN)));
-    static const float far[] = {88.75f, 89, 128, 1e4f, 1e30f, FLT_MAX, INFINITY}; // the bits of n wrap at some
+    static const float far[] = {88.75f, 89,      128,     1e4f,
+                                1e30f,  FLT_MAX, INFINITY}; // the bits of n wrap for some of these
     int above = 1, below = 1;
     for (int i = 0; i < 7; i++) above &= isinf(exp_real(far[i])), below &= exp_real(-far[i]) == 0;
     check_true("exp_real overflows to infinity", above && exp_real(88.7228f) < INFINITY);
@@ -77,7 +78,8 @@ static void test_exp(void) {
 // ----------------------------------------------------------------------------
 // layers
 
-// Relative difference below 1e-6; not finite where the result is beyond float; what underflows, times `factor`, may be 0.
+// Whether the relative difference is below 1e-6. Beyond the range of float the result must not be finite; where it
+// underflows, 0 is accepted, as is an error of 1e-36 times `factor`.
 static int near(float got, double expected, double factor) {
     if (fabs(expected) > FLT_MAX) return !isfinite(got);
     return fabs(got - expected) <= 1e-6 * fabs(expected) + 1e-36 * factor;
@@ -105,7 +107,7 @@ static void test_gates(void) {
     check_true("  its gradients", da_near && db_near);
 }
 
-// RMSNorm and LayerNorm by their definitions. dweight and dbias are set.
+// RMSNorm, or LayerNorm if `centered`, by its definition. dweight and dbias are set.
 static void row_norm(int centered, double *y, double *dx, double *dweight, double *dbias, const float *x,
                      const float *w, const float *b, const float *dy, int R, int D, double eps) {
     for (int c = 0; c < D; c++) dweight[c] = dbias[c] = 0;
@@ -126,7 +128,7 @@ static void row_norm(int centered, double *y, double *dx, double *dweight, doubl
 
 static void test_row_norms(void) {
     enum { R = 7, D = 37, SIZE = R * D };
-    static const double scales[R] = {1, 1e-3, 1e16, 1e20, 1e25, 1e30, 3e37}; // of rows; in dx the first is the largest
+    static const double scales[R] = {1, 1e-3, 1e16, 1e20, 1e25, 1e30, 3e37}; // of rows
     float x[SIZE], dy[SIZE], w[D], b[D], y[SIZE], dx[SIZE], dweight[D] = {0}, dbias[D] = {0}, rstd[R];
     double mean[R], expected_y[SIZE], expected_dx[SIZE], expected_dw[D], expected_db[D];
     random_fill(x, SIZE, 1, 3, 0.7), random_fill(dy, SIZE, 2, 1, 0.1);
@@ -134,7 +136,7 @@ static void test_row_norms(void) {
     for (int i = 0; i < SIZE; i++) x[i] *= (float)scales[i / D], dy[i] *= (float)scales[i / D];
     for (int centered = 0; centered < 2; centered++) {
         char name[64];
-        for (int r = 0; r < R; r++) { // gradients of parameters sum over rows, so row by row
+        for (int r = 0; r < R; r++) { // one row at a time: gradients of parameters sum over rows
             float *xr = x + r * D, *dyr = dy + r * D;
             memset(dweight, 0, sizeof dweight), memset(dbias, 0, sizeof dbias);
             row_norm(centered, expected_y, expected_dx, expected_dw, expected_db, xr, w, b, dyr, 1, D, 1e-5);
@@ -164,8 +166,8 @@ static void test_row_norms(void) {
     }
 }
 
-// TimestepNorm by its definition: every token's moments from all scalars up to it, every token's gradient from all later
-// tokens. x, y, dy (L,D) of one sequence.
+// TimestepNorm by its definition: each token's moments from all scalars up to it, each token's gradient from all later
+// tokens. x, y, dy (L,D): one sequence.
 static void timestep_norm(double *y, double *dx, double *dweight, double *dbias, const float *x, const float *w,
                           const float *b, const float *dy, int L, int D, int G, double eps) {
     int g = D / G;
@@ -247,7 +249,8 @@ static void test_timestep_norm(void) {
     timestep_norm_case(-1e6, 1, 1e-6), timestep_norm_case(0, 1e20, 1e-6), timestep_norm_case(1e29, 1e25, 1e-6);
 }
 
-// Scores are q k with dz 1. The first key's value must not count where its probability is below float's range.
+// One query and three keys with dz = 1, so that scores are products of two numbers. Where the first key's probability
+// is below the range of float, its value must not count.
 static void test_softmax(void) {
     float q = 1, k[3] = {-1000, 0, 0}, v[3] = {1e38f, 1, 3}, o, lse, s[3], ds[3];
     float dq, dk[3], dv[3], one = 1;

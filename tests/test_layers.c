@@ -1,12 +1,12 @@
-// Every layer of megalodon.c by itself, in double precision: its forward pass against the definition written plainly, and
-// its backward pass against central differences of its forward pass, for every input, parameter and incoming state. Build:
-// -DMEGALODON_DOUBLE, with plumbing/params.c; megalodon.c is included, since layers are static.
+// Every layer of megalodon.c by itself, in double precision: its forward pass against the definition written plainly,
+// and its backward pass against central differences of its forward pass, for every input, parameter and incoming state.
+// Build: -DMEGALODON_DOUBLE, with plumbing/params.c; megalodon.c is included, since layers are static.
 #include "../megalodon.c"
 #include "check.h"
 
 static const double EPS = 1e-5;
 
-// n new random numbers, other ones in each call; NULL if there are none.
+// A new tensor of n random numbers, different in each call. NULL if n is 0.
 static real *numbers(size_t n, double scale, double shift) {
     static uint64_t seed = 1;
     real *x = n ? malloc(n * sizeof *x) : NULL;
@@ -14,13 +14,13 @@ static real *numbers(size_t n, double scale, double shift) {
     return x;
 }
 
-static Coeffs coeffs_in(real *memory, int D, int N) { // five arrays one after the other
+static Coeffs coeffs_in(real *memory, int D, int N) { // five contiguous arrays
     size_t n = (size_t)N * coeffs_stride(D);
     return (Coeffs){memory, memory + n, memory + 2 * n, memory + 3 * n, memory + 4 * n};
 }
 
 // ----------------------------------------------------------------------------
-// the comparing function itself
+// the comparison itself
 
 static void test_comparing(void) {
     const double one[3] = {1, 2, 2}, near[3] = {1, 2, 2.003}, none[3] = {0}, nan[3] = {1, NAN, 2};
@@ -134,7 +134,7 @@ static void test_cema_real(void) {
     free(x), free(memory);
 }
 
-// TimestepNorm: the moments of all that came before, by two passes; and what comes later changes no bit.
+// TimestepNorm against moments by two passes over all tokens so far. Later tokens change no bit of the output.
 static void test_timestep_norm_definition(void) {
     enum { L = 13, D = 12, G = 3, g = D / G };
     real *x = numbers(L * D, 1, 2), *w = numbers(D, 1, 0), *b = numbers(D, 1, 0);
@@ -184,7 +184,7 @@ static void test_row_norms(void) {
     free(x), free(w), free(b);
 }
 
-// Queries and keys, rotated, and attention: every score by itself, position by position.
+// Rotary embedding and attention: each score computed alone, for each pair of positions.
 static void test_attention_definition(void) {
     enum { L = 19, C = 8, H = 3, Z = 4 * H, E = 5 * H, dz = 4, dv = 5 };
     real *q = numbers(L * Z, 1, 0), *k = numbers(L * Z, 1, 0), *v = numbers(L * E, 1, 0);
@@ -194,7 +194,7 @@ static void test_attention_definition(void) {
         for (int h = 0; h < H; h++) {
             double e[C], sum = 0;
             int first = t / C * C;
-            for (int s = first; s <= t; s++) { // rotating both by their positions is rotating by the distance
+            for (int s = first; s <= t; s++) { // rotating both by their positions equals rotating one by the distance
                 double score = 0;
                 for (int j = 0; j < dz; j += 2) {
                     const real *a = q + t * Z + h * dz + j, *b = k + s * Z + h * dz + j;
@@ -220,10 +220,10 @@ static void test_attention_definition(void) {
     free(q), free(k), free(v);
 }
 
-// Dropout: each word of Philox says whether its element stays, wherever a call begins and ends.
+// Dropout: word i of Philox decides about element i, wherever a call begins and ends.
 static void test_dropout_definition(void) {
     enum { SIZE = 1000, FIRST = 3 };
-    const uint64_t far = ((uint64_t)5 << 34) - 14; // on the way there the counter's last word overflows
+    const uint64_t far = ((uint64_t)5 << 34) - 14; // the counter's last word overflows within SIZE elements
     real *x = numbers(SIZE, 1, 3), y[SIZE], parts[SIZE], expected[SIZE];
     for (int i = 0; i < 2; i++) {
         const Mask m = {
@@ -251,8 +251,8 @@ static void test_dropout_definition(void) {
 
 // ----------------------------------------------------------------------------
 // Gradients against central differences. A layer works on the tensors below, under the names that megalodon.c has for
-// them. The loss is the sum of all outputs, each element times a random weight; these weights are the gradients w.r.t. the
-// outputs (dout). An outgoing state is an output like others. A test
+// them. The loss is the sum of all outputs, each element times a random weight; these weights are the gradients w.r.t.
+// the outputs (dout). An outgoing state is an output like others. A test
 //     - declares its tensors: INPUT, OUTPUT, KEEP. Tensors of no elements are NULL: left out;
 //     - calls gradcheck with the layer's forward and backward pass.
 
@@ -692,7 +692,7 @@ static void test_output_loss(void) {
 }
 
 int main(void) {
-    megalodon_threads(1); // sharing work as small as this takes longer than doing it
+    megalodon_threads(1); // such small layers are slower with more threads
     printf("%-48s %9s  %6s\n", "", "rel. L2", "tol");
     test_comparing();
     test_matmul();

@@ -1,6 +1,5 @@
-// The whole model through megalodon.h: gradients, recomputation, accumulation, state, optimizer. Built twice,
-// with megalodon.c and plumbing/params.c: with -DMEGALODON_DOUBLE, where gradients are also measured, and in
-// float.
+// The whole model through megalodon.h: gradients, recomputation, accumulation, states, optimizer. Built twice: for
+// double, where gradients are compared with central differences, too, and for float.
 #include "../plumbing/plumbing.h"
 #include "check.h"
 
@@ -11,7 +10,7 @@ enum { DOUBLE = 0 };
 #endif
 enum { ELEMENTS = 30, MAX_TOKENS = 1024 };
 
-static const double ROUNDING = DOUBLE ? 1e-12 : 1e-5; // between orders of summation
+static const double ROUNDING = DOUBLE ? 1e-12 : 1e-5; // differences between orders of summation
 
 typedef struct {
     const char *name;
@@ -19,31 +18,42 @@ typedef struct {
     int B, L;
 } Case;
 
-// layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base
+// Fields that are not named are 0.
+// clang-format off
 static const Case cases[] = {
-    {"L below C, N 1", {2, 8, 4, 6, 1, 10, 1, 16, 11, 2, 0, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 2, 7},
-    {"L = C, 3 heads, N 16, swiglu", {2, 12, 12, 9, 3, 7, 16, 8, 11, 3, 1, 0, 0, 0, 1, 1e-5, 100, 0, 0, 0, HE}, 2, 8},
-    {"L = 2 C, rescale, scaled, tied", {2, 10, 6, 5, 1, 9, 4, 8, 13, 5, 0, 1, 1, 1, 1, 1e-3, 1e4, 0, 0, 0, HE}, 2, 16},
+    {"L below C, N 1",
+     {.num_layers = 2, .model_dim = 8, .z_dim = 4, .value_dim = 6, .num_heads = 1, .ffn_hidden_dim = 10,
+      .cema_ndim = 1, .chunk_size = 16, .vocab_size = 11, .norm_num_groups = 2, .norm_affine = 1, .norm_eps = 1e-5,
+      .rope_base = 1e4}, 2, 7},
+    {"L = C, 3 heads, N 16, swiglu",
+     {.num_layers = 2, .model_dim = 12, .z_dim = 12, .value_dim = 9, .num_heads = 3, .ffn_hidden_dim = 7,
+      .cema_ndim = 16, .chunk_size = 8, .vocab_size = 11, .norm_num_groups = 3, .swiglu = 1, .norm_affine = 1,
+      .norm_eps = 1e-5, .rope_base = 100}, 2, 8},
+    {"L = 2 C, rescale, scaled, tied",
+     {.num_layers = 2, .model_dim = 10, .z_dim = 6, .value_dim = 5, .num_heads = 1, .ffn_hidden_dim = 9,
+      .cema_ndim = 4, .chunk_size = 8, .vocab_size = 13, .norm_num_groups = 5, .rescale_nffn = 1, .scale_emb = 1,
+      .share_emb = 1, .norm_affine = 1, .norm_eps = 1e-3, .rope_base = 1e4}, 2, 16},
     {"L ragged, 3 heads, swiglu, rescale, no affine",
-     {2, 12, 6, 6, 3, 8, 2, 8, 7, 6, 1, 1, 0, 0, 0, 1e-2, 50, 0, 0, 0, HE},
-     2,
-     19},
+     {.num_layers = 2, .model_dim = 12, .z_dim = 6, .value_dim = 6, .num_heads = 3, .ffn_hidden_dim = 8,
+      .cema_ndim = 2, .chunk_size = 8, .vocab_size = 7, .norm_num_groups = 6, .swiglu = 1, .rescale_nffn = 1,
+      .norm_eps = 1e-2, .rope_base = 50}, 2, 19},
     {"C odd, one group, tied, no affine",
-     {3, 8, 8, 8, 2, 12, 3, 5, 9, 1, 0, 0, 0, 1, 0, 1e-5, 1e4, 0, 0, 0, HE},
-     3,
-     13},
+     {.num_layers = 3, .model_dim = 8, .z_dim = 8, .value_dim = 8, .num_heads = 2, .ffn_hidden_dim = 12,
+      .cema_ndim = 3, .chunk_size = 5, .vocab_size = 9, .norm_num_groups = 1, .share_emb = 1, .norm_eps = 1e-5,
+      .rope_base = 1e4}, 3, 13},
     {"L above a block of CEMA, N 16, scaled",
-     {1, 19, 4, 7, 1, 6, 16, 32, 17, 1, 1, 0, 1, 0, 1, 1e-5, 1e4, 0, 0, 0, HE},
-     1,
-     75},
+     {.num_layers = 1, .model_dim = 19, .z_dim = 4, .value_dim = 7, .num_heads = 1, .ffn_hidden_dim = 6,
+      .cema_ndim = 16, .chunk_size = 32, .vocab_size = 17, .norm_num_groups = 1, .swiglu = 1, .scale_emb = 1,
+      .norm_affine = 1, .norm_eps = 1e-5, .rope_base = 1e4}, 1, 75},
 };
+// clang-format on
 enum { NUM_CASES = sizeof cases / sizeof *cases };
 
-// A model with random parameters away from their initial values, and a batch, every fifth target ignored.
+// A model with random parameters, not near their initial values, and a batch with every fifth target ignored.
 typedef struct {
     const Case *c;
     Model *model;
-    size_t size; // of the parameters
+    size_t size; // number of parameters
     int num_tensors;
     Tensor *tensors;
     real *params, *grads;
@@ -73,7 +83,7 @@ static void setup_free(Setup *s) {
     free(s->tensors), free(s->params), free(s->grads);
 }
 
-// One batch forward and backward, its gradients added; returns the sum of the losses.
+// Adds the gradients of one batch. Returns the sum of its losses.
 static double train(Setup *s, const int32_t *tokens, const int32_t *targets, int B, double grad_scale) {
     int64_t counted;
     megalodon_forward(s->model, NULL, tokens, B, s->c->L);
@@ -112,7 +122,8 @@ static void test_gradients(const Case *c) {
 }
 #endif
 
-// With a state and with dropout. The state comes from the first chunk and stays as it is: gradients stop there.
+// With a state and with dropout. The state is the one after the first chunk. Each pass starts from a copy of it, and
+// gradients stop there.
 typedef struct {
     Setup s;
     State *before, *state;
@@ -124,7 +135,7 @@ typedef struct {
 static Carried carried(const Case *c, Mode mode) {
     const Config *g = &c->config;
     Carried x = {.s = setup(c, mode), .draw = {.seed = 4, .step = 9, .row = 5}};
-    int C = g->chunk_size < c->L ? g->chunk_size : 0; // 0: nothing before
+    int C = g->chunk_size < c->L ? g->chunk_size : 0; // 0: a fresh state
     int32_t first[MAX_TOKENS];
     x.L = c->L - C;
     x.before = state_new(g, c->B, 1), x.state = state_new(g, c->B, 0);
@@ -183,7 +194,7 @@ static void test_carried(const Case *plain) {
     megalodon_forward(s->model, NULL, p.tokens, c.B, c.L);
     check_true("  switched off: none", megalodon_loss(p.model, p.targets, 0, &counted, NULL) ==
                                            megalodon_loss(s->model, p.targets, 0, &counted, NULL));
-    // the batch's second row by itself
+    // the second row of the batch as a batch of its own
     if (c.L <= c.config.chunk_size) {
         const DropoutKey draw = {.seed = 4, .step = 9, .row = 6};
         megalodon_dropout(s->model, &draw);
@@ -195,7 +206,7 @@ static void test_carried(const Case *plain) {
     free(logits), free(alone);
 }
 
-// Recomputing gives the same bits; gradients are added up; two micro-batches are one batch.
+// Recomputing activations gives the same bits, gradients accumulate, and two micro-batches equal one batch.
 static void test_modes(const Case *c) {
     Setup a = setup(c, MEGALODON_TRAIN), b = setup(c, MEGALODON_RECOMPUTE);
     const Config *g = &c->config;
@@ -230,7 +241,7 @@ static void test_modes(const Case *c) {
     free(kept), free(act_a), free(act_b);
 }
 
-// The loss from the logits by its definition; targets of -1 give neither loss nor gradient.
+// The loss against its definition from the logits. Targets of -1 give neither loss nor gradient.
 static void test_loss(const Case *c) {
     Setup s = setup(c, MEGALODON_TRAIN);
     int R = c->B * c->L, V = c->config.vocab_size;
@@ -239,7 +250,7 @@ static void test_loss(const Case *c) {
     double total = 0;
     int64_t counted, count = 0;
     megalodon_forward(s.model, NULL, s.tokens, c->B, c->L);
-    megalodon_logits(s.model, 0, 3, logits); // in two parts
+    megalodon_logits(s.model, 0, 3, logits); // in two calls
     megalodon_logits(s.model, 3, (size_t)R - 3, logits + 3 * V);
     for (int r = 0; r < R; r++) {
         double sum = 0;
@@ -265,7 +276,7 @@ static void test_loss(const Case *c) {
 // ----------------------------------------------------------------------------
 // state
 
-// Reads tokens in pieces of n (n = 0: of growing size) and keeps all logits.
+// Feeds the sequences in calls of n tokens (n = 0: 1, 2, 3, ... tokens) and keeps all logits.
 static void read_pieces(Setup *s, State *state, int n, real *logits) {
     int B = s->c->B, L = s->c->L, V = s->c->config.vocab_size;
     int32_t piece[MAX_TOKENS];
@@ -279,7 +290,7 @@ static void read_pieces(Setup *s, State *state, int n, real *logits) {
     }
 }
 
-// A copy of a state in the host's memory, wherever its own is.
+// A copy of a state in host memory.
 static State on_host(const State *state) {
     State host = *state;
     char *memory = malloc(state->bytes);
@@ -295,7 +306,7 @@ static State on_host(const State *state) {
     return host;
 }
 
-// The arrays of a state; of the cached keys and values those of the unfinished chunk, so far.
+// Compares the tensors of two states. Of the cached keys and values only those of the unfinished chunk count.
 static void check_state(const char *name, const Config *c, const State *state, const State *expected) {
     State copies[2] = {on_host(state), on_host(expected)}, *a = &copies[0], *b = &copies[1];
     size_t rows = (size_t)c->num_layers * a->B, moments = rows + (size_t)a->B;
@@ -333,7 +344,7 @@ static void test_state(const Case *c) {
         check_state(name, g, state, first);
     }
 
-    // written down and read back, also in two halves: goes on bit for bit
+    // read and written, also in two halves, it continues bit for bit
     State *copy = state_new(g, c->B, 0);
     size_t half = state->bytes / 2;
     char *bytes = malloc(state->bytes);
@@ -345,13 +356,13 @@ static void test_state(const Case *c) {
     read_pieces(&s, copy, 3, logits);
     check_same(named(c->name, "a written state continues the same"), logits, whole, n * sizeof *whole);
 
-    // one row begins again, the others go on
+    // one row is reset, the others continue
     int last = c->B - 1;
     size_t row = (size_t)last * c->L * g->vocab_size, one = (size_t)c->L * g->vocab_size;
     state_reset(state, last);
     read_pieces(&s, state, 3, logits);
     read_pieces(&s, copy, 3, whole);
-    // to rounding: rows at one place may be computed at once, rows at several not
+    // equal up to rounding, since rows at the same position may share a product
     if (last > 0) check_real(named(c->name, "rows that are not reset go on"), logits, whole, row, ROUNDING);
     for (int b = 0; b < c->B; b++) state_reset(first, b);
     read_pieces(&s, first, 3, whole);
@@ -360,8 +371,7 @@ static void test_state(const Case *c) {
     free(whole), free(logits), free(bytes);
 }
 
-// The rows of a state may stand at different places: two sequences, one 3 tokens ahead, go on as they would
-// alone.
+// The rows of a state may be at different positions: two sequences, one 3 tokens ahead, continue as each would alone.
 static void test_rows(const Case *c) {
     Setup s = setup(c, MEGALODON_INFER);
     const Config *g = &c->config;
@@ -387,9 +397,24 @@ static void test_rows(const Case *c) {
 // ----------------------------------------------------------------------------
 // optimizer, threads, learning
 
-// Large enough for several parts of the gradient norm, and for two threads to share.
+// The first two are large enough that loops are divided among threads.
+// clang-format off
 static const Case large = {
-    "large", {2, 40, 24, 56, 2, 72, 4, 32, 3000, 4, 1, 1, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 2, 70};
+    "large",
+    {.num_layers = 2, .model_dim = 40, .z_dim = 24, .value_dim = 56, .num_heads = 2, .ffn_hidden_dim = 72,
+     .cema_ndim = 4, .chunk_size = 32, .vocab_size = 3000, .norm_num_groups = 4, .swiglu = 1, .rescale_nffn = 1,
+     .norm_affine = 1, .norm_eps = 1e-5, .rope_base = 1e4}, 2, 70};
+static const Case shared = {
+    "shared",
+    {.num_layers = 2, .model_dim = 64, .z_dim = 40, .value_dim = 96, .num_heads = 2, .ffn_hidden_dim = 96,
+     .cema_ndim = 4, .chunk_size = 64, .vocab_size = 50, .norm_num_groups = 4, .swiglu = 1, .rescale_nffn = 1,
+     .norm_affine = 1, .norm_eps = 1e-5, .rope_base = 1e4}, 3, 300};
+static const Case learning = {
+    "learning",
+    {.num_layers = 2, .model_dim = 16, .z_dim = 8, .value_dim = 24, .num_heads = 1, .ffn_hidden_dim = 24,
+     .cema_ndim = 4, .chunk_size = 8, .vocab_size = 11, .norm_num_groups = 4, .swiglu = 1, .norm_affine = 1,
+     .norm_eps = 1e-5, .rope_base = 1e4}, 2, 20};
+// clang-format on
 
 static void test_optimizer(void) {
     Setup s = setup(&large, MEGALODON_TRAIN);
@@ -428,7 +453,7 @@ static void test_optimizer(void) {
     free(p), free(m), free(v);
 }
 
-// An update or a write shows in the next forward pass: nothing derived from the parameters is left over.
+// The forward pass after an update or a write uses the new parameters: nothing derived from the old ones is reused.
 static void test_fresh(void) {
     Setup a = setup(&cases[1], MEGALODON_TRAIN), b = setup(&cases[1], MEGALODON_TRAIN);
     AdamW o = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8};
@@ -447,7 +472,7 @@ static void test_fresh(void) {
     megalodon_free(fresh), setup_free(&a), setup_free(&b);
 }
 
-// scale_emb is an embedding sqrt(D) times as large.
+// scale_emb equals an embedding that is sqrt(D) times as large.
 static void test_scale(void) {
     Setup s = setup(&cases[NUM_CASES - 1], MEGALODON_INFER);
     Case plain = cases[NUM_CASES - 1];
@@ -467,11 +492,9 @@ static void test_scale(void) {
     free(a), free(b);
 }
 
-// One and two threads give the same bits, but for a BLAS, which may sum in another order. The loops of this model have
-// enough to do for two threads.
+// One and two threads give the same bits, except with a BLAS library, which may sum in another order. The loops of this
+// model are large enough for two threads.
 static void test_threads(void) {
-    static const Case shared = {
-        "shared", {2, 64, 40, 96, 2, 96, 4, 64, 50, 4, 1, 1, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 3, 300};
     int blas = strstr(megalodon_backend(), "BLAS") != NULL;
     Setup s[2];
     double sum[2];
@@ -487,7 +510,7 @@ static void test_threads(void) {
 }
 
 // ----------------------------------------------------------------------------
-// Weights for which squares or products overflow float32, against weights for which the model is the same.
+// Weights for which squares or products overflow float32, against smaller weights that define the same model.
 
 static void scale_tensors(Setup *s, const char *const names[2], double factor) {
     for (int i = 0; i < s->num_tensors; i++) {
@@ -501,8 +524,8 @@ static void scale_tensors(Setup *s, const char *const names[2], double factor) {
     megalodon_write(s->model, PARAMS, 0, s->size, s->params);
 }
 
-// Logits, and every gradient whose tensor's name is none of `except`, each divided by its norm, since a gradient by a
-// weight that is s times as large is 1/s times as large.
+// Compares logits, and the gradients of all tensors whose name is not in `except`. Each gradient is divided by its
+// norm: the gradient w.r.t. a weight that is s times as large is 1/s times as large.
 static void same_model(const char *what, Setup *a, Setup *b, const char *const except[2]) {
     size_t n = (size_t)a->c->B * a->c->L, V = (size_t)a->c->config.vocab_size;
     real *logits = malloc(2 * n * V * sizeof *logits);
@@ -539,7 +562,7 @@ static void test_hostile(const Case *c) {
         same_model(scaled[i].what, &a, &b, scaled[i].except);
         setup_free(&a), setup_free(&b);
     }
-    // silu(-1e30) = silu(0) = 0: every second row of wv, or of wr, with a bias of -1e30 or of zeros with a bias of 0
+    // silu(-1e30) = silu(0) = 0: every second row of wv or wr has a bias of -1e30, or is all zero
     static const char *const gates[2][2] = {{"wv.weight", "wv.bias"}, {"wr.weight", "wr.bias"}};
     for (int g = 0; g < 2; g++) {
         Setup a = setup(c, MEGALODON_TRAIN), b = setup(c, MEGALODON_TRAIN);
@@ -560,14 +583,12 @@ static void test_hostile(const Case *c) {
 }
 
 static void test_learning(void) {
-    static const Case c = {
-        "learning", {2, 16, 8, 24, 1, 24, 4, 8, 11, 4, 1, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE}, 2, 20};
-    Setup s = setup(&c, MEGALODON_TRAIN);
+    Setup s = setup(&learning, MEGALODON_TRAIN);
     AdamW o = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.01};
     double mean = 0;
     for (int k = 0; k < 120; k++) {
         megalodon_zero_grad(s.model);
-        mean = train(&s, s.tokens, s.targets, c.B, 1.0 / 32) / 32; // 40 targets, a fifth of them ignored
+        mean = train(&s, s.tokens, s.targets, learning.B, 1.0 / 32) / 32; // 40 targets, a fifth of them ignored
         double norm = megalodon_grad_norm(s.model);
         megalodon_update(s.model, &o, 1e-2, norm > 1 ? 1 / norm : 1, k);
     }
@@ -577,7 +598,7 @@ static void test_learning(void) {
 }
 
 int main(void) {
-    megalodon_threads(1); // sharing work as small as this takes longer than doing it
+    megalodon_threads(1); // such small models are slower with more threads
     printf("%s\n%-48s %9s  %6s\n", megalodon_backend(), "", "rel. L2", "tol");
     test_optimizer();
     test_fresh();
