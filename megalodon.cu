@@ -491,9 +491,8 @@ static __global__ void timestep_norm_backward_kernel(floatX *dinp, const floatX 
                                                      int D, int G) {
     size_t i = thread_index(), group = i / D * G + i % D / (D / G);
     if (i >= R * D) return;
-    float centered = (float)(to_float(inp[i]) - mean[group]);
-    float dx =
-        rstd[group] * (weight[i % D] + 1) * to_float(dout[i]) + (float)sums[group].U + (float)sums[group].V * centered;
+    double moments = sums[group].U + sums[group].V * (to_float(inp[i]) - mean[group]); // a float slope would underflow
+    float dx = rstd[group] * (weight[i % D] + 1) * to_float(dout[i]) + (float)moments;
     if (residual0) dx += to_float(residual0[i]);
     if (residual1) dx += to_float(residual1[i]);
     dinp[i] = to_floatX(dx);
