@@ -282,8 +282,8 @@ shared-memory: build/emulated/test_cuda build/emulated/test_cuda_fp32
 # ---------------------------------------------------------------- tests
 
 # Each tests/test_*.c is a program, each tests/test_*.sh a script: a line a check, then "N passed, N failed".
-# Those in DOUBLE_TESTS are built for doubles; test_model and test_pieces for both.
-DOUBLE_TESTS = test_layers test_model test_pieces
+# Those in DOUBLE_TESTS are built for doubles; test_model and test_chunk_parallel for both.
+DOUBLE_TESTS = test_layers test_model test_chunk_parallel
 FLOAT_TESTS = $(filter-out test_layers,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c)))
 TESTS = $(addprefix build/double/,$(DOUBLE_TESTS)) $(addprefix build/,$(FLOAT_TESTS))
 

@@ -115,23 +115,6 @@ static __device__ size_t warp_row(void) { return (size_t)blockIdx.x * ROW_WARPS 
 #define ROW_GRID(R) blocks_for((size_t)(R), ROW_WARPS), dim3(WARP, ROW_WARPS)
 
 // ----------------------------------------------------------------------------
-// the fast kernels, and what they use of this file
-
-static void sum_parts(float *out, const float *parts, int P, size_t stride, size_t n, int add);
-
-#ifdef FAST_KERNELS
-#include "kernels/common.cuh"
-#include "kernels/matmul.cuh"
-#include "kernels/elementwise.cuh"
-#include "kernels/timestep_norm.cuh"
-#include "kernels/cema.cuh"
-#include "kernels/norms.cuh"
-#include "kernels/qk.cuh"
-#include "kernels/attention.cuh"
-#include "kernels/loss.cuh"
-#endif
-
-// ----------------------------------------------------------------------------
 // matrix product: C (M,N) = op(A) op(B), added to C if `add`. op(A) is (M,K), op(B) is (K,N).
 // cuBLAS stores matrices by columns. A row-major C is the column-major C' = op(B)' op(A)', so A and B change places.
 // The three products of a linear map y = x W', with x (R,K), W (M,K), y (R,M), all row-major:
@@ -166,6 +149,15 @@ static void matmul_batched(floatX *C, int ldc, int64_t stride_c, Matrix A, Matri
                                            B.ld, B.stride, A.at, CUBLAS_TYPE, A.ld, A.stride, &beta, C, CUBLAS_TYPE,
                                            ldc, stride_c, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
+
+// ----------------------------------------------------------------------------
+// the fast kernels, and what they use of this file
+
+static void sum_parts(float *out, const float *parts, int P, size_t stride, size_t n, int add);
+
+#ifdef FAST_KERNELS
+#include "kernels/kernels.cuh"
+#endif
 
 // ----------------------------------------------------------------------------
 // sums over rows, in two kernels, so that their order is fixed
@@ -1076,7 +1068,7 @@ static void rope_backward(floatX *dinp, const floatX *dout, const float *table, 
 // zn (B,L,Z) and z_rstd (B,L,H) are for the backward pass, which calls this again instead of keeping them.
 static void qk_layer_forward(floatX *q, floatX *k, floatX *zn, float *z_rstd, const floatX *z, const float *gamma,
                              const float *beta, const float *table, const int64_t *count, Dims d, double eps) {
-    FAST(1, qk_fast_forward(q, k, zn, z_rstd, z, gamma, beta, table, count, d, eps));
+    FAST(qk_fast_supports(d), qk_fast_forward(q, k, zn, z_rstd, z, gamma, beta, table, count, d, eps));
     int R = d.B * d.L, dz = d.Z / d.H;
     rmsnorm_forward(zn, z_rstd, z, NULL, R * d.H, dz, eps);
     qk_forward(q, k, zn, gamma, beta, R, d.Z, dz);
@@ -1905,14 +1897,20 @@ void megalodon_backward(Model *m) {
     if (m->on_grad_ready) m->on_grad_ready(m, 0);
 }
 
+// Logits of `rows` positions, from `first` on, in scratch.logits.
+static void output_logits(Model *m, size_t first, int rows) {
+    FAST(decode_logits_supports(m, rows), decode_logits(m, first, rows));
+    linear_forward(m->scratch.logits, NULL, m->final + first * m->dims.D, rounded(m, m->params.output), NULL, rows,
+                   m->dims.D, m->dims.V);
+}
+
 void megalodon_logits(Model *m, size_t first, size_t rows, real *dst) {
-    int D = m->dims.D, V = m->dims.V, most = logit_rows(V);
+    int V = m->dims.V, most = logit_rows(V);
     assert(first + rows <= (size_t)m->dims.B * m->dims.L);
     begin_layers(m);
     for (size_t r = 0; r < rows; r += most) {
         int some = rows - r < (size_t)most ? (int)(rows - r) : most;
-        linear_forward(m->scratch.logits, NULL, m->final + (first + r) * D, rounded(m, m->params.output), NULL, some, D,
-                       V);
+        output_logits(m, first + r, some);
         read_floatX(dst + r * V, m->scratch.logits, (size_t)some * V);
     }
 }

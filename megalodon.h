@@ -374,6 +374,7 @@ void megalodon_logits(Model *model, size_t first, size_t rows, real *dst);
 // activation.
 int megalodon_activation(Model *model, int layer, const char *name, real *dst);
 const char *megalodon_activation_name(int i); // names of a layer's activations in data-flow order; NULL after the last
+int megalodon_activation_width(const Config *config, const char *name); // elements per token; 0 if there is none
 
 void megalodon_threads(int threads); // number of threads that the backend uses; no effect on a GPU
 int megalodon_on_gpu(void);          // 1: models and states are in device memory, 0: in main memory

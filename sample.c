@@ -1,9 +1,6 @@
-/*
-sample.c: the generating program. Reads a prompt in forward passes of up to PIECE tokens, then writes one token
-after another, each from the logits after the one before; the state that is carried along does not grow. Several
-samples are the rows of one batch. --score reads a file of any length the same way and says how well the model
-predicts it. Works on any backend: only megalodon.h and the plumbing are used.
-*/
+// ./sample: generates text with a trained model. Reads the prompt in forward passes of up to PREFILL tokens, then
+// decodes token by token; the state has constant size. Several samples are the rows of one batch. With --score it reads
+// a file of any length the same way and prints how well the model predicts it.
 #include <errno.h>    // defines: errno
 #include <inttypes.h> // defines: PRId64
 #include <math.h>     // defines: INFINITY, isfinite, log
@@ -13,7 +10,7 @@ predicts it. Works on any backend: only megalodon.h and the plumbing are used.
 #include <sys/stat.h> // defines: fstat
 #include "plumbing/plumbing.h"
 
-enum { PIECE = 2048 }; // tokens a forward pass reads at most, all rows together
+enum { PREFILL = 2048 }; // maximum number of tokens in a forward pass, all rows together
 
 static const char *model_path, *prompt, *prompt_path, *score_path, *state_in, *state_out, *tokenizer_path;
 static int num_tokens = 256, num_samples = 1, threads, eot = -1, bos = -1;
@@ -21,57 +18,58 @@ static int64_t seed = 1337;
 static Sampling sampling = {.temperature = 0.8, .top_p = 0.95};
 
 static Option options[] = {
-    {OPT_PATH, "model", &model_path, .arg = "FILE", .help = "a checkpoint, or a run's folder: its newest"},
+    {OPT_PATH, "model", &model_path, .arg = "FILE",
+     .help = "a model file, or a run's directory: its newest checkpoint"},
     {OPT_PATH, "tokenizer", &tokenizer_path, .arg = "FILE",
      .help = "tokenizer.bin, for models whose tokens are not bytes"},
-    {OPT_TEXT, "prompt", &prompt, .arg = "TEXT", .help = "the text to go on from"},
-    {OPT_PATH, "prompt-file", &prompt_path, .arg = "FILE", .help = "the same from a file; -: from standard input"},
+    {OPT_TEXT, "prompt", &prompt, .arg = "TEXT", .help = "the text to continue"},
+    {OPT_PATH, "prompt-file", &prompt_path, .arg = "FILE", .help = "the same from a file; -: standard input"},
     {OPT_INT, "eot", &eot, -1, MAX_DIM,
-     .help = "the token between documents: a text begins with it, and ends where it would be written; -1: none"},
+     .help = "token between documents: a text begins with it, and ends when it is drawn; -1: none"},
     {OPT_INT, "bos", &bos, -1, MAX_DIM,
-     .help = "begin texts with this token instead (with a tokenizer, no prompt and no --eot: 1); given as -1: none"},
-    {OPT_INT, "num-tokens", &num_tokens, 0, INT32_MAX, .help = "tokens to write"},
-    {OPT_INT, "num-samples", &num_samples, 1, PIECE,
-     .help = "samples, at once; each under a line '---- sample 2 of 8'"},
+     .help = "begin texts with this token instead (with a tokenizer, no prompt and no --eot: 1); -1: none"},
+    {OPT_INT, "num-tokens", &num_tokens, 0, INT32_MAX, .help = "number of tokens to write"},
+    {OPT_INT, "num-samples", &num_samples, 1, PREFILL,
+     .help = "number of samples, generated as one batch; each under a line '---- sample 2 of 8'"},
     {OPT_REAL, "temperature", &sampling.temperature, 0, 100,
-     .help = "logits are divided by it; 0: always the likeliest token"},
-    {OPT_INT, "top-k", &sampling.top_k, 0, INT32_MAX, .help = "only the N likeliest tokens; 0: all"},
-    {OPT_REAL, "top-p", &sampling.top_p, 0, 1, .help = "only the likeliest of these that make up this probability"},
+     .help = "divides the logits; 0: always the most likely token"},
+    {OPT_INT, "top-k", &sampling.top_k, 0, INT32_MAX, .help = "only the N most likely tokens; 0: all"},
+    {OPT_REAL, "top-p", &sampling.top_p, 0, 1, .help = "of these, only the fewest whose probabilities sum to X"},
     {OPT_REAL, "min-p", &sampling.min_p, 0, 1,
-     .help = "only those of these at least X times as likely as the likeliest"},
-    {OPT_INT64, "seed", &seed, 0, (double)INT64_MAX, .help = "of the random numbers: same seed, same text"},
+     .help = "of these, only those at least X times as likely as the most likely"},
+    {OPT_INT64, "seed", &seed, 0, (double)INT64_MAX,
+     .help = "of the random numbers; the same seed gives the same text"},
     {OPT_PATH, "state-out", &state_out, .arg = "FILE",
-     .help = "write the state after the last token, also when interrupted"},
+     .help = "write the state after the last token, also after a signal"},
     {OPT_PATH, "state-in", &state_in, .arg = "FILE",
-     .help = "go on from such a state, its seed and samples; a prompt is read after it"},
+     .help = "continue from such a state, its seed and samples; a prompt is read after it"},
     {OPT_PATH, "score", &score_path, .arg = "FILE",
-     .help = "write nothing, predict this text or .bin file: bits per byte or token"},
-    {OPT_INT, "threads", &threads, 0, 1024, .help = "of the CPU; 0: all"},
+     .help = "print how well the model predicts this text or .bin file: bits per byte or token"},
+    {OPT_INT, "threads", &threads, 0, 1024, .help = "CPU threads; 0: one per core"},
     {OPT_END, .help = NULL},
 };
 
-static Tokenizer *tokenizer; // NULL: tokens 0 to 255 are bytes, if there are more these are special
+static Tokenizer *tokenizer; // NULL: tokens 0 to 255 are bytes, the others are special
 
-// Without a tokenizer, are the tokens bytes, and those from 256 on special? They are if the vocabulary is too small for
-// a tokenizer, which has 256 bytes and <unk>, <s> and </s>, or if --eot says so, of a padded vocabulary perhaps.
+// Returns whether tokens are bytes, and those from 256 on special. Without --tokenizer they are if the vocabulary is
+// too small for a tokenizer, which has 256 bytes and <unk>, <s> and </s>, or if --eot is a token above the bytes.
 enum { MIN_TOKENIZER = 259, MAX_BYTES = 512 };
 static bool tokens_are_bytes(const Config *c) {
     return !tokenizer_path && (c->vocab_size < MIN_TOKENIZER || (eot >= 256 && c->vocab_size <= MAX_BYTES));
 }
 
-// The first tokens of the vocabulary, which have a text; of the others only the EOT is ever drawn.
+// Number of tokens that may be drawn. Of the tokens above, which are padding, only the EOT is drawn.
 static int text_tokens(const Config *c) {
     const int count = tokenizer_count(tokenizer);
     return count < c->vocab_size ? count : c->vocab_size;
 }
 
-static volatile sig_atomic_t stopped; // the signal that asks to finish, 0 until then
-static void on_signal(int number) { stopped = number; }
+static volatile sig_atomic_t stop_signal; // number of the signal that asked to stop; 0: none
+static void on_signal(int number) { stop_signal = number; }
 
-// What is carried along: all that the rows have read, and the logits after the last token of each, (B,V).
 typedef struct {
-    State *state;
-    real *logits;
+    State *state; // of B rows
+    real *logits; // (B,V) after the last token of each row
 } Texts;
 
 static Texts texts_new(const Config *c, int B) {
@@ -88,12 +86,12 @@ static void copy_text(const Texts *from, int i, Texts *to, int j, const Config *
     memcpy(to->logits + (size_t)j * V, from->logits + (size_t)i * V, V * sizeof *to->logits);
 }
 
-// Every row reads the same n tokens.
+// All rows read the same n tokens.
 static void read_tokens(Model *model, const Config *c, Texts *t, const int32_t *tokens, size_t n) {
-    const size_t B = (size_t)t->state->B, V = (size_t)c->vocab_size, longest = PIECE / (size_t)num_samples;
-    int32_t *rows = allocate(B * longest, sizeof *rows);
+    const size_t B = (size_t)t->state->B, V = (size_t)c->vocab_size, max = PREFILL / (size_t)num_samples;
+    int32_t *rows = allocate(B * max, sizeof *rows);
     for (size_t i = 0, L; i < n; i += L) {
-        L = n - i < longest ? n - i : longest;
+        L = n - i < max ? n - i : max;
         for (size_t b = 0; b < B; b++) memcpy(rows + b * L, tokens + i, L * sizeof *rows);
         megalodon_forward(model, t->state, rows, (int)B, (int)L);
         for (size_t b = 0; i + L == n && b < B; b++) megalodon_logits(model, b * L + L - 1, 1, t->logits + b * V);
@@ -101,50 +99,49 @@ static void read_tokens(Model *model, const Config *c, Texts *t, const int32_t *
     free(rows);
 }
 
-// The token before the text, -1 if there is none: what rows begin with in training.
+// The token before the text, with which rows begin in training; -1: none.
 static int32_t start_token(void) {
     if (option_given(options, &bos) || state_in) return bos;
-    return eot >= 0 ? eot : tokenizer && !prompt && !prompt_path ? 1 : -1; // llama2.c's tokenizers begin a text with 1
+    return eot >= 0 ? eot : tokenizer && !prompt && !prompt_path ? 1 : -1; // <s> of llama2.c's tokenizers
 }
 
-// Refuses what does not fit: the model, and what a command takes besides, with a prompt, or a file to encode, of `text`
-// bytes.
+// Fails unless the model, the states and the buffers fit in memory. text: bytes of the prompt or of a file to encode.
 static void plan_memory(const Config *c, size_t text) {
-    const size_t samples = (size_t)num_samples, V = (size_t)c->vocab_size, most = SIZE_MAX / 16;
-    // two of all texts if those that have ended are put aside, one more if one reads the prompt for the others
+    const size_t samples = (size_t)num_samples, V = (size_t)c->vocab_size, max = SIZE_MAX / 16;
+    // a second copy of all texts if ended ones are set aside; one more row if one row reads the prompt for all others
     const bool aside = state_out && eot >= 0 && samples > 1, reader = samples > 1 && !state_in && !aside;
     const size_t all = state_bytes(c, num_samples, 0), one = state_bytes(c, 1, 0);
     const size_t logits = (samples * (aside ? 2 : 1) + reader) * V * sizeof(real);
-    const size_t states = all < most ? all * (aside ? 2 : 1) + (reader ? one : 0) + logits : most;
+    const size_t states = all < max ? all * (aside ? 2 : 1) + (reader ? one : 0) + logits : max;
     const size_t written = samples > 1 ? samples * (size_t)num_tokens * sizeof(int32_t) : 0;
-    const size_t vocabulary = tokenizer_path ? 32 * V : 0; // pieces and their table
+    const size_t vocabulary = tokenizer_path ? 32 * V : 0; // pieces and their hash table
     const size_t prompts = text + (text + 2) * sizeof(int32_t) + (tokenizer_path ? tokenizer_encode_bytes(text) : 0);
-    const size_t others = sample_bytes(c->vocab_size) + vocabulary + 4 * PIECE * sizeof(real);
-    const double mib = 1048576, available = (double)megalodon_available_memory(1) / mib;
-    const double room = available > 0 ? available : INFINITY; // check_memory says why there is none
-    if ((double)states / mib > room)
+    const size_t others = sample_bytes(c->vocab_size) + vocabulary + 4 * PREFILL * sizeof(real);
+    const double mib = 1048576, memory = (double)megalodon_available_memory(1) / mib;
+    const double available = memory > 0 ? memory : INFINITY; // if there is none, check_memory prints the reason
+    if ((double)states / mib > available)
         fatal(
-            "%d samples: what the model remembers of their texts needs %.0f MiB, %.0f MiB a text with its chunk of %d "
-            "tokens; there are %.0f MiB for %s: use %s",
-            num_samples, (double)states / mib, (double)one / mib, c->chunk_size, room, megalodon_backend(),
+            "%d samples: their states need %.0f MiB, %.0f MiB for each text with its chunk of %d tokens; %.0f MiB are "
+            "available for %s: use %s",
+            num_samples, (double)states / mib, (double)one / mib, c->chunk_size, available, megalodon_backend(),
             samples > 1 ? "a smaller --num-samples" : "a smaller model");
-    if ((double)written / mib > room)
+    if ((double)written / mib > available)
         fatal("--num-samples %d --num-tokens %d: several texts are kept until all have ended, which needs %.0f MiB; "
-              "there are %.0f MiB: use smaller numbers",
-              num_samples, num_tokens, (double)written / mib, room);
-    if ((double)prompts / mib > room)
-        fatal("--%s: %zu bytes of text need %.0f MiB as tokens; there are %.0f MiB: use a shorter text",
+              "%.0f MiB are available: use smaller numbers",
+              num_samples, num_tokens, (double)written / mib, available);
+    if ((double)prompts / mib > available)
+        fatal("--%s: %zu bytes of text need %.0f MiB as tokens; %.0f MiB are available: use a shorter text",
               score_path    ? "score"
               : prompt_path ? "prompt-file"
                             : "prompt",
-              text, (double)prompts / mib, room);
-    check_memory(c, MEGALODON_INFER, num_samples, PIECE / num_samples, states, written + prompts + others);
+              text, (double)prompts / mib, available);
+    check_memory(c, MEGALODON_INFER, num_samples, PREFILL / num_samples, states, written + prompts + others);
 }
 
 typedef struct {
-    FILE *file; // NULL: there is none
-    unsigned char *bytes;
-    size_t count;
+    FILE *file;           // of --prompt-file, or NULL
+    unsigned char *bytes; // of the text
+    size_t count;         // number of bytes
 } Prompt;
 
 static Prompt prompt_open(void) {
@@ -155,20 +152,20 @@ static Prompt prompt_open(void) {
     return p;
 }
 
-// Reads a prompt's file, a pipe perhaps, to its end. Memory is planned anew whenever more is needed.
+// Reads the prompt's file, which may be a pipe, to its end. Checks the memory plan again whenever the buffer grows.
 static void prompt_read(Prompt *p, const Config *c) {
     static const unsigned char token_file[4] = {0x88, 0xD8, 0x34, 0x01}; // the magic number 20240520
     struct stat info = {0};
     if (p->file == NULL) return;
     const bool regular = fstat(fileno(p->file), &info) == 0 && S_ISREG(info.st_mode);
-    size_t room = regular ? (size_t)info.st_size + 1 : 1 << 16;
+    size_t capacity = regular ? (size_t)info.st_size + 1 : 1 << 16;
     for (size_t n = 1; n > 0; p->count += n) {
-        if (p->count == room) room *= 2;
-        plan_memory(c, room);
-        unsigned char *bytes = realloc(p->bytes, room);
+        if (p->count == capacity) capacity *= 2;
+        plan_memory(c, capacity);
+        unsigned char *bytes = realloc(p->bytes, capacity);
         if (bytes == NULL) fatal("--prompt-file %s: out of memory after %zu bytes", prompt_path, p->count);
         p->bytes = bytes;
-        n = fread(bytes + p->count, 1, room - p->count, p->file);
+        n = fread(bytes + p->count, 1, capacity - p->count, p->file);
     }
     if (ferror(p->file)) fatal("--prompt-file %s: %s", prompt_path, strerror(errno));
     if (p->count >= sizeof token_file && memcmp(p->bytes, token_file, sizeof token_file) == 0)
@@ -176,7 +173,7 @@ static void prompt_read(Prompt *p, const Config *c) {
     if (p->file != stdin) fclose(p->file);
 }
 
-// The start token and the tokens of the prompt; if there is nothing at all, a line break.
+// Returns the start token and the tokens of the prompt, or a line break if there is neither; *count gets their number.
 static int32_t *prompt_tokens(const Prompt *p, const Config *c, size_t *count) {
     const int32_t start = start_token();
     const bool nothing = !prompt && !prompt_path && !state_in && start < 0;
@@ -202,19 +199,18 @@ static void flush_output(void) {
     if (fflush(stdout) == EOF || ferror(stdout)) fatal("stdout: %s", strerror(errno));
 }
 
-// first: it begins a text.
+// first: the token begins a text.
 static void write_token(int32_t token, bool first) {
     size_t length;
     const unsigned char *bytes = tokenizer_piece(tokenizer, token, first, &length);
     if (fwrite(bytes, 1, length, stdout) != length) fatal("stdout: %s", strerror(errno));
 }
 
-// Draws the next token of every row that goes on, each at its place in the row's stream.
+// Draws the next token of every row that has not ended. A row's random numbers depend on its number of tokens so far.
 static void draw_tokens(const Texts *t, const Config *c, const bool *ended, int32_t *tokens) {
     const size_t B = (size_t)t->state->B, V = (size_t)c->vocab_size;
     int64_t *positions = allocate(B, sizeof *positions);
-    state_read(t->state, (size_t)((const char *)t->state->count - (const char *)t->state->memory),
-               B * sizeof *positions, positions);
+    state_counts(t->state, c, positions);
     for (size_t b = 0; b < B; b++) {
         if (!ended[b])
             tokens[b] = sample_token(t->logits + b * V, text_tokens(c), &sampling,
@@ -223,31 +219,31 @@ static void draw_tokens(const Texts *t, const Config *c, const bool *ended, int3
     free(positions);
 }
 
-// Draws up to num_tokens a row: a single row's are written, of several `written` (B, num_tokens) and `counts` (B) get
-// them. first: they begin the text. Returns how many. A row that has ended reads on with the others; for --state-out it
-// is put aside, and comes back as it was.
+// Draws up to num_tokens tokens for each row and returns their number. Those of a single row are printed; those of
+// several rows go to `written` (B, num_tokens), their numbers to `counts` (B). first: they begin the text. A row that
+// has ended is still computed with the others, so for --state-out its state is set aside and restored at the end.
 static int64_t decode(Model *model, const Config *c, Texts *t, int32_t *written, size_t *counts, bool first) {
     const int B = t->state->B;
-    const bool keeps = state_out && eot >= 0 && B > 1;
+    const bool sets_aside = state_out && eot >= 0 && B > 1;
     int64_t total = 0;
     bool *ended = allocate((size_t)B, sizeof *ended);
     int32_t *tokens = allocate((size_t)B, sizeof *tokens);
-    Texts aside = keeps ? texts_new(c, B) : (Texts){0};
-    for (int i = 0, going = B; i < num_tokens && !stopped; i++) {
+    Texts aside = sets_aside ? texts_new(c, B) : (Texts){0};
+    for (int i = 0, active = B; i < num_tokens && !stop_signal; i++) {
         draw_tokens(t, c, ended, tokens);
         for (int b = 0; b < B; b++) {
             if (ended[b]) continue;
             ended[b] = tokens[b] == eot;
-            going -= ended[b], total += !ended[b];
+            active -= ended[b], total += !ended[b];
             if (!ended[b] && B == 1) write_token(tokens[b], first && i == 0), flush_output();
             if (!ended[b] && B > 1) written[(size_t)b * (size_t)num_tokens + counts[b]++] = tokens[b];
-            if (ended[b] && keeps) copy_text(t, b, &aside, b, c);
+            if (ended[b] && sets_aside) copy_text(t, b, &aside, b, c);
         }
-        if (going == 0) break;
+        if (active == 0) break;
         megalodon_forward(model, t->state, tokens, B, 1);
         megalodon_logits(model, 0, (size_t)B, t->logits);
     }
-    for (int b = 0; b < B && keeps; b++) {
+    for (int b = 0; b < B && sets_aside; b++) {
         if (ended[b]) copy_text(&aside, b, t, b, c);
     }
     texts_free(&aside);
@@ -255,7 +251,7 @@ static int64_t decode(Model *model, const Config *c, Texts *t, int32_t *written,
     return total;
 }
 
-// The rows after the prompt: it is read once, for all; after a state by each.
+// Reads the prompt and returns all rows after it. Fresh rows are equal, so one reads the prompt and is copied.
 static Texts read_prompt(Model *model, const Config *c, const int32_t *tokens, size_t count) {
     char err[ST_ERR];
     int64_t stored;
@@ -275,7 +271,7 @@ static Texts read_prompt(Model *model, const Config *c, const int32_t *tokens, s
     return all;
 }
 
-// A single sample goes out token by token; several are kept until all have ended.
+// Generates and prints the samples: a single one token by token, several after all have ended.
 static void generate(Model *model, const Config *c, const int32_t *tokens, size_t count) {
     char err[ST_ERR];
     const size_t hidden = start_token() >= 0, text = state_in ? SIZE_MAX : hidden; // text: where one begins
@@ -304,68 +300,98 @@ static void generate(Model *model, const Config *c, const int32_t *tokens, size_
     free(written), free(counts);
 }
 
-// Token i of what is scored: the start token if there is one, then the file's, which `encoded` has if they are not its
-// bytes.
+// Token i of the scored text: the start token, unless it is negative, and then those of the file. encoded: the file's
+// tokens by the tokenizer; NULL: those that it contains.
 static int32_t scored_token(const Tokens *file, const int32_t *encoded, int32_t start, size_t i) {
     if (start >= 0 && i-- == 0) return start;
     return encoded ? encoded[i] : token_at(file, i);
 }
 
-// Predicts each token of a file from all before it, in constant memory. It begins as training rows do, with --eot's
-// token, unless the file does or --bos says otherwise. A first token with nothing before it is not counted. Ranges of
-// positions double: a model that uses its context does better in the later ones.
-static void score(Model *model, const Config *c, const Tokens *file) {
-    enum { FIRST = 64, RANGES = 64 };
-    int32_t start = start_token();
-    if (!option_given(options, &bos) && (eot < 0 || (!tokenizer && token_at(file, 0) == eot))) start = -1;
-    size_t n = file->count, bytes = 0, length;
-    int32_t *encoded = tokenizer ? tokenizer_encode(tokenizer, file->bytes, file->count, true, &n) : NULL;
-    if (start < 0) n--;
-    if (n == 0) fatal("--score %s: one token; nothing to predict", score_path);
-    if (tokenizer) bytes = file->count;
-    if (tokenizer && start < 0) tokenizer_piece(tokenizer, encoded[0], true, &length), bytes -= length;
+// Scores are grouped by position in ranges that double: 1 .. 63, 64 .. 127, 128 .. 255, ... A model that uses long
+// context does better in the later ranges.
+enum { FIRST_RANGE = 64, MAX_RANGES = 64 };
+
+typedef struct {
+    double bits[MAX_RANGES];   // sum of -log2 p over the predicted tokens of each range
+    size_t counts[MAX_RANGES]; // number of them
+    size_t bytes;              // bytes of text that the predicted tokens stand for; 0: unknown
+} Scores;
+
+static int range_of(size_t position) {
+    int range = 0;
+    for (size_t p = position / FIRST_RANGE; p > 0; p >>= 1) range++;
+    return range;
+}
+
+// Predicts tokens 1 .. n of the scored text, each from all before it, in constant memory.
+static void add_scores(Scores *scores, Model *model, const Config *c, const Tokens *file, const int32_t *encoded,
+                       int32_t start, size_t n) {
     State *state = state_new(c, 1, 0);
     if (!state) fatal("out of memory for the state");
-    int32_t *tokens = allocate(PIECE, sizeof *tokens), *targets = allocate(PIECE, sizeof *targets);
-    real *losses = allocate(PIECE, sizeof *losses);
-    double bits[RANGES] = {0}, total = 0, begun = seconds();
-    size_t counts[RANGES] = {0};
-    for (size_t i = 0; i < n; i += PIECE) {
-        int L = n - i < PIECE ? (int)(n - i) : PIECE;
+    int32_t *tokens = allocate(PREFILL, sizeof *tokens), *targets = allocate(PREFILL, sizeof *targets);
+    real *losses = allocate(PREFILL, sizeof *losses);
+    for (size_t i = 0; i < n; i += PREFILL) {
+        const int L = n - i < PREFILL ? (int)(n - i) : PREFILL;
         int64_t counted;
         for (int t = 0; t < L; t++) {
             tokens[t] = scored_token(file, encoded, start, i + (size_t)t);
             targets[t] = scored_token(file, encoded, start, i + (size_t)t + 1);
-            bytes += tokens_are_bytes(c) && targets[t] < 256;
+            scores->bytes += tokens_are_bytes(c) && targets[t] < 256;
         }
         megalodon_forward(model, state, tokens, 1, L);
         megalodon_loss(model, targets, 0, &counted, losses);
         for (int t = 0; t < L; t++) {
-            int range = 0;
-            for (size_t p = (i + (size_t)t + 1) / FIRST; p > 0; p >>= 1) range++;
-            bits[range] += losses[t] / log(2), counts[range]++;
+            const int range = range_of(i + (size_t)t + 1);
+            scores->bits[range] += losses[t] / log(2), scores->counts[range]++;
         }
     }
-    const char *unit = tokens_are_bytes(c) && bytes == n ? "byte" : "token";
+    state_free(state);
+    free(tokens), free(targets), free(losses);
+}
+
+// Prints a line for each range and one for all n tokens. Returns the sum of all bits.
+static double print_scores(const Scores *scores, size_t n, const char *unit) {
+    double total = 0;
     printf("%-25s %12s %9s %s\n", "positions", "predicted", "bits per", unit);
-    for (int r = 0; r < RANGES && counts[r] > 0; r++) {
-        size_t from = r == 0 ? 1 : (size_t)FIRST << (r - 1), to = from + counts[r] - 1;
-        printf("%11zu .. %-11zu %12zu %14.4f\n", from, to, counts[r], bits[r] / (double)counts[r]);
-        total += bits[r];
+    for (int r = 0; r < MAX_RANGES && scores->counts[r] > 0; r++) {
+        const size_t from = r == 0 ? 1 : (size_t)FIRST_RANGE << (r - 1), to = from + scores->counts[r] - 1;
+        printf("%11zu .. %-11zu %12zu %14.4f\n", from, to, scores->counts[r],
+               scores->bits[r] / (double)scores->counts[r]);
+        total += scores->bits[r];
     }
     printf("%-25s %12zu %14.4f", "all", n, total / (double)n);
-    // all tokens' bits, those of EOTs too, for each byte of text
-    if (bytes > 0 && strcmp(unit, "token") == 0) printf(" = %.4f bits per byte of %zu", total / (double)bytes, bytes);
+    // the bits of all tokens, special ones included, for each byte of text
+    if (scores->bytes > 0 && strcmp(unit, "token") == 0)
+        printf(" = %.4f bits per byte of %zu", total / (double)scores->bytes, scores->bytes);
     printf("\n");
     flush_output();
+    return total;
+}
+
+// --score. The text begins as training rows do, with the token of --eot, unless the file begins with it or --bos is
+// given. A first token with nothing before it is not predicted.
+static void score(Model *model, const Config *c, const Tokens *file) {
+    Scores scores = {0};
+    int32_t start = start_token();
+    if (!option_given(options, &bos) && (eot < 0 || (!tokenizer && token_at(file, 0) == eot))) start = -1;
+    size_t n = file->count, length;
+    int32_t *encoded = tokenizer ? tokenizer_encode(tokenizer, file->bytes, file->count, true, &n) : NULL;
+    if (start < 0) n--;
+    if (n == 0) fatal("--score %s: one token; nothing to predict", score_path);
+    if (tokenizer) scores.bytes = file->count;
+    if (tokenizer && start < 0) tokenizer_piece(tokenizer, encoded[0], true, &length), scores.bytes -= length;
+    const double begun = seconds();
+    add_scores(&scores, model, c, file, encoded, start, n);
+    const char *unit = tokens_are_bytes(c) && scores.bytes == n ? "byte" : "token";
+    const double total = print_scores(&scores, n, unit);
     if (!isfinite(total)) fatal("--score %s: the loss is not finite", score_path);
     fprintf(stderr, "# %zu %ss in %.1f s, %.0f tokens/s\n", n, unit, seconds() - begun,
             (double)n / (seconds() - begun));
-    state_free(state);
-    free(tokens), free(targets), free(losses), free(encoded);
+    free(encoded);
 }
 
-static bool is_state(const char *path) { // one of ./sample's: those of ./train are parts of checkpoints
+// Returns whether the file is a state of ./sample; those of ./train, which are parts of checkpoints, have no logits.
+static bool is_state(const char *path) {
     StFile f;
     char err[ST_ERR];
     if (!st_open(&f, path, err)) return false;
@@ -374,7 +400,7 @@ static bool is_state(const char *path) { // one of ./sample's: those of ./train 
     return ok;
 }
 
-// Checks what needs no more than the configuration and the headers of files; these are claimed as inputs.
+// Claims the input files and checks the options as far as the configuration and the headers of files allow.
 static void check_inputs(const Config *c, const StFile *model) {
     char err[ST_ERR], remedy[160] = "";
     claim_input("model", model->path);
@@ -396,60 +422,87 @@ static void check_inputs(const Config *c, const StFile *model) {
         claim_input("state-in", state_in);
         const int rows = state_rows(state_in, err);
         if (rows == 0) fatal("--state-in %s", err);
-        if (rows > PIECE) fatal("--state-in %s: %d samples; at most %d go on at once", state_in, rows, PIECE);
+        if (rows > PREFILL)
+            fatal("--state-in %s: has %d samples; at most %d can be continued", state_in, rows, PREFILL);
         if (option_given(options, &num_samples) && num_samples != rows)
             usage_error("--num-samples %d contradicts --state-in %s, which has %d", num_samples, state_in, rows);
         num_samples = rows;
     }
 }
 
-int main(int argc, char **argv) {
-    guard_streams();
-    settle_threads(argv);
+// Parses the command line and checks the options as far as they alone show an error.
+static void read_options(int argc, char **argv) {
     options_parse(options, argc, argv,
                   "Writes text with a trained model, or scores a file with it.\n"
                   "  ./sample --model out --prompt \"Once\" --num-tokens 500\n");
-    if (!model_path) usage_error("--model is needed: a checkpoint file or a run's folder");
+    if (!model_path) usage_error("--model is needed: a model file or a run's directory");
     if (prompt && prompt_path) usage_error("--prompt and --prompt-file exclude each other");
     if (score_path && (prompt || prompt_path || state_in || state_out || option_given(options, &num_samples)))
         usage_error("--score reads its file only: no prompt, no state, no samples");
+    sampling.eot = eot > 0 ? eot : 0;
     if (threads > 0) megalodon_threads(threads);
-    StFile file;
+}
+
+// Opens the model file, which *file gets, and returns its configuration.
+static Config open_model(StFile *file) {
     Config config = config_defaults();
-    if (!checkpoint_open(&file, &config, model_path))
+    if (!run_open_model(file, &config, model_path))
         fatal("%s: no configuration under the metadata key 'config'", model_path);
+    return config;
+}
+
+// The file of --score; zero without that option.
+static Tokens open_scored(const Config *c) {
+    if (!score_path) return (Tokens){0};
+    const Tokens file = tokens_open(score_path, tokenizer_path ? 65536 : c->vocab_size);
+    if (tokenizer_path && file.width != 1) fatal("--score %s: holds token numbers; leave out --tokenizer", score_path);
+    return file;
+}
+
+static void open_tokenizer(const Config *c) {
+    if (!tokenizer_path) return;
+    tokenizer = tokenizer_open(tokenizer_path, c->vocab_size);
+    const int count = tokenizer_count(tokenizer);
+    if (count < c->vocab_size)
+        fprintf(stderr, "# --tokenizer %s: %d tokens; the model's other %d are taken for padding\n", tokenizer_path,
+                count, c->vocab_size - count);
+}
+
+int main(int argc, char **argv) {
+    guard_streams();
+    settle_threads(argv);
+    read_options(argc, argv);
+
+    // headers of the input files
+    StFile file;
+    const Config config = open_model(&file);
     check_inputs(&config, &file);
     Prompt text = prompt_open();
-    Tokens scored = {0};
-    if (score_path) scored = tokens_open(score_path, tokenizer_path ? 65536 : config.vocab_size);
-    if (tokenizer_path && score_path && scored.width != 1)
-        fatal("--score %s: holds token numbers; leave out --tokenizer", score_path);
+    const Tokens scored = open_scored(&config);
+
+    // the memory plan, then what it allows to be read, then the output
     plan_memory(&config, tokenizer_path ? scored.count + text.count : text.count);
-    if (tokenizer_path) tokenizer = tokenizer_open(tokenizer_path, config.vocab_size);
-    if (tokenizer && tokenizer_count(tokenizer) < config.vocab_size)
-        fprintf(stderr, "# --tokenizer %s: %d tokens; the model's other %d are taken for padding\n", tokenizer_path,
-                tokenizer_count(tokenizer), config.vocab_size - tokenizer_count(tokenizer));
-    sampling.eot = eot > 0 ? eot : 0;
+    open_tokenizer(&config);
     if (state_out) state_out = claim_output("state-out", state_out, "a state of ./sample", is_state);
     keep_created();
 
     size_t count = 0;
     prompt_read(&text, &config);
     int32_t *tokens = score_path ? NULL : prompt_tokens(&text, &config, &count);
-    // from here on a signal ends the text, with its state; a second one ends the program at once
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
+    // from here on a signal ends the text, so that its state is written; a second one ends the program at once
+    const struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
     if (state_out) sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
-    Model *model = megalodon_new(&config, MEGALODON_INFER, num_samples, PIECE / num_samples);
+    Model *model = megalodon_new(&config, MEGALODON_INFER, num_samples, PREFILL / num_samples);
     if (!model) fatal("out of memory for the model");
     checkpoint_load(&file, model, &config);
-    if (score_path) {
+
+    if (score_path)
         score(model, &config, &scored);
-    } else {
+    else
         generate(model, &config, tokens, count);
-    }
     free(tokens);
     if (prompt_path) free(text.bytes);
     megalodon_free(model);
     if (tokenizer) tokenizer_free(tokenizer);
-    return stopped ? 128 + stopped : 0;
+    return stop_signal ? 128 + stop_signal : 0;
 }

@@ -73,7 +73,7 @@ static real *large[3]; // (COPIED) each
 static double sink;    // uses results, so that the compiler keeps the computation
 
 static void run_matmul(void) {
-    matmul(0, 1, SIDE, SIDE, SIDE, large[0], SIDE, large[1], SIDE, 0, NULL, large[2], SIDE);
+    matmul(large[2], SIDE, NULL, matrix(large[0], SIDE), transposed(large[1], SIDE), NULL, SIDE, SIDE, SIDE);
 }
 static void run_copy(void) {
 #pragma omp parallel for simd schedule(static)
@@ -126,7 +126,7 @@ static void run_step(void) {
     megalodon_dropout(m, dropout_p > 0 ? &draw : NULL);
     megalodon_zero_grad(m);
     megalodon_forward(m, NULL, tokens, batch_size, seq_len);
-    megalodon_loss(m, targets, 1.0 / (m->B * m->L), &counted, NULL);
+    megalodon_loss(m, targets, 1.0 / (m->dims.B * m->dims.L), &counted, NULL);
     megalodon_backward(m);
     sink += megalodon_grad_norm(m);
     megalodon_update(m, &adamw, 1e-6, 1, 0);
@@ -134,10 +134,10 @@ static void run_step(void) {
 
 #define EACH_LAYER                                                                                                     \
     const Config *c = &m->config;                                                                                      \
-    const int B = m->B, L = m->L, R = B * L, D = c->model_dim, N = c->cema_ndim, H = c->num_heads, Z = c->z_dim;       \
-    const int E = c->value_dim, C = c->chunk_size, F = c->ffn_hidden_dim, G = c->norm_num_groups;                      \
+    const Dims d = m->dims;                                                                                            \
+    const int R = d.B * d.L, D = d.D, Z = d.Z, E = d.E, F = d.F;                                                       \
     Scratch *s = &m->scratch;                                                                                          \
-    (void)B, (void)L, (void)R, (void)D, (void)N, (void)H, (void)Z, (void)E, (void)C, (void)F, (void)G, (void)s;        \
+    (void)R, (void)D, (void)Z, (void)E, (void)F, (void)s;                                                              \
     for (int l = 0; l < c->num_layers; l++)
 #define LAYER                                                                                                          \
     LayerActs *a = &m->acts[l];                                                                                        \
@@ -146,25 +146,27 @@ static void run_step(void) {
 
 static void run_timestep_norm_forward(void) {
     EACH_LAYER {
-        LAYER timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, NULL, NULL, m->x[l], w->timenorm_weight,
-                                    w->timenorm_bias, NULL, NULL, NULL, B, L, D, G, c->norm_eps);
+        LAYER const NormState none = {NULL, NULL, NULL};
+        timestep_norm_forward(a->xt, a->norm_mean, a->norm_rstd, none, m->x[l], w->timenorm_weight, w->timenorm_bias,
+                              none, d, c->norm_eps);
     }
 }
 static void run_timestep_norm_backward(void) {
     EACH_LAYER {
-        LAYER timestep_norm_backward(s->dmega, dw->timenorm_weight, dw->timenorm_bias, NULL, s->dxt, m->x[l],
-                                     w->timenorm_weight, a->norm_mean, a->norm_rstd, NULL, B, L, D, G);
+        LAYER const real *const residuals[2] = {s->dy, s->dx};
+        timestep_norm_backward(s->dmx, dw->timenorm_weight, dw->timenorm_bias, NULL, s->dxt, residuals, m->x[l],
+                               w->timenorm_weight, a->norm_mean, a->norm_rstd, NULL, d);
     }
 }
 static void run_cema_forward(void) {
-    EACH_LAYER { LAYER cema_forward(a->ema, a->h, NULL, a->xt, &m->coeffs[l], w->cema_omega, NULL, B, L, D, N); }
+    EACH_LAYER { LAYER cema_forward(a->ema, a->h, NULL, a->xt, &m->coeffs[l], w->cema_omega, NULL, d); }
 }
 static void run_cema_backward(void) {
     EACH_LAYER {
-        LAYER cema_backward(s->dxt, &s->dcoeffs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coeffs[l], w->cema_omega,
-                            B, L, D, N);
+        LAYER cema_backward(s->dxt, &s->dcoeffs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coeffs[l],
+                            w->cema_omega, d);
         cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoeffs, w->cema_alpha,
-                            w->cema_delta, w->cema_theta, D, N);
+                             w->cema_delta, w->cema_theta, D, d.N);
     }
 }
 static void run_row_norms_forward(void) {
@@ -180,116 +182,96 @@ static void run_row_norms_backward(void) {
                            a->ffn_rstd, R, D);
     }
 }
-// The three parts of linear_backward: dL/dinp, dL/dweight and dL/dbias.
-static void dx_of(real *dinp, int add, const real *dout, const real *weight, int R, int K, int M) {
-    matmul(0, 0, R, K, M, dout, M, weight, K, add, NULL, dinp, K);
-}
-static void dw_of(real *dweight, const real *dout, const real *inp, int R, int K, int M) {
-    matmul(1, 0, M, K, R, dout, M, inp, K, 1, NULL, dweight, K);
-}
-static void db_of(real *dbias, const real *dout, int R, int M) { sum_rows(dbias, dout, NULL, NULL, NULL, R, M, 1); }
-
 static void run_projections_forward(void) {
     EACH_LAYER {
-        LAYER linear_forward(a->z, 0, a->mx, w->wz, w->wz_bias, R, D, Z);
-        linear_forward(a->v_pre, 0, a->xt, w->wv, w->wv_bias, R, D, E);
-        linear_forward(a->r_pre, 0, a->mx, w->wr, w->wr_bias, R, D, E);
-        linear_forward(a->y, 0, a->mx, w->wh1, w->wh1_bias, R, D, D);
-        linear_forward(a->y, 1, s->gated, w->wh2, NULL, R, E, D);
+        LAYER linear_forward(a->z, NULL, a->mx, w->wz, w->wz_bias, R, D, Z);
+        linear_forward(a->v_pre, NULL, a->xt, w->wv, w->wv_bias, R, D, E);
+        linear_forward(a->r_pre, NULL, a->mx, w->wr, w->wr_bias, R, D, E);
+        linear_forward(a->y, m->x[l], a->mx, w->wh1, w->wh1_bias, R, D, D);
+        linear_forward(a->y, a->y, s->gated, w->wh2, NULL, R, E, D);
     }
 }
 static void run_projections_dx(void) {
     EACH_LAYER {
-        LAYER dx_of(s->do_, 0, s->dy, w->wh2, R, E, D);
-        dx_of(s->dmx, 0, s->dy, w->wh1, R, D, D);
-        dx_of(s->dmx, 1, s->dr_pre, w->wr, R, D, E);
-        dx_of(s->dmx, 1, s->dz, w->wz, R, D, Z);
-        dx_of(s->dxt, 1, s->dv, w->wv, R, D, E);
+        LAYER linear_backward_input(s->do_, 0, s->dy, w->wh2, R, E, D);
+        linear_backward_input(s->dmx, 0, s->dy, w->wh1, R, D, D);
+        linear_backward_input(s->dmx, 1, s->dr_pre, w->wr, R, D, E);
+        linear_backward_input(s->dmx, 1, s->dz, w->wz, R, D, Z);
+        linear_backward_input(s->dxt, 1, s->dv, w->wv, R, D, E);
     }
 }
 static void run_projections_dw(void) {
     EACH_LAYER {
-        LAYER dw_of(dw->wh2, s->dy, s->gated, R, E, D);
-        dw_of(dw->wh1, s->dy, a->mx, R, D, D);
-        dw_of(dw->wr, s->dr_pre, a->mx, R, D, E);
-        dw_of(dw->wz, s->dz, a->mx, R, D, Z);
-        dw_of(dw->wv, s->dv, a->xt, R, D, E);
+        LAYER linear_backward_weight(dw->wh2, NULL, s->dy, s->gated, R, E, D);
+        linear_backward_weight(dw->wh1, NULL, s->dy, a->mx, R, D, D);
+        linear_backward_weight(dw->wr, NULL, s->dr_pre, a->mx, R, D, E);
+        linear_backward_weight(dw->wz, NULL, s->dz, a->mx, R, D, Z);
+        linear_backward_weight(dw->wv, NULL, s->dv, a->xt, R, D, E);
     }
 }
 static void run_bias_gradients(void) {
     EACH_LAYER {
-        LAYER db_of(dw->wh1_bias, s->dy, R, D), db_of(dw->wr_bias, s->dr_pre, R, E);
-        db_of(dw->wz_bias, s->dz, R, Z), db_of(dw->wv_bias, s->dv, R, E);
+        LAYER sum_rows(dw->wh1_bias, s->dy, NULL, NULL, NULL, R, D, 1),
+            sum_rows(dw->wr_bias, s->dr_pre, NULL, NULL, NULL, R, E, 1);
+        sum_rows(dw->wz_bias, s->dz, NULL, NULL, NULL, R, Z, 1),
+            sum_rows(dw->wv_bias, s->dv, NULL, NULL, NULL, R, E, 1);
     }
 }
 static void run_ffn_forward(void) {
     EACH_LAYER {
-        LAYER linear_forward(a->f1, 0, a->u, w->fc1, NULL, R, D, F);
-        if (c->swiglu) linear_forward(a->f3, 0, a->u, w->fc3, NULL, R, D, F);
-        linear_forward(s->dy, 0, s->hidden, w->fc2, NULL, R, F, D);
+        LAYER linear_forward(a->f1, NULL, a->u, w->fc1, NULL, R, D, F);
+        if (c->swiglu) linear_forward(a->f3, NULL, a->u, w->fc3, NULL, R, D, F);
+        linear_forward(s->dy, m->x[l], s->hidden, w->fc2, NULL, R, F, D);
     }
 }
 static void run_ffn_dx(void) {
     EACH_LAYER {
-        LAYER dx_of(s->dhidden, 0, s->dx, w->fc2, R, F, D);
-        if (c->swiglu) dx_of(s->dxt, 0, s->dhidden, w->fc3, R, D, F);
-        dx_of(s->dxt, c->swiglu, s->df1, w->fc1, R, D, F);
+        LAYER linear_backward_input(s->dhidden, 0, s->dx, w->fc2, R, F, D);
+        if (c->swiglu) linear_backward_input(s->dxt, 0, s->dhidden, w->fc3, R, D, F);
+        linear_backward_input(s->dxt, c->swiglu, s->df1, w->fc1, R, D, F);
     }
 }
 static void run_ffn_dw(void) {
     EACH_LAYER {
-        LAYER dw_of(dw->fc2, s->dx, s->hidden, R, F, D);
-        if (c->swiglu) dw_of(dw->fc3, s->dhidden, a->u, R, D, F);
-        dw_of(dw->fc1, s->df1, a->u, R, D, F);
+        LAYER linear_backward_weight(dw->fc2, NULL, s->dx, s->hidden, R, F, D);
+        if (c->swiglu) linear_backward_weight(dw->fc3, NULL, s->dhidden, a->u, R, D, F);
+        linear_backward_weight(dw->fc1, NULL, s->df1, a->u, R, D, F);
     }
 }
-#define ATTENTION_MASK mask_of_attention(m, l)
 static void run_attention_forward(void) {
     EACH_LAYER {
-        LAYER attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->q_rotated, s->k_rotated, s->v, NULL,
-                                ATTENTION_MASK, B, L, C, H, Z, E, m->threads);
+        LAYER attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->q, s->k, s->v, NULL, mask_of_attention(m, l), d,
+                                m->threads);
     }
 }
 static void run_attention_backward(void) {
     EACH_LAYER {
-        LAYER attention_backward(s->dq, s->dk, s->dv, s->scores, s->dscores, s->do_, a->o, a->lse, s->q_rotated,
-                                 s->k_rotated, s->v, ATTENTION_MASK, B, L, C, H, Z, E, m->threads);
+        LAYER attention_backward(s->dq, s->dk, s->dv, s->scores, s->do_, a->lse, s->q, s->k, s->v,
+                                 mask_of_attention(m, l), d, m->threads);
     }
 }
 // The forward pass, what the backward pass recomputes (norm and rotation), and the backward pass.
 static void run_qk(void) {
     EACH_LAYER {
         LAYER for (int again = 0; again < 2; again++) {
-            rmsnorm_forward(s->zn, a->z_rstd, a->z, NULL, R * H, Z / H, c->norm_eps);
-            rope_forward(s->q_rotated, a->q, m->rope, NULL, B, L, Z, Z / H, C);
-            rope_forward(s->k_rotated, a->k, m->rope, NULL, B, L, Z, Z / H, C);
+            qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, NULL, d, c->norm_eps);
         }
-        qk_forward(a->q, a->k, s->zn, w->gamma, w->beta, R, Z, Z / H);
-        rope_backward(s->dq, s->dq, m->rope, NULL, B, L, Z, Z / H, C);
-        rope_backward(s->dk, s->dk, m->rope, NULL, B, L, Z, Z / H, C);
-        qk_backward(s->dzn, dw->gamma, dw->beta, s->dq, s->dk, s->zn, w->gamma, R, Z, Z / H);
-        rmsnorm_backward(s->dz, NULL, s->dzn, a->z, NULL, a->z_rstd, R * H, Z / H);
+        qk_layer_backward(s->dz, dw->gamma, dw->beta, s->dq, s->dk, s->zn, s->z_rstd, a->z, w->gamma, m->rope, d);
     }
 }
-// The forward pass, its recomputation, and the backward pass. Not in place: repeated in place, the values would become
-// denormal, which is slow.
+// The forward pass, and the backward pass with its recomputation. Not in place: repeated in place, the values would
+// become denormal, which is slow.
 static void run_gates(void) {
     EACH_LAYER {
-        LAYER for (int again = 0; again < 2; again++) {
-            silu_forward(s->v, a->v_pre, (size_t)R * E);
-            gate_forward(s->gated, a->o, a->r_pre, (size_t)R * E);
-            if (c->swiglu) gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
-            if (!c->swiglu) silu_forward(s->hidden, a->f1, (size_t)R * F);
-        }
-        silu_backward(s->v, s->dv, a->v_pre, (size_t)R * E);
-        gate_backward(s->gated, s->dr_pre, s->do_, a->o, a->r_pre, (size_t)R * E);
-        if (c->swiglu) gate_backward(s->hidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F);
-        if (!c->swiglu) silu_backward(s->df1, s->dhidden, a->f1, (size_t)R * F);
-    }
-}
-static void run_residuals(void) {
-    EACH_LAYER {
-        for (int i = 0; i < 4; i++) add(s->dx, s->dmega, (size_t)R * D);
+        LAYER for (int again = 0; again < 2; again++) silu_forward(s->v, a->v_pre, (size_t)R * E);
+        gate_forward(s->gated, a->o, a->r_pre, (size_t)R * E);
+        if (c->swiglu) gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
+        if (!c->swiglu) silu_forward(s->hidden, a->f1, (size_t)R * F);
+        silu_backward(NULL, s->v, s->dv, a->v_pre, (size_t)R * E);
+        gate_backward(s->gated, s->v, s->dr_pre, s->do_, a->o, a->r_pre, (size_t)R * E);
+        if (c->swiglu) gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
+        if (c->swiglu) gate_backward(NULL, s->hidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F);
+        if (!c->swiglu) silu_backward(s->hidden, s->df1, s->dhidden, a->f1, (size_t)R * F);
     }
 }
 // The masks of the forward pass, of the gradients, and of what the backward pass recomputes.
@@ -304,11 +286,11 @@ static void run_dropout(void) {
         for (int i = 0; i < 3; i++) dropout(s->hidden, s->hidden, hidden, (size_t)R * F);
     }
 }
-static void run_output(void) { megalodon_loss(m, targets, 1.0 / (m->B * m->L), &counted, NULL); }
+static void run_output(void) { megalodon_loss(m, targets, 1.0 / (m->dims.B * m->dims.L), &counted, NULL); }
 static void run_embedding(void) {
     const Config *c = &m->config;
-    embedding_forward(m->x[0], tokens, m->params.embed, 1, m->B * m->L, c->model_dim);
-    embedding_backward(m->grads.embed, m->scratch.dx, tokens, 1, m->B * m->L, c->model_dim);
+    embedding_forward(m->x[0], tokens, m->params.embed, 1, m->dims.B * m->dims.L, c->model_dim);
+    embedding_backward(m->grads.embed, m->scratch.dx, tokens, 1, m->dims.B * m->dims.L, c->model_dim);
 }
 static void run_grad_norm(void) { sink += megalodon_grad_norm(m); }
 static void run_zero_grad(void) { megalodon_zero_grad(m); }
@@ -344,7 +326,7 @@ static void bench_step(void) {
         rates[READ],
         {"step", run_step, R * step_flop(c, seq_len), 0, 0, 0},
         {"TimestepNorm forward", run_timestep_norm_forward, 0, b * R * l * 2 * D, 0, 0},
-        {"TimestepNorm backward", run_timestep_norm_backward, 0, b * R * l * 3 * D, 0, 0},
+        {"TimestepNorm backward", run_timestep_norm_backward, 0, b * R * l * 5 * D, 0, 0},
         {"CEMA forward", run_cema_forward, 0, b * R * l * 2 * D, 0, 0},
         {"CEMA backward", run_cema_backward, 0, b * R * l * 3 * D, 0, 0},
         {"RMSNorm, LayerNorm forward", run_row_norms_forward, 0, b * R * l * 4 * D, 0, 0},
@@ -359,8 +341,7 @@ static void bench_step(void) {
         {"FFN forward", run_ffn_forward, ffn, 0, 0, 0},
         {"FFN dx", run_ffn_dx, ffn, 0, 0, 0},
         {"FFN dw", run_ffn_dw, ffn, 0, 0, 0},
-        {"silu and gates", run_gates, 0, b * R * l * (18 * E + (4 * gates - 1) * F), 0, 0},
-        {"residuals", run_residuals, 0, b * R * l * 12 * D, 0, 0},
+        {"silu and gates", run_gates, 0, b * R * l * (16 * E + (4 * gates - 1) * F), 0, 0},
         {"output and loss", run_output, 3 * output, 0, 0, 0},
         {"embedding", run_embedding, 0, b * R * 5 * D, 0, 0},
         {"zero gradients", run_zero_grad, 0, b * P, 0, 0},

@@ -1,25 +1,24 @@
-// ./compare A B: the tensors that two safetensors files share, side by side, in the order in which the model
-// computes them, so that the first one over tolerance is the place to look. A is the reference.
-#include <math.h>    // defines: fabs, sqrtl, isnan, isfinite, sqrtl
+// ./compare A B: compares the tensors that two safetensors files share, in the order in which the model computes them,
+// so that the first one over tolerance shows where an error arises. A is the reference.
+#include <math.h>    // defines: fabs, fmax, isfinite, isnan, sqrtl
 #include <stdbool.h> // defines: bool
 #include <stdlib.h>  // defines: qsort, calloc, strtod, getenv
 #include <string.h>  // defines: strcmp, strncmp, strlen
 #include <unistd.h>  // defines: isatty
+#include "../megalodon.h"
 #include "safetensors.h"
 
 static const char help[] = "usage: ./compare A.safetensors B.safetensors [--tolerance X]\n"
-                           "Compares B's tensors with A's of the same names, in data-flow order. One passes\n"
+                           "Compares the tensors that A and B share, in data-flow order. A tensor passes\n"
                            "if |A - B| / |A|, L2 norms, is at most 5e-6 (grad.*: 2e-5, train.*: 2e-6), or X;\n"
-                           "integers must be equal. NaN fails, and act.*, grad.* or loss that B misses.\n"
+                           "integers must be equal. NaN fails; so does act.*, grad.* or loss that B lacks.\n"
                            "F64, F32, F16, BF16, I64 and I32 are compared, other types are listed.\n"
                            "Exit status: 0 all passed, 1 some failed, 2 wrong usage or an unreadable file.\n";
 
-// The data flow. Names are matched by their beginning; "*" stands for "layers.i."; layers stay together.
-// Names under one entry, or under none, stay in the file's order.
+// The order of the data flow. A name belongs to the first entry that it starts with; "*" stands for "layers.i.". Layers
+// stay together. Names of one entry, or of none, keep the file's order.
 static const char *const input_order[] = {"tokens", "targets", NULL};
-static const char *const act_order[] = {"*mega.timenorm", "*mega.cema", "*mega.rmsnorm", "*mega.q",   "*mega.k",
-                                        "*mega.v",        "*mega.r",    "*mega.attn",    "*mega.out", "*nffn.norm",
-                                        "*nffn.out",      "final_norm", "logits",        NULL};
+static const char *const act_order[] = {"final_norm", "logits", NULL}; // after those of the layers, see entry()
 static const char *const grad_order[] = {
     "output.output.", "output.final_norm.", "*nffn.alpha",     "*nffn.fc2.", "*nffn.fc3.",  "*nffn.fc1.", "*nffn.norm.",
     "*mega.wh2.",     "*mega.wh1.",         "*mega.wr.",       "*mega.wv.",  "*mega.gamma", "*mega.beta", "*mega.wz.",
@@ -38,15 +37,18 @@ static const struct {
 };
 
 typedef struct {
-    const StTensor *a, *b; // b is NULL if B misses it
+    const StTensor *a, *b; // b is NULL if B lacks the tensor
     Kind kind;
-    int layer, place;                 // layer: -1 if in none; counted from the last one for gradients
-    double max_abs, relative, cosine; // relative: |A - B| / |A|
-    int64_t worst;                    // the element that differs most, or the first NaN
-    double worst_a, worst_b;          // its values
-    double tolerance;
+    int layer;               // -1 if in none; for gradients counted from the last layer
+    int place;               // index in the kind's order
+    double max_abs;          // max |a - b| over the elements
+    double relative;         // |A - B| / |A|, L2 norms
+    double cosine;           // of the angle between A and B
+    int64_t worst;           // the element that differs most, or the first NaN
+    double worst_a, worst_b; // its values
+    double tolerance;        // for relative
     bool passed;
-    char note[256]; // why there are no measures, "" if there are
+    char note[256]; // replaces the measures if there are none; otherwise ""
 } Row;
 
 static const char *red = "", *green = "", *bold = "", *plain = "";
@@ -59,23 +61,36 @@ static Kind kind_of(const char *name) {
     return OTHER;
 }
 
-// printf writes some NaNs as "-nan", but a NaN has no sign worth showing.
+// printf prints some NaNs as "-nan"; their sign has no meaning.
 static double shown(double value) { return isnan(value) ? (double)NAN : value; }
 
 static bool readable(const StTensor *t) { return t->type != ST_OTHER; }
 
 static bool required(Kind kind) { return kind == ACT || kind == LOSS || kind == GRAD; }
 
+// Entry i of a kind's order, NULL after the last. Activations of layers are in the order of the model's table.
+static const char *entry(Kind kind, int i, bool *in_layer) {
+    const char *const *order = kinds[kind].order;
+    for (int n = 0; kind == ACT; n++) {
+        const char *name = megalodon_activation_name(n);
+        *in_layer = name != NULL;
+        if (name == NULL) return order[i - n];
+        if (n == i) return name;
+    }
+    *in_layer = order[i] != NULL && order[i][0] == '*';
+    return *in_layer ? order[i] + 1 : order[i];
+}
+
 static Row make_row(const StTensor *a, const StTensor *b) {
     Row r = {.a = a, .b = b, .kind = kind_of(a->name), .layer = -1};
-    const char *const *order = kinds[r.kind].order, *rest = a->name + strlen(kinds[r.kind].prefix);
+    const char *rest = a->name + strlen(kinds[r.kind].prefix), *e;
     int layer = 0, used = 0;
+    bool in_layer;
     sscanf(rest, "layers.%9d.%n", &layer, &used);
-    for (; order[r.place] != NULL; r.place++) {
-        const char *entry = order[r.place] + (used > 0);
-        if ((used > 0) == (order[r.place][0] == '*') && strncmp(entry, rest + used, strlen(entry)) == 0) break;
+    for (; (e = entry(r.kind, r.place, &in_layer)) != NULL; r.place++) {
+        if ((used > 0) == in_layer && strncmp(e, rest + used, strlen(e)) == 0) break;
     }
-    if (used > 0 && order[r.place] != NULL) r.layer = r.kind == GRAD ? 999999999 - layer : layer;
+    if (used > 0 && e != NULL) r.layer = r.kind == GRAD ? 999999999 - layer : layer;
     return r;
 }
 
@@ -89,27 +104,27 @@ static int by_data_flow(const void *x, const void *y) {
 
 static bool exact(const Row *r) { return st_is_integer(r->a->type) && st_is_integer(r->b->type); }
 
-// Compares two tensors of one shape, in pieces, so that memory stays constant.
+// Compares two tensors of one shape, a part at a time, so that memory is constant.
 static bool measure(StFile *fa, StFile *fb, Row *r, char *err) {
-    enum { PIECE = 8192 };
+    enum { PART = 8192 };
     static union {
         double real;
         int64_t whole;
-    } a[PIECE], b[PIECE];
+    } a[PART], b[PART];
     const bool whole = exact(r);
     const StType as = whole ? ST_I64 : ST_F64;
     if (whole) r->tolerance = 0;
-    long double xx = 0, yy = 0, xy = 0, dd = 0; // where it is longer, squares of any double fit
+    long double xx = 0, yy = 0, xy = 0, dd = 0; // where long double is longer than double, squares do not overflow
     bool a_zero = true, b_zero = true;
     r->max_abs = -1;
-    for (int64_t n = st_count(r->a), start = 0; start < n; start += PIECE) {
-        const int64_t piece = n - start < PIECE ? n - start : PIECE;
-        if (!st_read(fa, r->a, start, piece, a, as, err)) return false;
-        if (!st_read(fb, r->b, start, piece, b, as, err)) return false;
-        for (int64_t i = 0; i < piece; i++) {
+    for (int64_t n = st_count(r->a), start = 0; start < n; start += PART) {
+        const int64_t part = n - start < PART ? n - start : PART;
+        if (!st_read(fa, r->a, start, part, a, as, err)) return false;
+        if (!st_read(fb, r->b, start, part, b, as, err)) return false;
+        for (int64_t i = 0; i < part; i++) {
             double x = whole ? (double)a[i].whole : a[i].real, y = whole ? (double)b[i].whole : b[i].real;
             double diff = fabs(x - y);
-            if (whole && a[i].whole != b[i].whole) diff = fmax(diff, 1); // a double may not tell them apart
+            if (whole && a[i].whole != b[i].whole) diff = fmax(diff, 1); // the integers may round to the same double
             xx += (long double)x * x;
             yy += (long double)y * y;
             xy += (long double)x * y;
@@ -130,7 +145,7 @@ static bool measure(StFile *fa, StFile *fb, Row *r, char *err) {
     return true;
 }
 
-// The shape, "2x48x64", or the place of an element, "0,40,12", if that is not negative.
+// Formats the shape, "2x48x64", or the indices of an element, "0,40,12", if element is not negative.
 static char *tuple(char text[200], const StTensor *t, int64_t element) {
     int at = snprintf(text, 200, "%s", t->ndim == 0 ? "scalar" : "");
     int64_t stride = st_count(t);
@@ -142,7 +157,7 @@ static char *tuple(char text[200], const StTensor *t, int64_t element) {
     return text;
 }
 
-// A scalar has the shape of a vector of one element: some write the loss as the one, some as the other.
+// A scalar equals a vector of one element: programs differ in how they write the loss.
 static bool same_shape(const StTensor *a, const StTensor *b) {
     if (a->ndim <= 1 && b->ndim <= 1) return st_count(a) == st_count(b);
     bool same = a->ndim == b->ndim;
@@ -164,11 +179,12 @@ static void print_row(const Row *r, int name_width, int shape_width) {
 }
 
 typedef struct {
-    int compared, failed; // of the compared ones
-    int unmeasured;       // missing in B, or of a shape or type there that cannot be compared: they fail, too
+    int compared;   // tensors that were compared
+    int failed;     // of these, those over tolerance
+    int unmeasured; // tensors that B lacks or has with another shape or type; they fail, too
 } Counts;
 
-// Judges and prints all rows; false if a file could not be read.
+// Compares and prints all rows; returns false if a file cannot be read.
 static bool print_table(StFile *fa, StFile *fb, Row *rows, int count, double tolerance, Counts *n, char *err) {
     int names = 4, shapes = 8; // widths
     bool marked = false;
@@ -184,7 +200,7 @@ static bool print_table(StFile *fa, StFile *fb, Row *rows, int count, double tol
         const bool measurable = r->b != NULL && readable(r->b) && same_shape(r->a, r->b);
         r->tolerance = tolerance >= 0 ? tolerance : kinds[r->kind].tolerance;
         if (r->b == NULL)
-            snprintf(r->note, sizeof r->note, "B misses it");
+            snprintf(r->note, sizeof r->note, "not in B");
         else if (!readable(r->b))
             snprintf(r->note, sizeof r->note, "B has type %s", r->b->dtype);
         else if (!measurable)
@@ -206,13 +222,13 @@ static bool print_table(StFile *fa, StFile *fb, Row *rows, int count, double tol
     return true;
 }
 
-// Is the tensor of A in the table? Of those that must be in B, all that can be read; of the others, those that can be
-// read in both files.
+// Returns whether a tensor of A is in the table: it can be read, and B must have it, or has it and it can be read there
+// too.
 static bool in_table(const StTensor *a, const StTensor *b) {
     return readable(a) && (required(kind_of(a->name)) || (b != NULL && readable(b)));
 }
 
-// Lists the tensors of A that are not in the table, then those of B that A does not have.
+// Lists the tensors of A that are not in the table, then those of B that A lacks.
 static void list_others(const StFile *fa, const StFile *fb) {
     for (const StTensor *a = fa->tensors; a < fa->tensors + fa->count; a++) {
         const StTensor *b = st_find(fb, a->name);
@@ -243,7 +259,7 @@ static void print_summary(const Row *rows, int count, const Counts *n) {
            n->failed, plain);
     if (n->unmeasured > 0) printf("; %s%d not in B, or with another shape or type there%s", red, n->unmeasured, plain);
     printf("\n");
-    if (n->compared == 0) printf("nothing was compared: the files have no tensor in common that could be\n");
+    if (n->compared == 0) printf("nothing was compared: the files share no tensor that can be compared\n");
 }
 
 // Returns the exit status.
@@ -274,7 +290,7 @@ static int usage(const char *problem, const char *what) {
 
 int main(int argc, char **argv) {
     const char *paths[2];
-    double tolerance = -1; // by kind
+    double tolerance = -1; // the default of each kind
     int given = 0;
     for (int i = 1; i < argc; i++) {
         static const char name[] = "--tolerance";
@@ -305,7 +321,7 @@ int main(int argc, char **argv) {
     bool opened = st_open(&a, paths[0], err) && st_open(&b, paths[1], err);
     int status = opened ? compare_files(&a, &b, tolerance, err) : 2;
     if ((fflush(stdout) != 0 || ferror(stdout)) && status < 2) {
-        snprintf(err, sizeof err, "stdout: cannot be written");
+        snprintf(err, sizeof err, "stdout: the result could not be written");
         status = 2;
     }
     if (status == 2) fprintf(stderr, "compare: %s\n", err);

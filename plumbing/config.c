@@ -1,3 +1,4 @@
+// Configurations: presets, JSON, validity, flags.
 #include <math.h>   // defines: isfinite
 #include <stddef.h> // defines: offsetof
 #include <stdlib.h> // defines: free
@@ -57,7 +58,7 @@ const Config *find_preset(const char *name) {
         size_t n = strlen(list);
         snprintf(list + n, sizeof list - n, " %s", megalodon_presets[i].name);
     }
-    usage_error("--preset %s: none of that name; there are%s", name, list);
+    usage_error("--preset %s: no such preset; there are%s", name, list);
 }
 
 Config config_defaults(void) {
@@ -88,7 +89,7 @@ static void read_field(Json *j, Config *c, const Field *f) {
     }
 }
 
-// Fields of the released configuration that are no part of ours: taken if they change nothing.
+// Reads a field of the released configuration that Config lacks. It is accepted if it does not change the model.
 static void read_foreign(Json *j, const char *key, int64_t *output_size) {
     if (strcmp(key, "efficient_attn") == 0 || strcmp(key, "layerwise_ckpt") == 0) {
         json_skip(j);
@@ -156,7 +157,7 @@ char *config_to_json(const Config *c) {
 }
 
 // ----------------------------------------------------------------------------
-// rules
+// validity and flags
 
 bool config_equal(const Config *a, const Config *b) {
     for (const Field *f = fields; f < fields + NUM_FIELDS; f++) {
@@ -172,22 +173,23 @@ bool config_check(const Config *c, char *err) {
             return snprintf(err, ST_ERR, "%s %g is not positive", f->name, *(const double *)at), false;
         if (f->kind == PROBABILITY && !(*(const double *)at >= 0 && *(const double *)at < 1))
             return snprintf(err, ST_ERR, "%s %g is not in 0 <= p < 1", f->name, *(const double *)at), false;
-        int most = strcmp(f->name, "num_layers") == 0  ? MAX_LAYERS
-                   : strcmp(f->name, "cema_ndim") == 0 ? MAX_NDIM
-                                                       : MAX_DIM;
+        int max = strcmp(f->name, "num_layers") == 0  ? MAX_LAYERS
+                  : strcmp(f->name, "cema_ndim") == 0 ? MAX_NDIM
+                                                      : MAX_DIM;
         int value = f->kind == INTEGER ? *(const int *)at : 0;
-        if (f->kind == INTEGER && (value < 1 || value > most))
-            return snprintf(err, ST_ERR, "%s %d is not in 1..%d", f->name, value, most), false;
+        if (f->kind == INTEGER && (value < 1 || value > max))
+            return snprintf(err, ST_ERR, "%s %d is not in 1..%d", f->name, value, max), false;
     }
     if (c->z_dim % c->num_heads != 0 || c->value_dim % c->num_heads != 0)
         snprintf(err, ST_ERR, "num_heads %d does not divide z_dim %d and value_dim %d", c->num_heads, c->z_dim,
                  c->value_dim);
     else if (c->z_dim / c->num_heads % 2 != 0)
-        snprintf(err, ST_ERR, "z_dim / num_heads = %d / %d is odd: rotation needs pairs", c->z_dim, c->num_heads);
+        snprintf(err, ST_ERR, "z_dim / num_heads = %d / %d is odd: rotary embedding needs pairs of channels", c->z_dim,
+                 c->num_heads);
     else if (c->model_dim % c->norm_num_groups != 0)
         snprintf(err, ST_ERR, "norm_num_groups %d does not divide model_dim %d", c->norm_num_groups, c->model_dim);
     else if (c->norm_num_groups == c->model_dim)
-        snprintf(err, ST_ERR, "norm_num_groups %d: a group needs at least 2 of the %d features", c->norm_num_groups,
+        snprintf(err, ST_ERR, "norm_num_groups %d: a group needs at least 2 of the %d channels", c->norm_num_groups,
                  c->model_dim);
     else
         return true;

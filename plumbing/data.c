@@ -1,3 +1,4 @@
+// Token files and the rows that training and validation read from them.
 #include <errno.h>    // defines: errno
 #include <fcntl.h>    // defines: open
 #include <signal.h>   // defines: sigaction
@@ -22,14 +23,14 @@ bool find_data_format(const char *name, DataFormat *format) {
 }
 
 // ----------------------------------------------------------------------------
-// Truncation of a mapped file. file_check() finds it by the file's size. Reading beyond the new end before that raises
-// SIGBUS, whose handler writes a message and ends the program; it may use async-signal-safe functions only.
+// Truncation of a mapped file. file_check() detects it by the file's size. A read beyond the new end before that raises
+// SIGBUS, whose handler prints a message and ends the program; it may call async-signal-safe functions only.
 
-enum { MAX_MAPPED = 4 }; // the files opened last; ./train opens two
+enum { MAX_MAPPED = 4 }; // watch the files opened last; ./train opens two
 static Tokens mapped[MAX_MAPPED];
 
 static void put_text(const char *text) {
-    if (write(STDERR_FILENO, text, strlen(text)) < 0) return; // no other place for it
+    if (write(STDERR_FILENO, text, strlen(text)) < 0) return; // nothing can be done if stderr fails
 }
 
 static void put_number(size_t n) {
@@ -50,14 +51,14 @@ static void on_sigbus(int number, siginfo_t *info, void *context) {
             put_text(": truncated while it was read: "), put_number(t->size), put_text(" bytes when it was opened, ");
             put_number((size_t)now.st_size), put_text(" now\n");
         } else {
-            put_text(": cannot be read any more (an error of its disk or network)\n");
+            put_text(": cannot be read any more (a disk or network error)\n");
         }
         _exit(1);
     }
-    signal(number, SIG_DFL); // not ours: the instruction is repeated and ends the program
+    signal(number, SIG_DFL); // another address: the instruction is executed again and ends the program
 }
 
-static void watch(const Tokens *t) {
+static void watch_truncation(const Tokens *t) {
     static int count;
     struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO};
     mapped[count++ % MAX_MAPPED] = *t;
@@ -68,15 +69,15 @@ static void watch(const Tokens *t) {
 static void file_check(const Tokens *t) {
     struct stat now;
     if (t->file < 0 || fstat(t->file, &now) != 0 || (size_t)now.st_size >= t->size) return;
-    fatal("%s: truncated while it was read: %zu bytes when it was opened, %zu now. Checkpoints that were saved stay; "
-          "restore the file, then continue with --resume",
+    fatal("%s: truncated while it was read: %zu bytes when it was opened, %zu now. Saved checkpoints stay; restore "
+          "the file, then continue with --resume",
           t->path, t->size, (size_t)now.st_size);
 }
 
 // ----------------------------------------------------------------------------
 // opening
 
-// The whole file in memory, for file systems that cannot map it.
+// Reads the whole file into memory, for file systems that cannot map it.
 static unsigned char *read_whole(const char *path, int fd, size_t size) {
     unsigned char *memory = allocate(size, 1);
     for (size_t done = 0; done < size;) {
@@ -94,16 +95,16 @@ static bool cannot_map(int error) {
            error == EACCES;
 }
 
-// Turns t, so far the whole file as bytes, into the tokens of a .bin file if it is one.
+// If the file is a .bin file, changes t from the bytes of the whole file to its tokens and returns true.
 static bool read_header(Tokens *t) {
     int32_t header[3] = {0};
     if (t->count >= sizeof header) memcpy(header, t->bytes, sizeof header);
     if (header[0] == MAGIC_UINT32)
-        fatal("%s: a .bin file of 32-bit tokens (magic %d); only 16-bit ones are read (magic %d)", t->path,
+        fatal("%s: a .bin file of 32-bit tokens (magic %d); only 16-bit tokens are supported (magic %d)", t->path,
               MAGIC_UINT32, MAGIC);
     if (header[0] != MAGIC) return false;
     if (header[1] != VERSION)
-        fatal("%s: a .bin token file of version %d; only version %d is read", t->path, header[1], VERSION);
+        fatal("%s: a .bin token file of version %d; only version %d is supported", t->path, header[1], VERSION);
     size_t size = t->count;
     if (header[2] < 0 || size < HEADER || size - HEADER != 2 * (size_t)header[2])
         fatal("%s: its header says %d tokens of 2 bytes, but %zu bytes follow it: truncated or damaged", t->path,
@@ -114,32 +115,33 @@ static bool read_header(Tokens *t) {
     return true;
 }
 
-// A control character that texts do not have; they do have backspaces, tabs, line and page ends, and escape sequences.
+// Control characters that do not occur in text. Backspace, tab, line feed, vertical tab, form feed, carriage return and
+// escape do.
 static bool is_control(unsigned char byte) {
     return (byte < 32 && !(byte >= 8 && byte <= 13) && byte != 27) || byte == 127;
 }
 
-// Do these bytes look like uint16 tokens without a header (numpy's tofile, nanoGPT's train.bin)? Tokenizers give small
-// numbers to frequent tokens, so that, in a sample of the file,
-//   1. nearly all values are below the vocabulary size,
-//   2. many bytes are control characters, which no text has in any encoding but UTF-16 and UTF-32,
-//   3. the high bytes are smaller than the low bytes, unlike those of compressed data or sound.
+// Returns whether a file looks like uint16 tokens without a header (numpy's tofile, nanoGPT's train.bin). Tokenizers
+// give small ids to frequent tokens, so that, in a sample of the file,
+//   1. at least 90 % of the values are below the vocabulary size,
+//   2. more than 2 % of the bytes are control characters, which occur in text only as UTF-16 or UTF-32,
+//   3. the high bytes are smaller on average than the low bytes, unlike in compressed data or sound.
 // UTF-16 and UTF-32 are recognized by their byte order mark. With at most 256 tokens, a file can only be bytes.
 static bool looks_like_uint16(const Tokens *t, int vocab_size) {
     enum { BLOCKS = 64, BLOCK = 4096 };
     const unsigned char *bytes = t->bytes;
     const size_t step = t->size <= (size_t)BLOCKS * BLOCK ? BLOCK : t->size / BLOCKS / 2 * 2;
-    size_t values = 0, inside = 0, controls = 0, low = 0, high = 0;
+    size_t values = 0, valid = 0, controls = 0, low = 0, high = 0;
     if (vocab_size <= 256 || t->size % 2 != 0 || (bytes[0] == 0xFF && bytes[1] == 0xFE)) return false;
     for (size_t at = 0; at < t->size; at += step) {
         for (size_t i = at; i < at + BLOCK && i < t->size; i += 2) {
             values++;
-            inside += (bytes[i] | bytes[i + 1] << 8) < vocab_size;
+            valid += (bytes[i] | bytes[i + 1] << 8) < vocab_size;
             controls += (size_t)is_control(bytes[i]) + (size_t)is_control(bytes[i + 1]);
             low += bytes[i], high += bytes[i + 1];
         }
     }
-    return inside >= values * 9 / 10 && controls > values / 25 && high < low * 7 / 8;
+    return valid >= values * 9 / 10 && controls > values / 25 && high < low * 7 / 8;
 }
 
 Tokens tokens_open_as(const char *path, int vocab_size, DataFormat format) {
@@ -160,11 +162,11 @@ Tokens tokens_open_as(const char *path, int vocab_size, DataFormat format) {
         t.file = -1;
     }
     t.bytes = t.memory = memory;
-    if (t.file >= 0) watch(&t);
+    if (t.file >= 0) watch_truncation(&t);
     const bool header = format != FORMAT_BYTES && read_header(&t);
     if (!header && format == FORMAT_AUTO && looks_like_uint16(&t, vocab_size))
-        fatal("%s: looks like uint16 tokens without a header. --data-format uint16 reads it so; --data-format bytes "
-              "reads each byte as a token",
+        fatal("%s: looks like uint16 tokens without a header. Use --data-format uint16, or --data-format bytes to "
+              "read each byte as a token",
               path);
     if (!header && format == FORMAT_UINT16) {
         if (t.size % 2 != 0) fatal("%s: %zu bytes are not a whole number of uint16 tokens", path, t.size);
@@ -190,7 +192,7 @@ Tokens tokens_part(const Tokens *t, size_t first, size_t count) {
 }
 
 // ----------------------------------------------------------------------------
-// XXH64 with seed 0 (Collet, xxhash.com): four lanes of 8 bytes, then the rest, then a finalizer
+// XXH64 with seed 0 (Collet, xxhash.com): four lanes of 8 bytes, the remaining bytes, a finalizer
 
 static const uint64_t P1 = 0x9E3779B185EBCA87u, P2 = 0xC2B2AE3D27D4EB4Fu, P3 = 0x165667B19E3779F9u,
                       P4 = 0x85EBCA77C2B2AE63u, P5 = 0x27D4EB2F165667C5u;
@@ -246,9 +248,9 @@ static size_t find_token(const Tokens *t, size_t i, int token) {
     return i;
 }
 
-// Documents of the tokens, written to `documents` unless it is NULL; returns their number. Without --eot there is one.
-// With it each EOT ends a document, and the next one begins with that EOT, so that a model learns how documents begin.
-// Documents without any other token are left out.
+// Finds the documents, writes them to `documents` unless it is NULL, and returns their number. Without --eot there is
+// one. With it each EOT ends a document, and the next document starts with that EOT, so that a model learns how
+// documents start. Documents of nothing but EOTs are left out.
 static size_t find_documents(const Reader *r, Document *documents) {
     const Tokens *t = &r->tokens;
     size_t count = 0, rows = 0;
@@ -265,29 +267,30 @@ static size_t find_documents(const Reader *r, Document *documents) {
 
 Reader reader_new(const Tokens *t, const char *purpose, uint64_t seed, int rows, int L, int eot, bool carry) {
     Reader r = {.tokens = *t, .seed = seed, .rows = rows, .L = L, .eot = eot, .carry = carry};
-    r.batch = r.here = rows, r.length = L;
+    r.batch_size = r.num_rows = rows, r.num_tokens = L;
     const size_t need = eot >= 0 ? 2 : (carry ? (size_t)rows : 1) * (size_t)L + 1;
     const char *other = t->first > 0 ? "--val-data FILE" : "a longer file";
     if (t->count < need && eot < 0 && carry)
         fatal("%s: %zu tokens for %s, but --carry-state divides them into %d streams (--batch-size x --grad-accum) of "
-              "--seq-len %d or more, which needs %zu: use smaller ones or %s",
+              "--seq-len %d or more, which needs %zu: use smaller values or %s",
               t->path, t->count, purpose, rows, L, need, other);
     if (t->count < need)
         fatal("%s: %zu tokens for %s, but --seq-len %d needs %zu: use a smaller --seq-len or %s", t->path, t->count,
               purpose, L, need, other);
     r.count = find_documents(&r, NULL);
-    if (r.count == 0) fatal("--eot %d: %s has no document, nothing but that token", eot, t->path);
+    if (r.count == 0) fatal("--eot %d: %s has no document, only that token", eot, t->path);
     if (eot >= 0 && carry && r.count < (size_t)rows)
         fatal("%s: %zu documents for %s, but --carry-state reads %d at a time (--batch-size x --grad-accum): use "
-              "smaller ones, more documents, or leave out --eot",
+              "smaller values or more documents, or leave out --eot",
               t->path, r.count, purpose, rows);
-    if (r.count > host_memory(ranks.here, 0) / sizeof *r.documents)
-        fatal("%s: a table of its %zu documents needs %zu MiB; there are %zu MiB: use a file with fewer documents, or "
+    if (r.count > host_memory(ranks.local_size, 0) / sizeof *r.documents)
+        fatal("%s: the table of its %zu documents needs %zu MiB; %zu MiB are available: use a file with fewer "
+              "documents, or "
               "leave out --eot %d",
-              t->path, r.count, r.count * sizeof *r.documents >> 20, host_memory(ranks.here, 0) >> 20, eot);
+              t->path, r.count, r.count * sizeof *r.documents >> 20, host_memory(ranks.local_size, 0) >> 20, eot);
     r.documents = allocate(r.count, sizeof *r.documents);
     find_documents(&r, r.documents);
-    r.next = r.count; // before the first pass
+    r.next = r.count; // the first pass is still to be shuffled
     r.places = allocate(eot >= 0 && carry ? (size_t)rows : 0, sizeof *r.places);
     file_check(t);
     return r;
@@ -301,7 +304,7 @@ size_t reader_bytes(const Reader *r) {
     return r->count * sizeof *r->documents + places * sizeof *r->places + file;
 }
 
-// 64 random bits as a fraction of 2^64, times n: 0 .. n-1, with a bias below n / 2^64.
+// A random number in 0 .. n-1: n times 64 random bits as a fraction of 2^64. Its bias is below n / 2^64.
 static size_t draw(const Reader *r, int64_t number, uint32_t purpose, size_t index, size_t n) {
     uint32_t words[4];
     megalodon_philox(words, r->seed, STREAM_DATA, (uint32_t)number, purpose, (uint32_t)index);
@@ -309,17 +312,17 @@ static size_t draw(const Reader *r, int64_t number, uint32_t purpose, size_t ind
     return (size_t)((unsigned __int128)random * n >> 64);
 }
 
-static bool is_here(const Reader *r, int row) {
-    const int place = row % r->batch;
-    return place >= r->row && place < r->row + r->here;
+static bool is_own_row(const Reader *r, int row) {
+    const int index = row % r->batch_size;
+    return index >= r->first_row && index < r->first_row + r->num_rows;
 }
 
-// Row n of this process: inputs from start on, each with the next token as target, as far as `end`. After that, inputs
-// are EOT (or 0) and targets are -1.
+// Fills this rank's row n: inputs from index `start` on, each with the next token as target, up to index `end`. Beyond
+// it, inputs are EOT (or 0) and targets are -1.
 static void fill_row(const Reader *r, size_t start, size_t end, int n, int32_t *inputs, int32_t *targets) {
-    const size_t length = (size_t)r->length, at = (size_t)n * length;
+    const size_t length = (size_t)r->num_tokens, at = (size_t)n * length;
     const int32_t padding = r->eot >= 0 ? r->eot : 0;
-    start += (size_t)r->from;
+    start += (size_t)r->first_token;
     for (size_t i = 0; i < length; i++) {
         const bool inside = start + i < end;
         inputs[at + i] = inside ? token_at(&r->tokens, start + i) : padding;
@@ -327,7 +330,7 @@ static void fill_row(const Reader *r, size_t start, size_t end, int n, int32_t *
     }
 }
 
-// The document that has row k of all documents' rows: the last one that does not begin after it.
+// The document of row k, counted over the rows of all documents: the last one whose first row is at most k.
 static Document document_of(const Reader *r, size_t k) {
     size_t first = 0, count = r->count;
     while (count > 1) {
@@ -340,7 +343,7 @@ static Document document_of(const Reader *r, size_t k) {
     return r->documents[first];
 }
 
-// Fisher-Yates shuffle of the documents, starting from the order of the pass before.
+// Fisher-Yates shuffle of the documents, starting from the order of the previous pass.
 static void shuffle(Reader *r) {
     for (size_t i = r->count; i > 1; i--) {
         const size_t other = draw(r, r->pass, 1, i, i);
@@ -350,8 +353,8 @@ static void shuffle(Reader *r) {
     r->pass++, r->next = 0;
 }
 
-// A row of carried documents: the next part of its document, or the next document of the pass.
-static void move_on(Reader *r, Place *p) {
+// Moves a row to the next window of its document, or to the next document of the pass.
+static void advance(Reader *r, Place *p) {
     if (p->at + (size_t)r->L < p->end) {
         p->at += (size_t)r->L;
         return;
@@ -361,7 +364,7 @@ static void move_on(Reader *r, Place *p) {
     p->start = p->at = d.start, p->end = d.end;
 }
 
-// Where stream `row` starts, and stream row - 1 ends.
+// Index of the first token of stream `row`, which is also the end of stream row - 1.
 static size_t stream_start(const Reader *r, size_t row) {
     const unsigned __int128 predicted = r->tokens.count - 1, rows = (unsigned)r->rows;
     return (size_t)(predicted * row / rows);
@@ -371,20 +374,20 @@ void reader_step(Reader *r, int64_t step, int32_t *inputs, int32_t *targets, boo
     const size_t L = (size_t)r->L;
     file_check(&r->tokens);
     for (; r->eot >= 0 && r->carry && r->step <= step; r->step++) {
-        for (int row = 0; row < r->rows; row++) move_on(r, &r->places[row]);
+        for (int row = 0; row < r->rows; row++) advance(r, &r->places[row]);
     }
     for (int row = 0, n = 0; row < r->rows; row++) {
         size_t start, end = r->tokens.count - 1;
-        if (!is_here(r, row)) continue;
+        if (!is_own_row(r, row)) continue;
         fresh[n] = true;
-        if (r->eot < 0 && !r->carry) { // anywhere; the last start still has a token after its row
+        if (r->eot < 0 && !r->carry) { // any position that leaves L inputs and a target after the last one
             start = draw(r, step, 0, (size_t)row, r->tokens.count - L);
-        } else if (r->eot < 0) { // the next window of stream `row`, round and round
+        } else if (r->eot < 0) { // the next window of stream `row`, cyclically
             const size_t begin = stream_start(r, (size_t)row);
             end = stream_start(r, (size_t)row + 1);
             start = begin + (size_t)step % ((end - begin + L - 1) / L) * L;
             fresh[n] = start == begin;
-        } else if (!r->carry) { // one of all documents' rows
+        } else if (!r->carry) { // any row of any document
             const Document last = r->documents[r->count - 1];
             const size_t k = draw(r, step, 0, (size_t)row, last.row + (last.end - last.start + L - 1) / L);
             const Document d = document_of(r, k);
@@ -396,7 +399,7 @@ void reader_step(Reader *r, int64_t step, int32_t *inputs, int32_t *targets, boo
         }
         fill_row(r, start, end, n++, inputs, targets);
     }
-    file_check(&r->tokens); // what was read beyond a new end is zeros
+    file_check(&r->tokens); // data read beyond a new end are zeros
 }
 
 int read_windows(const Reader *r, Cursor *c, int B, int32_t *inputs, int32_t *targets) {
@@ -405,12 +408,12 @@ int read_windows(const Reader *r, Cursor *c, int B, int32_t *inputs, int32_t *ta
     file_check(&r->tokens);
     while (b < B && c->document < r->count) {
         const Document d = r->documents[c->document];
-        const size_t start = d.start + c->piece++ * L;
+        const size_t start = d.start + c->window++ * L;
         if (start < d.end && (r->eot >= 0 || start + L <= d.end)) {
-            if (is_here(r, b)) fill_row(r, start, d.end, b - r->row, inputs, targets);
+            if (is_own_row(r, b)) fill_row(r, start, d.end, b - r->first_row, inputs, targets);
             b++;
         } else {
-            c->document++, c->piece = 0;
+            c->document++, c->window = 0;
         }
     }
     file_check(&r->tokens);

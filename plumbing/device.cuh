@@ -12,6 +12,7 @@ static struct {
     char name[300];    // for megalodon_backend()
     size_t used, peak; // bytes of device memory allocated by this program
     cublasHandle_t blas;
+    void *blas_workspace; // BLAS_WORKSPACE bytes of our own, so that products are repeatable
     char *workspace; // of the model that is running, see workspace()
     size_t workspace_bytes;
 } gpu;
@@ -82,9 +83,10 @@ static void check_device(const cudaDeviceProp *properties) {
     exit(1);
 }
 
-static int backend_open(void) {
+static int backend_open(int allocate) {
     int count = 0, shared = 0;
     cudaDeviceProp properties;
+    (void)allocate;
     if (gpu.open) return 1;
     cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess || count == 0) {
@@ -105,12 +107,12 @@ static int backend_open(void) {
     snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s%s", properties.name, properties.major, properties.minor,
              sizeof(floatX) == 4 ? "float32" : "bfloat16", gpu.plain ? ", plain kernels" : "");
     cublasCheck(cublasCreate(&gpu.blas));
-    void *blas_workspace = memory_new(BLAS_WORKSPACE); // one of our own, so that products are repeatable
-    if (blas_workspace == NULL) {
+    gpu.blas_workspace = memory_new(BLAS_WORKSPACE);
+    if (gpu.blas_workspace == NULL) {
         fprintf(stderr, "error: %s: out of memory on the GPU\n", gpu.name);
         exit(1);
     }
-    cublasCheck(cublasSetWorkspace(gpu.blas, blas_workspace, BLAS_WORKSPACE));
+    cublasCheck(cublasSetWorkspace(gpu.blas, gpu.blas_workspace, BLAS_WORKSPACE));
     cublasCheck(cublasSetMathMode(gpu.blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     gpu.open = 1;
     return 1;
@@ -169,6 +171,8 @@ static void params_written(Model *m, size_t first, size_t n) {
 // ----------------------------------------------------------------------------
 // what megalodon.h says of the machine
 
+static int backend_threads(void) { return 1; }
+
 float *megalodon_device_ptr(Model *m, Buffer buffer) { return m->memory[buffer]; }
 
 void megalodon_threads(int threads) { (void)threads; }
@@ -177,7 +181,7 @@ int megalodon_on_gpu(void) { return 1; }
 
 size_t megalodon_available_memory(int processes) {
     size_t free_bytes, total;
-    backend_open();
+    backend_open(0);
     cudaCheck(cudaMemGetInfo(&free_bytes, &total));
     return free_bytes / ceil_div(processes, gpu.devices);
 }
@@ -185,6 +189,6 @@ size_t megalodon_available_memory(int processes) {
 size_t megalodon_peak_memory(void) { return gpu.peak; }
 
 const char *megalodon_backend(void) {
-    backend_open();
+    backend_open(0);
     return gpu.name;
 }

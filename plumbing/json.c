@@ -1,3 +1,4 @@
+// See json.h.
 #include <ctype.h>  // defines: isxdigit
 #include <errno.h>  // defines: errno, ERANGE
 #include <math.h>   // defines: isfinite
@@ -15,13 +16,13 @@ bool json_fail(Json *j, const char *format, ...) {
     va_start(args, format);
     vsnprintf(j->error + n, sizeof j->error - (size_t)n, format, args);
     va_end(args);
-    for (char *p = j->error; *p != 0; p++) { // may hold some of the text, and gets printed
+    for (char *p = j->error; *p != 0; p++) { // messages may contain parts of the text and are printed
         if ((unsigned char)*p < 0x20 || *p == 0x7F) *p = '?';
     }
     return false;
 }
 
-// The next character that is not a blank; 0 at the end of the text, and after an error.
+// Passes over white space and returns the next character; 0 at the end of the text and after an error.
 static char peek(Json *j) {
     if (j->error[0] != 0) return 0;
     while (*j->at == ' ' || *j->at == '\t' || *j->at == '\n' || *j->at == '\r') j->at++;
@@ -73,7 +74,7 @@ static uint32_t hex4(Json *j) {
     return (uint32_t)strtoul(digits, NULL, 16);
 }
 
-// The character that the text after a backslash stands for; 0 on an error.
+// Reads an escape sequence after its backslash and returns its character; 0 on an error.
 static uint32_t escape(Json *j) {
     const char *codes = "\"\\/bfnrt", *code = *j->at != 0 ? strchr(codes, *j->at) : NULL;
     if (code == NULL && *j->at != 'u') return json_fail(j, "unknown escape");
@@ -89,7 +90,7 @@ static uint32_t escape(Json *j) {
     return j->error[0] != 0 ? 0 : c;
 }
 
-// Writes a character as UTF-8 and returns its length.
+// Writes a character as UTF-8 and returns its number of bytes.
 static size_t encode(uint32_t c, char out[4]) {
     static const uint32_t lead[] = {0, 0, 0xC0, 0xE0, 0xF0};
     size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
@@ -117,14 +118,15 @@ bool json_string(Json *j, char *out, size_t size) {
     return true;
 }
 
-// Steps over digits; false if there are none.
+// Passes over digits; returns false if there are none.
 static bool digits(const char **p) {
     const char *start = *p;
     while (**p >= '0' && **p <= '9') (*p)++;
     return *p > start;
 }
 
-// The end of the number at the cursor; NULL if it is none, or if it has to be an integer and is not.
+// The end of the number at the cursor; NULL, with an error, if there is none or if an integer is required and it is not
+// one.
 static const char *number_end(Json *j, bool integer) {
     peek(j);
     const char *p = j->at + (*j->at == '-'), *start = p;
@@ -148,7 +150,7 @@ bool json_int(Json *j, int64_t *value) {
 bool json_number(Json *j, double *value) {
     const char *end = number_end(j, false);
     if (end == NULL) return false;
-    *value = strtod(j->at, NULL); // would read "0x1" whole, but the next call refuses the x
+    *value = strtod(j->at, NULL); // strtod also accepts "0x1", but then the next call refuses the x
     if (!isfinite(*value)) return json_fail(j, "number out of range");
     j->at = end;
     return true;

@@ -1,26 +1,27 @@
-// What checkpoint.c and state.c share: the tensors of a file of ours, and judging another's by them.
+// Lists of the tensors of a file: those to be written, or those that a file to be read must have.
 #pragma once
 #include "../megalodon.h"
 #include "safetensors.h"
 
-static const StType REAL = sizeof(real) == sizeof(double) ? ST_F64 : ST_F32;
+static const StType REAL = sizeof(real) == sizeof(double) ? ST_F64 : ST_F32; // the type `real` in a file
 
-// The tensors of a file to be written, or wanted of one to be read; and the model's own.
 typedef struct {
     StTensor *list;
-    int n, room;
-    Tensor *params;
-    int num_params;
-    size_t size; // of all parameters
+    int *roles;   // for each tensor of the list, what it is to the caller of layout_add
+    int n;        // tensors in the list
+    int capacity; // tensors that `list` and `roles` have space for
 } Layout;
 
-// Appends a tensor called prefix + name, its shape to be filled in.
-StTensor *layout_add(Layout *layout, StType type, int ndim, const char *prefix, const char *name);
+// Appends a tensor named prefix + name and returns it; the caller fills in its shape (ndim).
+StTensor *layout_add(Layout *layout, int role, StType type, int ndim, const char *prefix, const char *name);
+// Appends a tensor of the model's shape, named prefix + the tensor's name.
+void layout_add_param(Layout *layout, int role, StType type, const char *prefix, const Tensor *param);
 void layout_free(Layout *layout);
 
-// The first tensor of the file that is not in the layout is at fault.
+// Returns false, with err naming the tensor, if the file has a tensor that the layout does not have.
 bool layout_refuse_extra(const StFile *file, const Layout *layout, char *err);
-// Refuses a tensor that is missing (NULL) or has another shape than wanted.
+// Returns false, with err naming the tensor, if `tensor` is missing (NULL) or its shape is not that of `wanted`.
 bool layout_check(const StFile *file, const StTensor *tensor, const StTensor *wanted, char *err);
 
-bool fail(char *err, const char *format, ...) __attribute__((format(printf, 2, 3))); // err gets it; false
+// Formats a message into err (ST_ERR bytes) and returns false.
+bool fail(char *err, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -210,7 +210,8 @@ static size_t scores_size(const Model *m, Dims d);           // elements of scra
 static size_t workspace_size(const Model *m, Dims d);        // bytes of scratch.workspace
 static int logit_rows(int V);                                // rows of logits that exist at a time
 static void params_written(Model *m, size_t first, size_t n); // elements of PARAMS have changed
-static int backend_open(void); // before anything else; 0 if out of memory
+static int backend_open(int allocate); // before a model is planned (0) or allocated (1); returns 0 if out of memory
+static int backend_threads(void);          // see Model.threads
 static void begin_layers(Model *m); // before a public function runs layers
 static void read_floatX(real *dst, const floatX *src, size_t n); // to host memory
 static void block_again(Model *m, int layer); // computes a block's activations, unless they are in memory
@@ -321,6 +322,7 @@ static Model *model_outline(const Config *config, Mode mode, int B, int L) {
     Model *m = (Model *)calloc(1, sizeof *m);
     if (!m) return NULL;
     m->config = *config, m->mode = mode, m->max_B = B, m->max_L = L, m->acts_layer = -1, m->cp.cp_size = 1;
+    m->threads = backend_threads();
     m->tensors = megalodon_tensors(config, &m->num_tensors, &m->num_params);
     m->shards = megalodon_shards(config, shard_rank, shard_ranks, &m->num_shards);
     for (int s = 0; m->shards && s < m->num_shards; s++) m->shard_size += m->shards[s].count;
@@ -559,6 +561,12 @@ static const ActivationRow *activation_row(const char *name) {
     return NULL;
 }
 
+int megalodon_activation_width(const Config *config, const char *name) {
+    const ActivationRow *row = activation_row(name);
+    Dims d = dims_of(config, 1, 1);
+    return row ? width_of(&d, row->width) : 0;
+}
+
 // Where an activation is in memory; NULL if it is computed when it is dumped.
 static const void *stored_activation(const LayerActs *acts, const ActivationRow *row) {
     const void *at = NULL;
@@ -610,7 +618,7 @@ int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
 
 MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
     MemoryPlan plan = {0, 0, 0, 0, 0};
-    Model *m = backend_open() ? model_outline(config, mode, B, L) : NULL;
+    Model *m = backend_open(0) ? model_outline(config, mode, B, L) : NULL;
     if (!m) return plan;
     model_layout(m);
     plan = m->plan;
@@ -619,7 +627,7 @@ MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
 }
 
 Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
-    Model *m = backend_open() ? model_outline(config, mode, B, L) : NULL;
+    Model *m = backend_open(1) ? model_outline(config, mode, B, L) : NULL;
     if (!m) return NULL;
     if (!model_allocate(m)) {
         megalodon_free(m);

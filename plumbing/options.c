@@ -1,3 +1,4 @@
+// The command line: options in a table.
 #include <errno.h>  // defines: errno, ERANGE
 #include <math.h>   // defines: isfinite
 #include <stdlib.h> // defines: free, realpath, strtod, strtoll
@@ -17,7 +18,7 @@ void write_number(FILE *out, double value) {
     fputs(text, out);
 }
 
-// A path from the root, so that it means the same in another working directory. The file itself need not exist.
+// Writes the absolute path, which is valid in another working directory too. The file itself need not exist.
 static void write_absolute(FILE *out, const char *path) {
     char folder[PATH_SIZE];
     const char *name = split_path(path, folder);
@@ -63,7 +64,7 @@ static void print_help(const Option *options, const char *about) {
     exit(0);
 }
 
-// Insertions, deletions and substitutions that turn a into b; both at most 31 characters long.
+// Levenshtein distance of a and b, both at most 31 characters long.
 static int distance(const char *a, const char *b) {
     int row[32], m = (int)strlen(b);
     for (int j = 0; j <= m; j++) row[j] = j;
@@ -92,7 +93,7 @@ __attribute__((noreturn)) static void refuse_unknown(const Option *options, cons
     usage_error("unknown option '%s'; the nearest is --%s", arg, nearest);
 }
 
-// The option that an argument without its dashes names; *off is set for "no-...".
+// The option that an argument names, given without its dashes; *off is set for "no-...".
 static Option *find(Option *options, const char *name, size_t length, bool *off) {
     for (Option *o = options; o->kind != OPT_END; o++) {
         if (o->kind == OPT_HEADING) continue;
@@ -104,7 +105,7 @@ static Option *find(Option *options, const char *name, size_t length, bool *off)
     return NULL;
 }
 
-// Reads text as o's value; false if it does not parse or is out of range.
+// Parses text as the value of o; returns false if it is invalid or out of range.
 static bool set_value(const Option *o, const char *text) {
     char *end = NULL;
     double number = 0;

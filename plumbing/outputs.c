@@ -1,25 +1,23 @@
-// Outputs are claimed before the work begins: no output may be an input, another output or a file that is not ours,
-// and a command that is refused removes what it had created.
+// Claims of inputs and outputs, made before the work begins: no output may be an input, another output, or a file that
+// this program would not have written.
 #include <errno.h>    // defines: errno, ENOENT
 #include <fcntl.h>    // defines: open
-#include <stdlib.h>   // defines: free, realloc, realpath
-#include <string.h>   // defines: strerror, strrchr
+#include <stdlib.h>   // defines: realloc, realpath
+#include <string.h>   // defines: strcmp, strdup, strerror, strrchr
 #include <sys/stat.h> // defines: lstat, stat
-#include <unistd.h>   // defines: access, rmdir, unlink
+#include <unistd.h>   // defines: access, close, unlink
 #include "plumbing.h"
 
-// A file by what does not depend on how its path is written: device and inode, and, since it may not exist yet, its
-// directory's device and inode with its last name.
+// Two paths are compared by device and inode, or, for files that do not exist yet, by those of the directory and the
+// last component: see same_file().
 typedef struct {
     const char *flag; // without the dashes
     char *path;
-    bool output;
+    bool output; // or else an input
 } Claim;
 
 static Claim *claims;
 static int num_claims;
-static char **created; // in the order of creation
-static int num_created;
 
 static void remember(const char *flag, const char *path, bool output) {
     Claim *longer = realloc(claims, (size_t)(num_claims + 1) * sizeof *claims);
@@ -68,7 +66,8 @@ const char *claimed_as_input(const char *path) {
 void claim_name(const char *flag, const char *path) {
     const Claim *c = find_claim(path);
     if (c != NULL)
-        usage_error("--%s %s: is what --%s %s; give another name", flag, path, c->flag, c->output ? "writes" : "reads");
+        usage_error("--%s %s: is the file that --%s %s; give another name", flag, path, c->flag,
+                    c->output ? "writes" : "reads");
     remember(flag, path, true);
 }
 
@@ -84,38 +83,18 @@ const char *claim_output(const char *flag, const char *path, const char *what, b
     const bool exists = stat(path, &info) == 0;
     if (!exists && errno != ENOENT) fatal("--%s %s: %s", flag, path, strerror(errno));
     if (exists && strcmp(split_path(target, folder), "lock") == 0)
-        fatal("--%s %s: exists and is not %s but perhaps the lock of a run; give another name", flag, path, what);
+        fatal("--%s %s: exists and is not %s; it may be the lock of a run; give another name", flag, path, what);
     if (exists && !S_ISREG(info.st_mode)) fatal("--%s %s: cannot write: not a regular file", flag, path);
     if (exists && info.st_size > 0 && !is_ours(path))
         fatal("--%s %s: exists and is not %s; give another name or remove it", flag, path, what);
     if (exists && access(path, W_OK) != 0) fatal("--%s %s: %s", flag, path, strerror(errno));
     const bool left = lstat(tmp, &info) == 0 && S_ISREG(info.st_mode) && (info.st_size == 0 || is_ours(tmp));
-    if (left) return target; // by a command that was killed: it will be replaced
+    if (left) return target; // left by a killed command; will be replaced
     const int fd = open(tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (fd < 0 && errno == EEXIST)
-        fatal("--%s %s: %s exists, perhaps left by a command that was killed; remove it", flag, path, tmp);
+        fatal("--%s %s: %s exists; it may be left by a killed command: remove it", flag, path, tmp);
     if (fd < 0) fatal("--%s %s: cannot write: %s", flag, path, strerror(errno));
     close(fd);
     unlink(tmp);
     return target;
-}
-
-void remove_if_refused(const char *path) {
-    char **longer = realloc(created, (size_t)(num_created + 1) * sizeof *created), *copy = strdup(path);
-    if (longer == NULL || copy == NULL) fatal("out of memory");
-    created = longer;
-    created[num_created++] = copy;
-}
-
-void keep_created(void) {
-    for (int i = 0; i < num_created; i++) free(created[i]);
-    free(created);
-    created = NULL, num_created = 0;
-}
-
-void remove_created(void) {
-    for (int i = num_created - 1; i >= 0; i--) {
-        if (unlink(created[i]) != 0) rmdir(created[i]); // a directory only if it is empty
-    }
-    keep_created();
 }

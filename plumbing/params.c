@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "../megalodon.h"
 
 // ----------------------------------------------------------------------------
 // presets: fields that are not named are 0
@@ -160,36 +161,6 @@ void megalodon_point(Params *params, real *memory, const Config *config, const T
         *(real **)(void *)(base + t->row->field) = memory + t->offset;
     }
     if (config->share_emb) params->output = params->embed;
-}
-
-// ----------------------------------------------------------------------------
-// states
-
-size_t state_bytes(const Config *c, int B, int whole_chunks) {
-    const double layers = c->num_layers, chunk = whole_chunks ? 0 : c->chunk_size;
-    const double reals = 2.0 * c->cema_ndim * c->model_dim + chunk * ((double)c->z_dim + c->value_dim);
-    const double bytes = B * (layers * reals * sizeof(real) + 2 * (layers + 1) * c->norm_num_groups * sizeof(double));
-    if (bytes > (double)(SIZE_MAX / 2)) return SIZE_MAX;
-    return state_point(NULL, c, B, whole_chunks).bytes;
-}
-
-State state_point(void *memory, const Config *c, int B, int whole_chunks) {
-    State s = {.B = B, .layers = c->num_layers, .G = c->norm_num_groups, .memory = memory};
-    const size_t layers = (size_t)c->num_layers, rows = (size_t)B, norms = (layers + 1) * rows * (size_t)s.G;
-    const size_t counts = (rows + 7) / 8 * 8, C = whole_chunks ? 0 : (size_t)c->chunk_size;
-    s.modes = (size_t)2 * (size_t)c->cema_ndim * (size_t)c->model_dim;
-    const size_t mean = counts * sizeof *s.count, m2 = mean + norms * sizeof *s.mean, h = m2 + norms * sizeof *s.m2;
-    const size_t k = h + layers * rows * s.modes * sizeof(real);
-    const size_t v = k + layers * rows * C * (size_t)c->z_dim * sizeof(real);
-    s.bytes = v + layers * rows * C * (size_t)c->value_dim * sizeof(real);
-    if (memory == NULL) return s;
-    char *base = memory;
-    s.count = (int64_t *)(void *)base;
-    s.mean = (double *)(void *)(base + mean);
-    s.m2 = (double *)(void *)(base + m2);
-    s.h = (real *)(void *)(base + h);
-    if (!whole_chunks) s.k = (real *)(void *)(base + k), s.v = (real *)(void *)(base + v);
-    return s;
 }
 
 // ----------------------------------------------------------------------------

@@ -1,33 +1,38 @@
-// Processes that each have a GPU, on one machine: they read each other's device memory, which CUDA lets them open, and
-// meet by MPI. For plumbing/ranks.c where it is linked with megalodon.cu. Unless something else is said, all processes
-// of the communicator call a function at the same point.
+// Communication between GPUs of one machine that map each other's memory (CUDA IPC), for plumbing/ranks.c where it is
+// linked with megalodon.cu. A node is a set of such ranks. Unless a comment says otherwise, all ranks of the
+// communicator must call a function at the same point.
 #pragma once
 #include <mpi.h> // defines: MPI_Comm
 #include "../megalodon.h"
 
-enum { MOST_PEERS = 16 };
+enum { MAX_PEERS = 16 }; // ranks of a node
 
-// Do these processes reach each other's memory? The same answer to all.
-int peers_reach(MPI_Comm machine);
+// Returns whether all ranks of this machine can map each other's device memory: 1 or 0, the same in all of them.
+int peers_can_map(MPI_Comm machine);
 
-// near: processes that do, or this one alone. They open each other's parameters and gradients until peers_close.
-void peers_open(MPI_Comm near, Model *model);
+// Maps the parameters and gradients of all ranks of the node, until peers_close. `node` may hold this rank alone.
+void peers_open(MPI_Comm node, Model *model);
 void peers_close(void);
 
-// Adds to this process's gradients in `range`, which is no other's, those of the others. It is done beside what stream 0
-// does from now on, in the order of calls; reading and writing wait for it, and after peers_finish stream 0 does.
-void peers_sum(Shard range);
-void peers_read(Model *model, Shard range, float *dst); // gradients, to and from messages; all below are one's own
-void peers_write(Model *model, Shard range, const float *src);
+// Adds the other ranks' gradients of `shard` to this rank's. Every rank must pass another shard. Runs on a stream of
+// its own, beside what stream 0 does from now on and in the order of calls; peers_finish makes stream 0 wait for it.
+void peers_reduce_grads(Shard shard);
 void peers_finish(void);
-// Memory for messages of n numbers: the device's where MPI reads and writes that (a CUDA-aware one), else the host's.
-float *peers_memory(size_t n);
-void peers_release(float *memory);
-int peers_add(float *sum, int others, size_t n); // there, adds to n numbers those behind; 0: memory is the host's
-void peers_wait(void);                           // until stream 0 is done
+// All-gather of parameters: copies from each rank p of the node its n shards shards[p]. In the order of stream 0.
+void peers_all_gather_params(Model *model, Shard *const *shards, int n);
 
-// Parameters: takes from process p of `near` its n ranges of[p]. In the order of stream 0.
-void peers_share(Model *model, Shard *const *of, int n);
+// For messages between nodes; each rank may call these on its own.
+// Allocates n floats for messages: in the device's memory if MPI is CUDA-aware, otherwise in pinned host memory.
+float *peers_alloc(size_t n);
+void peers_free(float *memory);
+// Copy gradients to and from such memory, in the order of peers_reduce_grads.
+void peers_read_grads(Model *model, Shard shard, float *dst);
+void peers_write_grads(Model *model, Shard shard, const float *src);
+// Adds rows 1 .. others of sum (1 + others, n) to row 0 on the device. Returns 0, having done nothing, if the memory is
+// the host's.
+int peers_add(float *sum, int others, size_t n);
+void peers_synchronize(void); // waits until stream 0 has finished
 
-// For ChunkParallel: what the processes of `group` give. near: they reach each other, otherwise through MPI.
-void peers_gather(MPI_Comm group, int near, const void *mine, void *all, size_t bytes);
+// ranks_all_gather for the chunk-parallel ranks `group`. mapped: all of them belong to one node, so that they copy from
+// each other's memory; otherwise messages go through MPI.
+void peers_all_gather(MPI_Comm group, int mapped, const void *local, void *all, size_t bytes);

@@ -1,5 +1,13 @@
 // What the programs need besides the model: errors, options, configurations, data, checkpoints, sampling, tokenizers.
-// Errors of users and files end the program here: a message on stderr and status 1, 2 for the command line.
+//
+// Errors of the user and of files end the program: a message on stderr and exit status 1, or 2 for the command line.
+// Functions with a parameter `err` (ST_ERR bytes) return false, 0 or NULL instead and put the message there.
+//
+// Layers: a file calls only files that stand before it in this list (tests/test_layering.sh checks it):
+//     json safetensors system params state megalodon outputs options config log ranks tokenizer sampler memory data
+//     layout checkpoint state_file dump run
+// megalodon is the backend, megalodon.c or megalodon.cu. compare.c is a program of its own, which uses json and
+// safetensors.
 #pragma once
 #include <stdbool.h> // defines: bool
 #include <stdint.h>  // defines: int64_t, uint64_t
@@ -8,136 +16,121 @@
 #include "safetensors.h"
 
 // ----------------------------------------------------------------------------
-// system.c: errors, time, memory
+// system.c: errors, memory, time, limits of the system, threads
 
-void fatal(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));       // "error: ...", status 1
-void usage_error(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2))); // the same, status 2
-// main's first call: a closed standard stream is opened on /dev/null, to read only, or else the first file would get
-// its number and messages would go there; a file that reaches a size limit is an error, not a signal.
+// Prints "error: " and the message to stderr, removes what remove_if_refused() named, and ends the program.
+void fatal(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));       // exit status 1
+void usage_error(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2))); // exit status 2
+// Where several processes run, fatal() and usage_error() call before() first, and end(status) instead of exit(status).
+// NULL stands for nothing and for exit().
+void set_failure_hooks(void (*before)(void), void (*end)(int status));
+// Names a file or an empty directory that this command has created, to be removed if the command fails.
+void remove_if_refused(const char *path);
+void keep_created(void); // the command is accepted: nothing will be removed any more
+
+// The first call of main. Opens closed standard streams on /dev/null, read-only, so that no file gets their numbers and
+// receives messages. Makes a write beyond a limit on file sizes an error instead of a signal.
 void guard_streams(void);
-void *allocate(size_t count, size_t size);    // zeroed; never NULL; overflow and lack of memory are fatal
-char *read_text(const char *path, char *err); // a file of at most 1 MiB, freed by the caller; NULL and err
-double seconds(void);                         // of a clock that never goes back
+void *allocate(size_t count, size_t size);    // zeroed memory, never NULL; overflow and lack of memory are fatal
+char *read_text(const char *path, char *err); // contents of a text file of at most 1 MiB; freed by the caller
+double seconds(void);                         // of a monotonic clock
 
-// What the model will take. Refused, with the MiB and with what would fit, if there is less memory for the model and
-// `states` (bytes, which lie where the model lies) and `host` (bytes of buffers, which lie in main memory).
-MemoryPlan check_memory(const Config *config, Mode mode, int B, int L, size_t states, size_t host);
+// Limits that this process's cgroup and its ancestors set (versions 1 and 2). root is "", or in tests a directory with
+// proc/ and sys/.
+size_t memory_limit(const char *root); // bytes; SIZE_MAX if there is no limit
+int cpu_limit(const char *root);       // cores, rounded up; 0 if there is no limit
+const char *host_memory_limit(void);   // for messages: " within ..." names the limit that host_memory() found last
+int local_rank(void); // index of this process on its machine, from the MPI launcher's variables; 0 if none
 
-// Limits that the cgroups of this process set, the least of all that contain it, versions 1 and 2: bytes, SIZE_MAX if
-// there is none; cores, rounded up, 0 if there is none. root: "", or in tests a folder with proc/ and sys/.
-size_t memory_limit(const char *root);
-int cpu_limit(const char *root);
-
-// Unless the environment says otherwise: OpenMP threads that wait sleep after a millisecond, on a busy machine
-// after 0.03, so that they leave the cores to those that they wait for; there are no more of them than the cgroup's
-// cores; OpenBLAS starts none. These are read when a program starts, so this starts it again.
+// Unless the environment says otherwise: a waiting OpenMP thread sleeps after 1 ms, or after 0.03 ms on a busy machine;
+// there are at most as many threads as the cgroup has cores; OpenBLAS starts none. These settings are environment
+// variables that libraries read at the start of a program, so this function executes the program again.
 void settle_threads(char **argv);
 
-// Puts DIR of the running executable, then "/" and name, into path: files that come with the programs.
+// Writes the executable's directory, "/" and name to path, for files that come with the programs.
 void beside_executable(char *path, size_t size, const char *name);
 
 // ----------------------------------------------------------------------------
-// outputs.c: a refused command changes nothing, and no output overwrites an input or a file that is not ours. A program
-// first claims its inputs, then its outputs, does all that can be refused, and then calls keep_created().
+// state.c: the tensors of a State. It also has state_bytes() and state_point() of megalodon.h.
+
+enum { NUM_STATE_TENSORS = 6 };
+typedef struct {
+    const char *name;       // in a state file
+    StType type;            // of its elements
+    int ndim;               // dimensions
+    int64_t shape[ST_DIMS]; // (B, ...) or (slices, B, ...)
+    size_t element_size;    // bytes
+    size_t pointer;         // offset of its pointer in State
+    size_t offset;          // bytes from State.memory to its first element
+    size_t slices;          // 0 if the state lacks this tensor
+    size_t row_bytes;       // of one row of one slice; row b of slice s starts at offset + (s * B + b) * row_bytes
+    size_t bytes;           // of all slices and rows
+} StateTensor;
+
+// Fills the list with the tensors of a state of B rows, in the order of their offsets.
+void state_tensors(StateTensor list[NUM_STATE_TENSORS], const Config *config, int B, bool whole_chunks);
+
+// ----------------------------------------------------------------------------
+// outputs.c: no output overwrites an input, or a file that this program would not have written. A program first claims
+// its inputs and its outputs, then does everything that can fail, and then calls keep_created().
 
 enum { PATH_SIZE = 4096 };
 
-// The last name of a path; folder gets the directory before it, "." if there is none.
+// Returns the last component of a path; folder gets the directory before it, "." if there is none.
 const char *split_path(const char *path, char folder[PATH_SIZE]);
-// Do two paths name the same file or directory, or the same place for one that does not exist yet?
+// Returns whether two paths name the same file or directory, which need not exist yet.
 bool same_file(const char *a, const char *b);
-// Declares that `path` is read for --flag. A file that is claimed as an output already is a usage error.
+// Declares that --flag reads `path`. Usage error if it is claimed as an output.
 void claim_input(const char *flag, const char *path);
-// The flag for which a file was claimed as an input, NULL if it is none.
+// Returns the flag for which a file was claimed as an input, NULL if it was not.
 const char *claimed_as_input(const char *path);
-// Declares that `path` is written for --flag. A file that is claimed already is a usage error.
+// Declares that --flag writes `path`. Usage error if it is claimed already.
 void claim_name(const char *flag, const char *path);
-// Declares that `path` (and path.tmp meanwhile) will be written for --flag, and checks that it can be: it is no input
-// and no other output, its directory can be written to, and if it exists it is a regular file, writable, and empty or
-// is_ours(path); `what` names such files in the message, "a dump". Nothing is created or changed.
-// Returns the file to write: `path`, or what it links to, so that a link stays one.
+// Declares that --flag writes `path`, and path.tmp meanwhile. Fails unless both can be written: the directory is
+// writable, and `path` is new, or a writable regular file that is empty or for which is_ours() returns true. `what`
+// names such files in messages, e.g. "a dump of ./train". Creates and changes nothing. Returns the path to write: that
+// of the target if `path` is a symbolic link, so that the link stays.
 const char *claim_output(const char *flag, const char *path, const char *what, bool (*is_ours)(const char *path));
-
-void remove_if_refused(const char *path); // a file or an empty directory that this command has created
-void remove_created(void);                // does so; fatal() and usage_error() call it
-void keep_created(void);                  // the command is accepted: nothing will be removed
-
-// ----------------------------------------------------------------------------
-// ranks.c: processes that train one model together. Groups of them have different sequences of a batch (data parallel),
-// the processes of a group have consecutive pieces of the same ones (chunk parallel). All have all parameters, and each
-// updates its own range of them. ./train is linked with MPI if there is one; a process alone is one group of one piece,
-// for which all of this is trivial. Unless something else is said, all processes call a function at the same point.
-
-typedef struct {
-    int size, rank, here; // processes, this one's number, those on this machine; number 0 prints and writes files
-    bool started;         // by mpirun or its like
-    int near, part;       // those that reach each other's memory (GPUs of a machine); what it updates (megalodon_set_shard)
-    int dp_size, dp_rank, cp_size, cp_rank;
-    int rows, row;            // sequences of a group; this group's first one in the batch
-    int64_t start, *lengths;  // where this process's piece starts in a sequence; (pieces) tokens of each piece
-    int64_t exchanges, bytes; // of steps and validations: that this process took part in, what it gave to them
-} Ranks;
-extern Ranks ranks;
-
-void ranks_start(void); // main's second call; standard output of all but process 0 goes nowhere
-// Who has what of B sequences of L tokens in chunks of C: every group as many sequences, every piece whole chunks, at
-// least one. Where that is not possible it is a usage error.
-void ranks_deal(int pieces, int B, int L, int C);
-
-void ranks_wait(void); // called by one before it tells an error: what all find, process 0 shall tell, ending the others
-void ranks_exit(int status) __attribute__((noreturn)); // called by one, ends all
-bool ranks_agree(uint64_t number);                     // have all the same? If not, at least one of them learns it
-
-void ranks_sum(double *values, int n);
-void ranks_gather(void *context, const void *mine, void *all, size_t bytes); // in a group, for its model's ChunkParallel
-void ranks_fetch(void *dst, const void *mine, size_t bytes, int owner);      // the owner's mine to process 0's dst
-
-// Before and after the following. Gradients: the sum, of what it updates, to each process; for megalodon_on_grad_ready, so
-// that a layer's are summed beside the backward pass of those below. Parameters: what each one updates to all.
-void ranks_open(Model *model, const Config *config);
-void ranks_close(void);
-void ranks_sum_gradients(Model *model, int segment);
-void ranks_share_params(Model *model);
-// megalodon_read in process 0 of what is only right, or only there, where each one updates: gradients, moments.
-void ranks_read(Model *model, Buffer buffer, size_t first, size_t n, real *dst);
 
 // ----------------------------------------------------------------------------
 // options.c: the command line
 
 typedef enum {
     OPT_END,     // ends a table
-    OPT_HEADING, // for --help; kept counts for all options under it
-    OPT_SWITCH,  // int, --name sets it to 1
-    OPT_BOOL,    // int, --name and --no-name
+    OPT_HEADING, // a line of --help; its `kept` holds for all options up to the next heading
+    OPT_SWITCH,  // int; --name sets it to 1
+    OPT_BOOL,    // int; --name sets it to 1, --no-name to 0
     OPT_INT,     // int
     OPT_INT64,   // int64_t
     OPT_REAL,    // double
     OPT_TEXT,    // const char *
-    OPT_PATH     // the same, the name of a file or directory: not empty, no line break
+    OPT_PATH     // const char *, name of a file or directory: not empty, no line break
 } OptionKind;
 
 typedef struct {
     OptionKind kind;
     const char *name; // without the dashes
-    void *value;      // its default stands there already
-    double min, max;  // of a number; both allowed
-    const char *arg;  // what --help calls a text: FILE, NAME
-    const char *help; // one line, with the unit; NULL: kept with a run, but not on the command line
-    bool kept;        // belongs to a run: --resume takes it from there
-    bool given;       // on the command line
+    void *value;      // points to the value, which holds the default at first
+    double min, max;  // allowed range of a number, both ends included
+    const char *arg;  // what --help calls the value of a text: FILE, NAME
+    const char *help; // one line for --help; NULL for an option that only options.txt has
+    bool kept;        // stored in the run's options.txt, from which --resume takes it
+    bool given;       // occurs on the command line
 } Option;
 
-// Reads --name VALUE and --name=VALUE into the table's values; the last one counts. --help and -h print
-// `about` and the table with its defaults, and end the program.
+// Parses --name VALUE and --name=VALUE into the table's values; the last occurrence counts. --help and -h print `about`
+// and the table with its defaults, and end the program.
 void options_parse(Option *options, int argc, char **argv, const char *about);
-const Option *option_given(const Option *options, const void *value); // by where its value lies; NULL if not
+// The option whose value lies at `value`, if it occurs on the command line; otherwise NULL.
+const Option *option_given(const Option *options, const void *value);
 
-// The kept ones, a line each: name, space, value. Names of files become absolute.
+// Writes the kept options, a line each: name, space, value. Paths become absolute.
 void options_write(const Option *options, FILE *out);
-void options_refuse_lines(const Option *options); // usage error if a kept path would have a line break
-// Takes options from such a text. The text must stay: values point into it.
+// Usage error if the absolute path of a kept option has a line break, which options_read() could not read.
+void options_refuse_lines(const Option *options);
+// Sets options from such a text. The text is modified and must stay: values point into it.
 bool options_read(Option *options, char *text, char *err);
-void write_number(FILE *out, double value); // with as many digits as bring the same number back
+void write_number(FILE *out, double value); // with as few digits as reproduce the value exactly
 
 // ----------------------------------------------------------------------------
 // config.c: configurations
@@ -145,43 +138,164 @@ void write_number(FILE *out, double value); // with as many digits as bring the 
 // Limits that keep every product of sizes within 64 bits, and CEMA's modes of a strip of channels on the stack.
 enum { MAX_LAYERS = 4096, MAX_DIM = 1 << 20, MAX_NDIM = 1024 };
 
-const Config *find_preset(const char *name);           // usage error listing all if there is none of that name
+const Config *find_preset(const char *name);           // usage error that lists all names if there is none
 bool find_init_mode(const char *name, InitMode *mode); // false if there is none of that name
-Config config_defaults(void);                          // of the released configuration; vocab_size 0: it has none
+Config config_defaults(void); // those of the released code; vocab_size is 0, as it has no default
 
-// Sets the fields that the JSON text has, released names; refuses other keys and what is not supported.
+// Sets the fields that a JSON object has, under the released code's names. Unknown fields are errors.
 bool config_from_json(Config *config, const char *text, char *err);
-void config_from_file(Config *config, const char *path); // the same for --config FILE.json
+void config_from_file(Config *config, const char *path); // the same for --config FILE.json; errors are fatal
 char *config_to_json(const Config *config);              // freed by the caller
-bool config_check(const Config *config, char *err);      // is it a model?
 bool config_equal(const Config *a, const Config *b);
+bool config_check(const Config *config, char *err); // returns whether the configuration is valid
 
-// Sets in *config what model flags say that were given; their options' values lie in *flags. If owner is not
-// NULL, a file's name, *config is that file's and a flag that says otherwise is refused.
+// Overrides fields with the options that occur on the command line, whose values lie in `flags`. If the configuration
+// belongs to a checkpoint, `owner` names it, and a different value is a usage error; otherwise owner is NULL.
 void config_apply(Config *config, const Config *flags, const Option *options, const char *owner);
+
+// ----------------------------------------------------------------------------
+// log.c: the log of a run, a CSV file with a row for every step
+
+typedef struct {
+    int64_t step;
+    double loss;         // nats, mean over the step's targets
+    double grad_norm;    // L2 norm before clipping
+    double lr;           // learning rate
+    double seconds;      // duration of the step
+    double tokens_per_s; // targets that are ignored included
+    double val_loss;     // nats; NaN if the step had no validation
+} LogRow;
+
+bool is_log(const char *path); // returns whether the file starts with a log's header
+// Opens path.tmp and copies from an existing log the rows up to `step`, those of earlier parts of the run. Errors are
+// fatal.
+FILE *log_open(const char *path, int64_t step);
+void log_replace(const char *path); // renames path.tmp, which stays open, to path
+bool log_write(FILE *file, const LogRow *row);
+
+// ----------------------------------------------------------------------------
+// ranks.c: processes ("ranks") that train one model together, over MPI. Data-parallel ranks have different sequences of
+// a batch. Chunk-parallel ranks share each sequence: every one has consecutive chunks of it. Every rank holds all
+// parameters, and updates one shard of them (ZeRO-1), for which alone it holds AdamW's moments. A program without MPI,
+// or not started by mpirun, is one rank, for which these functions do nothing or copy. Unless a comment says otherwise,
+// all ranks must call a function at the same point.
+
+typedef struct {
+    bool started;        // by mpirun or another MPI launcher
+    int size;            // number of ranks
+    int rank;            // number of this rank; rank 0 prints and writes files
+    int local_size;      // ranks on this machine
+    int node_size;       // ranks of a node: GPUs of one machine that map each other's memory; 1 if they do not
+    int shard;           // shard of the parameters that this rank updates, of `size`; see megalodon_set_shard
+    int dp_size;         // number of data-parallel ranks
+    int dp_rank;         // number of this one
+    int cp_size;         // number of chunk-parallel ranks
+    int cp_rank;         // number of this one
+    int num_rows;        // sequences of a batch that this rank has
+    int first_row;       // index of the first one in the batch
+    int64_t *lengths;    // (cp_size) tokens of a sequence that each chunk-parallel rank has
+    int64_t first_token; // index of this rank's first token in a sequence
+    int64_t collectives; // collective operations of steps and validations so far
+    int64_t bytes_sent;  // bytes that this rank has contributed to them
+} Ranks;
+extern Ranks ranks;
+
+// The second call of main. The standard output of all ranks but rank 0 goes to /dev/null. From here on fatal() ends all
+// ranks; what several ranks find wrong is reported once, by rank 0.
+void ranks_start(void);
+// Divides B sequences of L tokens in chunks of C among dp_size = size / cp_size data-parallel and cp_size
+// chunk-parallel ranks: equal numbers of sequences, and whole chunks, at least one for each rank. Usage error where
+// that is impossible.
+void ranks_split(int cp_size, int B, int L, int C);
+bool ranks_agree(uint64_t number);     // have all ranks the same number? If not, at least one rank gets false
+void ranks_sum(double *values, int n); // all-reduce: the sum over all ranks
+// All-gather among the chunk-parallel ranks of a sequence: all (cp_size, bytes) gets every rank's `local` (bytes). Both
+// lie in the backend's memory. For ChunkParallel.gather.
+void ranks_all_gather(void *context, const void *local, void *all, size_t bytes);
+// Copies `bytes` bytes at src in rank `owner` to dst in rank 0, both in main memory.
+void ranks_send_to_0(void *dst, const void *src, size_t bytes, int owner);
+
+// Allocates what the following functions need for a model; ranks_close() frees it.
+void ranks_open(Model *model, const Config *config);
+void ranks_close(void);
+// Reduce-scatter: adds up the gradients of one bucket over all ranks; each rank gets the sum for its shard. For
+// megalodon_on_grad_ready, so that the sums overlap with the backward pass of the layers below.
+void ranks_reduce_scatter_grads(Model *model, int bucket);
+// All-gather: every rank gets the parameters that the others have updated.
+void ranks_all_gather_params(Model *model);
+// megalodon_read for gradients and moments, which are complete only in the ranks of their shards: dst in rank 0 gets n
+// elements from element `first` on.
+void ranks_read(Model *model, Buffer buffer, size_t first, size_t n, real *dst);
+
+// ----------------------------------------------------------------------------
+// tokenizer.c: llama2.c's tokenizer.bin, a SentencePiece BPE with byte fallback
+
+typedef struct Tokenizer Tokenizer;
+
+// Opens FILE of --tokenizer; errors are fatal. The model's vocabulary may be larger, by padding: see tokenizer_count.
+Tokenizer *tokenizer_open(const char *path, int vocab_size);
+// The same from memory, which must stay while the tokenizer is in use.
+Tokenizer *tokenizer_read(const unsigned char *bytes, size_t size, int vocab_size, char *err);
+void tokenizer_free(Tokenizer *tokenizer);
+// In the next two functions tokenizer may be NULL: then tokens 0 to 255 are bytes and the others are special.
+int tokenizer_count(const Tokenizer *tokenizer); // number of tokens; those from there on are padding
+// The bytes of a token; *length gets their number, 0 for a special token. first: the token begins a text, so a leading
+// space, which marks a word's start, is left out.
+const unsigned char *tokenizer_piece(const Tokenizer *tokenizer, int32_t token, bool first, size_t *length);
+// Encodes n bytes, which need not be UTF-8. Returns the tokens, freed by the caller; *count gets their number. No BOS
+// or EOS is added. first: the text begins here, so that SentencePiece puts a space before it; otherwise it continues
+// another text.
+int32_t *tokenizer_encode(const Tokenizer *tokenizer, const unsigned char *text, size_t n, bool first, size_t *count);
+size_t tokenizer_encode_bytes(size_t n); // upper bound of the memory that tokenizer_encode takes
+
+// ----------------------------------------------------------------------------
+// sampler.c: drawing a token from logits
+
+typedef struct {
+    double temperature; // 0: always the most likely token
+    double top_p;       // 1: off
+    double min_p;       // 0: off
+    int top_k;          // 0: off
+    int eot;            // a token at V or above that may be drawn too; 0: none
+} Sampling;
+
+double sample_uniform(uint64_t seed, int64_t position, int row); // in [0,1), from STREAM_SAMPLE
+// Draws from softmax(logits / temperature), restricted first to the top_k most likely tokens, then to the fewest of
+// these whose probabilities sum to top_p, then to those at least min_p times as likely as the most likely one. random
+// is in [0,1). Of the logits from V on, which are the vocabulary's padding, only that of how->eot is read.
+int sample_token(const real *logits, int V, const Sampling *how, double random);
+size_t sample_bytes(int V); // memory that sample_token keeps allocated
+
+// ----------------------------------------------------------------------------
+// memory.c: the memory plan
+
+// Returns the plan for a model of B x L tokens. Fatal, with the MiB needed and with what would fit, unless the model,
+// `states` bytes in the backend's memory and `host` bytes of buffers in main memory fit in what is available.
+MemoryPlan check_memory(const Config *config, Mode mode, int B, int L, size_t states, size_t host);
 
 // ----------------------------------------------------------------------------
 // data.c: token files, mapped into memory, and the rows that training and validation read
 
 typedef enum {
-    FORMAT_AUTO,  // a .bin file by its header, otherwise bytes; what looks like uint16 tokens is refused
-    FORMAT_BYTES, // each byte a token, whatever the file looks like
-    FORMAT_UINT16 // little-endian uint16 tokens, with the header of a .bin file or without
+    FORMAT_AUTO,  // a .bin file by its header, otherwise bytes; a file that looks like uint16 tokens is refused
+    FORMAT_BYTES, // each byte is a token, whatever the file looks like
+    FORMAT_UINT16 // little-endian uint16 tokens, with or without the header of a .bin file
 } DataFormat;
-bool find_data_format(const char *name, DataFormat *format); // auto, bytes, uint16; false if it is none of these
+bool find_data_format(const char *name, DataFormat *format); // auto, bytes, uint16; false for another name
 
 typedef struct {
-    const char *path;            // the caller's; must stay
-    const unsigned char *bytes;  // of the first token, little-endian
-    int width;                   // bytes per token, 1 or 2
-    size_t count, first;         // number of tokens; index of the first one in the file
+    const char *path;            // as passed to tokens_open; must stay
+    const unsigned char *bytes;  // the first token, little-endian
+    int width;                   // bytes of a token: 1 or 2
+    size_t count;                // number of tokens
+    size_t first;                // index of the first one in the file
     const unsigned char *memory; // the whole file, header included
     size_t size;                 // bytes of the whole file
-    int file;                    // descriptor, to notice a truncation; -1 if memory is a copy
+    int file;                    // descriptor of the mapped file; -1 if memory is a copy
 } Tokens;
 
-// Opens a file of tokens. Every token is checked against vocab_size. Where the file system cannot map files, it is read
-// into memory, with a warning. A file that is truncated while it is read ends the program with a message.
+// Opens a file of tokens and checks each against vocab_size. On file systems that cannot map files it is read into
+// memory, with a warning. Errors are fatal; so is a truncation of the file while it is in use.
 Tokens tokens_open_as(const char *path, int vocab_size, DataFormat format);
 Tokens tokens_open(const char *path, int vocab_size); // FORMAT_AUTO
 static inline int32_t token_at(const Tokens *t, size_t i) {
@@ -189,154 +303,136 @@ static inline int32_t token_at(const Tokens *t, size_t i) {
 }
 Tokens tokens_part(const Tokens *t, size_t first, size_t count); // shares the memory
 
-// "254368 bytes, xxh64 0123456789abcdef": size and XXH64 of the whole file, of which t may be a part. Reads all of it.
+// Writes "254368 bytes, xxh64 0123456789abcdef", the size and XXH64 of the whole file. Reads all of it.
 enum { FINGERPRINT_SIZE = 64 };
 void tokens_fingerprint(const Tokens *t, char text[FINGERPRINT_SIZE]);
 
 typedef struct {
-    size_t start, end; // index of its first input, and of its last target
-    size_t row;        // number of rows that the documents before it are cut into
+    size_t start; // index of its first input
+    size_t end;   // index of its last target
+    size_t row;   // number of rows into which the documents before it are cut
 } Document;
 typedef struct {
-    size_t start, at, end; // of the document; `at` is where the row of this step starts
+    size_t start; // of the document
+    size_t at;    // where the row of the current step starts
+    size_t end;   // of the document
 } Place;
 
-// Rows of a step's batch: L inputs, each with the next token as target. A position without a target has -1. All is
-// determined by (seed, step, row), so that ranks and resumed runs agree. Four orders:
+// Rows of a step's batch: L inputs, each with the next token as target. A position without a target has -1. Everything
+// is determined by (seed, step, row), so that ranks and resumed runs agree. There are four orders:
 //   neither eot nor carry: row starts are drawn uniformly from all positions.
 //   carry: positions are divided into `rows` streams of equal length. Row r reads stream r window by window, the last
-//       one padded, and then again from its start, fresh. The seed has no influence.
+//       one padded, and then starts again from its beginning, with a fresh state. The seed has no influence.
 //   eot: documents are cut into rows of L, and each row is drawn uniformly from the rows of all documents, so that
-//       every token is equally likely to be trained on. The rest of a document's last row is padded.
-//   eot and carry: a row reads a document from its start to its end, and then takes the next one, in an order that is
-//       shuffled anew for each pass over all documents. Each is read once before any is read again.
+//       every token is equally likely to be trained on. The last row of a document is padded.
+//   eot and carry: a row reads a document from start to end and then takes the next document, in an order that is
+//       shuffled for each pass over all documents. Each is read once before any is read again.
 typedef struct {
     Tokens tokens;
     uint64_t seed;
-    int rows, L;
-    int eot;    // token that ends a document; -1: none
-    bool carry; // a row goes on where it ended the step before
-    // 24 bytes per document, in order; shuffled if eot and carry. A document has 2 tokens or more.
-    Document *documents;
-    size_t count;       // number of documents
-    Place *places;      // (rows), if eot and carry, as of the step before `step`
-    int64_t step, pass; // the next step of places, the next pass over the documents
-    size_t next;        // document that is taken next
-    // what this process has: of each `batch` rows `here` from `row` on, and of these `length` tokens from `from` on
-    int batch, row, here, from, length;
+    int rows;            // of a step, of all ranks together
+    int L;               // tokens of a row
+    int eot;             // token that ends a document; -1: none
+    bool carry;          // a row continues where it ended in the step before
+    Document *documents; // (count) in order, or shuffled if eot and carry; each has 2 tokens or more
+    size_t count;        // number of documents
+    Place *places;       // (rows) of step - 1, if eot and carry
+    int64_t step;        // next step of places
+    int64_t pass;        // next pass over the documents
+    size_t next;         // index of the document that is taken next
+    // The part that this rank reads: rows first_row .. first_row + num_rows - 1 of every batch_size rows, and of each
+    // row the tokens first_token .. first_token + num_tokens - 1.
+    int batch_size, first_row, num_rows, first_token, num_tokens;
 } Reader;
 
-// Refused if there are too few tokens for `purpose`. This process has all of it, until those fields say otherwise.
+// Fatal if there are too few tokens for `purpose`, which messages name. The rank's part is everything at first; the
+// caller may then set the last five fields.
 Reader reader_new(const Tokens *t, const char *purpose, uint64_t seed, int rows, int L, int eot, bool carry);
 void reader_free(Reader *reader);
-size_t reader_bytes(const Reader *reader); // memory that it has allocated, the copy of a file included
-// fresh (rows): does the row begin from a fresh state? Steps must not go back if eot and carry.
+size_t reader_bytes(const Reader *reader); // memory that it has allocated, a copy of the file included
+// Reads this rank's part of a step: inputs and targets (its rows, num_tokens). fresh (its rows): the row starts from a
+// fresh state. With eot and carry, steps must not decrease.
 void reader_step(Reader *reader, int64_t step, int32_t *inputs, int32_t *targets, bool *fresh);
 
-// Validation: up to B windows of L, one after another from the cursor (at first 0) on, each document's from its
-// start. Without documents a last one that is not full is left out. Returns how many there were for all processes.
+// Validation: up to B consecutive windows of L tokens from the cursor on, which is zero at first; each document starts
+// with its first window. Without documents an incomplete last window is left out. Returns the number of windows of all
+// ranks.
 typedef struct {
-    size_t document, piece;
+    size_t document; // index of the current document
+    size_t window;   // index of the next window in it
 } Cursor;
 int read_windows(const Reader *reader, Cursor *cursor, int B, int32_t *inputs, int32_t *targets);
 
-// input.tokens and input.targets (B,L) of a dump, allocated; every one is checked against vocab_size. Targets of -1 and
-// -100 are ignored; they stay as they are, so that a dump of the batch equals the file.
+// Reads input.tokens and input.targets (B,L) of a dump, allocated for the caller, and checks each against vocab_size.
+// Ignored targets, -1 and -100, stay as they are, so that a dump of the batch equals the file.
 void read_batch(const char *path, int vocab_size, int *B, int *L, int32_t **inputs, int32_t **targets);
 
 // ----------------------------------------------------------------------------
-// checkpoint.c: models, optimizers and dumps in safetensors files
+// checkpoint.c: model files and optimizer files
 
-// Opens a checkpoint FILE, or the newest whole one in a run's DIR. If it says its configuration, that goes,
-// checked, into *config; otherwise *config stays and the result is false.
-bool checkpoint_open(StFile *file, Config *config, const char *path);
-// Fills the model's parameters from it and closes it. Anything wrong is fatal, with the tensor's name.
-void checkpoint_load(StFile *file, Model *model, const Config *config);
-
-// The same without ending the program, for run.c.
 bool save_model(const char *path, Model *model, const Config *config, char *err);
 bool load_model(StFile *file, Model *model, const Config *config, char *err);
+void checkpoint_load(StFile *file, Model *model, const Config *config); // load_model; closes the file; errors are fatal
+// Rank 0 saves the optimizer while the other ranks call send_optimizer.
 bool save_optimizer(const char *path, Model *model, const Config *config, int64_t seed, int64_t step, double val_loss,
                     char *err);
-void lend_optimizer(Model *model, const Config *config); // what other processes do while process 0 saves it
+void send_optimizer(Model *model, const Config *config);
+// Refuses an optimizer of another seed or step.
 bool load_optimizer(StFile *file, Model *model, const Config *config, int64_t seed, int64_t step, char *err);
 
-// Writes inputs, activations, logits, loss and gradients of the last forward and backward: of all processes, each of
-// which gives its own B x L tokens. False, with err, if it cannot be written.
-bool write_dump(const char *path, Model *model, const Config *config, const int32_t *inputs, const int32_t *targets,
-                int B, int L, double loss, char *err);
-size_t dump_bytes(const Config *config, int B, int L); // of memory that write_dump takes
-bool is_dump(const char *path);                        // does such a file lie there?
-
 // ----------------------------------------------------------------------------
-// state.c: state files
+// state_file.c: state files, and rows of states
 
-// A state, the seed of its stream, and, unless NULL, the logits (B,V) after its last tokens, in one file. What does
-// not fit the model is refused. state_rows says a file's B, 0 with err if it has none.
 enum { MAX_ROWS = 1 << 16 };
+// A state file holds a state, the seed of its random numbers, and, unless logits is NULL, the logits (B,V) after the
+// last token of each row. A file of another configuration or number of rows is refused.
 bool save_state(const char *path, const State *state, const Config *config, int64_t seed, const real *logits,
                 char *err);
 bool load_state(const char *path, State *state, const Config *config, int64_t *seed, real *logits, char *err);
-int state_rows(const char *path, char *err);
+int state_rows(const char *path, char *err); // number of rows B in a state file; 0 with err if it is none
+void state_counts(const State *state, const Config *config,
+                  int64_t *counts); // counts (B): tokens that each row has read
 // Copies row i of a state into row j of another; both have k and v, or neither.
 void state_copy(const State *from, int i, State *to, int j, const Config *config);
 
 // ----------------------------------------------------------------------------
-// run.c: a run's directory: lock, options.txt (the kept options), step-XXXXXXXX/{model,optimizer}.safetensors, and
-// with --carry-state state-0.safetensors, ... there
+// dump.c: --dump
 
-// The step of the newest whole checkpoint, -1 if there is none: one whose model and optimizer open. Damaged ones are
-// named on stderr. is_run: are there any, whole or damaged?
+// Writes inputs, activations, logits, loss and gradients of the last forward and backward pass, of all ranks. inputs
+// and targets (B,L) are this rank's.
+bool write_dump(const char *path, Model *model, const Config *config, const int32_t *inputs, const int32_t *targets,
+                int B, int L, double loss, char *err);
+size_t dump_bytes(const Config *config, int B, int L); // memory that write_dump takes
+bool is_dump(const char *path);                        // returns whether the file is a dump
+
+// ----------------------------------------------------------------------------
+// run.c: a run's directory, DIR. It has a file `lock`, the kept options in options.txt, and checkpoints step-XXXXXXXX/
+// of model.safetensors, optimizer.safetensors and, with --carry-state, state-0.safetensors, state-1.safetensors, ...
+
+// Returns the step of the newest intact checkpoint, -1 if there is none: one whose model and optimizer open. Damaged
+// checkpoints are named on stderr. *is_run: there are checkpoints, intact or damaged.
 int64_t run_newest(const char *dir, bool *is_run);
-void run_model(char path[PATH_SIZE], const char *dir, int64_t step); // the path of that checkpoint's model
-char *run_read_options(const char *dir);                             // text for options_read; NULL, with a warning
-// Makes the directory, if there is none, and locks it. Nothing in it changes. Refused: a directory that holds a run
-// (unless resume or overwrite), one that holds other files and no run, one that another run has locked.
+void run_model_path(char path[PATH_SIZE], const char *dir, int64_t step); // the model file of that checkpoint
+// Opens a model file: `path` itself, that of a checkpoint directory, or that of the newest intact checkpoint of a run's
+// directory. If the file has a configuration, *config gets it, checked; otherwise *config stays and the result is
+// false. Errors are fatal.
+bool run_open_model(StFile *file, Config *config, const char *path);
+char *
+run_read_options(const char *dir); // contents of options.txt, for options_read; NULL, with a warning, if unreadable
+// Creates the directory if there is none, and locks it; changes nothing in it. Fatal if it holds a run (unless resume
+// or overwrite), or other files but no run, or if another run has locked it.
 void run_claim(const char *dir, bool resume, bool overwrite);
-// Refuses an output in the run's directory that would be, or lie in, a checkpoint: DIR/step-...
+// Usage error if the output of --flag would be a checkpoint of the run, or would lie in one.
 void run_refuse_inside(const char *dir, const char *flag, const char *path);
-// Once nothing can be refused any more: writes options.txt and removes what killed runs left; overwrite: the older run.
+// Writes options.txt and removes what killed runs left; with overwrite, also the older run. For when the command has
+// been accepted.
 void run_begin(const char *dir, const Option *options, bool overwrite);
-// Writes the checkpoint of `step` updates; val_loss NaN if unknown; states (num_states), those that a run carries on.
-// Keeps the newest two and the best. stopped: only a signal causes this checkpoint, and the next one replaces it.
+// Writes the checkpoint after `step` updates. val_loss is NaN if unknown. states (num_states): those of this rank's
+// rows that --carry-state carries on. Keeps the newest two checkpoints and the best by validation loss. stopped: only a
+// signal causes this checkpoint, and the next one replaces it.
 void run_save(const char *dir, Model *model, State *const *states, int num_states, const Config *config, int64_t seed,
               int64_t step, double val_loss, bool stopped);
-// Parameters, moments and states from the newest checkpoint that loads; returns its step.
+// Loads parameters, moments and states from the newest checkpoint that loads; returns its step.
 int64_t run_load(const char *dir, Model *model, State *const *states, int num_states, const Config *config,
                  int64_t seed);
-
-// ----------------------------------------------------------------------------
-// sampler.c
-
-double sample_uniform(uint64_t seed, int64_t position, int row); // in [0,1), from STREAM_SAMPLE
-// Draws from softmax(logits / temperature), cut to the top_k largest (0: all), then to the fewest whose
-// probabilities sum to top_p (1: all), then to those at least min_p times as likely as the likeliest (0: all); random
-// in [0,1). temperature 0: the largest.
-typedef struct {
-    double temperature, top_p, min_p;
-    int top_k;
-    int eot; // one more token that may be drawn, if it is V or above; 0: none
-} Sampling;
-// The logits beyond V, padding of the vocabulary for instance, are not looked at, but for that of how->eot.
-int sample_token(const real *logits, int V, const Sampling *how, double random);
-size_t sample_bytes(int V); // of memory that sample_token keeps
-
-// ----------------------------------------------------------------------------
-// tokenizer.c: llama2.c's tokenizer.bin, a SentencePiece BPE with byte fallback
-
-typedef struct Tokenizer Tokenizer;
-
-// Anything wrong is fatal. The model's vocabulary may be larger, by padding: see tokenizer_count.
-Tokenizer *tokenizer_open(const char *path, int vocab_size);
-// The same from memory, which must stay; NULL and err if anything is wrong.
-Tokenizer *tokenizer_read(const unsigned char *bytes, size_t size, int vocab_size, char *err);
-void tokenizer_free(Tokenizer *tokenizer);
-// Of the following two, tokenizer may be NULL: tokens are bytes then, and those from 256 on are special.
-int tokenizer_count(const Tokenizer *tokenizer); // tokens from here on have no text: do not draw them
-// The bytes of a token, *length of them, 0 if it has no text; first: the text begins with it, so that a leading space
-// of the token is not the text's.
-const unsigned char *tokenizer_piece(const Tokenizer *tokenizer, int32_t token, bool first, size_t *length);
-// Any bytes as tokens, allocated; *count gets their number. No other token is put before or after them. first: the text
-// begins here, and SentencePiece puts a space before it; otherwise it goes on, within a word perhaps.
-int32_t *tokenizer_encode(const Tokenizer *tokenizer, const unsigned char *text, size_t n, bool first, size_t *count);
-size_t tokenizer_encode_bytes(size_t n); // of memory that tokenizer_encode takes at most
+double run_state_bytes(const Config *config, int num_states); // memory of such states and of the copies made here

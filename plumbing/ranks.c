@@ -1,258 +1,282 @@
-// Processes that train one model together, over MPI. Compiled without MEGALODON_MPI, and where a program was not
-// started by mpirun or the like, there is one, and what is below does nothing or copies.
+// Ranks: processes that train one model together, over MPI. Compiled without MEGALODON_MPI, and in a program that was
+// not started by mpirun or the like, there is one rank, for which the functions below do nothing or copy.
+//
+// Communication has two levels. The ranks of a node are GPUs of one machine that map each other's memory; they read it
+// directly (peers.cu). Nodes exchange messages through MPI. Where ranks cannot map each other's memory, as on the CPU,
+// every rank is a node of its own.
 #include <stdlib.h> // defines: atexit, exit, free, getenv, strtol
 #include <string.h> // defines: memcpy
 #include <unistd.h> // defines: usleep
 #include "plumbing.h"
 
-Ranks ranks = {.size = 1, .here = 1, .near = 1, .dp_size = 1, .cp_size = 1, .rows = 1};
+Ranks ranks = {.size = 1, .local_size = 1, .node_size = 1, .dp_size = 1, .cp_size = 1, .num_rows = 1};
 
-// How many processes mpirun says there are, before MPI itself is asked: Open MPI's and PMIx's, MPICH's and Intel's.
-static long announced(void) {
-    const char *size = getenv("OMPI_COMM_WORLD_SIZE");
-    if (size == NULL) size = getenv("PMI_SIZE");
+// The number of processes according to the launcher's environment variables, 0 if there is no launcher; before
+// MPI_Init.
+static long launched_processes(void) {
+    const char *size = getenv("OMPI_COMM_WORLD_SIZE"); // Open MPI
+    if (size == NULL) size = getenv("PMI_SIZE");       // MPICH, Intel MPI
     if (size == NULL) return getenv("PMIX_RANK") != NULL;
     return strtol(size, NULL, 10);
 }
 
-// ----------------------------------------------------------------------------
-// what MPI does
-
 #ifdef MEGALODON_MPI
 #include <mpi.h> // defines: MPI_Allreduce, ..
 
-static MPI_Comm machine;          // processes of this machine
-static MPI_Comm near;             // of them, this one alone or all that reach each other's memory
-static MPI_Comm far;              // one of each such circle
-static MPI_Comm group;            // the pieces of this process's sequences
-static int circles, circle, seat; // of those that reach each other, this one's, and its place there
+static MPI_Comm machine;    // ranks of this machine
+static MPI_Comm intra_node; // ranks of this node
+static MPI_Comm inter_node; // ranks with this node_rank, one of each node
+static MPI_Comm cp_group;   // the chunk-parallel ranks that share this rank's sequences
+static int num_nodes;
+static int node;      // index of this rank's node
+static int node_rank; // index of this rank in its node
 
 static MPI_Datatype real_type(void) { return sizeof(real) == sizeof(double) ? MPI_DOUBLE : MPI_FLOAT; }
 
-static void count(size_t bytes) { ranks.exchanges++, ranks.bytes += (int64_t)bytes; }
+static void count_collective(size_t bytes) { ranks.collectives++, ranks.bytes_sent += (int64_t)bytes; }
 
-// What peers.cu does for GPUs: on the CPU nobody reaches another's memory.
+// On the CPU no rank maps another's memory, and messages lie in main memory.
 #ifdef MEGALODON_PEERS
-#include "peers.h" // defines: peers_gather, peers_reach, ..
+#include "peers.h" // defines: peers_all_gather, peers_can_map, ..
 #else
-static int peers_reach(MPI_Comm comm) { return comm == MPI_COMM_NULL; }
+static int peers_can_map(MPI_Comm comm) { return comm == MPI_COMM_NULL; }
 static void peers_open(MPI_Comm comm, Model *model) { (void)comm, (void)model; }
 static void peers_close(void) {}
-static void peers_sum(Shard range) { (void)range; }
+static void peers_reduce_grads(Shard shard) { (void)shard; }
 static void peers_finish(void) {}
-static void peers_share(Model *model, Shard *const *of, int n) { (void)model, (void)of, (void)n; }
-static void peers_read(Model *model, Shard r, real *dst) { megalodon_read(model, GRADS, r.first, r.count, dst); }
-static void peers_write(Model *model, Shard r, const real *src) {
+static void peers_all_gather_params(Model *model, Shard *const *shards, int n) { (void)model, (void)shards, (void)n; }
+static void peers_read_grads(Model *model, Shard r, real *dst) { megalodon_read(model, GRADS, r.first, r.count, dst); }
+static void peers_write_grads(Model *model, Shard r, const real *src) {
     megalodon_write(model, GRADS, r.first, r.count, src);
 }
 static int peers_add(const real *sum, int others, size_t n) { return (void)sum, (void)others, (void)n, 0; }
-static void peers_wait(void) {}
-static real *peers_memory(size_t n) { return allocate(n, sizeof(real)); }
-static void peers_release(real *memory) { free(memory); }
-static void peers_gather(MPI_Comm comm, int reached, const void *mine, void *all, size_t bytes) {
-    (void)reached;
-    MPI_Allgather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, comm);
+static void peers_synchronize(void) {}
+static real *peers_alloc(size_t n) { return allocate(n, sizeof(real)); }
+static void peers_free(real *memory) { free(memory); }
+static void peers_all_gather(MPI_Comm comm, int mapped, const void *local, void *all, size_t bytes) {
+    (void)mapped;
+    MPI_Allgather(local, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, comm);
 }
 #endif
+
+// ----------------------------------------------------------------------------
+// start, end, errors
+
+// An error that all ranks find is reported by rank 0, which ends the others while they wait here. Ranks that find an
+// error alone report it after at most 3 seconds, one after another.
+static void wait_for_rank_0(void) {
+    if (ranks.rank > 0) usleep(1000000 + (unsigned)(ranks.rank < 20 ? ranks.rank : 20) * 100000);
+}
+
+static void abort_all(int status) { MPI_Abort(MPI_COMM_WORLD, status); }
 
 static void finish(void) { MPI_Finalize(); }
 
 void ranks_start(void) {
-    const char *name = getenv("MEGALODON_MACHINE"); // a number: as if on that one of several, to try that on one
+    // Tests set MEGALODON_MACHINE to a number to treat the processes of one machine as those of several.
+    const char *name = getenv("MEGALODON_MACHINE");
     MPI_Comm shared;
-    if (announced() < 1) return;
+    if (launched_processes() < 1) return;
     MPI_Init(NULL, NULL);
     atexit(finish);
     MPI_Comm_size(MPI_COMM_WORLD, &ranks.size);
     MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &shared);
     MPI_Comm_split(shared, name ? (int)strtol(name, NULL, 10) : 0, 0, &machine);
-    MPI_Comm_size(shared, &ranks.here);
+    MPI_Comm_size(shared, &ranks.local_size);
     ranks.started = true;
+    set_failure_hooks(wait_for_rank_0, abort_all);
     if (ranks.rank > 0 && freopen("/dev/null", "w", stdout) == NULL) fatal("/dev/null: cannot be opened");
 }
 
-// Processes of a machine work as one towards other machines if they reach each other's memory, and if every machine has
-// as many, one behind the other. Of what they update, those of one machine have parts that follow each other.
+// Forms the nodes. The ranks of a machine are a node if they map each other's memory, and if all machines have equally
+// many ranks, numbered consecutively. Shards are numbered so that those of one node_rank in all nodes are adjacent.
 static void make_groups(void) {
-    int n, place;
+    int n, index;
     if (!ranks.started) return;
-    MPI_Comm_split(MPI_COMM_WORLD, ranks.dp_rank, ranks.cp_rank, &group);
+    MPI_Comm_split(MPI_COMM_WORLD, ranks.dp_rank, ranks.cp_rank, &cp_group);
     MPI_Comm_size(machine, &n);
-    MPI_Comm_rank(machine, &place);
-    int least[3] = {peers_reach(machine) && ranks.rank % n == place, n, -n};
-    MPI_Allreduce(MPI_IN_PLACE, least, 3, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
-    ranks.near = least[0] && least[1] == -least[2] ? n : 1;
-    MPI_Comm_split(MPI_COMM_WORLD, ranks.rank / ranks.near, ranks.rank, &near);
-    MPI_Comm_split(MPI_COMM_WORLD, ranks.rank % ranks.near, ranks.rank, &far);
-    circles = ranks.size / ranks.near, circle = ranks.rank / ranks.near, seat = ranks.rank % ranks.near;
-    ranks.part = seat * circles + circle;
+    MPI_Comm_rank(machine, &index);
+    int minima[3] = {peers_can_map(machine) && ranks.rank % n == index, n, -n}; // the last one: minus the maximum of n
+    MPI_Allreduce(MPI_IN_PLACE, minima, 3, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
+    ranks.node_size = minima[0] && minima[1] == -minima[2] ? n : 1;
+    num_nodes = ranks.size / ranks.node_size;
+    node = ranks.rank / ranks.node_size, node_rank = ranks.rank % ranks.node_size;
+    MPI_Comm_split(MPI_COMM_WORLD, node, ranks.rank, &intra_node);
+    MPI_Comm_split(MPI_COMM_WORLD, node_rank, ranks.rank, &inter_node);
+    ranks.shard = node_rank * num_nodes + node;
 }
 
-void ranks_exit(int status) {
-    if (ranks.started) MPI_Abort(MPI_COMM_WORLD, status);
-    exit(status);
-}
+// ----------------------------------------------------------------------------
+// small collectives and messages
 
 void ranks_sum(double *values, int n) {
     if (ranks.size == 1) return;
-    count((size_t)n * sizeof *values);
+    count_collective((size_t)n * sizeof *values);
     MPI_Allreduce(MPI_IN_PLACE, values, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
 }
 
-void ranks_gather(void *context, const void *mine, void *all, size_t bytes) {
+void ranks_all_gather(void *context, const void *local, void *all, size_t bytes) {
     (void)context;
-    count(bytes);
-    peers_gather(group, ranks.near % ranks.cp_size == 0, mine, all, bytes);
+    count_collective(bytes);
+    peers_all_gather(cp_group, ranks.node_size % ranks.cp_size == 0, local, all, bytes);
 }
 
-void ranks_fetch(void *dst, const void *mine, size_t bytes, int owner) {
-    enum { MOST = 1 << 30 };
-    if (owner == 0 && ranks.rank == 0 && dst != mine) memcpy(dst, mine, bytes);
-    for (size_t done = 0; done < bytes && owner > 0; done += MOST) {
-        const int n = (int)(bytes - done < MOST ? bytes - done : MOST);
-        if (ranks.rank == owner) MPI_Send((const char *)mine + done, n, MPI_BYTE, 0, 0, MPI_COMM_WORLD);
+void ranks_send_to_0(void *dst, const void *src, size_t bytes, int owner) {
+    enum { MAX_MESSAGE = 1 << 30 }; // MPI counts in int
+    if (owner == 0 && ranks.rank == 0 && dst != src) memcpy(dst, src, bytes);
+    for (size_t done = 0; done < bytes && owner > 0; done += MAX_MESSAGE) {
+        const int n = (int)(bytes - done < MAX_MESSAGE ? bytes - done : MAX_MESSAGE);
+        if (ranks.rank == owner) MPI_Send((const char *)src + done, n, MPI_BYTE, 0, 0, MPI_COMM_WORLD);
         if (ranks.rank == 0) MPI_Recv((char *)dst + done, n, MPI_BYTE, owner, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
     }
 }
 
 // ----------------------------------------------------------------------------
-// gradients and parameters, segment by segment, see megalodon_shards. Within a circle others' numbers come from their
-// memory, between circles by messages. Process l of circle f, of F, updates part l F + f. So those with the same l have
-// parts that follow each other: l's stretch, which it sums for its circle, and then they do among themselves.
+// gradients and parameters (ZeRO-1), bucket by bucket. megalodon_shards() cuts each bucket into `size` shards. Rank r
+// of node f, with F nodes, updates shard r F + f. So the shards of all ranks with the same node_rank r are adjacent;
+// together they are the node shard r. The sum of a bucket's gradients has two steps:
+//   1. intra-node reduce-scatter: each rank adds up its node shard over the ranks of its node;
+//   2. inter-node reduce-scatter: among the ranks with the same node_rank, each adds up its shard over the nodes.
+// For updated parameters the same steps go backwards, as all-gathers.
 
-enum { PART = 1 << 18 }; // numbers of each part that go into a message
+enum { MESSAGE = 1 << 18 }; // elements of each shard in one message
 
-static Shard **parts;     // (size) of (segments)
-static Shard **stretches; // (near) of (segments)
-static int segments;
-static real *out, *in;      // messages: (circles, PART) to and from each circle
-static int unfinished = -1; // segment whose gradients are summed within circles and not yet between them
+static Shard **shards;      // (size, num_buckets) of every shard number
+static Shard **node_shards; // (node_size, num_buckets)
+static int num_buckets;
+static real *send, *receive;    // (num_nodes, MESSAGE): messages to and from each node
+static int pending_bucket = -1; // bucket after step 1 and before step 2; -1: none
 
 void ranks_open(Model *model, const Config *config) {
     if (ranks.size == 1) return;
-    parts = allocate((size_t)ranks.size, sizeof *parts);
-    stretches = allocate((size_t)ranks.near, sizeof *stretches);
-    for (int p = 0; p < ranks.size; p++) {
-        if ((parts[p] = megalodon_shards(config, p, ranks.size, &segments)) == NULL) fatal("out of memory");
+    shards = allocate((size_t)ranks.size, sizeof *shards);
+    node_shards = allocate((size_t)ranks.node_size, sizeof *node_shards);
+    for (int i = 0; i < ranks.size; i++) {
+        if ((shards[i] = megalodon_shards(config, i, ranks.size, &num_buckets)) == NULL) fatal("out of memory");
     }
-    for (int l = 0; l < ranks.near; l++) {
-        stretches[l] = allocate((size_t)segments, sizeof *stretches[l]);
-        for (int s = 0; s < segments; s++) {
-            const Shard first = parts[l * circles][s], last = parts[(l + 1) * circles - 1][s];
-            stretches[l][s] = (Shard){first.first, last.first + last.count - first.first};
+    for (int r = 0; r < ranks.node_size; r++) {
+        node_shards[r] = allocate((size_t)num_buckets, sizeof *node_shards[r]);
+        for (int b = 0; b < num_buckets; b++) {
+            const Shard first = shards[r * num_nodes][b], last = shards[(r + 1) * num_nodes - 1][b];
+            node_shards[r][b] = (Shard){first.first, last.first + last.count - first.first};
         }
     }
-    peers_open(near, model);
-    if (circles > 1) out = peers_memory((size_t)circles * PART), in = peers_memory((size_t)circles * PART);
+    peers_open(intra_node, model);
+    if (num_nodes == 1) return;
+    send = peers_alloc((size_t)num_nodes * MESSAGE);
+    receive = peers_alloc((size_t)num_nodes * MESSAGE);
 }
 
 void ranks_close(void) {
     if (ranks.size == 1) return;
-    peers_release(out), peers_release(in);
+    peers_free(send), peers_free(receive);
     peers_close();
-    for (int p = 0; p < ranks.size; p++) free(parts[p]);
-    for (int l = 0; l < ranks.near; l++) free(stretches[l]);
-    free(parts), free(stretches);
+    for (int i = 0; i < ranks.size; i++) free(shards[i]);
+    for (int r = 0; r < ranks.node_size; r++) free(node_shards[r]);
+    free(shards), free(node_shards);
 }
 
-// Of circle f's part in this process's stretch, what follows the first `done`, at most PART.
-static Shard piece_of(int f, int segment, size_t done) {
-    Shard r = parts[seat * circles + f][segment];
+// The part of a bucket's shard that one message carries: at most MESSAGE elements from element `done` on, of the shard
+// of this node_rank in node f. Shard 0 is the longest, so it determines the number of messages.
+static Shard message_part(int f, int bucket, size_t done) {
+    Shard r = shards[node_rank * num_nodes + f][bucket];
     r.first += done;
-    r.count = r.count < done ? 0 : r.count - done < PART ? r.count - done : PART;
+    r.count = r.count < done ? 0 : r.count - done < MESSAGE ? r.count - done : MESSAGE;
     return r;
 }
 
-// Everyone sends each his piece and adds up what comes: that is a reduce-scatter, and MPI's own was two to three times
-// slower where it was tried.
-static void sum_between_circles(Model *model, int segment) {
-    size_t n; // of the first part, which is the longest
-    for (size_t done = 0; circles > 1 && (n = piece_of(0, segment, done).count) > 0; done += PART) {
-        for (int f = 0; f < circles; f++) {
-            const Shard r = piece_of(f, segment, done);
-            if (r.count > 0) peers_read(model, r, out + (size_t)f * n);
+// Each rank sends every node its part and adds up what it receives. This is a reduce-scatter; MPI_Reduce_scatter was
+// two to three times slower where it was measured.
+static void reduce_scatter_inter_node(Model *model, int bucket) {
+    size_t n;
+    for (size_t done = 0; num_nodes > 1 && (n = message_part(0, bucket, done).count) > 0; done += MESSAGE) {
+        for (int f = 0; f < num_nodes; f++) {
+            const Shard r = message_part(f, bucket, done);
+            if (r.count > 0) peers_read_grads(model, r, send + (size_t)f * n);
         }
-        count((size_t)circles * n * sizeof *out);
-        MPI_Alltoall(out, (int)n, real_type(), in, (int)n, real_type(), far);
-        const int host = !peers_add(in, circles - 1, n);
-        for (int f = 1; f < circles && host; f++) {
-#pragma omp parallel for simd schedule(static) if (parallel : n > 32768) // as in megalodon.c
-            for (size_t i = 0; i < n; i++) in[i] += in[(size_t)f * n + i];
+        count_collective((size_t)num_nodes * n * sizeof *send);
+        MPI_Alltoall(send, (int)n, real_type(), receive, (int)n, real_type(), inter_node);
+        const int on_host = !peers_add(receive, num_nodes - 1, n);
+        for (int f = 1; f < num_nodes && on_host; f++) {
+#pragma omp parallel for simd schedule(static) if (parallel : n > 32768) // PARALLEL_MIN of megalodon.c
+            for (size_t i = 0; i < n; i++) receive[i] += receive[(size_t)f * n + i];
         }
-        const Shard own = piece_of(circle, segment, done);
-        if (own.count > 0) peers_write(model, own, in);
+        const Shard r = message_part(node, bucket, done);
+        if (r.count > 0) peers_write_grads(model, r, receive);
     }
 }
 
-// The host is ahead of its GPU. So that this need not wait, sums between circles are those of the segment before.
-void ranks_sum_gradients(Model *model, int segment) {
-    if (unfinished >= 0) sum_between_circles(model, unfinished);
+// The host runs ahead of its GPU. So that it need not wait, step 2 is done for the bucket of the call before.
+void ranks_reduce_scatter_grads(Model *model, int bucket) {
+    if (pending_bucket >= 0) reduce_scatter_inter_node(model, pending_bucket);
     size_t n = 0;
-    for (int l = 0; l < ranks.near; l++) n += stretches[l][segment].count;
-    if (ranks.near > 1) count(n * sizeof *out);
-    peers_sum(stretches[seat][segment]);
-    unfinished = segment;
-    if (segment > 0) return;
-    sum_between_circles(model, segment);
-    unfinished = -1;
+    for (int r = 0; r < ranks.node_size; r++) n += node_shards[r][bucket].count;
+    if (ranks.node_size > 1) count_collective(n * sizeof *send);
+    peers_reduce_grads(node_shards[node_rank][bucket]);
+    pending_bucket = bucket;
+    if (bucket > 0) return; // bucket 0 is the last one
+    reduce_scatter_inter_node(model, bucket);
+    pending_bucket = -1;
     peers_finish();
 }
 
-void ranks_share_params(Model *model) {
-    size_t n, own = 0;
+void ranks_all_gather_params(Model *model) {
+    size_t n, sent = 0;
     if (ranks.size == 1) return;
-    for (int s = 0; s < segments; s++) {
-        for (size_t done = 0; circles > 1 && (n = piece_of(0, s, done).count) > 0; done += PART) {
-            const Shard r = piece_of(circle, s, done);
-            if (r.count > 0) megalodon_read(model, PARAMS, r.first, r.count, out);
-            count(n * sizeof *out);
-            peers_wait();
-            MPI_Allgather(out, (int)n, real_type(), in, (int)n, real_type(), far);
-            for (int f = 0; f < circles; f++) {
-                const Shard there = piece_of(f, s, done);
-                if (f != circle && there.count > 0)
-                    megalodon_write(model, PARAMS, there.first, there.count, in + (size_t)f * n);
+    for (int b = 0; b < num_buckets; b++) {
+        for (size_t done = 0; num_nodes > 1 && (n = message_part(0, b, done).count) > 0; done += MESSAGE) {
+            const Shard r = message_part(node, b, done);
+            if (r.count > 0) megalodon_read(model, PARAMS, r.first, r.count, send);
+            count_collective(n * sizeof *send);
+            peers_synchronize();
+            MPI_Allgather(send, (int)n, real_type(), receive, (int)n, real_type(), inter_node);
+            for (int f = 0; f < num_nodes; f++) {
+                const Shard other = message_part(f, b, done);
+                if (f != node && other.count > 0)
+                    megalodon_write(model, PARAMS, other.first, other.count, receive + (size_t)f * n);
             }
         }
-        own += stretches[seat][s].count;
+        sent += node_shards[node_rank][b].count;
     }
-    if (ranks.near > 1) count(own * sizeof *out);
-    peers_share(model, stretches, segments);
+    if (ranks.node_size > 1) count_collective(sent * sizeof *send);
+    peers_all_gather_params(model, node_shards, num_buckets);
 }
 
 void ranks_read(Model *model, Buffer buffer, size_t first, size_t n, real *dst) {
     if (ranks.size == 1) megalodon_read(model, buffer, first, n, dst);
-    for (int i = 0; i < ranks.size * segments; i++) {
-        const Shard own = parts[i / segments][i % segments];
-        const size_t from = first > own.first ? first : own.first, end = own.first + own.count;
+    for (int i = 0; i < ranks.size * num_buckets; i++) { // the overlap of first .. first + n - 1 with each shard
+        const int shard = i / num_buckets;
+        const Shard s = shards[shard][i % num_buckets];
+        const size_t from = first > s.first ? first : s.first, end = s.first + s.count;
         const size_t to = first + n < end ? first + n : end;
         if (from >= to) continue;
-        const int owner = i / segments % circles * ranks.near + i / segments / circles;
-        real *place = dst + (from - first);
-        if (owner == ranks.rank) megalodon_read(model, buffer, from, to - from, place);
-        ranks_fetch(place, place, (to - from) * sizeof *dst, owner);
+        const int owner = shard % num_nodes * ranks.node_size + shard / num_nodes;
+        real *at = dst + (from - first);
+        if (owner == ranks.rank) megalodon_read(model, buffer, from, to - from, at);
+        ranks_send_to_0(at, at, (to - from) * sizeof *dst, owner);
     }
 }
 
-#else
+#else // without MPI
 
 void ranks_start(void) {
-    if (announced() > 1)
-        usage_error("started as one of %ld processes, but built without MPI: make, with mpicc", announced());
+    if (launched_processes() > 1)
+        usage_error("started as one of %ld processes, but built without MPI: make, with mpicc", launched_processes());
 }
 static void make_groups(void) {}
-void ranks_exit(int status) { exit(status); }
 void ranks_sum(double *values, int n) { (void)values, (void)n; }
-void ranks_gather(void *context, const void *mine, void *all, size_t bytes) { (void)context, memcpy(all, mine, bytes); }
-void ranks_fetch(void *dst, const void *mine, size_t bytes, int owner) {
+void ranks_all_gather(void *context, const void *local, void *all, size_t bytes) {
+    (void)context, memcpy(all, local, bytes);
+}
+void ranks_send_to_0(void *dst, const void *src, size_t bytes, int owner) {
     (void)owner;
-    if (dst != mine) memcpy(dst, mine, bytes);
+    if (dst != src) memcpy(dst, src, bytes);
 }
 void ranks_open(Model *model, const Config *config) { (void)model, (void)config; }
 void ranks_close(void) {}
-void ranks_sum_gradients(Model *model, int segment) { (void)model, (void)segment; }
-void ranks_share_params(Model *model) { (void)model; }
+void ranks_reduce_scatter_grads(Model *model, int bucket) { (void)model, (void)bucket; }
+void ranks_all_gather_params(Model *model) { (void)model; }
 void ranks_read(Model *model, Buffer buffer, size_t first, size_t n, real *dst) {
     megalodon_read(model, buffer, first, n, dst);
 }
@@ -260,30 +284,26 @@ void ranks_read(Model *model, Buffer buffer, size_t first, size_t n, real *dst) 
 #endif
 
 // ----------------------------------------------------------------------------
-// what is the same for one process and for many
+// the same for one rank and for many
 
-void ranks_wait(void) {
-    if (ranks.rank > 0) usleep(1000000 + (unsigned)(ranks.rank < 20 ? ranks.rank : 20) * 100000);
-}
-
-void ranks_deal(int pieces, int B, int L, int C) {
+void ranks_split(int cp_size, int B, int L, int C) {
     const int chunks = (L - 1) / C + 1;
-    if (ranks.size % pieces != 0)
-        usage_error("--chunk-parallel %d does not divide the number of processes, %d", pieces, ranks.size);
-    ranks.cp_size = pieces, ranks.dp_size = ranks.size / pieces;
-    ranks.dp_rank = ranks.rank / pieces, ranks.cp_rank = ranks.rank % pieces;
+    if (ranks.size % cp_size != 0)
+        usage_error("--chunk-parallel %d does not divide the number of processes, %d", cp_size, ranks.size);
+    ranks.cp_size = cp_size, ranks.dp_size = ranks.size / cp_size;
+    ranks.dp_rank = ranks.rank / cp_size, ranks.cp_rank = ranks.rank % cp_size;
     if (B % ranks.dp_size != 0)
-        usage_error("--batch-size %d cannot be divided evenly among %d groups of processes: give a multiple of %d", B,
+        usage_error("--batch-size %d cannot be divided evenly among %d data-parallel ranks: give a multiple of %d", B,
                     ranks.dp_size, ranks.dp_size);
-    if (chunks < pieces)
-        usage_error("--chunk-parallel %d: --seq-len %d has %d chunk%s of %d tokens, and each process needs one", pieces,
-                    L, chunks, chunks > 1 ? "s" : "", C);
-    ranks.rows = B / ranks.dp_size, ranks.row = ranks.rows * ranks.dp_rank;
-    ranks.lengths = allocate((size_t)pieces, sizeof *ranks.lengths);
-    for (int64_t p = 0; p < pieces; p++) {
-        const int64_t from = p * chunks / pieces * C, to = (p + 1) * chunks / pieces * C;
+    if (chunks < cp_size)
+        usage_error("--chunk-parallel %d: --seq-len %d has %d chunk%s of %d tokens, and each process needs one",
+                    cp_size, L, chunks, chunks > 1 ? "s" : "", C);
+    ranks.num_rows = B / ranks.dp_size, ranks.first_row = ranks.num_rows * ranks.dp_rank;
+    ranks.lengths = allocate((size_t)cp_size, sizeof *ranks.lengths);
+    for (int64_t p = 0; p < cp_size; p++) {
+        const int64_t from = p * chunks / cp_size * C, to = (p + 1) * chunks / cp_size * C;
         ranks.lengths[p] = (to < L ? to : L) - from;
-        if (p == ranks.cp_rank) ranks.start = from;
+        if (p == ranks.cp_rank) ranks.first_token = from;
     }
     make_groups();
 }
@@ -291,6 +311,6 @@ void ranks_deal(int pieces, int B, int L, int C) {
 bool ranks_agree(uint64_t number) {
     double halves[2] = {(double)(uint32_t)number, (double)(uint32_t)(number >> 32)};
     const double mine[2] = {halves[0] * ranks.size, halves[1] * ranks.size};
-    ranks_sum(halves, 2); // if not all are the same, some differ from the mean
+    ranks_sum(halves, 2); // unless all numbers are equal, one of them differs from the mean
     return halves[0] == mine[0] && halves[1] == mine[1];
 }

@@ -1,3 +1,4 @@
+// See safetensors.h.
 #define _FILE_OFFSET_BITS 64
 #include <errno.h>    // defines: errno
 #include <fcntl.h>    // defines: open
@@ -12,11 +13,11 @@
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "safetensors.c works on little-endian hosts only");
 
-enum { MAX_HEADER = 100000000, MAX_NAME = 256, PIECE = 8192 };
+enum { MAX_HEADER = 100000000, MAX_NAME = 256, PART = 8192 };
 static const char *const type_names[] = {"F64", "F32", "BF16", "F16", "I64", "I32"};
 static const size_t type_sizes[] = {8, 4, 2, 2, 8, 4, 0};
 
-// Types whose values are not read; bytes of an element. Those of less than a byte, F4 and F6, count as unknown.
+// Types that cannot be read, with the bytes of an element. Types of less than a byte, F4 and F6, count as unknown.
 static const struct {
     const char *name;
     int size;
@@ -33,7 +34,7 @@ __attribute__((format(printf, 4, 5))) static bool fail(char *err, const char *pa
     va_start(args, format);
     vsnprintf(err + n, ST_ERR - n, format, args);
     va_end(args);
-    for (char *p = err; *p != 0; p++) { // names come from files, and get printed
+    for (char *p = err; *p != 0; p++) { // names come from files and are printed
         if ((unsigned char)*p < 0x20 || *p == 0x7F) *p = '?';
     }
     return false;
@@ -49,10 +50,10 @@ int64_t st_count(const StTensor *t) {
 
 // ---------------------------------------------------------------- reading
 
-// The type with the name in t->dtype.
+// Reads t->dtype and sets t->type.
 static bool parse_type(Json *j, StTensor *t) {
     if (!json_string(j, t->dtype, sizeof t->dtype)) return false;
-    for (const char *p = t->dtype; *p != 0; p++) { // types get printed
+    for (const char *p = t->dtype; *p != 0; p++) { // types are printed
         if ((unsigned char)*p < 0x20 || *p == 0x7F) return json_fail(j, "control character in a dtype");
     }
     int i = 0;
@@ -69,7 +70,7 @@ static int64_t element_size(const StTensor *t) {
     return (int64_t)type_sizes[t->type];
 }
 
-// An array of at most max integers, none of them negative.
+// Reads an array of at most max integers, none of them negative.
 static bool parse_sizes(Json *j, int64_t *out, int max, int *count) {
     int64_t value;
     *count = 0;
@@ -105,7 +106,7 @@ static bool parse_tensor(Json *j, StTensor *t) {
     }
     if (two != 2 || range[0] > range[1]) return json_fail(j, "data_offsets is not [begin, end]");
     const int64_t size = element_size(t);
-    bytes = size > 0 ? size : 1; // of an unknown type the number of elements must not overflow either
+    bytes = size > 0 ? size : 1; // for an unknown type this computes the number of elements
     for (int i = 0; i < t->ndim; i++) {
         if (__builtin_mul_overflow(bytes, t->shape[i], &bytes)) return json_fail(j, "shape overflows");
     }
@@ -115,24 +116,24 @@ static bool parse_tensor(Json *j, StTensor *t) {
     return json_fail(j, "shape makes %" PRId64 " bytes, data_offsets %" PRId64, bytes, range[1] - range[0]);
 }
 
-// Metadata: strings only. Keeps "config".
+// Reads the metadata, which are strings, and keeps "config".
 static bool parse_metadata(Json *j, char **config) {
     char key[MAX_NAME];
     json_object(j);
     while (json_object_next(j, key, sizeof key)) {
         bool kept = strcmp(key, "config") == 0;
-        size_t room = (size_t)(j->end - j->at) + 1; // no string is longer than the rest of the text
+        size_t capacity = (size_t)(j->end - j->at) + 1; // no string is longer than the rest of the text
         if (kept && *config != NULL) return json_fail(j, "config twice");
-        if (kept && (*config = malloc(room)) == NULL) return json_fail(j, "out of memory");
-        json_string(j, kept ? *config : NULL, room);
+        if (kept && (*config = malloc(capacity)) == NULL) return json_fail(j, "out of memory");
+        json_string(j, kept ? *config : NULL, capacity);
     }
     return j->error[0] == 0;
 }
 
-// Reads all entries into f->tensors. name is that of the entry being read, for messages.
+// Reads all entries into f->tensors. name gets that of the current entry, for messages.
 static bool parse_header(StFile *f, Json *j, char name[MAX_NAME]) {
     bool metadata = false;
-    int room = 0;
+    int capacity = 0;
     json_object(j);
     while (json_object_next(j, name, MAX_NAME)) {
         if (strcmp(name, "__metadata__") == 0) {
@@ -141,12 +142,12 @@ static bool parse_header(StFile *f, Json *j, char name[MAX_NAME]) {
             parse_metadata(j, &f->config);
             continue;
         }
-        for (const char *p = name; *p != 0; p++) { // names get printed
+        for (const char *p = name; *p != 0; p++) { // names are printed
             if ((unsigned char)*p < 0x20 || *p == 0x7F) return json_fail(j, "control character in a name");
         }
-        if (f->count == room) {
-            room = room * 2 + 64;
-            StTensor *more = realloc(f->tensors, (size_t)room * sizeof *more);
+        if (f->count == capacity) {
+            capacity = capacity * 2 + 64;
+            StTensor *more = realloc(f->tensors, (size_t)capacity * sizeof *more);
             if (more == NULL) return json_fail(j, "out of memory");
             f->tensors = more;
         }
@@ -168,12 +169,12 @@ static int by_name(const void *x, const void *y) {
     return strcmp((*(StTensor *const *)x)->name, (*(StTensor *const *)y)->name);
 }
 
-// Sorts the tensors by place and indexes them by name. They must cover the data once, to the last byte.
+// Sorts the tensors by position and indexes them by name. Together they must cover the data exactly once.
 static bool check_layout(StFile *f, char *err) {
     const size_t n = (size_t)f->count;
     uint64_t at = 0;
     f->by_name = malloc((n + 1) * sizeof *f->by_name);
-    if (f->tensors == NULL) f->tensors = malloc(sizeof *f->tensors); // loops add 0 to it
+    if (f->tensors == NULL) f->tensors = malloc(sizeof *f->tensors); // not NULL, so that loops may compute tensors + 0
     if (f->by_name == NULL || f->tensors == NULL) return fail(err, f->path, NULL, "out of memory");
     if (n > 0) qsort(f->tensors, n, sizeof *f->tensors, by_offset);
     for (size_t i = 0; i < n; i++) f->by_name[i] = &f->tensors[i];
@@ -192,13 +193,14 @@ static bool check_layout(StFile *f, char *err) {
     return fail(err, f->path, NULL, "%" PRIu64 " bytes after the last tensor", f->data_size - at);
 }
 
-// Reads and checks the header; text is its copy, for the caller to free.
+// Reads and checks the header. *text gets a copy of it, freed by the caller.
 static bool read_header(StFile *f, char **text, char *err) {
     char name[MAX_NAME] = "";
     struct stat info;
     Json j;
-    uint64_t n = 0, size;                                            // bytes of the header, of the file
-    const int fd = open(f->path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); // a FIFO is refused, not waited for
+    uint64_t n = 0, size; // bytes of the header, of the file
+    const int fd =
+        open(f->path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); // O_NONBLOCK: do not wait for a FIFO, which is refused
     if (fd < 0 || fstat(fd, &info) != 0 || (f->file = fdopen(fd, "rb")) == NULL) {
         fail(err, f->path, NULL, "%s", strerror(errno));
         if (fd >= 0) close(fd);
@@ -248,7 +250,8 @@ const StTensor *st_find(const StFile *f, const char *name) {
     return found == NULL ? NULL : *found;
 }
 
-// IEEE binary16: the sign, 5 bits of exponent with bias 15, 10 bits of mantissa. Exact; a NaN keeps its sign and payload.
+// IEEE binary16: a sign bit, 5 bits of exponent with bias 15, 10 bits of mantissa. Exact; a NaN keeps its sign and
+// payload.
 static float from_f16(uint32_t half) {
     const uint32_t sign = half >> 15 << 31, exponent = half >> 10 & 0x1F, mantissa = half & 0x3FF;
     uint32_t bits = sign | (exponent + 127 - 15) << 23 | mantissa << 13;
@@ -258,7 +261,7 @@ static float from_f16(uint32_t half) {
     return exponent == 0 && sign != 0 ? -value : value;
 }
 
-// Converts the element at p, which need not be aligned, to dst[i]; false if it does not fit.
+// Converts the element at p, which need not be aligned, to dst[i]; returns false if it does not fit.
 static bool convert(void *dst, size_t i, StType to, const unsigned char *p, StType from) {
     int64_t bits = 0; // shorter types fill the low bytes
     double f64;
@@ -278,21 +281,22 @@ static bool convert(void *dst, size_t i, StType to, const unsigned char *p, StTy
 }
 
 bool st_read(StFile *f, const StTensor *t, int64_t first, int64_t n, void *dst, StType as, char *err) {
-    unsigned char raw[PIECE * 8];
+    unsigned char raw[PART * 8];
     const StType from = t->type;
     const size_t size = type_sizes[from];
     const off_t start = (off_t)(f->data_start + t->begin + (uint64_t)first * size);
     const bool alike = st_is_integer(from) == st_is_integer(as) && as != ST_BF16 && as != ST_F16;
     if (from == ST_OTHER || !(as == ST_F64 || alike))
         return fail(err, f->path, t, "is %s, not %s", t->dtype, type_names[as]);
-    if (first < 0 || n < 0 || first > st_count(t) - n) return fail(err, f->path, t, "is shorter than asked");
+    if (first < 0 || n < 0 || first > st_count(t) - n)
+        return fail(err, f->path, t, "has fewer elements than requested");
     if (fseeko(f->file, start, SEEK_SET) != 0) return fail(err, f->path, t, "%s", strerror(errno));
-    for (int64_t done = 0; done < n; done += PIECE) {
-        const size_t piece = n - done < PIECE ? (size_t)(n - done) : PIECE;
+    for (int64_t done = 0; done < n; done += PART) {
+        const size_t part = n - done < PART ? (size_t)(n - done) : PART;
         char *to = (char *)dst + (size_t)done * type_sizes[as];
         void *target = from == as ? (void *)to : raw;
-        if (fread(target, size, piece, f->file) != piece) return fail(err, f->path, t, "cannot be read");
-        for (size_t i = 0; from != as && i < piece; i++) {
+        if (fread(target, size, part, f->file) != part) return fail(err, f->path, t, "cannot be read");
+        for (size_t i = 0; from != as && i < part; i++) {
             if (!convert(to, i, as, raw + i * size, from)) return fail(err, f->path, t, "a value exceeds I32");
         }
     }
@@ -341,11 +345,11 @@ bool st_create(StWriter *w, const char *path, const char *config, StTensor *tens
         t->end = w->left += (uint64_t)st_count(t) * type_sizes[t->type];
     }
     if (strlen(path) + sizeof ".tmp" > sizeof w->tmp) return fail(err, path, NULL, "name too long");
-    if (stat(path, &info) == 0 && !S_ISREG(info.st_mode)) // would replace a device, /dev/null for instance
+    if (stat(path, &info) == 0 && !S_ISREG(info.st_mode)) // renaming onto a device such as /dev/null would replace it
         return fail(err, path, NULL, "cannot write: not a regular file");
     snprintf(w->tmp, sizeof w->tmp, "%s.tmp", path);
     if ((w->file = fopen(w->tmp, "wb")) == NULL) return give_up(w, err, strerror(errno));
-    fwrite(&length, sizeof length, 1, w->file); // stays 0, which is no valid file, until the header is there
+    fwrite(&length, sizeof length, 1, w->file); // 0 makes the file invalid until the header is complete
     print_header(w->file, config, tensors, count);
     length = (uint64_t)ftello(w->file) - sizeof length;
     rewind(w->file);
@@ -369,26 +373,26 @@ bool st_finish(StWriter *w, char *err) {
     if (!ok) return give_up(w, err, strerror(errno));
     fclose(w->file);
     w->file = NULL;
-    return st_sync_folder(w->path, err);
+    return st_sync_directory(w->path, err);
 }
 
-bool st_sync_folder(const char *path, char *err) {
+bool st_sync_directory(const char *path, char *err) {
     static bool warned;
     const char *slash = strrchr(path, '/');
-    char *folder = slash == NULL ? strdup(".") : strndup(path, (size_t)(slash - path) + 1);
-    int fd = folder == NULL ? -1 : open(folder, O_RDONLY | O_CLOEXEC);
+    char *directory = slash == NULL ? strdup(".") : strndup(path, (size_t)(slash - path) + 1);
+    int fd = directory == NULL ? -1 : open(directory, O_RDONLY | O_CLOEXEC);
     bool ok = fd >= 0 && fsync(fd) == 0;
-    // network and container file systems may not sync folders
+    // some network and container file systems cannot sync directories
     const bool unsupported = fd >= 0 && (errno == EINVAL || errno == ENOTSUP || errno == EOPNOTSUPP ||
                                          errno == ENOSYS || errno == ENODEV || errno == EBADF);
     if (!ok && unsupported && !warned)
         fprintf(stderr,
-                "warning: %s: its file system cannot sync folders (%s): a power failure may lose what was "
+                "warning: %s: its file system cannot sync directories (%s): a power failure may lose what was "
                 "saved last\n",
-                folder, strerror(errno));
+                directory, strerror(errno));
     if (!ok && unsupported) ok = warned = true;
-    if (!ok) fail(err, path, NULL, "cannot sync its folder: %s", strerror(errno));
+    if (!ok) fail(err, path, NULL, "cannot sync its directory: %s", strerror(errno));
     if (fd >= 0) close(fd);
-    free(folder);
+    free(directory);
     return ok;
 }

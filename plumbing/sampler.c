@@ -1,16 +1,17 @@
+// Drawing a token from logits.
 #include <math.h>   // defines: exp, isfinite
 #include <stdlib.h> // defines: qsort, free
 #include "plumbing.h"
 
 typedef struct {
-    double probability; // not normalized: the likeliest has 1
+    double probability; // not normalized: that of the most likely token is 1
     int token;
 } Candidate;
 
 static int by_probability(const void *x, const void *y) {
     const Candidate *a = x, *b = y;
     if (a->probability != b->probability) return a->probability > b->probability ? -1 : 1;
-    return a->token - b->token; // a fixed order, so that a seed gives the same text everywhere
+    return a->token - b->token; // breaks ties, so that a seed gives the same text on every machine
 }
 
 double sample_uniform(uint64_t seed, int64_t position, int row) {
@@ -25,7 +26,7 @@ static double total(const Candidate *c, int n) {
     return sum;
 }
 
-// The k likeliest of n to the front, in no order: Hoare's selection.
+// Moves the k most likely of n candidates to the front, in no particular order (quickselect, Hoare).
 static void keep_first(Candidate *c, int n, int k) {
     for (int low = 0, high = n - 1; low < high;) {
         const Candidate pivot = c[low + (high - low) / 2];
@@ -37,39 +38,40 @@ static void keep_first(Candidate *c, int n, int k) {
             const Candidate swapped = c[i];
             c[i++] = c[j], c[j--] = swapped;
         }
-        if (k > j && k <= i) return; // what lies between is the pivot
+        if (k > j && k <= i) return; // only the pivot lies between j and i
         if (k <= j) high = j;
         if (k > i) low = i;
     }
 }
 
-// Those of at least this probability, to the front; how many.
-static int keep_likely(Candidate *c, int n, double least) {
+// Moves the candidates with at least this probability to the front; returns their number.
+static int keep_likely(Candidate *c, int n, double min) {
     int kept = 0;
     for (int i = 0; i < n; i++) {
-        if (c[i].probability >= least) c[kept++] = c[i];
+        if (c[i].probability >= min) c[kept++] = c[i];
     }
     return kept;
 }
 
-// The fewest of n that make up top_p of their sum, at least one, sorted. Those below (1 - top_p) / n of it make up less
-// than the rest altogether: they go first, so that few are left to sort.
+// Moves the fewest candidates whose probabilities sum to top_p of the total to the front, at least one, sorted; returns
+// their number. All candidates below (1 - top_p) / n of the total sum to less than the part that is cut off, so they
+// can be removed first, which leaves few to sort.
 static int keep_nucleus(Candidate *c, int n, double top_p) {
     const double sum = total(c, n);
-    double part = 0;
+    double partial = 0;
     int kept = 0;
     n = keep_likely(c, n, (1 - top_p) * sum / n * (1 - 1e-9));
     qsort(c, (size_t)n, sizeof *c, by_probability);
-    while (kept < n && (kept == 0 || part < top_p * sum)) part += c[kept++].probability;
+    while (kept < n && (kept == 0 || partial < top_p * sum)) partial += c[kept++].probability;
     return kept;
 }
 
 size_t sample_bytes(int V) { return ((size_t)V + 1) * sizeof(Candidate); }
 
 int sample_token(const real *logits, int V, const Sampling *s, double random) {
-    static Candidate *c; // one allocation, not one a token
-    static int room;
-    const int count = V + (s->eot >= V); // of the candidates, the last of which may be the EOT
+    static Candidate *c; // kept allocated from token to token
+    static int capacity;
+    const int count = V + (s->eot >= V); // number of candidates; an EOT at V or above is the last one
     int best = 0, n = count;
     for (int i = 0; i < count; i++) {
         const int token = i < V ? i : s->eot;
@@ -77,7 +79,7 @@ int sample_token(const real *logits, int V, const Sampling *s, double random) {
         if (logits[token] > logits[best]) best = token;
     }
     if (s->temperature == 0) return best;
-    if (c == NULL || room < count) free(c), c = allocate((size_t)count, sizeof *c), room = count;
+    if (c == NULL || capacity < count) free(c), c = allocate((size_t)count, sizeof *c), capacity = count;
     for (int i = 0; i < count; i++) {
         const int token = i < V ? i : s->eot;
         c[i] = (Candidate){exp((logits[token] - logits[best]) / s->temperature), token};
@@ -89,9 +91,9 @@ int sample_token(const real *logits, int V, const Sampling *s, double random) {
     }
     if (s->top_p < 1) n = keep_nucleus(c, n, s->top_p);
     if (s->min_p > 0) n = keep_likely(c, n, s->min_p);
-    // the first one where the running sum passes random's share
-    const double share = random * total(c, n);
+    // inverse transform sampling: the first candidate whose cumulative probability exceeds random * total
+    const double threshold = random * total(c, n);
     int i = 0;
-    for (double part = c[0].probability; i < n - 1 && part <= share;) part += c[++i].probability;
+    for (double cumulative = c[0].probability; i < n - 1 && cumulative <= threshold;) cumulative += c[++i].probability;
     return c[i].token;
 }

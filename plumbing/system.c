@@ -1,13 +1,14 @@
+// The lowest file of plumbing/: errors that end the program, memory, time, limits of the system, threads.
 #include <errno.h>        // defines: errno
 #include <math.h>         // defines: INFINITY, ceil, fmin, isfinite
 #include <fcntl.h>        // defines: open, fcntl
 #include <signal.h>       // defines: signal
 #include <stdarg.h>       // defines: va_list
-#include <stdlib.h>       // defines: calloc, exit, free, getenv, realpath, setenv, strtod
-#include <string.h>       // defines: strcmp, strcspn, strerror, strlen, strrchr, strtok
+#include <stdlib.h>       // defines: calloc, exit, free, getenv, realpath, setenv, strtod, strtol
+#include <string.h>       // defines: strcmp, strcspn, strdup, strerror, strlen, strrchr, strtok
 #include <sys/resource.h> // defines: getrlimit
 #include <time.h>         // defines: clock_gettime
-#include <unistd.h>       // defines: execv, readlink, sysconf
+#include <unistd.h>       // defines: execv, readlink, rmdir, sysconf, unlink
 #ifdef _OPENMP
 #include <omp.h> // defines: omp_get_num_procs
 #endif
@@ -16,9 +17,44 @@
 #endif
 #include "plumbing.h"
 
+// ----------------------------------------------------------------------------
+// errors that end the program
+
+static char **created; // paths to remove on failure, in the order of their creation
+static int num_created;
+
+void remove_if_refused(const char *path) {
+    char **longer = realloc(created, (size_t)(num_created + 1) * sizeof *created), *name = strdup(path);
+    if (longer == NULL || name == NULL) fatal("out of memory");
+    created = longer;
+    created[num_created++] = name;
+}
+
+void keep_created(void) {
+    for (int i = 0; i < num_created; i++) free(created[i]);
+    free(created);
+    created = NULL, num_created = 0;
+}
+
+static void remove_created(void) {
+    for (int i = num_created - 1; i >= 0; i--) {
+        if (unlink(created[i]) != 0) rmdir(created[i]); // rmdir fails unless the directory is empty
+    }
+    keep_created();
+}
+
+static void do_nothing(void) {}
+static void (*before_message)(void) = do_nothing;
+static void (*end_program)(int status) = exit;
+
+void set_failure_hooks(void (*before)(void), void (*end)(int status)) {
+    before_message = before != NULL ? before : do_nothing;
+    end_program = end != NULL ? end : exit;
+}
+
 static void print_error(const char *format, va_list args) {
     fflush(stdout);
-    ranks_wait();
+    before_message();
     fputs("error: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
@@ -30,7 +66,8 @@ void fatal(const char *format, ...) {
     va_start(args, format);
     print_error(format, args);
     va_end(args);
-    ranks_exit(1);
+    end_program(1);
+    exit(1);
 }
 
 void usage_error(const char *format, ...) {
@@ -39,7 +76,8 @@ void usage_error(const char *format, ...) {
     print_error(format, args);
     va_end(args);
     fputs("       --help lists all options\n", stderr);
-    ranks_exit(2);
+    end_program(2);
+    exit(2);
 }
 
 void guard_streams(void) {
@@ -49,6 +87,9 @@ void guard_streams(void) {
     signal(SIGXFSZ, SIG_IGN);
 }
 
+// ----------------------------------------------------------------------------
+// memory, text files, time
+
 void *allocate(size_t count, size_t size) {
     void *memory = calloc(count > 0 ? count : 1, size);
     if (memory == NULL) fatal("out of memory: could not get %zu x %zu bytes", count, size);
@@ -56,17 +97,17 @@ void *allocate(size_t count, size_t size) {
 }
 
 char *read_text(const char *path, char *err) {
-    enum { MOST = 1 << 20 };
-    char *text = allocate(MOST + 2, 1);
+    enum { MAX_TEXT = 1 << 20 };
+    char *text = allocate(MAX_TEXT + 2, 1);
     FILE *f = fopen(path, "rb");
-    size_t n = f != NULL ? fread(text, 1, MOST + 1, f) : 0;
+    size_t n = f != NULL ? fread(text, 1, MAX_TEXT + 1, f) : 0;
     bool failed = f == NULL || ferror(f);
     if (failed)
         snprintf(err, ST_ERR, "%.250s: %s", path, strerror(errno));
-    else if (n > MOST || strlen(text) < n)
-        snprintf(err, ST_ERR, "%.250s: too long, or not a text", path);
+    else if (n > MAX_TEXT || strlen(text) < n)
+        snprintf(err, ST_ERR, "%.250s: longer than 1 MiB, or not a text file", path);
     if (f != NULL) fclose(f);
-    if (!failed && n <= MOST && strlen(text) == n) return text;
+    if (!failed && n <= MAX_TEXT && strlen(text) == n) return text;
     free(text);
     return NULL;
 }
@@ -77,28 +118,12 @@ double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-// MiB of a plan; of no less than that, more than there is room for, if the plan itself might overflow.
-static double plan_mib(MemoryPlan *p, const Config *c, Mode mode, int B, int L, size_t extra, double room) {
-    const double mib = 1048576, rows = (double)B * L;
-    // The layers' outputs and one layer's widest tensors, at two bytes a number at least: more is not worth planning.
-    const double least =
-        rows *
-        ((mode == MEGALODON_TRAIN ? c->num_layers : 1) * (double)c->model_dim + c->value_dim + c->ffn_hidden_dim) * 2 /
-        mib;
-    *p = (MemoryPlan){0};
-    if (least > room) return least;
-    if (rows * c->num_heads > INT32_MAX) return 2 * room;
-    *p = megalodon_memory(c, mode, B, L);
-    if (p->params == 0) return 2 * room; // no memory for the plan
-    return ((double)p->params + (double)p->grads + (double)p->moments + (double)p->activations + (double)p->scratch +
-            (double)extra) /
-           mib;
-}
-
 // ----------------------------------------------------------------------------
 // limits that the system sets
 
-// Number `field` of a file below dir; INFINITY if it is not there, is "max", is negative or too large to be meant.
+// The number in column `field` (from 0, separated by spaces) of the first line of dir/name. INFINITY if there is no
+// such file or column, or if it holds "max", a negative number, or one of 2^60 or more, which cgroups write for "no
+// limit".
 static double limit_in(const char *dir, const char *name, int field) {
     char path[4096], text[128] = "", *at = text, *end = text;
     snprintf(path, sizeof path, "%s/%s", dir, name);
@@ -118,15 +143,16 @@ static double cpu_v1(const char *dir) {
 }
 static double cpu_v2(const char *dir) { return limit_in(dir, "cpu.max", 0) / limit_in(dir, "cpu.max", 1); }
 
-// The least limit of this process's cgroup of one controller and of all that contain it, as far as they can be seen:
-// in a container often only the outermost can. v1, v2: read the limit in a cgroup's folder. INFINITY: none.
+// The smallest limit that the cgroup of this process and its ancestors set for one controller. In a container often
+// only the outermost one is visible. v1 and v2 read the limit in a cgroup's directory, for cgroups of version 1 and 2.
+// Returns INFINITY if there is no limit.
 static double cgroup_limit(const char *root, const char *controller, double (*v1)(const char *),
                            double (*v2)(const char *)) {
     char line[2048], dir[4096];
-    double least = INFINITY;
+    double limit = INFINITY;
     snprintf(dir, sizeof dir, "%s/proc/self/cgroup", root);
     FILE *f = fopen(dir, "r");
-    // lines "ID:CONTROLLER,CONTROLLER:/PATH", of version 2 "0::/PATH"
+    // Lines of /proc/self/cgroup are "ID:CONTROLLER,CONTROLLER:/PATH" in version 1, "0::/PATH" in version 2.
     while (f != NULL && fgets(line, sizeof line, f) != NULL) {
         char *names = strchr(line, ':'), *path = names != NULL ? strchr(names + 1, ':') : NULL;
         if (path == NULL) continue;
@@ -140,11 +166,11 @@ static double cgroup_limit(const char *root, const char *controller, double (*v1
             *end = 0;
             snprintf(dir, sizeof dir, "%s/sys/fs/cgroup%s%s%s", root, second ? "" : "/", second ? "" : controller,
                      path);
-            least = fmin(least, second ? v2(dir) : v1(dir)); // fmin ignores NaN: no quota and no period
+            limit = fmin(limit, second ? v2(dir) : v1(dir)); // fmin ignores NaN, which is INFINITY / INFINITY: no quota
         }
     }
     if (f != NULL) fclose(f);
-    return least;
+    return limit;
 }
 
 size_t memory_limit(const char *root) {
@@ -157,7 +183,8 @@ int cpu_limit(const char *root) {
     return cores >= 1 && cores < 1e6 ? (int)cores : 0;
 }
 
-// What RLIMIT_AS or RLIMIT_DATA leaves: this process has `field` of /proc/self/statm, in pages, already.
+// Bytes of RLIMIT_AS or RLIMIT_DATA that are left. Column `field` of /proc/self/statm says how many pages this process
+// uses already. INFINITY if there is no limit.
 static double ulimit_left(int resource, int field) {
     struct rlimit limit;
     if (getrlimit((__typeof__(RLIMIT_AS))resource, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return INFINITY;
@@ -165,7 +192,7 @@ static double ulimit_left(int resource, int field) {
     return (double)limit.rlim_cur - (isfinite(used) ? used * (double)sysconf(_SC_PAGESIZE) : 0);
 }
 
-static const char *least_limit = ""; // what set the last result of host_memory()
+static const char *limit_name = "";
 
 size_t host_memory(int processes, size_t reserved) {
     const struct {
@@ -173,90 +200,35 @@ size_t host_memory(int processes, size_t reserved) {
         double bytes;
     } limits[] = {
         {"", (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / processes},
-        {", the memory limit of this container (cgroup),", (double)memory_limit("") / processes},
-        {", which ulimit -v leaves,", ulimit_left(RLIMIT_AS, 0) - (double)reserved},
-        {", which ulimit -d leaves,", ulimit_left(RLIMIT_DATA, 5) - (double)reserved},
+        {" within the memory limit of this container (cgroup)", (double)memory_limit("") / processes},
+        {" within ulimit -v", ulimit_left(RLIMIT_AS, 0) - (double)reserved},
+        {" within ulimit -d", ulimit_left(RLIMIT_DATA, 5) - (double)reserved},
     };
-    size_t least = 0;
+    size_t smallest = 0;
     for (size_t i = 1; i < sizeof limits / sizeof *limits; i++) {
-        if (limits[i].bytes < limits[least].bytes) least = i;
+        if (limits[i].bytes < limits[smallest].bytes) smallest = i;
     }
-    least_limit = limits[least].name;
-    return limits[least].bytes > 0 ? (size_t)limits[least].bytes : 0;
+    limit_name = limits[smallest].name;
+    return limits[smallest].bytes > 0 ? (size_t)limits[smallest].bytes : 0;
 }
+
+const char *host_memory_limit(void) { return limit_name; }
 
 // ----------------------------------------------------------------------------
-// the memory plan
+// processes and threads
 
-// The part of a plan that takes most, and what makes it smaller.
-static void name_largest(const MemoryPlan *p, Mode mode, size_t extra, const char **part, const char **remedy) {
-    const size_t fixed = p->params + p->grads + p->moments;
-    *part = mode == MEGALODON_INFER ? "the parameters" : "parameters, gradients and moments";
-    *remedy = "a smaller model (--seq-len and --batch-size do not change them)";
-    if (fixed >= p->activations && fixed >= p->scratch && fixed >= extra) return;
-    if (p->activations >= p->scratch && p->activations >= extra) {
-        *part = "activations", *remedy = "a smaller --batch-size or --seq-len, or --recompute";
-    } else if (p->scratch >= extra) {
-        *part = "scratch", *remedy = "a smaller --batch-size, --seq-len or --chunk-size, or fewer --threads";
-    } else {
-        *part = "states and buffers",
-        *remedy = "a smaller --batch-size, --grad-accum, --seq-len or --chunk-size, or fewer samples";
+int local_rank(void) {
+    // Open MPI and PMIx, MPICH and Intel MPI, Slurm
+    static const char *const names[] = {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        const char *value = getenv(names[i]);
+        if (value != NULL) return (int)strtol(value, NULL, 10);
     }
-}
-
-MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t states, size_t host) {
-    const size_t extra = states + (megalodon_on_gpu() ? 0 : host);
-    if (megalodon_on_gpu() && host > host_memory(ranks.here, 0))
-        fatal(
-            "buffers for %d x %d tokens in main memory need %zu MiB; there are %zu MiB%s: use a smaller --batch-size, "
-            "--seq-len or --grad-accum",
-            B, L, host >> 20, host_memory(ranks.here, 0) >> 20, least_limit);
-    least_limit = "";
-    const double mib = 1048576, room = (double)megalodon_available_memory(ranks.here) / mib;
-    const char *limit = least_limit, *largest, *remedy;
-    MemoryPlan plan, other;
-    const double need = plan_mib(&plan, c, mode, B, L, extra, room);
-    if (need <= room) return plan;
-    if (room == 0)
-        fatal("%s: its threads reserve more address space than ulimit -v or -d leaves; raise that limit, use fewer "
-              "--threads, or build with NO_BLAS=1",
-              megalodon_backend());
-    // --recompute, or else the largest of half, a quarter, .. of the batch, then of the length, also with --recompute
-    char help[224] = "";
-    const Mode less = mode == MEGALODON_TRAIN ? MEGALODON_RECOMPUTE : mode;
-    const bool recompute = less != mode && plan_mib(&other, c, less, B, L, extra, room) <= room;
-    if (recompute) snprintf(help, sizeof help, "What fits: the same with --recompute");
-    bool found = recompute;
-    for (int b = B, l = L; !found && (b > 1 || l > 1);) {
-        if (b > 1)
-            b /= 2;
-        else
-            l /= 2;
-        found = plan_mib(&other, c, less, b, l, extra, room) <= room;
-        const bool plain = found && plan_mib(&other, c, mode, b, l, extra, room) <= room;
-        if (found)
-            snprintf(help, sizeof help, "What fits: a batch of %d x %d tokens%s", b, l,
-                     plain ? "" : " with --recompute");
-    }
-    char parts[192] = "";
-    if (plan.params > 0)
-        snprintf(parts, sizeof parts,
-                 " (parameters, gradients and moments %.0f, activations %.0f, scratch %.0f, states and buffers %.0f)",
-                 (double)(plan.params + plan.grads + plan.moments) / mib, (double)plan.activations / mib,
-                 (double)plan.scratch / mib, (double)extra / mib);
-    // If not even a single token fits: what is too large whatever the batch is
-    if (!found) plan_mib(&plan, c, less, 1, 1, extra, INFINITY);
-    name_largest(&plan, mode, extra, &largest, &remedy);
-    if (!found)
-        snprintf(help, sizeof help, "Even 1 x 1 tokens do not fit, mostly because of %s: use %s", largest, remedy);
-    if ((double)B * L * c->num_heads > INT32_MAX)
-        fatal("%d x %d tokens: --batch-size x --seq-len x --num-heads must be below 2^31. %s", B, L, help);
-    fatal("%d x %d tokens need %.0f MiB or more%s; there are %.0f MiB%s for %s. %s", B, L, need, parts, room, limit,
-          megalodon_backend(), help);
+    return 0;
 }
 
 #ifdef _OPENMP
-// Seconds that the cores have worked for other processes than this one; negative where there is no /proc/stat.
+// CPU time in seconds that all cores have spent on processes other than this one. -1 where there is no /proc/stat.
 static double work_of_others(void) {
     double user, nice, system;
     struct timespec own = {0};
@@ -269,7 +241,7 @@ static double work_of_others(void) {
     return ok ? (user + nice + system) / ticks - (double)own.tv_sec - 1e-9 * (double)own.tv_nsec : -1;
 }
 
-// Do other processes use half a core or more? Looks for 50 milliseconds, of which the system counts each hundredth.
+// Returns whether other processes use half a core or more. Measures for 50 ms; /proc/stat counts in steps of 10 ms.
 static bool is_machine_busy(void) {
     const struct timespec pause = {.tv_nsec = 50000000};
     const double before = work_of_others();
@@ -284,25 +256,26 @@ void settle_threads(char **argv) {
     const int quota = cpu_limit("");
     const char *blas = getenv("OPENBLAS_NUM_THREADS"), *threads = getenv("OMP_NUM_THREADS");
     const bool waits = getenv("GOMP_SPINCOUNT") != NULL || getenv("OMP_WAIT_POLICY") != NULL;
-    if (waits && blas != NULL && strcmp(blas, "1") == 0) return; // done
-    bool alone = threads != NULL && strcmp(threads, "1") == 0;
+    if (waits && blas != NULL && strcmp(blas, "1") == 0) return; // already arranged, by the first start
+    bool single = threads != NULL && strcmp(threads, "1") == 0;
     for (char **arg = argv; *arg != NULL; arg++) {
-        alone |=
+        single |=
             strcmp(*arg, "--threads=1") == 0 || (arg[1] && strcmp(*arg, "--threads") == 0 && strcmp(arg[1], "1") == 0);
     }
-    // a spin takes some 30 nanoseconds: 0.03 or 1.3 milliseconds
-    if (!waits) setenv("GOMP_SPINCOUNT", alone || is_machine_busy() ? "1000" : "40000", 1);
-    if (!waits) setenv("KMP_BLOCKTIME", "1", 0); // LLVM's OpenMP, in milliseconds
+    // One spin takes about 30 ns, so threads wait actively for 0.03 ms or 1.3 ms before they sleep.
+    if (!waits) setenv("GOMP_SPINCOUNT", single || is_machine_busy() ? "1000" : "40000", 1);
+    if (!waits) setenv("KMP_BLOCKTIME", "1", 0); // the same for LLVM's OpenMP, in ms
     setenv("OPENBLAS_NUM_THREADS", "1", 1);
     snprintf(text, sizeof text, "%d", quota);
     if (quota > 0 && quota < omp_get_num_procs()) setenv("OMP_NUM_THREADS", text, 0);
+    // The OpenMP and BLAS libraries read these variables when a program starts. Without /proc execv fails, and the
+    // program goes on with the libraries' defaults.
     execv("/proc/self/exe", argv);
-    // these are only read when a program starts; where there is no /proc, all stays as it was
 #endif
     (void)argv;
 }
 
-// The path of this program's file, of at most 4095 bytes; "" if the system does not tell.
+// Writes the path of the running executable, "" if it is unknown or longer than 4095 bytes.
 static void executable_path(char path[4096]) {
 #ifdef __APPLE__
     char linked[4096];
@@ -318,7 +291,7 @@ void beside_executable(char *path, size_t size, const char *name) {
     char exe[4096];
     executable_path(exe);
     char *slash = strrchr(exe, '/');
-    // an unknown path: the working directory
+    // If the executable's path is unknown, use the working directory.
     if (slash == NULL)
         snprintf(path, size, "%s", name);
     else

@@ -1,3 +1,4 @@
+// llama2.c's tokenizer.bin: reading it, and encoding text by byte pair encoding.
 #include <fcntl.h>    // defines: open
 #include <errno.h>    // defines: errno
 #include <math.h>     // defines: isfinite
@@ -8,8 +9,8 @@
 #include <unistd.h>   // defines: close
 #include "plumbing.h"
 
-// The file: int32, the longest piece's length; then for each token float32 score, int32 length, and its bytes, in
-// which the word mark of SentencePiece is a space. All little-endian. How many tokens is not said.
+// The file: int32 length of the longest piece; then for each token float32 score, int32 length, and its bytes, in which
+// SentencePiece's word mark U+2581 is a space. All little-endian. The number of tokens is not stored.
 enum { MAX_PIECE = 1 << 16, FIRST_BYTE = 3 }; // <unk> <s> </s>, then <0x00> .. <0xFF>
 enum { MAX_PADDING = 1023 };                  // vocabularies are padded to a multiple of 64, 128, ..., at most 1024
 
@@ -22,11 +23,11 @@ typedef struct {
 struct Tokenizer {
     Piece *pieces;
     int count;
-    size_t longest; // bytes of a piece
-    int32_t *table; // pieces by their bytes: open addressing, -1 empty
+    size_t longest; // bytes of the longest piece
+    int32_t *table; // (slots) hash table of tokens by their bytes, open addressing; -1: empty
     size_t slots;   // a power of 2
     void *mapped;   // the file, if tokenizer_open mapped it
-    size_t size;
+    size_t size;    // bytes of the file
 };
 
 static size_t slot_of(const Tokenizer *t, const unsigned char *bytes, size_t length) { // FNV-1a
@@ -35,7 +36,7 @@ static size_t slot_of(const Tokenizer *t, const unsigned char *bytes, size_t len
     return (size_t)(hash ^ hash >> 32) & (t->slots - 1);
 }
 
-// The token of these bytes, the first one if several have them; -1 if none.
+// The first token with these bytes; -1 if there is none.
 static int32_t find(const Tokenizer *t, const unsigned char *bytes, size_t length) {
     if (length > t->longest) return -1;
     for (size_t s = slot_of(t, bytes, length);; s = (s + 1) & (t->slots - 1)) {
@@ -59,7 +60,8 @@ static bool read_pieces(Tokenizer *t, const unsigned char *bytes, size_t size, c
     size_t at = sizeof longest, count = 0;
     if (size >= at) memcpy(&longest, bytes, sizeof longest);
     if (longest < 1 || longest > MAX_PIECE)
-        return snprintf(err, ST_ERR, "the longest piece is said to have %d bytes: no tokenizer of llama2.c", longest),
+        return snprintf(err, ST_ERR, "its header says that the longest piece has %d bytes: not a tokenizer of llama2.c",
+                        longest),
                false;
     for (; at < size; count++) {
         Piece p;
@@ -70,7 +72,7 @@ static bool read_pieces(Tokenizer *t, const unsigned char *bytes, size_t size, c
         if (!isfinite(p.score))
             return snprintf(err, ST_ERR, "token %zu: its score is %g", count, (double)p.score), false;
         if (p.length < 0 || p.length > longest || (size_t)p.length > size - at)
-            return snprintf(err, ST_ERR, "token %zu: %d bytes long, where %d are the most and %zu are left", count,
+            return snprintf(err, ST_ERR, "token %zu: has %d bytes, but the maximum is %d and %zu are left", count,
                             p.length, longest, size - at),
                    false;
         p.bytes = bytes + at;
@@ -81,17 +83,18 @@ static bool read_pieces(Tokenizer *t, const unsigned char *bytes, size_t size, c
     if (count > (size_t)t->count)
         return snprintf(err, ST_ERR, "holds %zu tokens, but the model has %d", count, t->count), false;
     if ((size_t)t->count - count > MAX_PADDING)
-        return snprintf(err, ST_ERR, "holds %zu tokens, but the model has %d: %zu more, where at most %d are padding",
-                        count, t->count, (size_t)t->count - count, MAX_PADDING),
+        return snprintf(err, ST_ERR,
+                        "holds %zu tokens, but the model has %d: %zu more; at most %d are taken for padding", count,
+                        t->count, (size_t)t->count - count, MAX_PADDING),
                false;
     t->count = (int)count;
     if (seen != longest)
-        return snprintf(err, ST_ERR, "its longest piece has %d bytes, not %d as it says", seen, longest), false;
+        return snprintf(err, ST_ERR, "its longest piece has %d bytes, but its header says %d", seen, longest), false;
     t->longest = (size_t)longest;
     return true;
 }
 
-// Token FIRST_BYTE + b must be <0xBB>: any text can be written then.
+// Token FIRST_BYTE + b must be <0xBB>, B being hexadecimal digits: then any text can be encoded.
 static bool check_bytes(const Tokenizer *t, char *err) {
     char name[8];
     if (t->count < FIRST_BYTE + 256) return snprintf(err, ST_ERR, "%d tokens: too few for all bytes", t->count), false;
@@ -115,7 +118,7 @@ Tokenizer *tokenizer_read(const unsigned char *bytes, size_t size, int vocab_siz
         tokenizer_free(t);
         return NULL;
     }
-    for (int i = FIRST_BYTE + 256; i < t->count; i++) insert(t, i); // the ones before are no text's
+    for (int i = FIRST_BYTE + 256; i < t->count; i++) insert(t, i); // special and byte tokens do not match text
     return t;
 }
 
@@ -142,26 +145,29 @@ void tokenizer_free(Tokenizer *t) {
 }
 
 // ----------------------------------------------------------------------------
-// encoding: characters to begin with; then, as long as two neighbours together are a token, those of the highest score,
-// the leftmost ones first, become one. What is no token in the end becomes bytes.
+// encoding. At first each character is a symbol. Then, while two neighbours together are a token, the pair with the
+// highest score is merged, the leftmost one of equals. A symbol that is no token in the end becomes byte tokens.
 
 typedef struct {
-    size_t start, length; // in the text; length 0: gone into its left neighbour
-    size_t left, right;   // neighbours, or NONE
+    size_t start, length; // position in the text; length 0: merged into its left neighbour
+    size_t left, right;   // indices of the neighbours, or NONE
 } Symbol;
 static const size_t NONE = SIZE_MAX;
 
 typedef struct {
     float score;
-    size_t left, right, length; // the symbols, and their bytes together when this was written down
+    size_t left, right; // indices of the symbols
+    size_t length;      // bytes of both when the pair was pushed
 } Pair;
 
 typedef struct {
     const Tokenizer *t;
     const unsigned char *text;
     Symbol *symbols;
-    Pair *heap; // the best one first
-    size_t pairs, room, most;
+    Pair *heap; // (pairs) binary heap, the best pair first
+    size_t pairs;
+    size_t capacity; // pairs that the heap has space for
+    size_t max;      // pairs that it can ever hold
 } Encoder;
 
 static bool before(const Pair *a, const Pair *b) {
@@ -169,9 +175,9 @@ static bool before(const Pair *a, const Pair *b) {
 }
 
 static void push(Encoder *e, Pair pair) {
-    if (e->pairs == e->room) {
-        e->room = 2 * e->room + 256 < e->most ? 2 * e->room + 256 : e->most;
-        e->heap = realloc(e->heap, e->room * sizeof *e->heap);
+    if (e->pairs == e->capacity) {
+        e->capacity = 2 * e->capacity + 256 < e->max ? 2 * e->capacity + 256 : e->max;
+        e->heap = realloc(e->heap, e->capacity * sizeof *e->heap);
         if (e->heap == NULL) fatal("out of memory for a text's tokens");
     }
     size_t i = e->pairs++;
@@ -191,15 +197,15 @@ static Pair pop(Encoder *e) {
     return best;
 }
 
-static void propose(Encoder *e, size_t left, size_t right) {
+static void push_if_token(Encoder *e, size_t left, size_t right) {
     if (left == NONE || right == NONE) return;
     const size_t length = e->symbols[left].length + e->symbols[right].length;
     const int32_t token = find(e->t, e->text + e->symbols[left].start, length);
     if (token >= 0) push(e, (Pair){e->t->pieces[token].score, left, right, length});
 }
 
-// Bytes of the UTF-8 character that begins there; of what is none, 1.
-static size_t character(const unsigned char *text, size_t left) {
+// Bytes of the UTF-8 character at text, of which `left` bytes are left; 1 if it is invalid.
+static size_t character_length(const unsigned char *text, size_t left) {
     const size_t length = text[0] < 0xC2 ? 1 : text[0] < 0xE0 ? 2 : text[0] < 0xF0 ? 3 : text[0] < 0xF5 ? 4 : 1;
     for (size_t i = 1; i < length; i++) {
         if (i >= left || (text[i] & 0xC0) != 0x80) return 1;
@@ -211,20 +217,20 @@ static void merge_all(Encoder *e) {
     while (e->pairs > 0) {
         const Pair pair = pop(e);
         Symbol *left = &e->symbols[pair.left], *right = &e->symbols[pair.right];
-        // one of them has been merged with something else since
+        // stale: one of the two has been merged with another symbol since
         if (left->right != pair.right || left->length == 0 || right->length == 0 ||
             left->length + right->length != pair.length)
             continue;
         left->length += right->length, right->length = 0;
         left->right = right->right;
         if (left->right != NONE) e->symbols[left->right].left = pair.left;
-        propose(e, left->left, pair.left);
-        propose(e, pair.left, left->right);
+        push_if_token(e, left->left, pair.left);
+        push_if_token(e, pair.left, left->right);
     }
 }
 
-// Of n + 1 characters: the marked text, symbols, tokens. Each of at most n merges takes a pair from the heap and adds up
-// to two; at first there are up to n pairs.
+// Memory for each of n + 1 characters: the marked text, a symbol, a token, and two pairs. The heap has up to n pairs at
+// first; each of at most n merges removes one and adds up to two.
 enum { ENCODER_BYTES = 1 + sizeof(Symbol) + sizeof(int32_t) + 2 * sizeof(Pair) };
 
 size_t tokenizer_encode_bytes(size_t n) { return (n + 1) * ENCODER_BYTES; }
@@ -234,21 +240,21 @@ int32_t *tokenizer_encode(const Tokenizer *t, const unsigned char *text, size_t 
     if (n == 0) return allocate(1, sizeof(int32_t));
     unsigned char *marked = allocate(n + 1, 1);
     size_t size = 0;
-    if (first) marked[size++] = ' '; // a text begins with a space that is not its own
-    for (size_t i = 0; i < n; i++) { // in it, too, SentencePiece's word mark U+2581 is a space
+    if (first) marked[size++] = ' '; // SentencePiece puts a space before a text
+    for (size_t i = 0; i < n; i++) { // in the text, too, SentencePiece's word mark U+2581 becomes a space
         const bool mark = n - i >= 3 && memcmp(text + i, "\xE2\x96\x81", 3) == 0;
         marked[size++] = mark ? ' ' : text[i];
         if (mark) i += 2;
     }
     n = size;
-    Encoder e = {.t = t, .text = marked, .symbols = allocate(n, sizeof *e.symbols), .most = 2 * n};
+    Encoder e = {.t = t, .text = marked, .symbols = allocate(n, sizeof *e.symbols), .max = 2 * n};
     int32_t *tokens = allocate(n, sizeof *tokens);
     size_t symbols = 0;
     for (size_t at = 0; at < n; at += e.symbols[symbols++].length) {
-        e.symbols[symbols] = (Symbol){at, character(marked + at, n - at), symbols - 1, symbols + 1};
+        e.symbols[symbols] = (Symbol){at, character_length(marked + at, n - at), symbols - 1, symbols + 1};
     }
     e.symbols[0].left = e.symbols[symbols - 1].right = NONE;
-    for (size_t i = 0; i + 1 < symbols; i++) propose(&e, i, i + 1);
+    for (size_t i = 0; i + 1 < symbols; i++) push_if_token(&e, i, i + 1);
     merge_all(&e);
     for (size_t i = 0; i != NONE; i = e.symbols[i].right) {
         const Symbol *s = &e.symbols[i];

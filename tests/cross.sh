@@ -43,7 +43,7 @@ done
 # the fixtures check the same layers.
 if command -v qemu-aarch64 > /dev/null; then
     cd "build/cross/aarch64-linux-musl" || exit 1
-    tests="build/double/test_pieces build/test_pieces build/test_model build/test_float build/test_params build/test_data
+    tests="build/double/test_chunk_parallel build/test_chunk_parallel build/test_model build/test_float build/test_params build/test_data
            build/test_files build/test_plumbing build/test_tokenizer build/test_fuzz"
     for program in train sample compare $tests; do
         mv "$program" "$program.aarch64"

@@ -281,7 +281,7 @@ build() { # test, in a folder with a megalodon.c
     case $1 in
     test_layers) $CC $flags -DMEGALODON_DOUBLE tests/test_layers.c "$tmp/plumbing.a" -lm -o test ;;
     test_model) $CC $flags -DMEGALODON_DOUBLE megalodon.c "$tmp/test_model.o" "$tmp/plumbing.a" -lm -o test ;;
-    test_pieces) $CC $flags -DMEGALODON_DOUBLE tests/test_pieces.c megalodon.c "$tmp/plumbing.a" -lm -o test ;;
+    test_chunk_parallel) $CC $flags -DMEGALODON_DOUBLE tests/test_chunk_parallel.c megalodon.c "$tmp/plumbing.a" -lm -o test ;;
     test_float) $CC $flags tests/test_float.c "$tmp/float.a" -lm -o test ;;
     esac > out 2>&1
 }
@@ -289,11 +289,11 @@ build() { # test, in a folder with a megalodon.c
 # Sets verdict: "survived", "caught by TEST: CHECK", or "error: ...".
 try() { # function
     verdict=survived
-    local order="test_layers test_model test_pieces test_float"
+    local order="test_layers test_model test_chunk_parallel test_float"
     case $1 in # of what test_layers does not call
-    mega* | nffn* | block* | embedding_scale | acts_take | state* | add | mask_of | remember | cache_chunk) order="test_model test_pieces test_float" ;;
-    time_norm* | ema_*) order="test_model test_pieces" ;;
-    *_join* | cema_reduce | power) order="test_pieces" ;;
+    mega* | nffn* | block* | embedding_scale | acts_take | state* | add | mask_of | remember | cache_chunk) order="test_model test_chunk_parallel test_float" ;;
+    time_norm* | ema_*) order="test_model test_chunk_parallel" ;;
+    *_join* | cema_reduce | power) order="test_chunk_parallel" ;;
     exp_real) order="test_float" ;;
     esac
     for test in $order; do

@@ -484,19 +484,19 @@ static void check_parts(const char *name, int eot, bool carry) {
         for (int part = 0; part < 2; part++) {
             Reader mine = reader_new(&t, "a test", 4, ROWS, L, eot, carry);
             bool fresh_here[ROWS];
-            mine.batch = ROWS / ACCUM, mine.here = 2, mine.row = 2 * group;
-            mine.from = part * FIRST, mine.length = part == 0 ? FIRST : L - FIRST;
+            mine.batch_size = ROWS / ACCUM, mine.num_rows = 2, mine.first_row = 2 * group;
+            mine.first_token = part * FIRST, mine.num_tokens = part == 0 ? FIRST : L - FIRST;
             for (int step = 50; step < 60; step++) {
                 reader_step(&mine, step, other, unused, fresh_here);
                 reader_free(&r);
                 r = reader_new(&t, "a test", 4, ROWS, L, eot, carry);
                 reader_step(&r, step, inputs, targets, fresh);
                 for (int n = 0; n < 2 * ACCUM; n++) {
-                    const int row = n / 2 * (ROWS / ACCUM) + 2 * group + n % 2, at = row * L + mine.from;
-                    const size_t size = (size_t)mine.length * sizeof *inputs;
+                    const int row = n / 2 * (ROWS / ACCUM) + 2 * group + n % 2, at = row * L + mine.first_token;
+                    const size_t size = (size_t)mine.num_tokens * sizeof *inputs;
                     right &= fresh_here[n] == fresh[row];
-                    right &= memcmp(other + n * mine.length, inputs + at, size) == 0;
-                    right &= memcmp(unused + n * mine.length, targets + at, size) == 0;
+                    right &= memcmp(other + n * mine.num_tokens, inputs + at, size) == 0;
+                    right &= memcmp(unused + n * mine.num_tokens, targets + at, size) == 0;
                 }
             }
             reader_free(&mine);

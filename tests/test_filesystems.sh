@@ -45,7 +45,7 @@ printf '\050\002\042\002' > pair # tokens 552, 546
 i=0; while [ $i -lt 11 ]; do cat pair pair > twice && mv twice pair; i=$((i + 1)); done
 if quiet $small --data pair --vocab-size 600 --steps 1 --out pair-out; then refused=1; else refused=0; fi
 check "uint16 tokens without a header are refused" [ $refused -eq 0 ]
-check "  with the remedy" said "error: pair: looks like uint16 tokens without a header. --data-format uint16" 1
+check "  with the remedy" said "error: pair: looks like uint16 tokens without a header. Use --data-format uint16" 1
 check "  and trained on with --data-format uint16" quiet $small --data pair --vocab-size 600 --data-format uint16 --steps 1 --out pair16
 check "    as 2 bytes per token" [ "$(awk '/tokens to train on/ { print $3 + $8 }' quiet.out)" -eq $(($(wc -c < pair) / 2)) ]
 check "  and resumed with it" quiet --resume pair16 --steps 2
@@ -62,7 +62,7 @@ else
     check "  warns once" said "warning: text: its file system cannot map files" 1
     check "  saves the same" cmp whole/step-00000006/model.safetensors unmapped/step-00000006/model.safetensors
     check "where folders cannot be synced, a run" lacking NO_FOLDER_SYNC $small --steps 6 --save-every 2 --out unsynced
-    check "  warns once" said "its file system cannot sync folders" 1
+    check "  warns once" said "its file system cannot sync directories" 1
     check "  saves the same" cmp whole/step-00000006/model.safetensors unsynced/step-00000006/model.safetensors
     check "where there are no locks, a run" lacking NO_FLOCK $small --steps 6 --save-every 2 --out unlocked
     check "  warns once" said "warning: unlocked/lock: this file system has no locks" 1

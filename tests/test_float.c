@@ -14,9 +14,11 @@ static void test_moments(void) {
     double mean[G] = {0}, m2[G] = {0}, sum[G] = {0}, squares[G] = {0}, seen[G], n = (double)PIECE * PIECES * g;
     real weight[D] = {0}, bias[D] = {0};
     int64_t count = 0;
+    const NormState state = {&count, mean, m2};
+    const Dims d = {.B = 1, .L = PIECE, .D = D, .G = G};
     for (int p = 0; p < PIECES; p++, count += PIECE) {
         random_fill(x, PIECE * D, (uint64_t)p, sqrt(3), 1000); // deviation 1
-        timestep_norm_forward(y, row_mean, row_rstd, mean, m2, x, weight, bias, mean, m2, &count, 1, PIECE, D, G, 1e-5);
+        timestep_norm_forward(y, row_mean, row_rstd, state, x, weight, bias, state, d, 1e-5);
         for (int i = 0; i < PIECE * D; i++) sum[i % D / g] += x[i];
     }
     for (int j = 0; j < G; j++) sum[j] /= n;
@@ -92,8 +94,8 @@ static void test_gates(void) {
         float x = i % 2 ? points[i / 2 % POINTS] : -points[i / 2 % POINTS], a = factors[i / 2 / POINTS], one = 1;
         float y, dx, out, da, db;
         double s = 1 / (1 + exp(-(double)x)), slope = s * (1 + x * (1 / (1 + exp((double)x))));
-        silu_forward(&y, &x, 1), silu_backward(&dx, &one, &x, 1);
-        gate_forward(&out, &a, &x, 1), gate_backward(&da, &db, &one, &a, &x, 1);
+        silu_forward(&y, &x, 1), silu_backward(NULL, &dx, &one, &x, 1);
+        gate_forward(&out, &a, &x, 1), gate_backward(NULL, &da, &db, &one, &a, &x, 1);
         silu &= close_to(y, x * s), dsilu &= close_to(dx, slope), gate &= near(out, a * (x * s), fmax(fabs(a), 1));
         da_near &= close_to(da, x * s), db_near &= near(db, a * slope, fmax(fabs(a), 1));
     }
@@ -189,31 +191,38 @@ static void timestep_norm(double *y, double *dx, double *dweight, double *dbias,
     }
 }
 
-// Whole, and as two pieces, the second of which starts from the state after the first.
+// Whole, and as two parts: the second starts from the state after the first, and the first's backward pass from the
+// gradient sums of the second.
 static void timestep_norm_case(double mean, double deviation, double tol) {
     enum { L = 60, CUT = 23, D = 12, G = 3, SIZE = L * D };
     static float x[SIZE], dy[SIZE], y[SIZE], dx[SIZE], rstd[L * G];
     static double means[L * G], expected_y[SIZE], expected_dx[SIZE], got[SIZE];
     float w[D], b[D], dweight[D] = {0}, dbias[D] = {0};
-    double expected_dw[D], expected_db[D], in_mean[G], in_m2[G], sums[2][G * 3];
-    const int64_t count = CUT, lengths[2] = {CUT, L - CUT};
-    const ChunkParallel pieces = {.cp_rank = 0, .cp_size = 2, .lengths = lengths};
+    double expected_dw[D], expected_db[D], cut_mean[G], cut_m2[G];
+    const Dims whole = {.B = 1, .L = L, .D = D, .G = G}, first = {.B = 1, .L = CUT, .D = D, .G = G};
+    const Dims second = {.B = 1, .L = L - CUT, .D = D, .G = G};
+    const NormState none = {NULL, NULL, NULL};
     char name[96];
     random_fill(x, SIZE, 1, sqrt(3) * deviation, mean), random_fill(dy, SIZE, 2, 1, 0.1);
     random_fill(w, D, 3, 1, 0), random_fill(b, D, 4, 1, 0);
     if (deviation > 1) random_fill(dy, SIZE, 2, 1e10, 0); // so that dx does not underflow
     timestep_norm(expected_y, expected_dx, expected_dw, expected_db, x, w, b, dy, L, D, G, 1e-5);
     for (int cut = 0; cut < 2; cut++) {
-        size_t row = cut ? (size_t)CUT : L;
         memset(dweight, 0, sizeof dweight), memset(dbias, 0, sizeof dbias);
-        timestep_norm_forward(y, means, rstd, in_mean, in_m2, x, w, b, NULL, NULL, NULL, 1, (int)row, D, G, 1e-5);
-        timestep_norm_backward(dx, dweight, dbias, sums[0], dy, x, w, means, rstd, NULL, 1, (int)row, D, G);
         if (cut) {
-            timestep_norm_forward(y + row * D, means, rstd, NULL, NULL, x + row * D, w, b, in_mean, in_m2, &count, 1,
-                                  L - CUT, D, G, 1e-5);
-            timestep_norm_backward(dx + row * D, dweight, dbias, sums[1], dy + row * D, x + row * D, w, means, rstd,
-                                   &count, 1, L - CUT, D, G);
-            timestep_norm_combine_backward(dx, x, sums[0], &pieces, 1, CUT, D, G);
+            const float *x2 = x + CUT * D, *dy2 = dy + CUT * D;
+            float *rstd2 = rstd + CUT * G;
+            double *means2 = means + CUT * G, dstate[G * 3] = {0}; // no later tokens
+            int64_t count = CUT;
+            const NormState at_cut = {NULL, cut_mean, cut_m2}, counted = {&count, cut_mean, cut_m2};
+            timestep_norm_forward(y, means, rstd, at_cut, x, w, b, none, first, 1e-5);
+            timestep_norm_forward(y + CUT * D, means2, rstd2, none, x2, w, b, counted, second, 1e-5);
+            timestep_norm_backward(dx + CUT * D, dweight, dbias, dstate, dy2, NULL, x2, w, means2, rstd2, &count,
+                                   second);
+            timestep_norm_backward(dx, dweight, dbias, dstate, dy, NULL, x, w, means, rstd, NULL, first);
+        } else {
+            timestep_norm_forward(y, means, rstd, none, x, w, b, none, whole, 1e-5);
+            timestep_norm_backward(dx, dweight, dbias, NULL, dy, NULL, x, w, means, rstd, NULL, whole);
         }
         const struct {
             const char *what;
@@ -242,20 +251,21 @@ static void test_timestep_norm(void) {
 static void test_softmax(void) {
     float q = 1, k[3] = {-1000, 0, 0}, v[3] = {1e38f, 1, 3}, o, lse, s[3], ds[3];
     float dq, dk[3], dv[3], one = 1;
-    Mask none = {.p = 0};
-    attention_chunk_forward(&o, &lse, s, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
+    const QueryTile tile = {.q = &q, .k = k, .v = v, .nq = 1, .nk = 3, .mask = {.p = 0}};
+    const Dims d = {.H = 1, .Z = 1, .E = 1, .C = 3};
+    attention_chunk_forward(&o, &lse, s, &tile, d);
     check_true("a probability of e^-1000 is 0", close_to(o, 2));
     k[0] = -80;
-    attention_chunk_forward(&o, &lse, s, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
+    attention_chunk_forward(&o, &lse, s, &tile, d);
     check_true("one of e^-80 is not", close_to(o, (4 + 1e38 * exp(-80)) / 2));
     q = 0x1p14f, k[0] = 0, k[1] = k[2] = 0x1p14f; // two equal scores of 2^28, whose log-sum-exp rounds to themselves
-    attention_chunk_forward(&o, &lse, s, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
-    attention_chunk_backward(&dq, dk, dv, s, ds, 0, &one, &o, &lse, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
+    attention_chunk_forward(&o, &lse, s, &tile, d);
+    attention_chunk_backward(&dq, dk, dv, s, ds, 0, &one, &lse, &tile, d);
     check_true("equal scores of 3e8 share the probability", close_to(o, 2) && close_to(lse, 0x1p28));
     check_true("  backward, too: dv", dv[0] == 0 && close_to(dv[1], 0.5) && close_to(dv[2], 0.5));
     check_true("  dk", dk[0] == 0 && close_to(dk[1], -0x1p13) && close_to(dk[2], 0x1p13));
     q = 1e30f, k[0] = -1e30f, k[1] = k[2] = 0;
-    attention_chunk_forward(&o, &lse, s, &q, k, v, none, 1, 3, 1, 1, 1, 1, 1, 3);
+    attention_chunk_forward(&o, &lse, s, &tile, d);
     check_true("a score that overflowed is not a probability of 0", isnan(o));
 }
 
@@ -291,7 +301,7 @@ static void test_loss(void) {
 static void test_update(void) {
     float p[4] = {1, 1, 1, 1}, g[4] = {1e-3f, -1e10f, 1e18f, 1e25f}, m1[4] = {0}, m2[4] = {0};
     Shard whole = {0, 4};
-    Model m = {.own = &whole, .num_own = 1, .memory = {p, g, m1, m2}};
+    Model m = {.shards = &whole, .num_shards = 1, .memory = {p, g, m1, m2}};
     megalodon_update(&m, &(AdamW){0.9, 0.95, 1e-12, 0}, 0.125, 1, 0);
     check_true("AdamW: gradients of 1e-3, 1e10, 1e18",
                close_to(p[0], 0.875) && close_to(p[1], 1.125) && close_to(p[2], 0.875));

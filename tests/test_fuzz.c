@@ -41,7 +41,6 @@ static void *map_copy(size_t size, int fd) {
     return copy != NULL && pread(fd, copy, size, 0) == (ssize_t)size ? copy : MAP_FAILED;
 }
 
-#define ranks_exit leave
 #undef stderr
 #define stderr quiet
 #include "../plumbing/system.c"
@@ -50,7 +49,6 @@ static void *map_copy(size_t size, int fd) {
 #define st_open open_noted
 #define mmap(at, size, protection, flags, fd, from) map_copy(size, fd)
 #include "../plumbing/data.c"
-#undef ranks_exit
 #undef stderr
 #undef open
 #undef close
@@ -265,6 +263,7 @@ static void run_target(Target *run, const uint8_t *bytes, size_t size) {
     if (file < 0) file = mkstemp(scratch), quiet = fopen("/dev/null", "w");
     demand(ftruncate(file, (off_t)size) == 0 && pwrite(file, bytes, size, 0) == (ssize_t)size && quiet != NULL);
     opened = NULL, file_of_copy = -1;
+    set_failure_hooks(NULL, leave);
     if (setjmp(refused) == 0) run(scratch, bytes, size);
 }
 
@@ -396,6 +395,7 @@ static bool accepted(const char *target, const char *path) {
 
 static bool valid(const char *target, const char *path) {
     opened = NULL, file_of_copy = -1;
+    set_failure_hooks(NULL, leave);
     return setjmp(refused) == 0 && accepted(target, path);
 }
 

@@ -1,31 +1,12 @@
-// Every layer of megalodon.c by itself, in double precision: its backward pass against central differences of
-// its forward pass, for every input, parameter and incoming state; and its forward pass against the
-// definition written plainly. Build: -DMEGALODON_DOUBLE, with plumbing/params.c; megalodon.c is included,
-// since layers are static.
+// Every layer of megalodon.c by itself, in double precision: its forward pass against the definition written plainly, and
+// its backward pass against central differences of its forward pass, for every input, parameter and incoming state. Build:
+// -DMEGALODON_DOUBLE, with plumbing/params.c; megalodon.c is included, since layers are static.
 #include "../megalodon.c"
 #include "check.h"
 
 static const double EPS = 1e-5;
-enum { SLOTS = 8, ELEMENTS = 200 };
 
-// A layer at work on numbers of ours. The loss is the sum of all outputs, each times a random weight; dout
-// holds these weights, since they are the gradients by the outputs. An outgoing state is an output like
-// others.
-typedef struct Case Case;
-struct Case {
-    void (*forward)(Case *c), (*backward)(Case *c);
-    int B, L, D, N, G, C, H, Z, E, R, K, M, V, nq, nk, add;
-    size_t elements; // whose gradient is checked; 0: ELEMENTS
-    int64_t *count;
-    int32_t *tokens;
-    Mask mask;
-    int num_in, num_out, num_kept;
-    const char *name[SLOTS];
-    real *in[SLOTS], *din[SLOTS], *out[SLOTS], *dout[SLOTS], *kept[SLOTS]; // NULL: of no elements, left out
-    size_t in_size[SLOTS], out_size[SLOTS], kept_size[SLOTS];
-    int added[SLOTS]; // the gradient by this input is added to what is there, not set
-};
-
+// n new random numbers, other ones in each call; NULL if there are none.
 static real *numbers(size_t n, double scale, double shift) {
     static uint64_t seed = 1;
     real *x = n ? malloc(n * sizeof *x) : NULL;
@@ -33,65 +14,9 @@ static real *numbers(size_t n, double scale, double shift) {
     return x;
 }
 
-static void poison(real *x, size_t n) {
-    for (size_t i = 0; i < n; i++) x[i] = NAN;
-}
-
-enum { SET, ADDED };
-static void input(Case *c, const char *name, size_t n, int added, double scale, double shift) {
-    int i = c->num_in++;
-    c->name[i] = name, c->in_size[i] = n, c->added[i] = added;
-    c->in[i] = numbers(n, scale, shift);
-    c->din[i] = numbers(n, 1, 0);
-}
-static void output(Case *c, size_t n) {
-    int i = c->num_out++;
-    c->out_size[i] = n;
-    c->out[i] = numbers(n, 1, 0);
-    c->dout[i] = numbers(n, 1, 0);
-}
-static void keep(Case *c, size_t n) { // what the forward pass leaves for the backward pass
-    int i = c->num_kept++;
-    c->kept_size[i] = n;
-    c->kept[i] = numbers(n, 1, 0);
-}
-
-static void run_forward(Case *c) {
-    for (int i = 0; i < c->num_out; i++) poison(c->out[i], c->out_size[i]);
-    for (int i = 0; i < c->num_kept; i++) poison(c->kept[i], c->kept_size[i]);
-    c->forward(c);
-}
-
-static double loss(void *context) {
-    Case *c = context;
-    double sum = 0;
-    run_forward(c);
-    for (int i = 0; i < c->num_out; i++) {
-        for (size_t k = 0; k < c->out_size[i]; k++) sum += c->dout[i][k] * c->out[i][k];
-    }
-    return sum;
-}
-
-static void gradcheck(Case *c, const char *title) {
-    char name[96];
-    real *before[SLOTS];
-    for (int i = 0; i < c->num_in; i++) {
-        if (!c->added[i]) poison(c->din[i], c->in_size[i]);
-        before[i] = numbers(c->in_size[i], 0, 0);
-        if (c->added[i] && c->in[i]) memcpy(before[i], c->din[i], c->in_size[i] * sizeof(real));
-    }
-    run_forward(c);
-    c->backward(c);
-    for (int i = 0; i < c->num_in; i++) {
-        for (size_t k = 0; k < c->in_size[i]; k++) c->din[i][k] -= before[i][k];
-        snprintf(name, sizeof name, "%s: %s", title, c->name[i]);
-        if (c->in[i])
-            check_gradient(name, loss, c, c->in[i], c->din[i], c->in_size[i], c->elements ? c->elements : ELEMENTS,
-                           1e-7);
-    }
-    for (int i = 0; i < c->num_in; i++) free(before[i]), free(c->in[i]), free(c->din[i]);
-    for (int i = 0; i < c->num_out; i++) free(c->out[i]), free(c->dout[i]);
-    for (int i = 0; i < c->num_kept; i++) free(c->kept[i]);
+static Coeffs coeffs_in(real *memory, int D, int N) { // five arrays one after the other
+    size_t n = (size_t)N * coeffs_stride(D);
+    return (Coeffs){memory, memory + n, memory + 2 * n, memory + 3 * n, memory + 4 * n};
 }
 
 // ----------------------------------------------------------------------------
@@ -117,364 +42,39 @@ static void test_comparing(void) {
 // ----------------------------------------------------------------------------
 // matrix product against its definition, for all four ways of storing and odd sizes, inside larger rows
 
-static void test_gemm(void) {
+static void test_matmul(void) {
     static const int sizes[][3] = {{1, 1, 1},     {7, 5, 3},   {6, 16, 64}, {13, 17, 1},
                                    {151, 19, 11}, {5, 141, 9}, {9, 7, 523}};
+    static const char *const names[3] = {"", ", added", ", residual"};
     for (int s = 0; s < (int)(sizeof sizes / sizeof *sizes); s++) {
         int M = sizes[s][0], N = sizes[s][1], K = sizes[s][2], ldc = N + 3;
-        for (int form = 0; form < 16; form++) {
-            int ta = form & 1, tb = form >> 1 & 1, add = form >> 2 & 1, lda = (ta ? M : K) + 2, ldb = (tb ? K : N) + 1;
-            real *A = numbers((size_t)(ta ? K : M) * lda, 1, 0);
-            real *B = numbers((size_t)(tb ? N : K) * ldb, 1, 0);
-            real *bias = form >> 3 ? numbers((size_t)N, 1, 0) : NULL;
-            real *C = numbers((size_t)M * ldc, 1, 0), *expected = malloc((size_t)M * ldc * sizeof *C);
-            memcpy(expected, C, (size_t)M * ldc * sizeof *C);
+        size_t size = (size_t)M * ldc;
+        for (int form = 0; form < 24; form++) {
+            int ta = form & 1, tb = form >> 1 & 1, with_bias = form >> 2 & 1, kind = form >> 3; // of residual
+            int lda = (ta ? M : K) + 2, ldb = (tb ? K : N) + 1;
+            real *A = numbers((size_t)(ta ? K : M) * lda, 1, 0), *B = numbers((size_t)(tb ? N : K) * ldb, 1, 0);
+            real *bias = with_bias ? numbers((size_t)N, 1, 0) : NULL;
+            real *C = numbers(size, 1, 0), *other = numbers(size, 1, 0), *expected = malloc(size * sizeof *C);
+            real *residual = kind == 0 ? NULL : kind == 1 ? C : other;
+            memcpy(expected, C, size * sizeof *C);
             for (int i = 0; i < M; i++) {
                 for (int j = 0; j < N; j++) {
-                    double sum = 0;
+                    double sum = bias ? bias[j] : 0;
                     for (int k = 0; k < K; k++) {
                         sum += A[ta ? k * lda + i : i * lda + k] * B[tb ? j * ldb + k : k * ldb + j];
                     }
-                    expected[i * ldc + j] = sum + (add ? expected[i * ldc + j] : 0) + (bias ? bias[j] : 0);
-                    if (!add) C[i * ldc + j] = NAN; // must not be read
+                    expected[i * ldc + j] = sum + (residual ? residual[i * ldc + j] : 0);
+                    if (kind != 1) C[i * ldc + j] = NAN; // must not be read
                 }
             }
-            matmul(ta, tb, M, N, K, A, lda, B, ldb, add, bias, C, ldc);
+            matmul(C, ldc, residual, ta ? transposed(A, lda) : matrix(A, lda), tb ? transposed(B, ldb) : matrix(B, ldb),
+                   bias, M, N, K);
             char name[96];
             snprintf(name, sizeof name, "matmul %dx%dx%d, A%s B%s%s%s", M, N, K, ta ? "'" : "", tb ? "'" : "",
-                     add ? ", added" : "", bias ? ", bias" : "");
-            check(name, C, expected, (size_t)M * ldc, 1e-14);
-            free(A), free(B), free(C), free(expected), free(bias);
+                     names[kind], bias ? ", bias" : "");
+            check(name, C, expected, size, 1e-14);
+            free(A), free(B), free(C), free(other), free(expected), free(bias);
         }
-    }
-}
-
-// ----------------------------------------------------------------------------
-// layers, in the order of megalodon.c: forward, backward, cases
-
-static void embedding_f(Case *c) { embedding_forward(c->out[0], c->tokens, c->in[0], 3, c->R, c->D); }
-static void embedding_b(Case *c) { embedding_backward(c->din[0], c->dout[0], c->tokens, 3, c->R, c->D); }
-static void test_embedding(void) {
-    int32_t tokens[9] = {3, 1, 3, 0, 6, 3, 1, 2, 6}; // 4 and 5 do not occur
-    Case c = {.forward = embedding_f, .backward = embedding_b, .tokens = tokens, .R = 9, .D = 67};
-    input(&c, "embed", 7 * 67, ADDED, 1, 0);
-    output(&c, 9 * 67);
-    gradcheck(&c, "embedding");
-}
-
-static void timestep_norm_f(Case *c) {
-    timestep_norm_forward(c->out[0], c->kept[0], c->kept[1], c->out[1], c->out[2], c->in[0], c->in[1], c->in[2],
-                          c->in[3], c->in[4], c->count, c->B, c->L, c->D, c->G, EPS);
-}
-static void timestep_norm_b(Case *c) {
-    double sums[2]
-               [2 * 4 * 3]; // of these tokens alone; of later ones, as if gradients by the outgoing state were theirs
-    const int64_t lengths[2] = {c->L, 0};
-    const ChunkParallel pieces = {.cp_rank = 0, .cp_size = 2, .lengths = lengths};
-    int rows = c->B * c->G, g = c->D / c->G;
-    timestep_norm_backward(c->din[0], c->din[1], c->din[2], sums[0], c->dout[0], c->in[0], c->in[1], c->kept[0],
-                           c->kept[1], c->count, c->B, c->L, c->D, c->G);
-    for (int i = 0; i < rows && c->in[3]; i++) {
-        double *later = sums[1] + 3 * i, before = (double)g * (double)c->count[i / c->G];
-        later[0] = c->dout[1][i] / (before + g * c->L);
-        later[1] = c->dout[2][i];
-        later[2] = c->dout[2][i] * c->out[1][i];
-        double U = sums[0][3 * i] + later[0], V = sums[0][3 * i + 1] + later[1], W = sums[0][3 * i + 2] + later[2];
-        c->din[3][i] = before * (U + 2 * (c->in[3][i] * V - W));
-        c->din[4][i] = V;
-    }
-    if (c->in[3]) timestep_norm_combine_backward(c->din[0], c->in[0], sums[0], &pieces, c->B, c->L, c->D, c->G);
-}
-static void test_timestep_norm(void) {
-    int64_t count[2] = {5, 1000};
-    for (int state = 0; state < 2; state++) {
-        Case c = {.forward = timestep_norm_f, .backward = timestep_norm_b, .B = 2, .L = 9, .D = 12, .G = 4};
-        size_t moments = state ? 2 * 4 : 0;
-        if (state) c.count = count;
-        input(&c, "inp", 2 * 9 * 12, SET, 1, 0.5);
-        input(&c, "weight", 12, ADDED, 1, 0);
-        input(&c, "bias", 12, ADDED, 1, 0);
-        input(&c, "incoming mean", moments, SET, 1, 0.5);
-        input(&c, "incoming m2", moments, SET, 4, 12);
-        output(&c, 2 * 9 * 12);
-        output(&c, moments), output(&c, moments);
-        keep(&c, 2 * 9 * 4), keep(&c, 2 * 9 * 4);
-        gradcheck(&c, state ? "timestep_norm, continued" : "timestep_norm");
-    }
-}
-
-static Coeffs coeffs_in(real *memory, int D, int N) { // five arrays one after the other
-    size_t n = (size_t)N * strip_channels(D);
-    return (Coeffs){memory, memory + n, memory + 2 * n, memory + 3 * n, memory + 4 * n};
-}
-static void cema_f(Case *c) { // inp, alpha, delta, theta, gamma, omega, h
-    Coeffs coeffs = coeffs_in(c->kept[0], c->D, c->N);
-    cema_coeffs_forward(&coeffs, c->in[1], c->in[2], c->in[3], c->in[4], c->D, c->N);
-    cema_forward(c->out[0], c->kept[2], c->out[1], c->in[0], &coeffs, c->in[5], c->in[6], c->B, c->L, c->D, c->N);
-}
-static void cema_b(Case *c) {
-    Coeffs coeffs = coeffs_in(c->kept[0], c->D, c->N), dcoeffs = coeffs_in(c->kept[1], c->D, c->N);
-    if (c->in[6]) memcpy(c->din[6], c->dout[1], c->out_size[1] * sizeof(real));
-    cema_backward(c->din[0], &dcoeffs, c->din[5], c->din[6], c->dout[0], c->in[0], c->kept[2], &coeffs, c->in[5], c->B,
-                  c->L, c->D, c->N);
-    cema_coeffs_backward(c->din[1], c->din[2], c->din[3], c->din[4], &dcoeffs, c->in[1], c->in[2], c->in[3], c->D, c->N);
-}
-static void cema_case(int L, int D, int N, int state) {
-    Case c = {.forward = cema_f, .backward = cema_b, .B = 2, .L = L, .D = D, .N = N};
-    size_t modes = (size_t)D * N, coeffs = 5 * (size_t)N * strip_channels(D), h = state ? 2 * 2 * modes : 0;
-    input(&c, "inp", 2 * (size_t)L * D, SET, 1, 0);
-    input(&c, "alpha", modes, ADDED, 1, 0), input(&c, "delta", modes, ADDED, 1, 0);
-    input(&c, "theta", (size_t)D, ADDED, 1, -1), input(&c, "gamma", 2 * modes, ADDED, 1, 0);
-    input(&c, "omega", (size_t)D, ADDED, 1, 0);
-    input(&c, "incoming h", h, SET, 1, 0);
-    output(&c, 2 * (size_t)L * D), output(&c, h);
-    keep(&c, coeffs), keep(&c, coeffs), keep(&c, 2 * (size_t)ceil_div(L, CEMA_BLOCK) * 2 * modes);
-    char title[64];
-    snprintf(title, sizeof title, "cema, L %d D %d N %d%s", L, D, N, state ? ", continued" : "");
-    gradcheck(&c, title);
-}
-static void test_cema(void) {
-    cema_case(5, STRIP + 3, 1, 1);
-    cema_case(CEMA_BLOCK, 3, 4, 1);
-    cema_case(CEMA_BLOCK + 1, STRIP, 4, 0);
-    cema_case(2 * CEMA_BLOCK + 11, 3, 16, 1);
-}
-
-static void rmsnorm_f(Case *c) { rmsnorm_forward(c->out[0], c->kept[0], c->in[0], c->in[1], c->R, c->D, EPS); }
-static void rmsnorm_b(Case *c) {
-    rmsnorm_backward(c->din[0], c->din[1], c->dout[0], c->in[0], c->in[1], c->kept[0], c->R, c->D);
-}
-static void test_rmsnorm(void) {
-    for (int weight = 0; weight < 2; weight++) {
-        Case c = {.forward = rmsnorm_f, .backward = rmsnorm_b, .R = 5, .D = COLUMNS + 3};
-        input(&c, "inp", (size_t)c.R * c.D, SET, 1, 0.3);
-        input(&c, "weight", weight ? (size_t)c.D : 0, ADDED, 1, 0);
-        output(&c, (size_t)c.R * c.D);
-        keep(&c, (size_t)c.R);
-        gradcheck(&c, weight ? "rmsnorm" : "rmsnorm without weight");
-    }
-}
-
-static void linear_f(Case *c) { // with add, what is in out counts too, and is an input: the last
-    if (c->add) memcpy(c->out[0], c->in[3], c->out_size[0] * sizeof(real));
-    linear_forward(c->out[0], c->add, c->in[0], c->in[1], c->in[2], c->R, c->K, c->M);
-}
-static void linear_b(Case *c) {
-    linear_backward(c->din[0], c->add, c->din[1], c->din[2], c->dout[0], c->in[0], c->in[1], c->R, c->K, c->M);
-    if (c->add) memcpy(c->din[3], c->dout[0], c->out_size[0] * sizeof(real));
-}
-static void test_linear(void) {
-    for (int form = 0; form < 8; form++) {
-        int bias = form & 1, add = form >> 1 & 1, R = form & 4 ? 1 : 7;
-        Case c = {.forward = linear_f, .backward = linear_b, .R = R, .K = 13, .M = 11, .add = add};
-        input(&c, "inp", (size_t)R * 13, add ? ADDED : SET, 1, 0);
-        input(&c, "weight", 11 * 13, ADDED, 1, 0);
-        input(&c, "bias", bias ? 11 : 0, ADDED, 1, 0);
-        input(&c, "what is added to", add ? (size_t)R * 11 : 0, SET, 1, 0);
-        output(&c, (size_t)R * 11);
-        char title[64];
-        snprintf(title, sizeof title, "linear, R %d%s%s", R, bias ? ", bias" : "", add ? ", add" : "");
-        gradcheck(&c, title);
-    }
-}
-
-static void qk_f(Case *c) { qk_forward(c->out[0], c->out[1], c->in[0], c->in[1], c->in[2], c->R, c->Z, c->Z / c->H); }
-static void qk_b(Case *c) {
-    qk_backward(c->din[0], c->din[1], c->din[2], c->dout[0], c->dout[1], c->in[0], c->in[1], c->R, c->Z, c->Z / c->H);
-}
-static void test_qk(void) {
-    Case c = {.forward = qk_f, .backward = qk_b, .R = 5, .Z = COLUMNS + 2, .H = 3};
-    input(&c, "z", 5 * (size_t)c.Z, SET, 1, 0);
-    input(&c, "gamma", 2 * (size_t)c.Z, ADDED, 1, 0), input(&c, "beta", 2 * (size_t)c.Z, ADDED, 1, 0);
-    output(&c, 5 * (size_t)c.Z), output(&c, 5 * (size_t)c.Z);
-    gradcheck(&c, "qk");
-}
-
-static void rope_f(Case *c) {
-    rope_table(c->kept[0], c->C, c->Z / c->H, 100);
-    rope_forward(c->out[0], c->in[0], c->kept[0], c->count, c->B, c->L, c->Z, c->Z / c->H, c->C);
-}
-static void rope_b(Case *c) { // in place, as the model does
-    memcpy(c->din[0], c->dout[0], c->out_size[0] * sizeof(real));
-    rope_backward(c->din[0], c->din[0], c->kept[0], c->count, c->B, c->L, c->Z, c->Z / c->H, c->C);
-}
-static void test_rope(void) {
-    int64_t count[2] = {3, 1000000000007};
-    for (int state = 0; state < 2; state++) {
-        Case c = {.forward = rope_f, .backward = rope_b, .B = 2, .L = 11, .C = 5, .H = 2, .Z = 12};
-        if (state) c.count = count;
-        input(&c, "inp", 2 * 11 * 12, SET, 1, 0);
-        output(&c, 2 * 11 * 12);
-        keep(&c, 5 * 6);
-        gradcheck(&c, state ? "rope, continued" : "rope");
-    }
-}
-
-// silu and gate: the gradient may take the place of dout, as the model has it
-static void silu_f(Case *c) { silu_forward(c->out[0], c->in[0], c->in_size[0]); }
-static void silu_b(Case *c) {
-    memcpy(c->din[0], c->dout[0], c->out_size[0] * sizeof(real));
-    silu_backward(c->din[0], c->din[0], c->in[0], c->in_size[0]);
-}
-static void gate_f(Case *c) { gate_forward(c->out[0], c->in[0], c->in[1], c->in_size[0]); }
-static void gate_b(Case *c) {
-    memcpy(c->din[0], c->dout[0], c->out_size[0] * sizeof(real));
-    gate_backward(c->din[0], c->din[1], c->din[0], c->in[0], c->in[1], c->in_size[0]);
-}
-static void test_gates(void) {
-    Case s = {.forward = silu_f, .backward = silu_b}, g = {.forward = gate_f, .backward = gate_b};
-    input(&s, "inp", 37, SET, 4, 0);
-    output(&s, 37);
-    gradcheck(&s, "silu");
-    input(&g, "a", 37, SET, 1, 0), input(&g, "b", 37, SET, 4, 0);
-    output(&g, 37);
-    gradcheck(&g, "gate");
-}
-
-// One head in a chunk, of heads of 2 and 3 numbers beside one more each: rows are longer than a head.
-static void attention_chunk_f(Case *c) {
-    memset(c->out[0], 0, c->out_size[0] * sizeof(real)); // the other column is not the head's to write
-    attention_chunk_forward(c->out[0], c->kept[0], c->kept[1], c->in[0], c->in[1], c->in[2], c->mask, c->nq, c->nk, 2, 3, 3, 4,
-                   2, 64);
-}
-static void attention_chunk_b(Case *c) {
-    memset(c->din[0], 0, c->in_size[0] * sizeof(real));
-    attention_chunk_backward(c->din[0], c->din[1], c->din[2], c->kept[1], c->kept[2], 1, c->dout[0], c->out[0], c->kept[0],
-                    c->in[0], c->in[1], c->in[2], c->mask, c->nq, c->nk, 2, 3, 3, 4, 2, 64);
-}
-static void attention_chunk_case(int nq, int nk, double p) {
-    Case c = {.forward = attention_chunk_f, .backward = attention_chunk_b, .nq = nq, .nk = nk, .mask = {.p = p, .seed = 5, .first = 7}};
-    input(&c, "q", (size_t)nq * 3, SET, 2, 0);
-    input(&c, "k, cached ones too", (size_t)nk * 3, ADDED, 2, 0);
-    input(&c, "v, cached ones too", (size_t)nk * 4, ADDED, 1, 0);
-    output(&c, (size_t)nq * 4);
-    keep(&c, (size_t)nq * 2);
-    for (int i = 0; i < 2; i++) keep(&c, (size_t)nq * nk);
-    char title[64];
-    snprintf(title, sizeof title, "attend, %d queries, %d keys, dropout %g", nq, nk, p);
-    gradcheck(&c, title);
-}
-
-static void attention_f(Case *c) {
-    attention_forward(c->out[0], c->kept[0], NULL, NULL, c->kept[1], c->in[0], c->in[1], c->in[2], NULL, c->mask, c->B,
-                      c->L, c->C, c->H, c->Z, c->E, 1);
-}
-static void attention_b(Case *c) {
-    attention_backward(c->din[0], c->din[1], c->din[2], c->kept[1], c->kept[2], c->dout[0], c->out[0], c->kept[0],
-                       c->in[0], c->in[1], c->in[2], c->mask, c->B, c->L, c->C, c->H, c->Z, c->E, 1);
-}
-static void attention_case(int L, int C, int H, double p) {
-    Case c = {.forward = attention_f, .backward = attention_b, .B = 2, .L = L, .C = C, .H = H, .Z = 2 * H, .E = 3 * H};
-    c.mask = (Mask){.p = p, .seed = 3, .layer = 1, .row = (uint64_t)c.L * (uint64_t)c.C};
-    c.elements = L > QUERY_TILE ? 12 : 0;
-    size_t R = 2 * (size_t)L;
-    input(&c, "q", R * c.Z, SET, 2, 0), input(&c, "k", R * c.Z, SET, 2, 0);
-    input(&c, "v", R * c.E, SET, 1, 0);
-    output(&c, R * c.E);
-    keep(&c, R * H);
-    for (int i = 0; i < 2; i++) keep(&c, (size_t)QUERY_TILE * C);
-    char title[64];
-    snprintf(title, sizeof title, "attention, L %d C %d, %d heads, dropout %g", L, C, H, p);
-    gradcheck(&c, title);
-}
-static void test_attention(void) {
-    attention_chunk_case(1, 7, 0), attention_chunk_case(6, 6, 0), attention_chunk_case(5, 11, 0), attention_chunk_case(5, 11, 0.3);
-    for (int H = 1; H <= 3; H += 2) {
-        attention_case(5, 8, H, 0), attention_case(8, 8, H, 0), attention_case(16, 8, H, 0.5);
-        attention_case(19, 8, H, 0), attention_case(QUERY_TILE + 13, QUERY_TILE + 10, H, 0.1);
-    }
-}
-
-// Dropout: each word of Philox says whether its element stays, wherever a call begins and ends.
-static void dropout_f(Case *c) { dropout(c->out[0], c->in[0], c->mask, c->in_size[0]); }
-static void dropout_b(Case *c) { dropout(c->din[0], c->dout[0], c->mask, c->in_size[0]); }
-static void test_dropout(void) {
-    enum { SIZE = 1000, FIRST = 3 };
-    const uint64_t far = ((uint64_t)5 << 34) - 14; // on the way there the counter's last word overflows
-    Case c = {.forward = dropout_f, .backward = dropout_b, .mask = {.p = 0.3, .seed = 9, .first = FIRST}};
-    input(&c, "inp", 37, SET, 1, 0);
-    output(&c, 37);
-    gradcheck(&c, "dropout");
-    real *x = numbers(SIZE, 1, 3), y[SIZE], parts[SIZE], expected[SIZE];
-    for (int i = 0; i < 2; i++) {
-        const Mask mask = {
-            .p = 0.3, .seed = 77, .stream = STREAM_DROPOUT + 2, .step = 6, .layer = 4, .first = i ? far : FIRST};
-        for (uint64_t k = 0; k < SIZE; k++) {
-            uint64_t at = mask.first + k;
-            uint32_t words[4];
-            megalodon_philox(words, 77, STREAM_DROPOUT + 2, 6, 4 + (uint32_t)(at / 4 >> 32) * 65536,
-                             (uint32_t)(at / 4));
-            expected[k] = words[at % 4] < 0.3 * 4294967296.0 ? 0 : x[k] / 0.7;
-        }
-        dropout(y, x, mask, SIZE);
-        check(i ? "dropout beyond 2^34 elements = its definition" : "dropout = its definition", y, expected, SIZE,
-              1e-15);
-        for (int from = 0, n = 1; from < SIZE; from += n, n = min(n + 1, SIZE - from)) {
-            dropout(parts + from, x + from, mask_row(mask, 1, from), (size_t)n);
-        }
-        check_same("  in parts: the same", parts, y, sizeof y);
-    }
-    memcpy(y, x, sizeof y);
-    dropout(y, y, (Mask){.p = 0}, SIZE);
-    check_same("dropout of probability 0 does nothing", y, x, sizeof y);
-    free(x);
-}
-
-static void layernorm_f(Case *c) {
-    layernorm_forward(c->out[0], c->kept[0], c->kept[1], c->in[0], c->in[1], c->in[2], c->R, c->D, EPS);
-}
-static void layernorm_b(Case *c) {
-    layernorm_backward(c->din[0], c->din[1], c->din[2], c->dout[0], c->in[0], c->in[1], c->kept[0], c->kept[1], c->R,
-                       c->D);
-}
-static void test_layernorm(void) {
-    for (int affine = 0; affine < 2; affine++) {
-        Case c = {.forward = layernorm_f, .backward = layernorm_b, .R = 5, .D = COLUMNS + 3};
-        input(&c, "inp", (size_t)c.R * c.D, SET, 1, 0.3);
-        input(&c, "weight", affine ? (size_t)c.D : 0, ADDED, 1, 0);
-        input(&c, "bias", affine ? (size_t)c.D : 0, ADDED, 1, 0);
-        output(&c, (size_t)c.R * c.D);
-        keep(&c, (size_t)c.R), keep(&c, (size_t)c.R);
-        gradcheck(&c, affine ? "layernorm" : "layernorm without affine");
-    }
-}
-
-static void rescale_f(Case *c) { rescale_forward(c->out[0], c->in[0], c->in[1], c->R, c->D); }
-static void rescale_b(Case *c) { rescale_backward(c->din[0], c->din[1], c->dout[0], c->in[0], c->in[1], c->R, c->D); }
-static void test_rescale(void) {
-    Case c = {.forward = rescale_f, .backward = rescale_b, .R = 5, .D = 13};
-    input(&c, "inp", 5 * 13, SET, 1, 0), input(&c, "alpha", 13, ADDED, 1, 0);
-    output(&c, 5 * 13);
-    gradcheck(&c, "rescale");
-}
-
-// The loss is itself the sum that the gradient is of, so there is one output, and grad_scale is its weight.
-static void output_loss_f(Case *c) {
-    double losses[LOGIT_ROWS + 9];
-    output_loss(losses, NULL, NULL, c->kept[0], c->in[0], c->in[1], c->tokens, 0, c->R, c->D, c->V);
-    c->out[0][0] = 0;
-    for (int r = 0; r < c->R; r++) c->out[0][0] += losses[r];
-}
-static void output_loss_b(Case *c) {
-    double losses[LOGIT_ROWS + 9];
-    output_loss(losses, c->din[0], c->din[1], c->kept[0], c->in[0], c->in[1], c->tokens, c->dout[0][0], c->R, c->D,
-                c->V);
-}
-static void test_output_loss(void) {
-    static const int rows[3] = {1, 7, LOGIT_ROWS + 9};
-    int32_t targets[LOGIT_ROWS + 9];
-    for (int i = 0; i < 3; i++) {
-        int V = i < 2 ? 11 : LOGITS / LOGIT_ROWS; // the third has more rows than a block
-        Case c = {.forward = output_loss_f, .backward = output_loss_b, .tokens = targets, .R = rows[i], .D = 5, .V = V};
-        for (int r = 0; r < c.R; r++) targets[r] = r % 3 == 1 ? -1 : (7 * r + 2) % c.V;
-        input(&c, "x", (size_t)c.R * 5, SET, 2, 0);
-        input(&c, "output", (size_t)V * 5, ADDED, 1, 0);
-        output(&c, 1);
-        keep(&c, (size_t)min(logit_rows(V), c.R) * V);
-        char title[64];
-        snprintf(title, sizeof title, "output_loss, R %d", c.R);
-        c.elements = i < 2 ? 0 : 12;
-        gradcheck(&c, title);
     }
 }
 
@@ -482,14 +82,14 @@ static void test_output_loss(void) {
 // definitions, written plainly
 
 // CEMA as a convolution: y_t = sum_j k_j x_(t-j) + omega x_t with k_j = Re sum_n gamma/sqrt(N) p q^j. In the
-// paper's Eq. 2 the input also gets a factor e^(i phi): the same model, when gamma is turned by e^(-i phi).
+// paper's Eq. 2 the input also gets a factor e^(i phi): the same model, when gamma is rotated by e^(-i phi).
 static void test_cema_definition(int paper) {
     enum { L = CEMA_BLOCK + 13, D = 3, N = 4 };
     real *x = numbers(L * D, 1, 0), *alpha = numbers(D * N, 1, 0), *delta = numbers(D * N, 1, 0);
     real *theta = numbers(D, 1, -1), *gamma = numbers(2 * D * N, 1, 0), *omega = numbers(D, 1, 0);
-    real *memory = numbers((size_t)5 * N * strip_channels(D), 1, 0), *turned = numbers(2 * D * N, 1, 0);
+    real *memory = numbers(5 * N * coeffs_stride(D), 1, 0), *rotated = numbers(2 * D * N, 1, 0);
     real y[L * D], expected[L * D];
-    memcpy(turned, gamma, 2 * D * N * sizeof *gamma);
+    memcpy(rotated, gamma, 2 * D * N * sizeof *gamma);
     for (int t = 0; t < L; t++) {
         for (int d = 0; d < D; d++) {
             expected[t * D + d] = omega[d] * x[t * D + d];
@@ -500,24 +100,24 @@ static void test_cema_definition(int paper) {
                     double decay = pow(1 - p / (1 + exp(-delta[d * N + n])), j), angle = phi * (j + paper);
                     double re = gamma[2 * (d * N + n)], im = gamma[2 * (d * N + n) + 1];
                     k += p * decay * (re * cos(angle) - im * sin(angle)) / sqrt(N);
-                    turned[2 * (d * N + n)] = re * cos(paper * phi) - im * sin(paper * phi);
-                    turned[2 * (d * N + n) + 1] = re * sin(paper * phi) + im * cos(paper * phi);
+                    rotated[2 * (d * N + n)] = re * cos(paper * phi) - im * sin(paper * phi);
+                    rotated[2 * (d * N + n) + 1] = re * sin(paper * phi) + im * cos(paper * phi);
                 }
                 expected[t * D + d] += k * x[(t - j) * D + d];
             }
         }
     }
     Coeffs coeffs = coeffs_in(memory, D, N);
-    cema_coeffs_forward(&coeffs, alpha, delta, theta, turned, D, N);
-    cema_forward(y, NULL, NULL, x, &coeffs, omega, NULL, 1, L, D, N);
-    check(paper ? "cema = paper's Eq. 2, gamma turned" : "cema = its convolution", y, expected, L * D, 1e-12);
-    free(x), free(alpha), free(delta), free(theta), free(gamma), free(omega), free(memory), free(turned);
+    cema_coeffs_forward(&coeffs, alpha, delta, theta, rotated, D, N);
+    cema_forward(y, NULL, NULL, x, &coeffs, omega, NULL, (Dims){.B = 1, .L = L, .D = D, .N = N});
+    check(paper ? "cema = paper's Eq. 2, gamma rotated" : "cema = its convolution", y, expected, L * D, 1e-12);
+    free(x), free(alpha), free(delta), free(theta), free(gamma), free(omega), free(memory), free(rotated);
 }
 
 // Without rotation (phi = 0) and with a real gamma it is a plain exponential moving average.
 static void test_cema_real(void) {
     enum { L = 2 * CEMA_BLOCK, D = 2 };
-    real *x = numbers(L * D, 1, 0), *memory = numbers((size_t)5 * strip_channels(D), 1, 0);
+    real *x = numbers(L * D, 1, 0), *memory = numbers(5 * coeffs_stride(D), 1, 0);
     real alpha[D] = {0.3, -0.7}, delta[D] = {-1, 0.5}, theta[D] = {-800, -800}, gamma[2 * D] = {1.5, 0, -0.5, 0};
     real omega[D] = {0}, y[L * D], expected[L * D], average[D] = {0};
     for (int t = 0; t < L; t++) {
@@ -529,7 +129,7 @@ static void test_cema_real(void) {
     }
     Coeffs coeffs = coeffs_in(memory, D, 1);
     cema_coeffs_forward(&coeffs, alpha, delta, theta, gamma, D, 1);
-    cema_forward(y, NULL, NULL, x, &coeffs, omega, NULL, 1, L, D, 1);
+    cema_forward(y, NULL, NULL, x, &coeffs, omega, NULL, (Dims){.B = 1, .L = L, .D = D, .N = 1});
     check("cema, real = plain moving average", y, expected, L * D, 1e-13);
     free(x), free(memory);
 }
@@ -539,6 +139,8 @@ static void test_timestep_norm_definition(void) {
     enum { L = 13, D = 12, G = 3, g = D / G };
     real *x = numbers(L * D, 1, 2), *w = numbers(D, 1, 0), *b = numbers(D, 1, 0);
     real y[L * D], later[L * D], expected[L * D], mean[L * G], rstd[L * G];
+    const NormState none = {NULL, NULL, NULL};
+    const Dims d = {.B = 1, .L = L, .D = D, .G = G};
     for (int t = 0; t < L; t++) {
         for (int j = 0; j < G; j++) {
             double sum = 0, squares = 0, n = (t + 1) * g;
@@ -553,10 +155,10 @@ static void test_timestep_norm_definition(void) {
             }
         }
     }
-    timestep_norm_forward(y, mean, rstd, NULL, NULL, x, w, b, NULL, NULL, NULL, 1, L, D, G, EPS);
+    timestep_norm_forward(y, mean, rstd, none, x, w, b, none, d, EPS);
     check("timestep_norm = its definition", y, expected, L * D, 1e-13);
     random_fill(x + 7 * D, (L - 7) * D, 99, 50, -3);
-    timestep_norm_forward(later, mean, rstd, NULL, NULL, x, w, b, NULL, NULL, NULL, 1, L, D, G, EPS);
+    timestep_norm_forward(later, mean, rstd, none, x, w, b, none, d, EPS);
     check_same("timestep_norm is causal", later, y, 7 * D * sizeof *y);
     check_true("timestep_norm sees its own token", later[7 * D] != y[7 * D]);
     free(x), free(w), free(b);
@@ -592,7 +194,7 @@ static void test_attention_definition(void) {
         for (int h = 0; h < H; h++) {
             double e[C], sum = 0;
             int first = t / C * C;
-            for (int s = first; s <= t; s++) { // turning both by their positions is turning by the distance
+            for (int s = first; s <= t; s++) { // rotating both by their positions is rotating by the distance
                 double score = 0;
                 for (int j = 0; j < dz; j += 2) {
                     const real *a = q + t * Z + h * dz + j, *b = k + s * Z + h * dz + j;
@@ -610,36 +212,510 @@ static void test_attention_definition(void) {
         }
     }
     rope_table(table, C, dz, 10);
-    rope_forward(q_rotated, q, table, NULL, 1, L, Z, dz, C);
-    rope_forward(k_rotated, k, table, NULL, 1, L, Z, dz, C);
-    attention_forward(o, lse, NULL, NULL, scores, q_rotated, k_rotated, v, NULL, (Mask){0}, 1, L, C, H, Z, E, 1);
+    const Dims d = {.B = 1, .L = L, .C = C, .H = H, .Z = Z, .E = E};
+    rope_forward(q_rotated, q, table, NULL, d);
+    rope_forward(k_rotated, k, table, NULL, d);
+    attention_forward(o, lse, NULL, NULL, scores, q_rotated, k_rotated, v, NULL, (Mask){0}, d, 1);
     check("rope and attention = their definition", o, expected, L * E, 1e-13);
     free(q), free(k), free(v);
+}
+
+// Dropout: each word of Philox says whether its element stays, wherever a call begins and ends.
+static void test_dropout_definition(void) {
+    enum { SIZE = 1000, FIRST = 3 };
+    const uint64_t far = ((uint64_t)5 << 34) - 14; // on the way there the counter's last word overflows
+    real *x = numbers(SIZE, 1, 3), y[SIZE], parts[SIZE], expected[SIZE];
+    for (int i = 0; i < 2; i++) {
+        const Mask m = {
+            .p = 0.3, .seed = 77, .stream = STREAM_DROPOUT + 2, .step = 6, .layer = 4, .first = i ? far : FIRST};
+        for (uint64_t k = 0; k < SIZE; k++) {
+            uint64_t at = m.first + k;
+            uint32_t words[4];
+            megalodon_philox(words, 77, STREAM_DROPOUT + 2, 6, 4 + (uint32_t)(at / 4 >> 32) * 65536,
+                             (uint32_t)(at / 4));
+            expected[k] = words[at % 4] < 0.3 * 4294967296.0 ? 0 : x[k] / 0.7;
+        }
+        dropout(y, x, m, SIZE);
+        check(i ? "dropout beyond 2^34 elements = its definition" : "dropout = its definition", y, expected, SIZE,
+              1e-15);
+        for (int from = 0, n = 1; from < SIZE; from += n, n = min(n + 1, SIZE - from)) {
+            dropout(parts + from, x + from, mask_row(m, 1, from), (size_t)n);
+        }
+        check_same("  in parts: the same", parts, y, sizeof y);
+    }
+    memcpy(y, x, sizeof y);
+    dropout(y, y, (Mask){.p = 0}, SIZE);
+    check_same("dropout of probability 0 does nothing", y, x, sizeof y);
+    free(x);
+}
+
+// ----------------------------------------------------------------------------
+// Gradients against central differences. A layer works on the tensors below, under the names that megalodon.c has for
+// them. The loss is the sum of all outputs, each element times a random weight; these weights are the gradients w.r.t. the
+// outputs (dout). An outgoing state is an output like others. A test
+//     - declares its tensors: INPUT, OUTPUT, KEEP. Tensors of no elements are NULL: left out;
+//     - calls gradcheck with the layer's forward and backward pass.
+
+static real *inp, *weight, *bias, *out, *rstd, *mean, *residual, *table, *scores, *lse;
+static real *dinp, *dweight, *dbias, *dout, *dresidual;
+static real *prev_mean, *prev_m2, *next_mean, *next_m2, *residual0, *residual1;
+static real *dprev_mean, *dprev_m2, *dnext_mean, *dnext_m2, *dresidual0, *dresidual1;
+static real *alpha, *delta, *theta, *gamma_, *beta, *omega, *h_in, *h_out, *h_blocks, *coeffs_memory, *dcoeffs_memory;
+static real *dalpha, *ddelta, *dtheta, *dgamma_, *dbeta, *domega, *dh_in, *dh_out;
+static real *z, *z_rstd, *zn, *q, *k, *v, *a, *b;
+static real *dz, *dzn, *dq, *dk, *dv, *da, *db;
+static Dims d;
+static int R, add_to;
+static int64_t *count;
+static int32_t *ids;
+static Mask mask;
+
+enum { SLOTS = 8, ELEMENTS = 200 };
+typedef struct {
+    const char *name;
+    real **value, **grad; // the two pointers above
+    size_t n;
+    int added; // its gradient is added to what is there, not set
+} Slot;
+static Slot inputs[SLOTS], outputs[SLOTS], kept[SLOTS];
+static int num_inputs, num_outputs, num_kept;
+
+enum { SET, ADDED };
+static void add_slot(Slot *slots, int *number, Slot slot, double scale, double shift) {
+    slots[(*number)++] = slot;
+    *slot.value = numbers(slot.n, scale, shift);
+    if (slot.grad) *slot.grad = numbers(slot.n, 1, 0);
+}
+// An input or a parameter of n random numbers, and its gradient, which the backward pass sets or adds to.
+#define INPUT(tensor, n, added, scale, shift)                                                                          \
+    add_slot(inputs, &num_inputs, (Slot){#tensor, &tensor, &d##tensor, (size_t)(n), added}, scale, shift)
+#define OUTPUT(tensor, n) add_slot(outputs, &num_outputs, (Slot){#tensor, &tensor, &d##tensor, (size_t)(n), 0}, 1, 0)
+// What the forward pass leaves for the backward pass, and scratch.
+#define KEEP(tensor, n) add_slot(kept, &num_kept, (Slot){#tensor, &tensor, NULL, (size_t)(n), 0}, 1, 0)
+
+static void poison(real *x, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = NAN;
+}
+
+static void run(void (*forward)(void)) {
+    for (int i = 0; i < num_outputs; i++) poison(*outputs[i].value, outputs[i].n);
+    for (int i = 0; i < num_kept; i++) poison(*kept[i].value, kept[i].n);
+    forward();
+}
+
+typedef struct {
+    void (*forward)(void);
+} Layer;
+static double loss(void *context) {
+    double sum = 0;
+    run(((Layer *)context)->forward);
+    for (int i = 0; i < num_outputs; i++) {
+        for (size_t e = 0; e < outputs[i].n; e++) sum += (*outputs[i].grad)[e] * (*outputs[i].value)[e];
+    }
+    return sum;
+}
+
+static void free_slots(Slot *slots, int *number) {
+    for (Slot *s = slots; s < slots + *number; s++) {
+        free(*s->value), *s->value = NULL;
+        if (s->grad) free(*s->grad), *s->grad = NULL;
+    }
+    *number = 0;
+}
+
+// Checks the gradient of every input, of at most `elements` elements of each, and frees all tensors.
+static void gradcheck_some(const char *title, void (*forward)(void), void (*backward)(void), size_t elements) {
+    char name[96];
+    Layer layer = {forward};
+    real *before[SLOTS];
+    for (int i = 0; i < num_inputs; i++) {
+        Slot *s = &inputs[i];
+        if (!s->added) poison(*s->grad, s->n);
+        before[i] = numbers(s->n, 0, 0);
+        if (s->added && *s->value) memcpy(before[i], *s->grad, s->n * sizeof(real));
+    }
+    run(forward);
+    backward();
+    for (int i = 0; i < num_inputs; i++) {
+        Slot *s = &inputs[i];
+        for (size_t e = 0; e < s->n; e++) (*s->grad)[e] -= before[i][e];
+        snprintf(name, sizeof name, "%s: %s", title, s->name);
+        if (*s->value) check_gradient(name, loss, &layer, *s->value, *s->grad, s->n, elements, 1e-7);
+        free(before[i]);
+    }
+    free_slots(inputs, &num_inputs), free_slots(outputs, &num_outputs), free_slots(kept, &num_kept);
+}
+static void gradcheck(const char *title, void (*forward)(void), void (*backward)(void)) {
+    gradcheck_some(title, forward, backward, ELEMENTS);
+}
+
+// Copies n numbers, unless src is NULL.
+static void copy(real *dst, const real *src, int n) {
+    if (src) memcpy(dst, src, (size_t)n * sizeof *dst);
+}
+// A copy, to be freed. Backward passes that overwrite dout get one: loss() needs the weights in dout.
+static real *copy_of(const real *src, int n) {
+    real *x = numbers((size_t)n, 0, 0);
+    copy(x, src, n);
+    return x;
+}
+
+// ----------------------------------------------------------------------------
+// layers, in the order of megalodon.c: forward, backward, cases
+
+static void embedding_f(void) { embedding_forward(out, ids, weight, 3, R, d.D); }
+static void embedding_b(void) { embedding_backward(dweight, dout, ids, 3, R, d.D); }
+static void test_embedding(void) {
+    int32_t tokens[9] = {3, 1, 3, 0, 6, 3, 1, 2, 6}; // 4 and 5 do not occur
+    ids = tokens, R = 9, d = (Dims){.D = 67};
+    INPUT(weight, 7 * d.D, ADDED, 1, 0);
+    OUTPUT(out, R * d.D);
+    gradcheck("embedding", embedding_f, embedding_b);
+}
+
+static void dropout_f(void) { dropout(out, inp, mask, (size_t)R); }
+static void dropout_b(void) { dropout(dinp, dout, mask, (size_t)R); }
+static void test_dropout(void) {
+    R = 37, mask = (Mask){.p = 0.3, .seed = 9, .first = 3};
+    INPUT(inp, R, SET, 1, 0);
+    OUTPUT(out, R);
+    gradcheck("dropout", dropout_f, dropout_b);
+}
+
+// The gradient w.r.t. the outgoing state enters as the sums U, V, W that later tokens would leave.
+static NormState start(void) { return (NormState){count, prev_mean, prev_m2}; }
+static void timestep_norm_f(void) {
+    timestep_norm_forward(out, mean, rstd, (NormState){NULL, next_mean, next_m2}, inp, weight, bias, start(), d, EPS);
+}
+static void timestep_norm_b(void) {
+    int groups = d.B * d.G, g = d.D / d.G;
+    double *dstate = prev_mean ? numbers(3 * (size_t)groups, 0, 0) : NULL;
+    for (int i = 0; i < groups && dstate; i++) {
+        double before = (double)g * (double)count[i / d.G];
+        dstate[3 * i] = dnext_mean[i] / (before + g * d.L);
+        dstate[3 * i + 1] = dnext_m2[i];
+        dstate[3 * i + 2] = dnext_m2[i] * next_mean[i];
+    }
+    timestep_norm_backward(dinp, dweight, dbias, dstate, dout, NULL, inp, weight, mean, rstd, count, d);
+    for (int i = 0; i < groups && dstate; i++) { // the gradient w.r.t. the incoming state from these sums
+        double before = (double)g * (double)count[i / d.G], U = dstate[3 * i], V = dstate[3 * i + 1];
+        dprev_mean[i] = before * (U + 2 * (prev_mean[i] * V - dstate[3 * i + 2]));
+        dprev_m2[i] = V;
+    }
+    free(dstate);
+}
+// Two more paths from inp to the loss, by factors 2 and -3: their gradients are the residuals, one of them dinp itself.
+static void residuals_f(void) {
+    timestep_norm_f();
+    for (int i = 0; i < d.B * d.L * d.D; i++) residual0[i] = 2 * inp[i], residual1[i] = -3 * inp[i];
+}
+static void residuals_b(void) {
+    real *first = numbers((size_t)d.B * d.L * d.D, 0, 0);
+    for (int i = 0; i < d.B * d.L * d.D; i++) first[i] = 2 * dresidual0[i], dinp[i] = -3 * dresidual1[i];
+    const real *const residuals[2] = {first, dinp};
+    timestep_norm_backward(dinp, dweight, dbias, NULL, dout, residuals, inp, weight, mean, rstd, NULL, d);
+    free(first);
+}
+static void test_timestep_norm(void) {
+    static const char *const titles[3] = {"timestep_norm", "timestep_norm, continued", "timestep_norm, residuals"};
+    int64_t counts[2] = {5, 1000};
+    d = (Dims){.B = 2, .L = 9, .D = 12, .G = 4};
+    for (int kind = 0; kind < 3; kind++) {
+        int size = d.B * d.L * d.D, moments = kind == 1 ? d.B * d.G : 0;
+        count = kind == 1 ? counts : NULL;
+        INPUT(inp, size, SET, 1, 0.5);
+        INPUT(weight, d.D, ADDED, 1, 0), INPUT(bias, d.D, ADDED, 1, 0);
+        INPUT(prev_mean, moments, SET, 1, 0.5), INPUT(prev_m2, moments, SET, 4, 12);
+        OUTPUT(out, size), OUTPUT(next_mean, moments), OUTPUT(next_m2, moments);
+        if (kind == 2) OUTPUT(residual0, size), OUTPUT(residual1, size);
+        KEEP(mean, d.B * d.L * d.G), KEEP(rstd, d.B * d.L * d.G);
+        gradcheck(titles[kind], kind == 2 ? residuals_f : timestep_norm_f, kind == 2 ? residuals_b : timestep_norm_b);
+    }
+    count = NULL;
+}
+
+static void cema_f(void) {
+    Coeffs coeffs = coeffs_in(coeffs_memory, d.D, d.N);
+    cema_coeffs_forward(&coeffs, alpha, delta, theta, gamma_, d.D, d.N);
+    cema_forward(out, h_blocks, h_out, inp, &coeffs, omega, h_in, d);
+}
+static void cema_b(void) {
+    Coeffs coeffs = coeffs_in(coeffs_memory, d.D, d.N), dcoeffs = coeffs_in(dcoeffs_memory, d.D, d.N);
+    copy(dh_in, dh_out, d.B * 2 * d.N * d.D);
+    cema_backward(dinp, &dcoeffs, domega, dh_in, dout, inp, h_blocks, &coeffs, omega, d);
+    cema_coeffs_backward(dalpha, ddelta, dtheta, dgamma_, &dcoeffs, alpha, delta, theta, d.D, d.N);
+}
+static void cema_case(int L, int D, int N, int state) {
+    d = (Dims){.B = 2, .L = L, .D = D, .N = N};
+    int h = state ? d.B * 2 * N * D : 0;
+    size_t coeffs = 5 * N * coeffs_stride(D);
+    INPUT(inp, d.B * L * D, SET, 1, 0);
+    INPUT(alpha, D * N, ADDED, 1, 0), INPUT(delta, D * N, ADDED, 1, 0);
+    INPUT(theta, D, ADDED, 1, -1), INPUT(gamma_, 2 * D * N, ADDED, 1, 0), INPUT(omega, D, ADDED, 1, 0);
+    INPUT(h_in, h, SET, 1, 0);
+    OUTPUT(out, d.B * L * D), OUTPUT(h_out, h);
+    KEEP(coeffs_memory, coeffs), KEEP(dcoeffs_memory, coeffs);
+    KEEP(h_blocks, d.B * ceil_div(L, CEMA_BLOCK) * 2 * N * D);
+    char title[64];
+    snprintf(title, sizeof title, "cema, L %d D %d N %d%s", L, D, N, state ? ", continued" : "");
+    gradcheck(title, cema_f, cema_b);
+}
+static void test_cema(void) {
+    cema_case(5, STRIP + 3, 1, 1);
+    cema_case(CEMA_BLOCK, 3, 4, 1);
+    cema_case(CEMA_BLOCK + 1, STRIP, 4, 0);
+    cema_case(2 * CEMA_BLOCK + 11, 3, 16, 1);
+}
+
+static void rmsnorm_f(void) { rmsnorm_forward(out, rstd, inp, weight, R, d.D, EPS); }
+static void rmsnorm_b(void) { rmsnorm_backward(dinp, dweight, dout, inp, weight, rstd, R, d.D); }
+static void test_rmsnorm(void) {
+    R = 5, d = (Dims){.D = COLUMNS + 3};
+    for (int affine = 0; affine < 2; affine++) {
+        INPUT(inp, R * d.D, SET, 1, 0.3);
+        INPUT(weight, affine ? d.D : 0, ADDED, 1, 0);
+        OUTPUT(out, R * d.D);
+        KEEP(rstd, R);
+        gradcheck(affine ? "rmsnorm" : "rmsnorm without weight", rmsnorm_f, rmsnorm_b);
+    }
+}
+
+// residual: none; another tensor; or out itself, whose elements are an input then. With one, dinp is added to, too.
+enum { K = 13, M = 11 };
+static void linear_f(void) {
+    if (add_to) memcpy(out, residual, (size_t)R * M * sizeof *out);
+    linear_forward(out, add_to ? out : residual, inp, weight, bias, R, K, M);
+}
+static void linear_b(void) {
+    linear_backward(dinp, residual != NULL, dweight, dbias, dout, inp, weight, R, K, M);
+    copy(dresidual, residual ? dout : NULL, R * M);
+}
+static void test_linear(void) {
+    static const char *const residuals[3] = {"", ", residual", ", residual is out"};
+    for (int form = 0; form < 12; form++) {
+        int kind = form / 4;
+        R = form & 1 ? 1 : 7, add_to = kind == 2;
+        INPUT(inp, R * K, kind > 0 ? ADDED : SET, 1, 0);
+        INPUT(weight, M * K, ADDED, 1, 0), INPUT(bias, form & 2 ? M : 0, ADDED, 1, 0);
+        INPUT(residual, kind > 0 ? R * M : 0, SET, 1, 0);
+        OUTPUT(out, R * M);
+        char title[64];
+        snprintf(title, sizeof title, "linear, R %d%s%s", R, bias ? ", bias" : "", residuals[kind]);
+        gradcheck(title, linear_f, linear_b);
+    }
+}
+
+static void qk_f(void) { qk_forward(q, k, zn, gamma_, beta, R, d.Z, d.Z / d.H); }
+static void qk_b(void) { qk_backward(dzn, dgamma_, dbeta, dq, dk, zn, gamma_, R, d.Z, d.Z / d.H); }
+static void qk_in_place_b(void) { // dzn in the place of dq, as the model has it
+    copy(dzn, dq, R * d.Z);
+    qk_backward(dzn, dgamma_, dbeta, dzn, dk, zn, gamma_, R, d.Z, d.Z / d.H);
+}
+static void test_qk(void) {
+    R = 5, d = (Dims){.Z = COLUMNS + 2, .H = 3};
+    for (int in_place = 0; in_place < 2; in_place++) {
+        INPUT(gamma_, 2 * d.Z, ADDED, 1, 0), INPUT(beta, 2 * d.Z, ADDED, 1, 0);
+        INPUT(zn, R * d.Z, SET, 1, 0);
+        OUTPUT(q, R * d.Z), OUTPUT(k, R * d.Z);
+        gradcheck(in_place ? "qk, in place" : "qk", qk_f, in_place ? qk_in_place_b : qk_b);
+    }
+}
+
+static void rope_f(void) {
+    rope_table(table, d.C, d.Z / d.H, 100);
+    rope_forward(out, inp, table, count, d);
+}
+static void rope_b(void) { // in place, as the model does
+    copy(dinp, dout, d.B * d.L * d.Z);
+    rope_backward(dinp, dinp, table, count, d);
+}
+static void test_rope(void) {
+    int64_t counts[2] = {3, 1000000000007};
+    d = (Dims){.B = 2, .L = 11, .C = 5, .H = 2, .Z = 12};
+    for (int state = 0; state < 2; state++) {
+        count = state ? counts : NULL;
+        INPUT(inp, d.B * d.L * d.Z, SET, 1, 0);
+        OUTPUT(out, d.B * d.L * d.Z);
+        KEEP(table, d.C * d.Z / d.H);
+        gradcheck(state ? "rope, continued" : "rope", rope_f, rope_b);
+    }
+    count = NULL;
+}
+
+static void qk_layer_f(void) {
+    if (table) rope_table(table, d.C, d.Z / d.H, 100);
+    qk_layer_forward(q, k, zn, z_rstd, z, gamma_, beta, table, NULL, d, EPS);
+}
+static void qk_layer_b(void) {
+    real *dq_copy = copy_of(dq, d.B * d.L * d.Z), *dk_copy = copy_of(dk, d.B * d.L * d.Z);
+    qk_layer_backward(dz, dgamma_, dbeta, dq_copy, dk_copy, zn, z_rstd, z, gamma_, table, d);
+    free(dq_copy), free(dk_copy);
+}
+static void test_qk_layer(void) {
+    d = (Dims){.B = 2, .L = 7, .C = 5, .H = 3, .Z = 12};
+    for (int rotated = 0; rotated < 2; rotated++) {
+        int size = d.B * d.L * d.Z;
+        INPUT(z, size, SET, 1, 0);
+        INPUT(gamma_, 2 * d.Z, ADDED, 1, 0), INPUT(beta, 2 * d.Z, ADDED, 1, 0);
+        OUTPUT(q, size), OUTPUT(k, size);
+        KEEP(zn, size), KEEP(z_rstd, d.B * d.L * d.H), KEEP(table, rotated ? d.C * d.Z / d.H : 0);
+        gradcheck(rotated ? "qk_layer" : "qk_layer, not rotated", qk_layer_f, qk_layer_b);
+    }
+}
+
+// silu and gate: the gradient may take the place of dout, as the model has it. out is also computed again.
+static void silu_f(void) { silu_forward(out, inp, (size_t)R); }
+static void silu_b(void) {
+    copy(dinp, dout, R);
+    silu_backward(NULL, dinp, dinp, inp, (size_t)R);
+}
+static void gate_f(void) { gate_forward(out, a, b, (size_t)R); }
+static void gate_b(void) {
+    copy(da, dout, R);
+    gate_backward(NULL, da, db, da, a, b, (size_t)R);
+}
+static void silu_again_b(void) { silu_backward(out, dinp, dout, inp, (size_t)R); }
+static void gate_again_b(void) { gate_backward(out, da, db, dout, a, b, (size_t)R); }
+static void test_gates(void) {
+    R = 37;
+    for (int again = 0; again < 2; again++) {
+        INPUT(inp, R, SET, 4, 0);
+        OUTPUT(out, R);
+        gradcheck(again ? "silu, out again" : "silu", silu_f, again ? silu_again_b : silu_b);
+        INPUT(a, R, SET, 1, 0), INPUT(b, R, SET, 4, 0);
+        OUTPUT(out, R);
+        gradcheck(again ? "gate, out again" : "gate", gate_f, again ? gate_again_b : gate_b);
+    }
+    real *x = numbers(37, 4, 0), *y = numbers(37, 1, 0), *forward = numbers(37, 0, 0), *again = numbers(37, 0, 0);
+    real *dx = numbers(37, 0, 0), *dy = numbers(37, 0, 0);
+    silu_forward(forward, x, 37), silu_backward(again, dx, y, x, 37);
+    check("silu_backward's out = silu_forward's", again, forward, 37, 1e-15);
+    gate_forward(forward, y, x, 37), gate_backward(again, dx, dy, y, y, x, 37);
+    check("gate_backward's out = gate_forward's", again, forward, 37, 1e-15);
+    free(x), free(y), free(forward), free(again), free(dx), free(dy);
+}
+
+// One head of two in a chunk: rows are longer than a head.
+static int nq, nk;
+static QueryTile tile(void) { return (QueryTile){.q = q, .k = k, .v = v, .nq = nq, .nk = nk, .mask = mask}; }
+static void attention_chunk_f(void) {
+    const QueryTile t = tile();
+    memset(out, 0, (size_t)nq * d.E * sizeof *out); // the other head's columns are not written
+    attention_chunk_forward(out, lse, scores, &t, d);
+}
+static void attention_chunk_b(void) {
+    const QueryTile t = tile();
+    memset(dq, 0, (size_t)nq * d.Z * sizeof *dq);
+    attention_chunk_backward(dq, dk, dv, scores, scores + nq * nk, 1, dout, lse, &t, d);
+}
+static void attention_chunk_case(int queries, int keys, double p) {
+    nq = queries, nk = keys, d = (Dims){.H = 2, .Z = 4, .E = 6, .C = 64};
+    mask = (Mask){.p = p, .seed = 5, .first = 7};
+    INPUT(q, nq * d.Z, SET, 2, 0);
+    INPUT(k, nk * d.Z, ADDED, 2, 0), INPUT(v, nk * d.E, ADDED, 1, 0); // cached ones, too
+    OUTPUT(out, nq * d.E);
+    KEEP(lse, nq * d.H), KEEP(scores, 2 * nq * nk);
+    char title[64];
+    snprintf(title, sizeof title, "attention_chunk, %d queries, %d keys, dropout %g", nq, nk, p);
+    gradcheck(title, attention_chunk_f, attention_chunk_b);
+}
+
+static void attention_f(void) { attention_forward(out, lse, NULL, NULL, scores, q, k, v, NULL, mask, d, 1); }
+static void attention_b(void) { attention_backward(dq, dk, dv, scores, dout, lse, q, k, v, mask, d, 1); }
+static void attention_case(int L, int C, int H, double p) {
+    d = (Dims){.B = 2, .L = L, .C = C, .H = H, .Z = 2 * H, .E = 3 * H};
+    mask = (Mask){.p = p, .seed = 3, .layer = 1, .row = (uint64_t)L * (uint64_t)C};
+    R = d.B * L;
+    INPUT(q, R * d.Z, SET, 2, 0), INPUT(k, R * d.Z, SET, 2, 0), INPUT(v, R * d.E, SET, 1, 0);
+    OUTPUT(out, R * d.E);
+    KEEP(lse, R * H), KEEP(scores, 2 * QUERY_TILE * C);
+    char title[64];
+    snprintf(title, sizeof title, "attention, L %d C %d, %d heads, dropout %g", L, C, H, p);
+    gradcheck_some(title, attention_f, attention_b, L > QUERY_TILE ? 12 : ELEMENTS);
+}
+static void test_attention(void) {
+    attention_chunk_case(1, 7, 0), attention_chunk_case(6, 6, 0), attention_chunk_case(5, 11, 0);
+    attention_chunk_case(5, 11, 0.3);
+    for (int H = 1; H <= 3; H += 2) {
+        attention_case(5, 8, H, 0), attention_case(8, 8, H, 0), attention_case(16, 8, H, 0.5);
+        attention_case(19, 8, H, 0), attention_case(QUERY_TILE + 13, QUERY_TILE + 10, H, 0.1);
+    }
+}
+
+static void layernorm_f(void) { layernorm_forward(out, mean, rstd, inp, weight, bias, R, d.D, EPS); }
+static void layernorm_b(void) { layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, R, d.D); }
+static void test_layernorm(void) {
+    R = 5, d = (Dims){.D = COLUMNS + 3};
+    for (int affine = 0; affine < 2; affine++) {
+        INPUT(inp, R * d.D, SET, 1, 0.3);
+        INPUT(weight, affine ? d.D : 0, ADDED, 1, 0), INPUT(bias, affine ? d.D : 0, ADDED, 1, 0);
+        OUTPUT(out, R * d.D);
+        KEEP(mean, R), KEEP(rstd, R);
+        gradcheck(affine ? "layernorm" : "layernorm without affine", layernorm_f, layernorm_b);
+    }
+}
+
+static void rescale_f(void) { rescale_forward(out, inp, alpha, R, d.D); }
+static void rescale_b(void) { rescale_backward(dinp, dalpha, dout, inp, alpha, R, d.D); }
+static void test_rescale(void) {
+    R = 5, d = (Dims){.D = 13};
+    INPUT(inp, R * d.D, SET, 1, 0), INPUT(alpha, d.D, ADDED, 1, 0);
+    OUTPUT(out, R * d.D);
+    gradcheck("rescale", rescale_f, rescale_b);
+}
+
+// The loss is itself the sum that the gradient is of, so there is one output, and grad_scale is its weight.
+static void output_loss_f(void) {
+    double losses[LOGIT_ROWS + 9];
+    output_loss(losses, NULL, NULL, scores, inp, weight, ids, 0, R, d.D, d.V);
+    out[0] = 0;
+    for (int r = 0; r < R; r++) out[0] += losses[r];
+}
+static void output_loss_b(void) {
+    double losses[LOGIT_ROWS + 9];
+    output_loss(losses, dinp, dweight, scores, inp, weight, ids, dout[0], R, d.D, d.V);
+}
+static void test_output_loss(void) {
+    static const int rows[3] = {1, 7, LOGIT_ROWS + 9};
+    int32_t targets[LOGIT_ROWS + 9];
+    for (int i = 0; i < 3; i++) {
+        d = (Dims){.D = 5, .V = i < 2 ? 11 : LOGITS / LOGIT_ROWS}; // the third has more rows than a block of logits
+        R = rows[i], ids = targets;
+        for (int r = 0; r < R; r++) targets[r] = r % 3 == 1 ? -1 : (7 * r + 2) % d.V;
+        INPUT(inp, R * d.D, SET, 2, 0), INPUT(weight, d.V * d.D, ADDED, 1, 0);
+        OUTPUT(out, 1);
+        KEEP(scores, (size_t)min(logit_rows(d.V), R) * d.V);
+        char title[64];
+        snprintf(title, sizeof title, "output_loss, R %d", R);
+        gradcheck_some(title, output_loss_f, output_loss_b, i < 2 ? ELEMENTS : 12);
+    }
 }
 
 int main(void) {
     megalodon_threads(1); // sharing work as small as this takes longer than doing it
     printf("%-48s %9s  %6s\n", "", "rel. L2", "tol");
     test_comparing();
-    test_gemm();
-    test_embedding();
-    test_timestep_norm();
-    test_cema();
-    test_rmsnorm();
-    test_linear();
-    test_qk();
-    test_rope();
-    test_gates();
-    test_dropout();
-    test_attention();
-    test_layernorm();
-    test_rescale();
-    test_output_loss();
+    test_matmul();
     test_cema_definition(0);
     test_cema_definition(1);
     test_cema_real();
     test_timestep_norm_definition();
     test_row_norms();
     test_attention_definition();
+    test_dropout_definition();
+    test_embedding();
+    test_dropout();
+    test_timestep_norm();
+    test_cema();
+    test_rmsnorm();
+    test_linear();
+    test_qk();
+    test_rope();
+    test_qk_layer();
+    test_gates();
+    test_attention();
+    test_layernorm();
+    test_rescale();
+    test_output_loss();
     return check_done();
 }

@@ -1,10 +1,10 @@
-# ./train as several processes under mpirun: every split into groups and pieces against one process, what crosses, what
-# is refused, what happens when one dies. Run from the repository's root.
+# ./train as several ranks under mpirun: every split into data-parallel and chunk-parallel ranks against one process, bytes
+# sent, refusals, and what happens when a rank dies. Run from the repository's root.
 double=$PWD/build/double/train
-other=${1:+$PWD/$1} # a program of another backend, to be held against ./train; nothing else is tried then
+other=${1:+$PWD/$1} # a program of another backend, to compare with ./train; then only some of the checks run
 . tests/check.sh
 cd "$folder" || exit 1
-# as root, and more processes than cores, Open MPI wants to be told; the library itself leaks
+# Open MPI must be told to run as root and with more processes than cores; it leaks memory itself
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
 export ASAN_OPTIONS=detect_leaks=0
 
@@ -19,35 +19,35 @@ model="--model-dim 12 --num-layers 2 --z-dim 8 --value-dim 8 --num-heads 2 --ffn
        --chunk-size 8 --norm-num-groups 3 --threads 1"
 small="$model --data text --batch-size 12 --seq-len 44 --warmup 3 --val-batches 3"
 
-machines=1 # as if on so many; each of two or more has as many processes
-run() { # PROGRAM PROCESSES PIECES OPTIONS...: as many processes; 1 1: without mpirun
-    program=$1 processes=$2 pieces=$3
+machines=1 # number of machines to simulate, with equally many processes each
+run() { # PROGRAM RANKS CP_SIZE OPTIONS...: cp_size chunk-parallel ranks share each sequence; 1 1: without mpirun
+    program=$1 processes=$2 cp_size=$3
     shift 3
     case $processes/$machines in
     1/*) "$program" "$@" ;;
-    */1) timeout 60 mpirun -n "$processes" "$program" --chunk-parallel "$pieces" "$@" ;;
-    4/2) timeout 60 mpirun -n 2 -x MEGALODON_MACHINE=0 "$program" --chunk-parallel "$pieces" "$@" : \
-        -n 2 -x MEGALODON_MACHINE=1 "$program" --chunk-parallel "$pieces" "$@" ;;
-    2/2) timeout 60 mpirun -n 1 -x MEGALODON_MACHINE=0 "$program" --chunk-parallel "$pieces" "$@" : \
-        -n 1 -x MEGALODON_MACHINE=1 "$program" --chunk-parallel "$pieces" "$@" ;;
+    */1) timeout 60 mpirun -n "$processes" "$program" --chunk-parallel "$cp_size" "$@" ;;
+    4/2) timeout 60 mpirun -n 2 -x MEGALODON_MACHINE=0 "$program" --chunk-parallel "$cp_size" "$@" : \
+        -n 2 -x MEGALODON_MACHINE=1 "$program" --chunk-parallel "$cp_size" "$@" ;;
+    2/2) timeout 60 mpirun -n 1 -x MEGALODON_MACHINE=0 "$program" --chunk-parallel "$cp_size" "$@" : \
+        -n 1 -x MEGALODON_MACHINE=1 "$program" --chunk-parallel "$cp_size" "$@" ;;
     esac > run.out 2>&1
 }
 close() { # LOG LOG: steps, losses, norms and validation losses agree to 1e-5
     paste -d, "$1" "$2" | awk -F, 'function far(a, b) { return (a - b) * (a - b) > 1e-10 * b * b }
         NR > 1 && ($1 != $8 || far($2, $9) || far($3, $10) || far($7, $14)) { bad = 1 } END { exit bad || NR < 2 }'
 }
-same_dump() { # TOLERANCE PROGRAM PROCESSES PIECES OPTIONS...: is the first step's dump that of one process, one.st?
+same_dump() { # TOLERANCE PROGRAM RANKS CP_SIZE OPTIONS...: does the first step's dump equal that of one process, one.st?
     tolerance=$1
     shift
     run "$@" --steps 1 --dump many.st && "$compare" one.st many.st --tolerance "$tolerance" || { cat run.out; false; }
 }
 
 endless="$small --steps 1000000 --schedule constant --val-every 0 --save-every 5"
-strike() { # SIGNAL DIR: sends it to the second process once there is a checkpoint; leaves the status and the seconds
+strike() { # SIGNAL DIR: sends it to rank 1 once there is a checkpoint; sets status and took, in seconds
     mpirun -n 2 "${other:-$train}" --chunk-parallel 2 $endless --out "$2" > strike.out 2>&1 &
     tries=0
     until [ "$(ls "$2" 2> /dev/null | grep -c step-)" -ge 2 ] || [ $tries -gt 200 ]; do sleep 0.1 && tries=$((tries + 1)); done
-    # the last of mpirun's children, in the order in which they began
+    # the last one of mpirun's children in the order of their start
     second=$({ ps -A -o pid= -o ppid= || awk '{ sub(/\(.*\)/, "name"); print $1, $4 }' /proc/[0-9]*/stat; } 2> /dev/null |
         sort -n | awk -v parent=$! '$2 == parent { last = $1 } END { print last }')
     start=$(date +%s)
@@ -57,9 +57,9 @@ strike() { # SIGNAL DIR: sends it to the second process once there is a checkpoi
     took=$(($(date +%s) - start))
 }
 
-killed() { # PROGRAM, which goes on from what a killed run saved
+killed() { # PROGRAM, which resumes the killed run
     strike KILL killed
-    check "kill -9 of one ends all" [ $status -ne 0 ]
+    check "kill -9 of one rank ends all" [ $status -ne 0 ]
     check "  within seconds" [ $took -le 5 ]
     newest=$(ls -d killed/step-????????  | tail -n 1)
     check "  what was saved loads" run "$1" 2 1 --resume killed --steps $(($(echo "${newest#killed/step-}" | sed "s/^0*//") + 2)) --threads 1
@@ -67,19 +67,19 @@ killed() { # PROGRAM, which goes on from what a killed run saved
 
 # ---------------------------------------------------------------- every split: one step, then twenty
 
-crossing() { # PROGRAM PROCESSES PIECES STEPS ROWS SEQ_LEN REACHED: exchanges and bytes must be as dev/notes/parallel.md says
+sent() { # PROGRAM RANKS CP_SIZE STEPS ROWS SEQ_LEN NODE_SIZE: collectives and bytes must be those of dev/notes/parallel.md
     run "$1" "$2" "$3" $model --data text --batch-size $(($5 * $2 / $3)) --seq-len "$6" --val-every 0 --steps "$4" --dump counted.st || return 1
     size=$(sed -n 's/^parameters *//p' run.out)
     set -- "$@" $(awk -v P="$2" -v K="$3" -v S="$4" -v B="$5" -v R="$7" -v size="$size" 'BEGIN {
-        D = 12; N = 3; G = 3; layers = 2; V = 256; F = P / R; segments = layers + 2
+        D = 12; N = 3; G = 3; layers = 2; V = 256; F = P / R; buckets = layers + 2
         m = part(V * D) + layers * part((size - 2 * V * D - 2 * D) / layers) + part(V * D + 2 * D)
         messages = 2; bytes = 32
-        if (R > 1) { messages += segments + 1; bytes += (size + F * m) * 4 }
-        if (F > 1) { messages += 2 * segments; bytes += (F + 1) * m * 4 }
+        if (R > 1) { messages += buckets + 1; bytes += (size + F * m) * 4 }
+        if (F > 1) { messages += 2 * buckets; bytes += (F + 1) * m * 4 }
         if (K > 1) { messages += 2 * (2 * layers + 1); bytes += (layers + 1) * 5 * B * G * 8 + layers * 2 * B * 2 * N * D * 4 }
         print 2 + S * messages, 32 + S * bytes }
         function part(n) { n = int((n + P - 1) / P) + 3; return n - n % 4 }')
-    echo "expected $8 collective operations, $9 bytes" && grep "process 0" run.out
+    echo "expected $8 collective operations, $9 bytes" && grep "rank 0:" run.out
     grep -q "$8 collective operations, $9 bytes sent" run.out
 }
 
@@ -105,11 +105,11 @@ if [ -n "$other" ]; then
     "$train" $small --steps 2 --log one.csv --out alone > run.out 2>&1
     check "a process alone" run "$other" 1 1 $small --steps 2 --log many.csv --out alone --overwrite
     check "  gives the same losses and norms" close many.csv one.csv
-    check "exchanges and bytes, 3 groups" crossing "$other" 3 1 2 2 40 3
-    check "exchanges and bytes, 2 groups x 2 pieces" crossing "$other" 4 2 3 2 40 4
+    check "collectives and bytes, 3 data-parallel ranks" sent "$other" 3 1 2 2 40 3
+    check "collectives and bytes, 2 data-parallel x 2 chunk-parallel ranks" sent "$other" 4 2 3 2 40 4
     machines=2
-    check "  as if on two machines" crossing "$other" 4 2 3 2 40 2
-    check "exchanges and bytes, 2 pieces, as if on two machines" crossing "$other" 2 2 3 2 40 1
+    check "  as if on two machines" sent "$other" 4 2 3 2 40 2
+    check "collectives and bytes, 2 chunk-parallel ranks, as if on two machines" sent "$other" 2 2 3 2 40 1
     machines=1
     "$train" $carry --steps 4 --log one.csv --out one > run.out 2>&1
     check "four steps with carried states, 4/2" run "$other" 4 2 $carry --steps 4 --log many.csv --out many
@@ -122,7 +122,7 @@ if [ -n "$other" ]; then
 fi
 run "$train" 1 1 $small --steps 1 --dump one.st
 for split in $splits; do
-    check "first step, $split processes/pieces, float" same_dump 1e-5 "$train" "${split%/*}" "${split#*/}" $small
+    check "first step, ranks/cp_size $split, float" same_dump 1e-5 "$train" "${split%/*}" "${split#*/}" $small
 done
 run "$double" 1 1 $all --steps 1 --dump one.st
 for split in $splits; do
@@ -144,7 +144,7 @@ check "  and are printed once" [ "$(grep -c '^step .* loss' run.out)" -eq 20 ]
 
 # ---------------------------------------------------------------- checkpoints, states
 
-resumed() { # PROCESSES PIECES DIR LOG: from step 10 of a run, the rest of the log must be that of one process
+resumed() { # RANKS CP_SIZE DIR LOG: resumes a copy of the run at step 10, and writes again.csv
     rm -rf again && cp -r "$3" again && rm -r again/step-00000020 && cp "$4" again.csv && run "$train" "$1" "$2" --resume again --threads 1
 }
 check "4 processes' run resumed by 3" resumed 3 3 many-4 many.csv
@@ -167,12 +167,12 @@ grep '^val loss' run.out > many.val
 run "$train" 1 1 --init one --data text --batch-size 4 --seq-len 44 --eval --threads 1
 check "  gives the same" [ "$(grep '^val loss' run.out)" = "$(cat many.val)" ]
 
-# ---------------------------------------------------------------- what crosses
+# ---------------------------------------------------------------- what is sent
 
-check "exchanges and bytes, 3 groups" crossing "$train" 3 1 2 2 40 1
-check "exchanges and bytes, 2 groups x 2 pieces" crossing "$train" 4 2 3 2 40 1
-check "exchanges and bytes, 4 pieces" crossing "$train" 4 4 2 3 40 1
-check "  of five times as long sequences" crossing "$train" 4 4 2 3 200 1
+check "collectives and bytes, 3 data-parallel ranks" sent "$train" 3 1 2 2 40 1
+check "collectives and bytes, 2 data-parallel x 2 chunk-parallel ranks" sent "$train" 4 2 3 2 40 1
+check "collectives and bytes, 4 chunk-parallel ranks" sent "$train" 4 4 2 3 40 1
+check "  of sequences five times as long" sent "$train" 4 4 2 3 200 1
 
 # ---------------------------------------------------------------- refusals: one message, status, no waiting
 
@@ -184,7 +184,7 @@ refused() { # STATUS TEXT PROCESSES OPTIONS...
     echo "status $got, expected $status and once '$text'" && cat err.txt
     [ $got -eq "$status" ] && [ "$(grep -c '^error:' err.txt)" -eq 1 ] && grep -q -F -e "$text" err.txt
 }
-check "refused: pieces that do not divide the processes" refused 2 "--chunk-parallel 2 does not divide" 3 --chunk-parallel 2
+check "refused: --chunk-parallel that does not divide the number of ranks" refused 2 "--chunk-parallel 2 does not divide" 3 --chunk-parallel 2
 check "refused: too few chunks" refused 2 "--seq-len 20 has 3 chunks" 4 --chunk-parallel 4 --seq-len 20
 check "refused: a batch that cannot be divided" refused 2 "--batch-size 7 cannot be divided" 2 --batch-size 7
 check "refused: an unknown option" refused 2 "'--lrr'" 3 --lrr 1
@@ -192,11 +192,11 @@ check "refused: no such file" refused 1 "nowhere: No such file" 2 --data nowhere
 check "refused: a folder that holds a run" refused 1 "--out one: holds a run" 2 --out one
 check "  and nothing was created or changed" [ ! -e refused ]
 check "refused: settings that differ" refused 1 "has other settings" 1 : -n 1 "$train" $small --lr 1
-check "refused: a file that only one process has" refused 1 "nowhere: No such file" 1 : -n 1 "$train" $small --data nowhere
+check "refused: a file that only one rank has" refused 1 "nowhere: No such file" 1 : -n 1 "$train" $small --data nowhere
 "$train" --chunk-parallel 2 > out.txt 2> err.txt
-check "refused: pieces without mpirun" grep -q "does not divide the number of processes, 1" err.txt
+check "refused: --chunk-parallel without mpirun" grep -q "does not divide the number of processes, 1" err.txt
 
-# ---------------------------------------------------------------- one process dies, or is asked to stop
+# ---------------------------------------------------------------- a rank dies, or receives a signal
 
 killed "$train"
 strike TERM stopped

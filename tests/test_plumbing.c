@@ -283,7 +283,7 @@ static void test_checkpoint(void) {
     refuse_value(b, good, size, "output.output.weight", &one, sizeof one); // tied, but unlike the embedding
     refuse_header(b, good, size, "layers.1.mega.wr.bias", "layers.1.mega.wr.biaz",
                   "'layers.1.mega.wr.bias' is missing");
-    refuse_header(b, good, size, "rope.freqs", "rope.fraqs", "'rope.fraqs' is none");
+    refuse_header(b, good, size, "rope.freqs", "rope.fraqs", "'rope.fraqs' does not belong");
     refuse_header(b, good, size, "\"shape\":[8,6]", "\"shape\":[6,8]", "'layers.0.mega.wh2.weight' has shape (6, 8)");
     refuse_header(b, good, size, "F32", "U32", "'embed.weight': is U32, not F32");
     refuse_header(b, good, size, "F32", "Q_1", "'embed.weight': is Q_1, not F32");
@@ -351,7 +351,7 @@ static void test_damaged_states(State *s, const char *good, size_t size) {
     refuse_state_value(s, good, size, "state.mean", &nan, "a mean that is no number");
     refuse_state_value(s, good, size, "state.m2", &negative, "a negative m2");
     refuse_state_value(s, good, size, "state.h", &infinite, "an infinite h");
-    refuse_state_header(s, good, size, "state.m2", "state.mx", "'state.mx' is none");
+    refuse_state_header(s, good, size, "state.m2", "state.mx", "'state.mx' does not belong");
     refuse_state_header(s, good, size, "[3,2,2]", "[2,3,2]", "'state.m");
     refuse_state_header(s, good, size, "\"I64\",\"shape\":[2]", "\"F64\",\"shape\":[2]",
                         "'state.count' has another type");
@@ -383,7 +383,7 @@ static void test_state(void) {
     c.rope_base = 1e5;
     check_refused("state", "another rope_base", load_it(b, &c, &seed, loaded), "another configuration");
     check_refused("state", "2 rows for 3", load_it(three, &config, &seed, loaded), "'state.count' has shape (2)");
-    check_refused("state", "logits not asked for", load_it(b, &config, &seed, NULL), "'state.logits' is none");
+    check_refused("state", "logits not asked for", load_it(b, &config, &seed, NULL), "'state.logits' does not belong");
     char *good = read_file(&size);
     test_damaged_states(b, good, size);
 
@@ -467,6 +467,54 @@ static void test_limits(void) {
     check_true("  the tree is removed", system(command) == 0);
 }
 
+// The launchers' variables in their order of precedence: Open MPI, MPICH and Intel MPI, Slurm.
+static void test_local_rank(void) {
+    unsetenv("OMPI_COMM_WORLD_LOCAL_RANK"), unsetenv("MPI_LOCALRANKID"), unsetenv("SLURM_LOCALID");
+    check_true("local_rank: 0 without a launcher", local_rank() == 0);
+    setenv("SLURM_LOCALID", "3", 1);
+    check_true("local_rank: Slurm's", local_rank() == 3);
+    setenv("MPI_LOCALRANKID", "2", 1);
+    check_true("  MPICH's first", local_rank() == 2);
+    setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1", 1);
+    check_true("  Open MPI's before both", local_rank() == 1);
+}
+
+// The table of state tensors against the pointers that state_point() sets and the sizes that megalodon.h gives.
+static void test_state_tensors(void) {
+    enum { B = 3 };
+    StateTensor list[NUM_STATE_TENSORS];
+    for (int whole_chunks = 0; whole_chunks < 2; whole_chunks++) {
+        const size_t bytes = state_bytes(&config, B, whole_chunks);
+        char *memory = allocate(bytes, 1);
+        const State s = state_point(memory, &config, B, whole_chunks);
+        const void *pointers[NUM_STATE_TENSORS] = {s.count, s.mean, s.m2, s.h, s.k, s.v};
+        const size_t layers = (size_t)config.num_layers, G = (size_t)config.norm_num_groups;
+        const size_t C = whole_chunks ? 0 : (size_t)config.chunk_size;
+        const size_t elements[NUM_STATE_TENSORS] = {B,
+                                                    (layers + 1) * B * G,
+                                                    (layers + 1) * B * G,
+                                                    layers * B * s.modes,
+                                                    layers * B * C * (size_t)config.z_dim,
+                                                    layers * B * C * (size_t)config.value_dim};
+        bool placed = true, sized = true, apart = true;
+        state_tensors(list, &config, B, whole_chunks);
+        for (int i = 0; i < NUM_STATE_TENSORS; i++) {
+            const void *wanted = elements[i] > 0 ? memory + list[i].offset : NULL;
+            placed &= pointers[i] == wanted;
+            sized &= list[i].bytes == elements[i] * list[i].element_size;
+            apart &= i == 0 || list[i].offset >= list[i - 1].offset + list[i - 1].bytes;
+        }
+        const StateTensor *last = &list[NUM_STATE_TENSORS - 1];
+        check_true("state_tensors: the pointers of state_point()", placed);
+        check_true("  the sizes of megalodon.h", sized);
+        check_true("  no overlap, and state_bytes() in all", apart && last->offset + last->bytes == bytes);
+        free(memory);
+    }
+    Config huge = config;
+    huge.num_layers = MAX_LAYERS, huge.chunk_size = huge.value_dim = huge.z_dim = MAX_DIM;
+    check_true("state_bytes: SIZE_MAX if it overflows", state_bytes(&huge, MAX_ROWS, 0) == SIZE_MAX);
+}
+
 int main(void) {
     if (mkdtemp(folder) == NULL) fatal("/tmp: cannot make a folder");
     snprintf(path, sizeof path, "%s/file", folder);
@@ -475,6 +523,8 @@ int main(void) {
     test_checkpoint();
     test_state();
     test_limits();
+    test_local_rank();
+    test_state_tensors();
     rmdir(folder);
     return check_done();
 }

@@ -84,7 +84,7 @@ refused 2 "would delete A/step-00000009.tmp/model.safetensors, which --init read
 rm -r A/step-00000009.tmp
 ln -s nothing dangling
 refused 1 "--log dangling: a symbolic link to no file" $small --steps 2 --out new --log dangling
-refused 1 "--log A/lock: exists and is not a log of ./train but perhaps the lock of a run" $small --steps 2 --out new --log A/lock
+refused 1 "--log A/lock: exists and is not a log of ./train; it may be the lock of a run" $small --steps 2 --out new --log A/lock
 mkdir strange && echo mine > strange/options.txt && echo "my thesis" > strange/thesis
 refused 1 "--out strange: holds files but no run" $small --steps 2 --out strange
 check "a run on a dump's batch" eval 'quiet $small --steps 1 --dump first && quiet --init A --batch first --steps 1 --out B'
@@ -114,7 +114,7 @@ if [ "$(id -u)" -ne 0 ]; then # root may write everywhere
     refused 1 "--log locked/log" $small --steps 2 --out new --log locked/log
 fi
 echo "my notes" > stale.tmp
-refused 1 "stale.tmp exists, perhaps left by a command that was killed" $small --steps 2 --dump stale
+refused 1 "stale.tmp exists; it may be left by a killed command" $small --steps 2 --dump stale
 echo "step,loss,grad_norm,lr,ms,tokens_per_s,val_loss" > stale.csv.tmp
 check "what a killed command left of a log is replaced" quiet $small --steps 2 --out E --log stale.csv
 : > empty.csv.tmp
@@ -158,22 +158,22 @@ refused 2 "--eval does not go with" --resume A --eval --log new.csv
 # ---------------------------------------------------------------- no output is an input
 
 cp text other && ln other linked && ln -s other symbolic && cp other other.tmp
-refused 2 "--log other: is what --data reads" $model --val-every 0 --data other --log other --out new
-refused 2 "--dump other: is what --data reads" $model --val-every 0 --data other --dump other --steps 1
-refused 2 "--dump ./other: is what --data reads" $model --val-every 0 --data other --dump ./other --steps 1
-refused 2 "--dump linked: is what --data reads" $model --val-every 0 --data other --dump linked --steps 1
-refused 2 "--log symbolic: is what --data reads" $model --val-every 0 --data other --log symbolic --out new
-refused 2 "--log other: is what --val-data reads" $model --data text --val-data other --log other --out new
-refused 2 "is what --data reads" $model --val-every 0 --data other.tmp --dump other --steps 1
-refused 2 "--dump same: is what --log writes" $small --steps 1 --log same --dump same
-refused 2 "--log dump: is what --batch reads" $model --batch dump --log dump --steps 1
-refused 2 "--dump dump: is what --batch reads" $model --batch dump --dump dump --steps 1
-refused 2 "--log nan.safetensors: is what --init reads" --init nan.safetensors --data text --seq-len 32 --log nan.safetensors --out new
-refused 2 "--log new/options.txt: is what --out writes" $small --steps 2 --out new --log new/options.txt
-refused 2 "--log new/lock: is what --out writes" $small --steps 2 --out new --log new/lock
+refused 2 "--log other: is the file that --data reads" $model --val-every 0 --data other --log other --out new
+refused 2 "--dump other: is the file that --data reads" $model --val-every 0 --data other --dump other --steps 1
+refused 2 "--dump ./other: is the file that --data reads" $model --val-every 0 --data other --dump ./other --steps 1
+refused 2 "--dump linked: is the file that --data reads" $model --val-every 0 --data other --dump linked --steps 1
+refused 2 "--log symbolic: is the file that --data reads" $model --val-every 0 --data other --log symbolic --out new
+refused 2 "--log other: is the file that --val-data reads" $model --data text --val-data other --log other --out new
+refused 2 "is the file that --data reads" $model --val-every 0 --data other.tmp --dump other --steps 1
+refused 2 "--dump same: is the file that --log writes" $small --steps 1 --log same --dump same
+refused 2 "--log dump: is the file that --batch reads" $model --batch dump --log dump --steps 1
+refused 2 "--dump dump: is the file that --batch reads" $model --batch dump --dump dump --steps 1
+refused 2 "--log nan.safetensors: is the file that --init reads" --init nan.safetensors --data text --seq-len 32 --log nan.safetensors --out new
+refused 2 "--log new/options.txt: is the file that --out writes" $small --steps 2 --out new --log new/options.txt
+refused 2 "--log new/lock: is the file that --out writes" $small --steps 2 --out new --log new/lock
 echo '{"num_layers": 1, "model_dim": 8, "z_dim": 4, "value_dim": 4, "ffn_hidden_dim": 4, "norm_num_groups": 2,
        "chunk_size": 16, "vocab_size": 256}' > c.json
-refused 2 "--log c.json: is what --config reads" --config c.json --data text --seq-len 32 --log c.json --out new
+refused 2 "--log c.json: is the file that --config reads" --config c.json --data text --seq-len 32 --log c.json --out new
 
 # ---------------------------------------------------------------- a run is measured where it is
 
@@ -208,13 +208,13 @@ check "  and says so" grep -q "N/step-00000006/optimizer.safetensors: is no opti
 check "the same run again" quiet $small --steps 6 --save-every 2 --out N --overwrite
 printf '\000\000\300\177' | dd of=N/step-00000006/optimizer.safetensors bs=1 conv=notrunc \
     seek=$(($(wc -c < N/step-00000006/optimizer.safetensors) - 64)) 2> ../dd.out
-check "  a checkpoint that does not load is passed over" eval 'quiet --resume N --steps 5 && grep -q "passed over" ../quiet.out'
+check "  a checkpoint that does not load is skipped" eval 'quiet --resume N --steps 5 && grep -q "skipped a damaged checkpoint" ../quiet.out'
 check "    and does not count among the newest two" [ -d N/step-00000004 -a -d N/step-00000005 ]
 check "a run with three checkpoints" quiet $small --steps 6 --save-every 2 --out D
 truncate() { head -c 900 "$1" > cut && mv cut "$1"; }
 truncate D/step-00000006/optimizer.safetensors
 check "a damaged optimizer: ./sample takes the checkpoint before" eval '"$sample" --threads 1 --model D --num-tokens 2 > ../out 2> ../err'
-check "  and says so" grep -q "passed over a checkpoint: D/step-00000006/optimizer.safetensors" ../err
+check "  and says so" grep -q "skipped a damaged checkpoint: D/step-00000006/optimizer.safetensors" ../err
 check "  ./train --init, too" quiet --init D --data text --seq-len 32 --steps 1 --out fromD
 check "  the run goes on from step 4" quiet --resume D --steps 5
 check "  and does not count the damaged one among the newest two" [ "$(ls D | grep -c 'step-0000000[45]')" -eq 2 ]
@@ -260,7 +260,7 @@ check "  keeps the same checkpoints" diff -r -x options.txt whole1 stop1
 
 check "longer than planned" quiet $small --steps 4 --out S --lr 0.01 --warmup 0
 check "  tells how the learning rate changes" eval 'quiet --resume S --steps 8 &&
-    grep -q "the next learning rate is 5.50e-03; with the run.s settings so far it would be 1.00e-03 (--steps 8, was 4)" ../quiet.out'
+    grep -q "the next learning rate is 5.50e-03; with the run.s previous settings it would be 1.00e-03 (--steps 8, was 4)" ../quiet.out'
 check "  tells nothing where nothing changes" eval 'quiet $small --steps 8 --out S2 --save-every 4 && rm -r S2/step-00000008 &&
     quiet --resume S2 && ! grep -q "the next learning rate" ../quiet.out'
 check "--print-every" quiet $small --steps 10 --print-every 4 --out P

@@ -56,13 +56,13 @@ damage model.safetensors '\000\000\300\177' 4
 "$sample" --model bad --threads 1 --num-tokens 3 > out 2> err
 [ $? -eq 1 ] && grep -q "tensor 'output.output.weight' is not finite at element" err
 verdict $? "a weight that is NaN is refused, with its tensor"
-"$train" --resume bad --threads 1 --steps $((last + 1)) > out 2> err && grep -q "passed over.*'output.output.weight' is not finite" err
+"$train" --resume bad --threads 1 --steps $((last + 1)) > out 2> err && grep -q "skipped a damaged checkpoint.*'output.output.weight' is not finite" err
 verdict $? "  a run goes on from the checkpoint before"
 damage optimizer.safetensors '\000\000\200\277' 28
-"$train" --resume bad --threads 1 --steps $((last + 1)) > out 2> err && grep -q "passed over.*'moment2.output.output.weight' is negative" err
+"$train" --resume bad --threads 1 --steps $((last + 1)) > out 2> err && grep -q "skipped a damaged checkpoint.*'moment2.output.output.weight' is negative" err
 verdict $? "  so it does if a mean square is negative"
 damage state-0.safetensors '\000\000\200\377' 12
-"$train" --resume bad --threads 1 --steps $((last + 1)) > out 2> err && grep -q "passed over.*state-0.safetensors: tensor 'state.h'" err
+"$train" --resume bad --threads 1 --steps $((last + 1)) > out 2> err && grep -q "skipped a damaged checkpoint.*state-0.safetensors: tensor 'state.h'" err
 verdict $? "  or a state infinite"
 
 # ---------------------------------------------------------------- a full disk

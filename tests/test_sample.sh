@@ -256,12 +256,12 @@ spared() { # status, word, arguments
     [ $? -eq "$status" ] && grep -q -e "$word" "$tmp/err" && [ ! -s "$tmp/out" ] && [ "$(sums)" = "$before" ]
     verdict $? "nothing written, nothing changed, '$word': sample $*"
 }
-spared 2 "what --model reads; give another name" --model "$model" --state-out "$model"
-spared 2 "what --model reads" --model "$tmp/run257" --state-out "$tmp/link"
-spared 2 "what --state-in reads; give another name" --model "$tmp/run257" --state-in "$tmp/old.state" --state-out "$tmp/old.state"
-spared 2 "what --state-in reads" --model "$tmp/run257" --state-in "$tmp/old.state" --state-out "$tmp/hard"
-spared 2 "what --prompt-file reads" --model "$tmp/run257" --prompt-file "$tmp/hello" --state-out "$tmp/hello"
-spared 2 "what --tokenizer reads" --model "$tmp/run265" --tokenizer "$tmp/tokenizer.bin" --state-out "$tmp/tokenizer.bin"
+spared 2 "is the file that --model reads; give another name" --model "$model" --state-out "$model"
+spared 2 "is the file that --model reads" --model "$tmp/run257" --state-out "$tmp/link"
+spared 2 "is the file that --state-in reads; give another name" --model "$tmp/run257" --state-in "$tmp/old.state" --state-out "$tmp/old.state"
+spared 2 "is the file that --state-in reads" --model "$tmp/run257" --state-in "$tmp/old.state" --state-out "$tmp/hard"
+spared 2 "is the file that --prompt-file reads" --model "$tmp/run257" --prompt-file "$tmp/hello" --state-out "$tmp/hello"
+spared 2 "is the file that --tokenizer reads" --model "$tmp/run265" --tokenizer "$tmp/tokenizer.bin" --state-out "$tmp/tokenizer.bin"
 spared 1 "exists and is not a state of ./sample" --model "$tmp/run257" --state-out "$tmp/text.txt"
 spared 1 "exists and is not a state of ./sample" --model "$tmp/run257" --state-out "$optimizer"
 spared 1 "--state-out $tmp/none/state: cannot write" --model "$tmp/run257" --state-out "$tmp/none/state"
@@ -279,7 +279,7 @@ verdict $? "an older state is replaced"
 start=$(date +%s)
 ./train $small --vocab-size 256 --chunk-size 16384 --value-dim 1024 --num-layers 4 --steps 1 --batch-size 1 --seq-len 16 --data megalodon.h --out "$tmp/wide" > "$tmp/log" 2>&1
 verdict $? "a model that remembers 260 MiB of each text"
-refused 1 "2048 samples: .* MiB, 260 MiB a text with its chunk of 16384 tokens.*: use a smaller --num-samples" --model "$tmp/wide" --num-samples 2048
+refused 1 "2048 samples: .* MiB, 260 MiB for each text with its chunk of 16384 tokens.*: use a smaller --num-samples" --model "$tmp/wide" --num-samples 2048
 refused 1 "--num-samples 2048 --num-tokens 2000000000: .* needs [0-9]* MiB" --model "$tmp/run257" --num-samples 2048 --num-tokens 2000000000
 if dd if=/dev/null of="$tmp/huge" bs=1 seek=1000000000000 2> /dev/null; then
     refused 1 "--prompt-file: 100000000000[01] bytes of text need [0-9]* MiB as tokens" --model "$tmp/run257" --prompt-file "$tmp/huge"

@@ -210,24 +210,24 @@ static void test_refusals(Bytes file) {
     int whole = 0;
     for (int i = 0; i < VOCAB_SIZE; i++) whole += !refused(file.bytes, offset_of(file, i), VOCAB_SIZE);
     check_true("refused: truncated anywhere but between tokens", truncated == (int)file.size - whole && whole < 300);
-    refuse((Bytes){file.bytes, 0}, VOCAB_SIZE, "no tokenizer of llama2.c");
+    refuse((Bytes){file.bytes, 0}, VOCAB_SIZE, "not a tokenizer of llama2.c");
     refuse((Bytes){file.bytes, file.size - 1}, VOCAB_SIZE, "token 575: ");
     refuse((Bytes){file.bytes, offset_of(file, 575) + 7}, VOCAB_SIZE, "ends within token 575");
     refuse(file, VOCAB_SIZE + 1024,
-           "holds 576 tokens, but the model has 1600: 1024 more, where at most 1023 are padding");
+           "holds 576 tokens, but the model has 1600: 1024 more; at most 1023 are taken for padding");
     check_true("padded by 1 and by 1023",
                !refused(file.bytes, file.size, VOCAB_SIZE + 1) && !refused(file.bytes, file.size, VOCAB_SIZE + 1023));
     refuse(file, VOCAB_SIZE - 1, "holds 576 tokens, but the model has 575");
-    refuse((Bytes){file.bytes, file.size + 1}, VOCAB_SIZE, "ends within token 576"); // read_data has room behind it
-    damage(file, 0, &zero, 4, "the longest piece is said to have 0 bytes");
-    damage(file, 0, &large, 4, "the longest piece is said to have 1073741824 bytes");
+    refuse((Bytes){file.bytes, file.size + 1}, VOCAB_SIZE, "ends within token 576"); // read_data allocates a byte more
+    damage(file, 0, &zero, 4, "the longest piece has 0 bytes");
+    damage(file, 0, &large, 4, "the longest piece has 1073741824 bytes");
     memcpy(&longest, file.bytes, 4);
     damage(file, 0, &(int32_t){longest + one_more}, 4, "its longest piece has");
-    damage(file, 0, &(int32_t){longest + short_by_one}, 4, "bytes long, where");
+    damage(file, 0, &(int32_t){longest + short_by_one}, 4, "bytes, but the maximum is");
     damage(file, offset_of(file, 300), &nan, 4, "token 300: its score is nan");
     damage(file, offset_of(file, 0), &infinite, 4, "token 0: its score is -inf");
-    damage(file, offset_of(file, 300) + 4, &short_by_one, 4, "token 300: -1 bytes long");
-    damage(file, offset_of(file, 300) + 4, &large, 4, "token 300: 1073741824 bytes long");
+    damage(file, offset_of(file, 300) + 4, &short_by_one, 4, "token 300: has -1 bytes");
+    damage(file, offset_of(file, 300) + 4, &large, 4, "token 300: has 1073741824 bytes");
     damage(file, offset_of(file, 3 + 65) + 8, "<0x42>", 6, "token 68 is not <0x41>: no byte fallback");
     // a file that is whole, but of too few tokens to have all bytes
     unsigned char *few = malloc(offset_of(file, 100));

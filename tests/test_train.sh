@@ -59,7 +59,7 @@ check "  checkpoint as of the whole run" same a/step-00000012 r/step-00000012
 check "  log as of the whole run" same_log a.csv r.csv
 check "resumed when there is nothing left to do" quiet --resume r
 cp -r a d && head -c 9999 a/step-00000012/model.safetensors > d/step-00000012/model.safetensors
-check "a damaged newest checkpoint is passed over" quiet --resume d --log d.csv
+check "a damaged newest checkpoint is skipped" quiet --resume d --log d.csv
 check "  with a warning" grep -q 'warning.*step-00000012' quiet.out
 check "  and written anew" same a/step-00000012 d/step-00000012
 check "longer than planned" quiet --resume d --steps 15
@@ -171,7 +171,7 @@ check "  a fourth and more is ignored" grep -q 'step .* | [3-9][0-9]% ignored$' 
 wild="--val-every 0 --lr 1e6 --lr-init-ratio 0.0000001 --warmup 30 --grad-clip 0"
 check "a step that is not finite" fails quiet $small $wild --out skip --steps 60 --save-every 0
 check "  is skipped and counted" grep -q 'step .* | not finite: skipped, 1 so far' quiet.out
-check "  three in a row end the run" grep -q 'error: step .* and so the 2 steps before it' quiet.out
+check "  three in a row end the run" grep -q 'error: step .* and likewise the 2 steps before it' quiet.out
 check "a model that has diverged" fails quiet $small $wild --out nan --steps 60 --save-every 1
 check "  is not saved" grep -q 'error: step 3: the model has diverged (its loss is nan) and is not saved; in nan the newest checkpoint is that of step 2' quiet.out
 check "  what was saved before loads" quiet --resume nan --steps 1
@@ -205,7 +205,7 @@ refused 1 "text: 11365 tokens for training, but --carry-state divides them into 
 refused 2 "--carry-state: --seq-len 12 is no multiple of --chunk-size 8" --carry-state
 refused 2 "--eot 256: the vocabulary has 256 tokens" --eot 256
 refused 2 "--batch does not go with" --batch dump.safetensors --carry-state
-refused 2 "--preset gpt2: none of that name; there are mega200M" --preset gpt2
+refused 2 "--preset gpt2: no such preset; there are mega200M" --preset gpt2
 refused 2 "--cema-ndim 1025: not an integer from 1 to 1024" --cema-ndim 1025
 refused 2 "num_heads 3 does not divide" --num-heads 3
 refused 2 "norm_num_groups 16" --norm-num-groups 16
@@ -234,7 +234,7 @@ refused 1 "--out a: holds a run, at step 12. Continue it with --resume a, replac
 refused 1 "--resume nowhere: holds no run" --resume nowhere --out nowhere
 refused 1 "error: text: " --init text
 sed 's/"config"/"konfig"/' a/step-00000012/model.safetensors > bare.safetensors
-refused 1 "says no configuration" --init bare.safetensors
+refused 1 "has no configuration" --init bare.safetensors
 refused 2 "--batch does not go with" --batch dump.safetensors
 "$train" --batch bare.safetensors 2> err.txt
 check "refused: --batch without the tensors" grep -q "bare.safetensors: no tensor 'input.tokens'" err.txt

@@ -170,7 +170,7 @@ static void test_shards(void) {
     MemoryPlan quarter = megalodon_memory(&config, MEGALODON_TRAIN, B, 8);
     megalodon_set_shard(0, 1);
     check_true("  moments of a quarter",
-               quarter.moments < one.moments / 4 + 2 * 4 * 4 * sizeof(real) && quarter.params == one.params);
+               quarter.moments < one.moments / 4 + 2 * (4 * 4 * sizeof(real) + 256) && quarter.params == one.params);
     for (int i = 0; i < 3; i++) free(wanted[i]);
     free(values);
 }

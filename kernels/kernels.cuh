@@ -1,0 +1,39 @@
+/*
+kernels.cuh: the list of the fast kernels. megalodon.cu includes it in bfloat16 builds, unless PLAIN=1. Each file replaces
+plain functions of megalodon.cu, which call it in a line FAST(supported, call):
+
+    matmul.cuh         linear_*: cuBLASLt with chosen algorithms, biases and residuals added by the product
+    elementwise.cuh    silu_*, gate_*: 16 bytes for each thread
+    timestep_norm.cuh  timestep_norm_*: token blocks in a warp, columns in registers
+    cema.cuh           cema_forward: token blocks as matrix products on tensor cores (mma.cuh)
+    cema_backward.cuh  cema_backward: the same for the gradients
+    norms.cuh          rmsnorm_*, layernorm_*, sum_rows: rows in registers
+    qk.cuh             qk_layer_*: norm, affine and rotation in one kernel
+    attention.cuh      attention_*: all chunks in one batch, softmax on vectors
+    loss.cuh           cross_entropy: softmax on vectors
+    decode.cuh         megalodon_forward for one token: seven kernels for each layer (gemv.cuh)
+*/
+#pragma once
+#include "common.cuh"
+#include "matmul.cuh"
+#include "elementwise.cuh"
+#include "timestep_norm.cuh"
+#include "mma.cuh"
+#include "cema.cuh"
+#include "cema_backward.cuh"
+#include "norms.cuh"
+#include "qk.cuh"
+#include "attention.cuh"
+#include "loss.cuh"
+#include "gemv.cuh"
+
+static size_t decode_workspace(Dims d); // decode.cuh is included later, since it uses the model
+
+// Bytes of workspace() that the fast kernels use at most.
+static size_t fast_workspace(Dims d) {
+    const size_t sizes[] = {timestep_norm_fast_workspace(d), cema_fast_workspace(d), norms_fast_workspace(d),
+                            qk_fast_workspace(d), decode_workspace(d)};
+    size_t max = 0;
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) max = sizes[i] > max ? sizes[i] : max;
+    return max;
+}

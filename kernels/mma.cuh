@@ -1,0 +1,45 @@
+/*
+mma.cuh: matrix products of 16 x 8 tiles on tensor cores, C (16,8) += A (16,16) B (16,8), by a warp. Used by cema.cuh.
+
+A, B and C are spread over the lanes' registers in fragments: mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16
+with floating point type"). A word has two neighbours of a row of A, or of a column of B. With row = lane/4 and pair =
+lane%4, a lane has
+    A   word 0: (row, 2 pair), (row, 2 pair + 1)   1: row + 8   2: columns + 8   3: row + 8, columns + 8
+    B   word 0: (2 pair, row), (2 pair + 1, row)   1: rows + 8
+    C   0, 1: (row, 2 pair), (row, 2 pair + 1)     2, 3: row + 8
+
+Tensor cores multiply bfloat16 and add in float. A float has 24 bits, a bfloat16 has 8, so a float is a sum of up to
+three bfloat16 terms, and a product of floats a sum of products of terms.
+Requires: bfloat16, sm_80.
+*/
+#pragma once
+
+typedef Vec<2> Pair; // two neighbours
+
+static __device__ uint32_t word_of(Pair pair) {
+    uint32_t word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+}
+
+// Two neighbours as words of P terms each. Loops of constant length are unrolled, here and below, so that arrays are
+// registers.
+template <int P> static __device__ void split(uint32_t words[P], float x, float y) {
+    for (int p = 0; p < P; p++) {
+        __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
+        memcpy(&words[p], &two, sizeof two);
+        x -= __uint_as_float(words[p] << 16), y -= __uint_as_float(words[p] & 0xffff0000);
+    }
+}
+
+// C += A B, with the largest products of terms: those that a product of max(P, Q) terms has room for.
+template <int P, int Q> static __device__ void multiply(float c[4], const uint32_t a[4][P], const uint32_t b[2][Q]) {
+    for (int i = 0; i < P; i++) {
+        for (int j = 0; j < Q && i + j < (P > Q ? P : Q); j++) {
+            asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                "{%0,%1,%2,%3};"
+                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                : "r"(a[0][i]), "r"(a[1][i]), "r"(a[2][i]), "r"(a[3][i]), "r"(b[0][j]), "r"(b[1][j]));
+        }
+    }
+}
