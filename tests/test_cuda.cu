@@ -39,7 +39,7 @@ static struct {
 static const char *kernels_used(void) { return sizeof(floatX) == 4 ? "" : gpu.plain ? ", plain" : ", fast"; }
 
 static void check_true(const char *what, int ok) {
-    char name[160];
+    char name[200];
     snprintf(name, sizeof name, "%s: %s", now.title, what);
     cpu_check_true(name, ok);
 }
@@ -89,13 +89,17 @@ static Model training(void) {
     return m;
 }
 
-// The workspace is as large as a model's with these sizes.
+// The workspace is as large as a model's with these sizes. Random numbers depend on the title, so they are the same for
+// plain and fast kernels, and do not depend on which tests run.
+static uint64_t random_seed;
 static void begin(Dims d, const char *format, ...) {
     va_list arguments;
     Model m = training();
     va_start(arguments, format);
     vsnprintf(now.title, sizeof now.title - 8, format, arguments);
     va_end(arguments);
+    random_seed = 14695981039346656037u;
+    for (const char *c = now.title; *c; c++) random_seed = (random_seed ^ (uint64_t)*c) * 1099511628211u; // FNV-1a
     strcat(now.title, kernels_used());
     gpu.workspace_bytes = workspace_size(&m, d);
     gpu.workspace = on_device<char>(gpu.workspace_bytes);
@@ -139,9 +143,8 @@ typedef Twice<double, double> Doubles;
 typedef Twice<int64_t, int64_t> Counts;
 
 static float *random_numbers(size_t n, double scale, double shift) {
-    static uint64_t seed = 1;
     float *x = on_host<float>(n);
-    cpu_random(x, n, seed++, scale, shift);
+    cpu_random(x, n, random_seed++, scale, shift);
     return x;
 }
 #ifndef MEGALODON_FP32
@@ -183,7 +186,7 @@ static Acts copy_of(Acts a) { // in memory of its own
 // The device's numbers against the host's: n elements of both, from element `from` on.
 template <typename T, typename Host>
 static void compare_part(const char *what, Twice<T, Host> a, size_t from, size_t n, double tol) {
-    char name[160];
+    char name[200];
     T *got = (T *)malloc(n * sizeof(T));
     double *wide = (double *)malloc(2 * n * sizeof(double));
     cudaCheck(cudaMemcpy(got, a.device + from, n * sizeof(T), cudaMemcpyDeviceToHost));
@@ -406,9 +409,9 @@ static void timestep_norm_case(int B, int L, int D, int G, int state, double shi
 }
 static void test_timestep_norm(void) {
     static const int lengths[] = {1, 31, 32, 33, 64, 65, 130, 300};
-    static const int shapes[][2] = {{64, 8}, {48, 2}, {6, 3}, {30, 2}, {36, 3}}; // D, G; the last three are odd
+    static const int shapes[][2] = {{64, 8}, {48, 2}, {36, 3}, {6, 3}, {30, 2}}; // D, G; the last two are odd
     for (int i = 0; i < 8; i++) {
-        for (int s = 0; s < (gpu.plain ? 5 : 2); s++)
+        for (int s = 0; s < (gpu.plain ? 5 : 3); s++)
             timestep_norm_case(1 + (i + s) % 3, lengths[i], shapes[s][0], shapes[s][1], (i + 2 * s + 1) % 3, 0.5);
     }
     timestep_norm_case(3, 300, 8, 1, STATE, 0.5), timestep_norm_case(1, 1100, 8, 1, STATE, 0.5);
@@ -416,13 +419,11 @@ static void test_timestep_norm(void) {
     timestep_norm_case(3, 300, 64, 8, STATE, 30);
     if (gpu.plain) {
         timestep_norm_case(3, 300, 6, 3, STATE, 0.5), timestep_norm_case(2, 35, 390, 3, STATE_IN_PLACE, 0.5);
-        timestep_norm_case(2, 33, 540, 45, STATE, 0.5), timestep_norm_case(1, 33, 300, 1, NO_STATE, 0.5);
         timestep_norm_case(1, 33, 132, 132, NO_STATE, 0.5), timestep_norm_case(2, 130, 30, 2, NO_STATE, 30);
-    } else {
-        timestep_norm_case(2, 35, 1560, 3, STATE_IN_PLACE, 0.5); // groups that lie in two thread blocks
-        timestep_norm_case(2, 33, 520, 65, STATE, 0.5);
-        timestep_norm_case(1, 33, 2400, 1, NO_STATE, 0.5); // a group that all thread blocks share
     }
+    timestep_norm_case(2, 35, 1584, 12, STATE_IN_PLACE, 0.5); // groups that lie in two thread blocks
+    timestep_norm_case(2, 33, 540, 45, STATE, 0.5), timestep_norm_case(2, 33, 132, 33, STATE, 0.5);
+    timestep_norm_case(1, 33, 300, 1, NO_STATE, 0.5), timestep_norm_case(1, 33, 1160, 1, NO_STATE, 0.5);
     int D = gpu.plain ? 30 : 48;
     for (int i = 0; i < 3; i++) { // means far from zero, in bfloat16 as many deviations as it can tell apart
         double mean = i == 0 ? 1e4 : i == 1 ? 1e5 : -1e6, scale = sizeof(floatX) == 4 ? 1 : fabs(mean) / 30;
@@ -796,15 +797,15 @@ static void test_qk(void) {
         qk_layer_case(3, 9, 64, 32, 4, state), qk_layer_case(2, 11, 16, 8, 5, state);
         qk_layer_case(1, 1100, 8, 8, 64, state);                                               // more rows than parts
         qk_layer_case(2, 5, 256, 256, 2048, state), qk_layer_case(2, 70, 384, 128, 64, state); // mega200M's
-        if (!gpu.plain) continue;
-        qk_layer_case(1, 1, 2, 2, 1, state), qk_layer_case(2, 11, 18, 6, 5, state);
+        qk_layer_case(5, 1, 2, 2, 1, state), qk_layer_case(2, 11, 18, 6, 5, state);
         qk_layer_case(1, 1100, 4, 2, 64, state);
     }
     for (int i = 0; i < 3; i++) { // squares that overflow, of some rows and of all
         qk_layer_case(2, 5, 64, 32, 8, 0, i == 0 ? 1e19 : i == 1 ? 1e25 : 1e37);
         qk_layer_case(1, 1, 256, 256, 8, 1, 1e20);
     }
-    if (gpu.plain) qk_layer_case(1, 3, 3200, 3200, 2, 0);
+    qk_layer_case(1, 3, 3200, 3200, 2, 0); // shared memory that must be asked for
+    if (gpu.plain) qk_layer_case(1, 2, 7000, 7000, 2, 0);
 }
 
 static void test_gates(void) {
@@ -878,8 +879,8 @@ static float *host_scores(int C) { return on_host<float>((size_t)2 * C * (C > 51
 static void attention_case(int B, int L, int C, int H, int dz, int dv, double p, int state) {
     Dims d = sizes(B, L, 1);
     d.C = C, d.H = H, d.Z = H * dz, d.E = H * dv;
-    begin(d, "attention, B %d L %d C %d H %d dz %d dv %d%s%s", B, L, C, H, dz, dv, p > 0 ? ", dropout" : "",
-          state ? ", state" : "");
+    begin(d, "attention, B %d L %d C %d H %d dz %d dv %d%s, state %d", B, L, C, H, dz, dv, p > 0 ? ", dropout" : "",
+          state);
     const int *past = past_tokens(B, C, state);
     MUST_SUPPORT(attention_fast_supports(past, d));
     const Model m = training();
@@ -918,10 +919,12 @@ static void test_attention(void) {
         attention_case(1, 24, 2048, 1, 256, 2048, p, 0); // mega200M's
         attention_case(1, 700, 1032, 1, 8, 8, p, 0);     // more queries than exist at a time, not all of a chunk
         attention_case(2, 560, 528, 2, 8, 8, p, 0), attention_case(2, 96, 32, 3, 8, 8, p, 0);
+        attention_case(2, 5, 8, 3, 2, 3, p, 0), attention_case(2, 16, 8, 1, 4, 8, p, 0);
+        attention_case(3, 19, 8, 3, 2, 3, p, 0);
+        attention_case(1, 23, 8, 1, 8, 8, p, 2), attention_case(1, 16, 8, 2, 4, 8, p, 2); // at the start of a chunk
         if (!gpu.plain) continue;
-        attention_case(1, 7, 7, 1, 3, 5, p, 0), attention_case(2, 5, 8, 3, 2, 3, p, 0);
-        attention_case(2, 16, 8, 1, 4, 8, p, 0), attention_case(3, 19, 8, 3, 2, 3, p, 0);
-        attention_case(2, 33, 11, 2, 3, 5, p, 0), attention_case(1, 700, 1030, 1, 4, 3, p, 0);
+        attention_case(1, 7, 7, 1, 3, 5, p, 0), attention_case(2, 33, 11, 2, 3, 5, p, 0);
+        attention_case(1, 700, 1030, 1, 4, 3, p, 0);
         attention_case(2, 560, 530, 2, 2, 4, p, 0);
         for (int state = 1; state < 5; state++) {
             attention_case(1, 1, 8, 1, 4, 8, p, state), attention_case(4, 1, 5, 2, 3, 3, p, state);
@@ -1063,7 +1066,7 @@ static void test_output_loss(void) {
     output_loss_case(300, 8, 16), output_loss_case(9, 24, 64), output_loss_case(4, 16, 32000);
     output_loss_case(5, 8, 4104);
     if (!gpu.plain) return;
-    output_loss_case(2, 3, 5), output_loss_case(7, 5, 11), output_loss_case(5, 3, 4099);
+    output_loss_case(20, 3, 5), output_loss_case(7, 5, 11), output_loss_case(5, 3, 4099);
 }
 
 // x is 1, so that logits are the output matrix: two of 1e20; one far above the others, so that the loss is small and
@@ -1095,6 +1098,285 @@ static void test_far_loss(void) {
         finish();
     }
 }
+
+#ifdef FAST_KERNELS
+// ----------------------------------------------------------------------------
+// functions that only the fast kernels have
+
+static void sum_parts_fast_case(int P, int n, int n2, int add) {
+    begin(sizes(1, 1, 1), "sum_parts_fast, %d of %d + %d%s", P, n, n2, add ? ", added" : "");
+    const int stride = n + n2;
+    Floats parts = floats((size_t)P * stride, 1, 1), out = add ? floats(n, 1, 0) : floats_out(n), out2 = {};
+    if (n2) out2 = add ? floats(n2, 1, 0) : floats_out(n2);
+    for (int c = 0; c < stride; c++) {
+        float *to = c < n ? out.host + c : out2.host + (c - n);
+        double sum = add ? *to : 0;
+        for (int p = 0; p < P; p++) sum += parts.host[(size_t)p * stride + c];
+        *to = (float)sum;
+    }
+    sum_parts_fast(out.device, out2.device, parts.device, P, n, n2, add);
+    compare("out", out, FLOAT_FORWARD), compare("out2", out2, FLOAT_FORWARD);
+    finish();
+}
+static void test_sum_parts_fast(void) {
+    for (int add = 0; add < 2; add++) {
+        sum_parts_fast_case(1, 1, 0, add), sum_parts_fast_case(5, 7, 7, add), sum_parts_fast_case(33, 100, 3, add);
+        sum_parts_fast_case(1024, 33, 0, add), sum_parts_fast_case(257, 64, 64, add);
+    }
+}
+
+// CEMA's gradients with half of the channels in a thread block, for devices with 99 KB: equal bits, since channels are
+// independent.
+static void tiles_case(int B, int L, int D, int N, int partial) {
+    Dims d = sizes(B, L, D);
+    d.N = N;
+    begin(d, "cema's tiles, B %d L %d D %d N %d%s", B, L, D, N, partial ? ", dh" : "");
+    MUST_SUPPORT(cema_fast_supports(d));
+    const size_t R = (size_t)B * L, states = (size_t)B * 2 * N * D, blocks = ceil_div(L, CEMA_BLOCK);
+    const size_t n = (size_t)5 * N * D + D, max_shared = gpu.max_shared;
+    CoeffsTwice c = random_cema(D, N, 0);
+    Acts inp = acts(R * D, 1, 0.2), dout = acts(R * D, 1, 0.2), out = acts_out(R * D), dinp = acts_out(R * D);
+    Floats omega = floats(D, 1, 0), later = floats(states, 1, 0);
+    float *h_blocks = on_device<float>(blocks * states), *bits[2];
+    cema_forward(out.device, h_blocks, NULL, inp.device, &c.device, omega.device, NULL, d);
+    for (int i = 0; i < 2; i++) {
+        CoeffsTwice dc = coeffs_out(D, N);
+        float *domega = copied(omega.host, D), *dh = partial ? copied(later.host, states) : NULL;
+        if (i == 1) gpu.max_shared = SHARED_TOTAL;
+        cema_backward(dinp.device, &dc.device, domega, dh, dout.device, inp.device, h_blocks, &c.device, omega.device,
+                      d);
+        bits[i] = on_host<float>(n);
+        memory_copy(bits[i], dc.device.p, (n - D) * sizeof(float));
+        memory_copy(bits[i] + (n - D), domega, D * sizeof(float));
+    }
+    gpu.max_shared = max_shared;
+    check_true("the same bits with smaller tiles", memcmp(bits[0], bits[1], n * sizeof(float)) == 0);
+    finish();
+}
+static void test_tiles(void) {
+    const size_t max_shared = gpu.max_shared;
+    for (int partial = 0; partial < 2; partial++) {
+        tiles_case(2, 130, 24, 3, partial), tiles_case(1, 64, 64, 9, partial), tiles_case(3, 70, 8, 1, partial);
+    }
+    gpu.max_shared = SHARED_TOTAL;
+    cema_case(2, 130, 40, 2, STATE, 0), cema_case(1, 70, 24, 9, NO_STATE, 0), cema_case(2, 64, 64, 1, STATE, 0);
+    gpu.max_shared = max_shared;
+}
+
+// ----------------------------------------------------------------------------
+// decoding: a token of each of B sequences
+
+// Where sums that are floats here overflow, results are NaN: n elements from `from` on.
+template <typename T, typename Host>
+static void compare_nan(const char *what, Twice<T, Host> a, size_t from, size_t n) {
+    char name[80];
+    T *got = on_host<T>(n);
+    int nans = 1;
+    cudaCheck(cudaMemcpy(got, a.device + from, n * sizeof(T), cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < n; i++) nans &= isnan(number(got[i])) != 0;
+    snprintf(name, sizeof name, "%s is NaN", what);
+    check_true(name, nans);
+}
+
+static void decode_norm_case(int B, int D, int G, int N, double shift = 0.5, double scale = 1) {
+    Dims d = sizes(B, 1, D);
+    d.G = G, d.N = N;
+    begin(d, "decode_norm, B %d D %d G %d N %d, mean %g, x %g", B, D, G, N, shift, scale);
+    size_t width = (size_t)B * D, pairs = (size_t)B * G, states = (size_t)B * 2 * N * D;
+    Acts x = acts(width, 1.7 * scale, shift), xt = acts_out(width), ema = acts_out(width), alone = acts_out(width);
+    Floats weight = floats(D, 1, 0), bias = floats(D, 1, 0), omega = floats(D, 1, 0), h = floats(states, 1, 0);
+    Floats rstd = floats_out(pairs), h_blocks = floats_out(states);
+    Doubles mean = doubles_out(pairs);
+    CoeffsTwice c = random_cema(D, N, 0);
+    Past in = past_of(B, D, G, shift, scale), end = {{}, doubles_out(pairs), doubles_out(pairs)}, same = in;
+    same.mean.device = copied(in.mean.host, pairs), same.m2.device = copied(in.m2.host, pairs);
+    cpu_timestep_norm_forward(xt.host, mean.host, rstd.host, host_state(end), x.host, weight.host, bias.host,
+                              host_state(in), d, EPS);
+    memcpy(alone.host, xt.host, width * sizeof *xt.host);
+    cpu_cema_forward(ema.host, h_blocks.host, h.host, xt.host, &c.host, omega.host, h.host, d);
+    decode_norm(DecodeNorm{xt.device, ema.device, in.mean.device, in.m2.device, h.device, x.device, weight.device,
+                           bias.device, omega.device, c.device, in.count.device},
+                d, EPS);
+    end.mean.device = in.mean.device, end.m2.device = in.m2.device;
+    const bool overflows = scale > 1e18;
+    if (overflows) {
+        compare_nan("xt", xt, 0, width), compare_nan("ema", ema, 0, width);
+    } else {
+        compare("xt", xt, FORWARD), compare("ema", ema, FORWARD), compare("h", h, FORWARD);
+        compare("mean", end.mean, FLOAT_FORWARD), compare("m2", end.m2, FLOAT_FORWARD);
+    }
+    decode_norm(DecodeNorm{alone.device, NULL, same.mean.device, same.m2.device, NULL, x.device, weight.device,
+                           bias.device, NULL, Coeffs{}, same.count.device},
+                d, EPS);
+    end.mean.device = same.mean.device;
+    if (overflows)
+        compare_nan("without CEMA", alone, 0, width);
+    else
+        compare("without CEMA", alone, FORWARD), compare("its mean", end.mean, FLOAT_FORWARD);
+    finish();
+}
+static void test_decode_norm(void) {
+    decode_norm_case(1, 1, 1, 1), decode_norm_case(3, 30, 2, 3), decode_norm_case(2, 132, 132, 16);
+    decode_norm_case(4, 200, 2, 33); // groups of more channels than lanes, more modes than warps
+    decode_norm_case(1, 1024, 32, 16), decode_norm_case(8, 384, 32, 8); // mega200M's, enwik8's
+    decode_norm_case(3, 60, 2, 3, 1e5, 1e5 / 30);                       // as in timestep_norm's cases
+    decode_norm_case(3, 60, 2, 3, 0, 1e20);                             // float sums of squares overflow
+    decode_norm_case(2, 64, 1, 2, 1e36, 1e37);
+}
+
+// A launch of three maps: everything, with one kind of norm; nothing but a bias; silu alone.
+static void gemv_case(int B, int K, int M, int M2, int norm, int affine, double size = 1) {
+    static const char *const names[] = {"", ", RMSNorm", ", LayerNorm"};
+    begin(sizes(1, B, K), "gemv, B %d K %d M %d and %d%s%s, x %g", B, K, M, M2, names[norm], affine ? ", affine" : "",
+          size);
+    size_t n = (size_t)B * M, n2 = (size_t)B * M2;
+    double deviation = 1 / sqrt((double)K);
+    Acts inp = acts_rows(B, K, 1, 0.3, size), weight = acts((size_t)M * K, deviation, 0), bias = acts(M, 1, 0);
+    Acts gate = acts(weight.n, deviation, 0), residual = acts(n, 1, 0), out = copy_of(residual), bias2 = acts(M2, 1, 0);
+    Acts weight2 = acts((size_t)M2 * K, deviation, 0), out2 = acts_out(n2), out3 = acts_out(n2);
+    Floats scale = floats(M, 1, 0), norm_weight = {}, norm_bias = {}, rstd = floats_out(B);
+    double *mean = on_host<double>(B);
+    float *x = on_host<float>(inp.n), *times = on_host<float>(n);
+    if (affine) norm_weight = floats(K, 1, 0);
+    if (affine && norm == LAYER_NORM) norm_bias = floats(K, 1, 0);
+    memcpy(x, inp.host, inp.n * sizeof *x);
+    if (norm == RMS_NORM) cpu_rmsnorm_forward(x, rstd.host, inp.host, norm_weight.host, B, K, EPS);
+    if (norm == LAYER_NORM)
+        cpu_layernorm_forward(x, mean, rstd.host, inp.host, norm_weight.host, norm_bias.host, B, K, EPS);
+    cpu_linear_forward(out.host, NULL, x, weight.host, bias.host, B, K, M);
+    cpu_linear_forward(times, NULL, x, gate.host, NULL, B, K, M);
+    cpu_linear_forward(out2.host, NULL, inp.host, weight2.host, bias2.host, B, K, M2);
+    cpu_linear_forward(out3.host, NULL, inp.host, weight2.host, NULL, B, K, M2);
+    for (size_t i = 0; i < n2; i++) out3.host[i] /= 1 + expf(-out3.host[i]);
+    for (size_t i = 0; i < n; i++) {
+        float y = out.host[i] / (1 + expf(-out.host[i])) * times[i];
+        out.host[i] = y * scale.host[i % M] + residual.host[i];
+    }
+    Linears all;
+    memset((void *)&all, 0, sizeof all);
+    Linear *l = all.of;
+    for (int i = 0; i < 3; i++) l[i].inp = inp.device, l[i].M = i ? M2 : M;
+    l[0].out = out.device, l[0].residual = out.device, l[0].weight = weight.device, l[0].bias = bias.device; // in place
+    l[0].gate = gate.device, l[0].scale = scale.device, l[0].silu = 1, l[0].norm = norm;
+    l[0].norm_weight = norm_weight.device, l[0].norm_bias = norm_bias.device;
+    l[1].out = out2.device, l[1].weight = l[2].weight = weight2.device, l[1].bias = bias2.device;
+    l[2].out = out3.device, l[2].silu = 1;
+    gemv(all, B, K, EPS);
+    for (int r = 0; r < B && size > 1; r++) { // acts_rows has multiplied every second row, or the only one
+        if (B == 1 || r % 2)
+            compare_nan("everything, a large row", out, (size_t)r * M, M);
+        else
+            compare_part("everything, an ordinary row", out, (size_t)r * M, M, FORWARD);
+    }
+    if (size == 1) compare("everything", out, FORWARD);
+    compare("a bias", out2, FORWARD), compare("silu", out3, FORWARD);
+    finish();
+}
+static void test_gemv(void) {
+    for (int i = 0; i < 6; i++) {
+        int norm = i % 3, affine = i / 3;
+        gemv_case(1, 8, 5, 1, norm, affine), gemv_case(3, 48, 37, 5, norm, affine);
+        gemv_case(2, 64, 9, 33, norm, affine), gemv_case(8, 384, 100, 7, norm, affine);
+        gemv_case(5, 1000, 11, 13, norm, affine);                                          // two rounds of loads
+        gemv_case(1, 2560, 1024, 3, norm, affine), gemv_case(4, 5000, 3, 2, norm, affine); // and of columns
+        gemv_case(1, 40, 5000, 3, norm, affine);                                           // a warp an output
+        if (norm == NO_NORM) continue;
+        gemv_case(1, 384, 100, 7, norm, affine, 1e20), gemv_case(3, 64, 9, 5, norm, affine, 1e36);
+    }
+}
+
+static void decode_attention_case(int B, int C, int H, int dz, int dv, int shift) {
+    Dims d = sizes(B, 1, 1);
+    d.C = C, d.H = H, d.Z = H * dz, d.E = H * dv;
+    begin(d, "decode_attention, B %d C %d H %d dz %d dv %d, %d", B, C, H, dz, dv, shift);
+    const double forward = 1e-2; // q and k are rounded
+    const int64_t before[4] = {C - 1, 0, C / 2, 1000003};
+    const size_t Z = d.Z, E = d.E;
+    const double size = sqrt(3 / sqrt((double)dz));
+    Acts z = acts(B * Z, 1, 0.2), v = acts(B * E, 1, 0.1), r = acts(B * E, 3, 0), gated = acts_out(B * E);
+    Floats gamma = floats(2 * Z, sqrt((double)dz), 0), beta = floats(2 * Z, 0.5, 0), lse = floats_out((size_t)B * H);
+    Floats cache_k = rounded_floats(B * C * Z, size, 0), cache_v = rounded_floats(B * C * E, 1, 0);
+    Floats table = rotations(C, dz);
+    float *q = on_host<float>(B * Z), *k = on_host<float>(B * Z), *zn = on_host<float>(B * Z);
+    float *z_rstd = on_host<float>((size_t)B * H), *o = on_host<float>(B * E);
+    int64_t *count = on_host<int64_t>(B);
+    int *past = on_host<int>(B);
+    for (int b = 0; b < B; b++) count[b] = before[(b + shift) % 4], past[b] = (int)(count[b] % C);
+    cpu_qk_layer_forward(q, k, zn, z_rstd, z.host, gamma.host, beta.host, table.host, count, d, EPS);
+    cpu_attention_forward(o, lse.host, cache_k.host, cache_v.host, host_scores(C), q, k, v.host, past, mask_from(0, 0),
+                          d, 1);
+    cpu_gate_forward(gated.host, o, r.host, B * E);
+    decode_attention(DecodeAttention{gated.device, cache_k.device, cache_v.device, z.device, v.device, r.device,
+                                     gamma.device, beta.device, table.device, copied(count, B)},
+                     d, EPS);
+    compare("gated", gated, forward);
+    if (C > 1) compare("cached k", cache_k, FORWARD), compare("cached v", cache_v, 1e-30); // else there is no need
+    finish();
+}
+static void test_decode_attention(void) {
+    for (int shift = 0; shift < 4; shift++) {
+        decode_attention_case(1, 1, 1, 2, 1, shift), decode_attention_case(4, 5, 3, 6, 3, shift);
+        decode_attention_case(3, 70, 2, 34, 33, shift), decode_attention_case(2, 600, 1, 4, 16, shift);
+        decode_attention_case(1, 40, 2, 300, 17, shift); // more of a key than is loaded at once
+    }
+    decode_attention_case(1, 2048, 1, 256, 100, 0), decode_attention_case(8, 256, 3, 64, 128, 0);
+}
+
+// A model of random parameters continues B sequences token by token with plain and with fast kernels: logits and states.
+// Both round activations to bfloat16, each within what CPU against GPU allows (tests/cuda.sh).
+static void decode_model_case(int B, int more) {
+    enum { BEFORE = 13, AFTER = 6, V = 43 };
+    const double tolerance = 3e-2;
+    Config c = megalodon_presets[0].config;
+    c.num_layers = 2, c.model_dim = 64, c.z_dim = 32, c.value_dim = 48, c.num_heads = 2, c.ffn_hidden_dim = 40;
+    c.cema_ndim = 3, c.chunk_size = 16, c.vocab_size = V, c.norm_num_groups = 8;
+    c.swiglu = c.rescale_nffn = c.scale_emb = more;
+    begin(dims_of(&c, B, 1), "decoding, B %d%s", B, more ? ", swiglu, rescale_nffn" : "");
+    Model *m = megalodon_new(&c, MEGALODON_INFER, B, BEFORE);
+    State *states[2] = {state_new(&c, B, 0), state_new(&c, B, 0)};
+    int32_t *tokens = on_host<int32_t>((size_t)B * BEFORE);
+    Floats logits = floats_out((size_t)B * V);
+    for (int i = 0; i < m->num_tensors; i++) {
+        size_t size = i + 1 < m->num_tensors ? m->tensors[i + 1].offset : m->num_params;
+        size_t n = size - m->tensors[i].offset;
+        megalodon_write(m, PARAMS, m->tensors[i].offset, n, random_numbers(n, 0.3, 0));
+    }
+    for (int plain = 0; plain < 2; plain++) {
+        gpu.plain = plain;
+        for (int i = 0; i < B * BEFORE; i++) tokens[i] = (i * i + 3) % V;
+        megalodon_forward(m, states[plain], tokens, B, BEFORE);
+    }
+    for (int t = 0; t < AFTER; t++) { // over the end of a chunk
+        for (int b = 0; b < B; b++) tokens[b] = (7 * t + b) % V;
+        for (int plain = 0; plain < 2; plain++) {
+            gpu.plain = plain;
+            megalodon_forward(m, states[plain], tokens, B, 1);
+            if (!plain)
+                check_true("supported by the fast kernels",
+                           decode_fast_supports(m, states[0]) && decode_logits_supports(m, B));
+            float *row = on_host<float>((size_t)B * V);
+            megalodon_logits(m, 0, B, row);
+            if (plain) memcpy(logits.host, row, logits.n * sizeof *row);
+            if (!plain) memory_copy(logits.device, row, logits.n * sizeof *row);
+        }
+        compare("logits", logits, tolerance);
+    }
+    gpu.plain = 0;
+    const State *fast = states[0], *plain = states[1];
+    Floats h = {on_host<float>((size_t)c.num_layers * B * fast->modes), fast->h,
+                (size_t)c.num_layers * B * fast->modes};
+    Doubles mean = {on_host<double>((size_t)(c.num_layers + 1) * B * fast->G), fast->mean,
+                    (size_t)(c.num_layers + 1) * B * fast->G};
+    memory_copy(h.host, plain->h, h.n * sizeof(float)), memory_copy(mean.host, plain->mean, mean.n * sizeof(double));
+    compare("h", h, tolerance), compare("mean", mean, tolerance);
+    int64_t counts[2][8];
+    for (int i = 0; i < 2; i++) memory_copy(counts[i], states[i]->count, B * sizeof(int64_t));
+    check_true("count", memcmp(counts[0], counts[1], B * sizeof(int64_t)) == 0 && counts[0][0] == BEFORE + AFTER);
+    state_free(states[0]), state_free(states[1]), megalodon_free(m);
+    finish();
+}
+static void test_decode(void) { decode_model_case(1, 0), decode_model_case(3, 1), decode_model_case(8, 1); }
+#endif
 
 // ----------------------------------------------------------------------------
 // the optimizer, on a model that has nothing else
@@ -1408,8 +1690,9 @@ int main(int argc, char **argv) {
 #ifdef FAST_KERNELS
         {"sum_parts_fast", test_sum_parts_fast, FAST},
         {"decode_norm", test_decode_norm, FAST},
-        {"gemv_rows", test_gemv_rows, FAST},
+        {"gemv", test_gemv, FAST},
         {"decode_attention", test_decode_attention, FAST},
+        {"decode", test_decode, FAST},
         {"tiles", test_tiles, FAST},
 #endif
 #ifdef CUDA_ON_CPU_RUNTIME_H
