@@ -488,8 +488,8 @@ static __global__ void timestep_norm_backward_kernel(floatX *dinp, const floatX 
     int c = channel();
     size_t i = (size_t)blockIdx.x * D + c, group = (size_t)blockIdx.x * G + c / (D / G);
     if (c >= D) return;
-    float centered = (float)(to_float(inp[i]) - mean[group]), shift = (float)sums[group].U;
-    float dx = rstd[group] * (weight[c] + 1) * to_float(dout[i]) + shift + (float)sums[group].V * centered;
+    double moments = sums[group].U + sums[group].V * (to_float(inp[i]) - mean[group]); // a float slope would underflow
+    float dx = rstd[group] * (weight[c] + 1) * to_float(dout[i]) + (float)moments;
     if (residual0) dx += to_float(residual0[i]);
     if (residual1) dx += to_float(residual1[i]);
     dinp[i] = to_floatX(dx);
