@@ -1,6 +1,6 @@
 // Every layer of megalodon.cu against that of megalodon.c on random inputs: results, what the layer keeps for the backward
 // pass, states and gradients. megalodon.cu is included, since its layers are static. The CPU's layers have the prefix cpu_
-// and the same arguments, see cpu_layers.h. An argument selects the tests whose names contain it.
+// and the same arguments: tests/cpu_layers.sh generates them. An argument selects the tests whose names contain it.
 //
 // In bfloat16 each test runs with the plain kernels and with the fast ones of kernels/, and the name of a check says which.
 // Odd shapes, which no fast kernel supports, run with the plain kernels only. A shape that runs with the fast kernels must
@@ -9,7 +9,7 @@
 // Activations are rounded to floatX on the host first, so that both sides get the same numbers. Gradients of parameters
 // begin with random numbers, to which both sides add. Everything that the device must write is NaN before.
 #include "../megalodon.cu"
-#include "cpu_layers.h"
+#include "../build/cpu_layers.h"
 
 #include <stdarg.h>
 
@@ -288,7 +288,8 @@ static void test_embedding(void) {
     embedding_case(300, 13, 5, 2), embedding_case(700, 16, 300, 1), embedding_case(7, 1024, 32, 32);
     embedding_case(2 * THREADS, 8, 6, 1), embedding_case(5 * THREADS + 1, 300, 2, 1);
     embedding_case(600, 5, EMBED_PARTS / 2, 1), embedding_case(300, 7, EMBED_PARTS, 2);
-    embedding_case(600, 9, EMBED_PARTS + 904, 1);
+    embedding_case(600, 9, EMBED_PARTS + 904, 1), embedding_case(4500, 2 * THREADS + 5, 9000, 1);
+    embedding_case(5000, 3, EMBED_PARTS / 2, 1);
 }
 
 static Mask mask_from(double p, uint64_t first) {
@@ -873,7 +874,7 @@ static int *past_tokens(int B, int C, int state) {
     for (int b = 0; b < B; b++) past[b] = (int)(before[(b + state + 3) % 4] % C);
     return state ? past : NULL;
 }
-static float *host_scores(int C) { return on_host<float>((size_t)2 * C * (C > 512 ? C : 512)); } // for one thread
+static float *host_scores(int C) { return on_host<float>((size_t)2 * CPU_QUERY_TILE * C); } // for one thread
 
 // Scores have a deviation of about one.
 static void attention_case(int B, int L, int C, int H, int dz, int dv, double p, int state) {
