@@ -223,6 +223,18 @@ static void compare_each(const char *what, Acts a) {
     check_true(what, same);
 }
 
+// Where numbers overflowed, the results are NaN: n elements of the device, from element `from` on.
+template <typename T, typename Host>
+static void compare_nan(const char *what, Twice<T, Host> a, size_t from, size_t n) {
+    char name[80];
+    T *got = on_host<T>(n);
+    int nans = 1;
+    cudaCheck(cudaMemcpy(got, a.device + from, n * sizeof(T), cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < n; i++) nans &= isnan(number(got[i])) != 0;
+    snprintf(name, sizeof name, "%s is NaN", what);
+    check_true(name, nans);
+}
+
 // ----------------------------------------------------------------------------
 // sums over rows and of parts
 
@@ -1178,18 +1190,6 @@ static void test_tiles(void) {
 // ----------------------------------------------------------------------------
 // decoding: a token of each of B sequences
 
-// Where sums that are floats here overflow, results are NaN: n elements from `from` on.
-template <typename T, typename Host>
-static void compare_nan(const char *what, Twice<T, Host> a, size_t from, size_t n) {
-    char name[80];
-    T *got = on_host<T>(n);
-    int nans = 1;
-    cudaCheck(cudaMemcpy(got, a.device + from, n * sizeof(T), cudaMemcpyDeviceToHost));
-    for (size_t i = 0; i < n; i++) nans &= isnan(number(got[i])) != 0;
-    snprintf(name, sizeof name, "%s is NaN", what);
-    check_true(name, nans);
-}
-
 static void decode_norm_case(int B, int D, int G, int N, double shift = 0.5, double scale = 1) {
     Dims d = sizes(B, 1, D);
     d.G = G, d.N = N;
@@ -1431,6 +1431,23 @@ static void optimizer_case(size_t n, int sharded) {
     }
     megalodon_zero_grad(&m);
     check_true("gradients are zero", megalodon_grad_norm(&m) == 0);
+    finish();
+}
+// A gradient whose square overflows: without NaN the parameter would silently stay as it is.
+static void test_far_optimizer(void) {
+    begin(sizes(1, 1, 1), "optimizer, gradients of 1e30");
+    const AdamW adamw = {0.9, 0.95, 1e-8, 0.1};
+    const size_t n = 5;
+    Floats params = floats(n, 1, 0), grads = floats(n, 1e29, 1e30), moment1 = floats(n, 0, 0),
+           moment2 = floats(n, 0, 0);
+    Acts narrow = acts_out(n);
+    Shard whole[1] = {{0, n}};
+    float *device[4] = {params.device, grads.device, moment1.device, moment2.device};
+    Model m = optimizer_model(whole, 1, n, device, NULL);
+    m.rounded = sizeof(floatX) < 4 ? narrow.device : (floatX *)(void *)params.device;
+    megalodon_update(&m, &adamw, 0.01, 1, 0);
+    compare_nan("parameters", params, 0, n);
+    if (sizeof(floatX) < 4) compare_nan("rounded parameters", narrow, 0, n);
     finish();
 }
 static void test_optimizer(void) {
@@ -1698,6 +1715,7 @@ int main(int argc, char **argv) {
         {"output_loss", test_output_loss, PLAIN | FAST | DISPATCH},
         {"far output_loss", test_far_loss, PLAIN | FAST | DISPATCH},
         {"optimizer", test_optimizer, PLAIN},
+        {"far optimizer", test_far_optimizer, PLAIN},
 #ifdef FAST_KERNELS
         {"sum_parts_fast", test_sum_parts_fast, FAST},
         {"decode_norm", test_decode_norm, FAST},
