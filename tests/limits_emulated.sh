@@ -1,7 +1,8 @@
-# What a GPU's shared memory and compute capability change, with megalodon.cu's kernels on the CPU: kernels under the limits
-# of other devices than the emulator's own (227 KB), a training step, and what is said of a GPU that cannot be used.
-# Run by `make test-emulated`.
+# What a GPU's compute capability and shared memory change, with the kernels of megalodon.cu and kernels/ on the CPU: tests
+# of kernels and a training step on other devices than the emulator's own (9.0), plain and fast kernels, and the messages
+# for GPUs that cannot be used. Run by `make test-emulated`.
 export LC_ALL=C
+unset MEGALODON_PLAIN
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
 passed=0 failed=0
@@ -11,58 +12,73 @@ verdict() { # status, text
     if [ "$1" -ne 0 ]; then tail -n 6 "$tmp/log" | sed 's/^/      /'; fi
 }
 
-# KB BYTES NAME: the checks of test_cuda whose names contain NAME, on a device with so many bytes per thread block
+# PROGRAM CAPABILITY NAME: the checks of a test program whose names contain NAME, on a device of this compute capability.
+# A thread block has 64 KB of shared memory on 7.5, 99 KB on 8.6, 163 KB on 8.0.
 unit() {
-    for program in test_cuda test_cuda_fp32; do
-        CUDA_ON_CPU_OPTIN=$2 build/emulated/$program "$3" > "$tmp/log" 2>&1
-        status=$?
-        last=$(tail -n 1 "$tmp/log")
-        case $last in 0\ passed* | *[1-9]\ failed | *[1-9]0\ failed) status=1 ;; *\ passed,\ 0\ failed) ;; *) status=1 ;; esac
-        verdict $status "$1 KB: $program $3: $last"
-    done
+    CUDA_ON_CPU_CAPABILITY=$2 build/emulated/$1 "$3" > "$tmp/log" 2>&1
+    status=$?
+    last=$(tail -n 1 "$tmp/log")
+    case $last in 0\ passed* | *[1-9]\ failed | *[1-9]0\ failed) status=1 ;; *\ passed,\ 0\ failed) ;; *) status=1 ;; esac
+    verdict $status "compute capability $2: $1 $3: $last"
 }
-for name in tiles decode qk timestep_norm emulator; do unit 99 101376 $name; done
-unit 99 101376 few_rows
-unit 163 166912 tiles
-unit 163 166912 emulator
+for name in tiles decode qk timestep_norm gemv emulator; do unit test_cuda 86 $name; done
+for name in tiles emulator; do unit test_cuda 80 $name; done
+for name in cema qk timestep_norm emulator; do unit test_cuda_fp32 75 $name; done
 
-# --batch: no sample is written at the end
-model="--num-layers 1 --model-dim 40 --num-heads 1 --z-dim 8 --value-dim 16 --ffn-hidden-dim 16 --cema-ndim 2
+# --batch: no sample is written at the end. Sizes are such that all layers have fast kernels.
+model="--num-layers 2 --model-dim 48 --num-heads 1 --z-dim 16 --value-dim 24 --ffn-hidden-dim 16 --cema-ndim 3
     --chunk-size 16 --norm-num-groups 4 --steps 1"
-./train $model --data dev/data/demo.txt --batch-size 2 --seq-len 96 --val-every 0 --dump "$tmp/cpu" > "$tmp/log" 2>&1
-for kb in 99 163 227; do
-    { CUDA_ON_CPU_OPTIN=$((kb * 1024)) build/emulated/train_fp32 $model --batch "$tmp/cpu" --dump "$tmp/gpu" &&
-        ./compare "$tmp/cpu" "$tmp/gpu"; } > "$tmp/log" 2>&1
-    verdict $? "$kb KB: a training step, every tensor against the CPU's"
-    rm -f "$tmp/gpu"
-done
-
-# TEXT EXPECTED VARIABLES...: train_fp32 ends with status 1 and this message, before anything else
-refused() {
-    text=$1 expected=$2
+./train $model --data dev/data/demo.txt --batch-size 2 --seq-len 90 --val-every 0 --dump "$tmp/cpu" > "$tmp/log" 2>&1
+step() { # PROGRAM DUMP OPTIONS...: the same step
+    program=$1 dump=$2
     shift 2
-    env "$@" build/emulated/train_fp32 $model --batch "$tmp/cpu" $more > "$tmp/log" 2>&1
+    build/emulated/$program $model "$@" --batch "$tmp/cpu" --dump "$tmp/$dump"
+}
+for capability in 75 80 86 90; do
+    { CUDA_ON_CPU_CAPABILITY=$capability step train_fp32 gpu && ./compare "$tmp/cpu" "$tmp/gpu"; } > "$tmp/log" 2>&1
+    verdict $? "compute capability $capability: a training step in float32, every tensor against the CPU's"
+done
+for capability in 80 86 90; do
+    { CUDA_ON_CPU_CAPABILITY=$capability step train fast.$capability &&
+        ./compare "$tmp/cpu" "$tmp/fast.$capability" --tolerance 4e-2; } > "$tmp/log" 2>&1
+    verdict $? "compute capability $capability: a training step in bfloat16, every tensor against the CPU's within 4e-2"
+done
+cmp "$tmp/fast.86" "$tmp/fast.90" > "$tmp/log" 2>&1
+verdict $? "the same bits with 99 KB and with 227 KB of shared memory"
+{ MEGALODON_PLAIN=1 step train plain && grep -q '^backend .*, bfloat16, plain kernels' "$tmp/log" &&
+    ./compare "$tmp/cpu" "$tmp/plain" --tolerance 4e-2; } > "$tmp/log" 2>&1
+verdict $? "MEGALODON_PLAIN=1: the same against the CPU's, with plain kernels"
+./compare "$tmp/fast.90" "$tmp/plain" --tolerance 4e-2 > "$tmp/log" 2>&1
+verdict $? "plain against fast kernels, every tensor within 4e-2"
+! cmp -s "$tmp/fast.90" "$tmp/plain"
+verdict $? "  but not the same bits: these are other kernels"
+{ MEGALODON_PLAIN=0 step train off && cmp "$tmp/fast.90" "$tmp/off"; } > "$tmp/log" 2>&1
+verdict $? "MEGALODON_PLAIN=0: fast kernels"
+
+# Heads that need more shared memory than the fast kernels of q and k have.
+wide="--num-layers 1 --z-dim 6216"
+{ ./train $model $wide --batch "$tmp/cpu" --dump "$tmp/wide" &&
+    step train gpu $wide && ./compare "$tmp/wide" "$tmp/gpu" --tolerance 4e-2; } > "$tmp/log" 2>&1
+verdict $? "heads of 6216: too large for fast kernels, so plain ones"
+
+# TEXT PROGRAM EXPECTED VARIABLES...: the program ends with status 1 and this message, before anything else
+refused() {
+    text=$1 program=$2 expected=$3
+    shift 3
+    env "$@" build/emulated/$program $model --batch "$tmp/cpu" > "$tmp/log" 2>&1
     status=$?
     [ $status -eq 1 ] && grep -q "^error: $expected" "$tmp/log" && ! grep -q '^step' "$tmp/log"
     verdict $? "$text"
 }
-more=
-refused "64 KB are too few" "CPU has compute capability 9.0 and 65536 bytes .* 8.0 and 101376 bytes are needed. ./train" \
-    CUDA_ON_CPU_OPTIN=65536
-refused "compute capability 7.5 is too old" "CPU has compute capability 7.5 and 65536 bytes .* 8.0 and 101376 bytes are" \
-    CUDA_ON_CPU_CAPABILITY=75 CUDA_ON_CPU_OPTIN=65536
-refused "7.0 with enough shared memory, too" "CPU has compute capability 7.0 .* compute capability 8.0 and" \
-    CUDA_ON_CPU_CAPABILITY=70
-refused "no code for this GPU: how to build it" "CPU has compute capability 12.0, for .* no code .*make cuda CUARCH=120" \
-    CUDA_ON_CPU_CAPABILITY=120 CUDA_ON_CPU_NO_CODE=1
-more="--z-dim 6216"
-refused "heads that are too large for 99 KB" "--z-dim 6216 with --num-heads 1: .* at most 6208 .*(101376 bytes" \
-    CUDA_ON_CPU_OPTIN=101376
-more="--z-dim 6208"
-CUDA_ON_CPU_OPTIN=101376 build/emulated/train_fp32 $model --batch "$tmp/cpu" $more > "$tmp/log" 2>&1
-verdict $? "the largest that fit"
-more="--model-dim 8200"
-refused "a model_dim beyond 8192" "--model-dim 8200: on a GPU it is at most 8192"
+refused "compute capability 7.5 has no bfloat16" train \
+    "CPU has compute capability 7.5; this program needs 8.0. The float32 programs (_fp32) need 7.5" CUDA_ON_CPU_CAPABILITY=75
+refused "7.0 is too old for float32, too" train_fp32 \
+    "CPU has compute capability 7.0; this program needs 7.5. ./train and ./sample run on the CPU" CUDA_ON_CPU_CAPABILITY=70
+for program in train train_fp32; do
+    refused "$program has no code for this GPU: how to build it" $program \
+        "CPU has compute capability 12.0, for .* no code .*make cuda CUARCH=120" \
+        CUDA_ON_CPU_CAPABILITY=120 CUDA_ON_CPU_NO_CODE=1
+done
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]
