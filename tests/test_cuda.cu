@@ -9,7 +9,7 @@
 // Activations are rounded to floatX on the host first, so that both sides get the same numbers. Gradients of parameters
 // begin with random numbers, to which both sides add. Everything that the device must write is NaN before.
 #include "../megalodon.cu"
-#include "cpu_layers.h"
+#include "../build/cpu_layers.h"
 
 #include <stdarg.h>
 

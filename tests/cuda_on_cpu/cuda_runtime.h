@@ -402,6 +402,16 @@ template <typename T> inline T __shfl_down_sync(unsigned mask, T x, unsigned ste
     return emu_shuffle(mask, x, from < warpSize ? from : emu_lane());
 }
 
+// A word whose bit i is lane i's vote; lanes that have returned vote 0.
+inline unsigned __ballot_sync(unsigned mask, int vote) {
+    unsigned word = 0;
+    for (int lane = 0; lane < warpSize; lane++) {
+        if (emu_shuffle(mask, (int)(vote != 0), lane) == 1) word |= 1u << lane;
+    }
+    return word;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
 typedef float EmuFloats __attribute__((vector_size(16)));
 typedef double EmuDoubles __attribute__((vector_size(32)));
 
