@@ -1,10 +1,9 @@
 // Every layer of megalodon.cu against that of megalodon.c on random inputs: results, what the layer keeps for the backward
 // pass, states and gradients. megalodon.cu is included, since its layers are static. The CPU's layers have the prefix cpu_
-// and the same arguments, see cpu_layers.h. An argument selects the tests whose names contain it.
+// and the same arguments: tests/cpu_layers.sh generates them. An argument selects the tests whose names contain it.
 //
-// In bfloat16 each test runs with the plain kernels and with the fast ones of kernels/, and the name of a check says which.
-// Odd shapes, which no fast kernel supports, run with the plain kernels only. A shape that runs with the fast kernels must
-// be supported by them: see MUST_SUPPORT.
+// In bfloat16 each test runs three times, and the name of a check says which: with the plain kernels, with the fast ones of
+// kernels/, whose shapes must be supported by them, and with what the layers choose for shapes of both kinds.
 //
 // Activations are rounded to floatX on the host first, so that both sides get the same numbers. Gradients of parameters
 // begin with random numbers, to which both sides add. Everything that the device must write is NaN before.
@@ -31,12 +30,20 @@ enum { GUARD = 256 };
 enum { MAX_ARRAYS = 200 };
 static struct {
     char title[100];
+    int fast; // the layer uses its fast kernel
     int devices, hosts;
     void *device[MAX_ARRAYS], *host[MAX_ARRAYS];
     size_t bytes[MAX_ARRAYS]; // of those on the device
 } now;
 
-static const char *kernels_used(void) { return sizeof(floatX) == 4 ? "" : gpu.plain ? ", plain" : ", fast"; }
+// With which kernels a test runs. DISPATCH: layers choose, as in a model. In this pass and in PLAIN there are odd shapes,
+// too, which no fast kernel supports. ONCE: the test itself sets gpu.plain.
+enum { PLAIN = 1, FAST = 2, DISPATCH = 4, ONCE = 8 };
+static int pass, odd_shapes;
+
+static const char *kernels_used(void) {
+    return sizeof(floatX) == 4 ? "" : pass == PLAIN ? ", plain" : pass == FAST ? ", fast" : ", dispatch";
+}
 
 static void check_true(const char *what, int ok) {
     char name[200];
@@ -96,7 +103,7 @@ static void begin(Dims d, const char *format, ...) {
     va_list arguments;
     Model m = training();
     va_start(arguments, format);
-    vsnprintf(now.title, sizeof now.title - 8, format, arguments);
+    vsnprintf(now.title, sizeof now.title - 12, format, arguments);
     va_end(arguments);
     random_seed = 14695981039346656037u;
     for (const char *c = now.title; *c; c++) random_seed = (random_seed ^ (uint64_t)*c) * 1099511628211u; // FNV-1a
@@ -119,14 +126,18 @@ static void finish(void) {
     if (GUARD > 0) check_true("nothing else is written", touched == 0);
 }
 
-// The condition under which a layer uses its fast kernel. Otherwise the case would check the plain one a second time.
+// The condition under which a layer uses its fast kernel. In pass FAST it must be met: otherwise the case would check the
+// plain kernel a second time.
+static void supports(int condition) {
+    now.fast = !gpu.plain && condition;
+    if (pass == FAST) check_true("supported by the fast kernel", condition);
+}
 #ifdef FAST_KERNELS
 enum { HAS_FAST = 1 };
-#define MUST_SUPPORT(condition)                                                                                        \
-    if (!gpu.plain) check_true("supported by the fast kernel", (condition) != 0)
+#define SUPPORTS(condition) supports((condition) != 0)
 #else
 enum { HAS_FAST = 0 };
-#define MUST_SUPPORT(condition)
+#define SUPPORTS(condition) supports(0)
 #endif
 
 // ----------------------------------------------------------------------------
@@ -244,7 +255,7 @@ static void sum_rows_case(int R, int D, int G, int norm) { // norm: of x, of (x 
         for (size_t i = 0; i < groups; i++) mean.host[i] = numbers[i];
         upload(mean);
     }
-    MUST_SUPPORT(x.device == NULL && D % VEC == 0);
+    SUPPORTS(x.device == NULL && D % VEC == 0);
     cpu_sum_rows(sums.host, dy.host, x.host, mean.host, rstd.host, R, D, G);
     for (int c = 0; c < D; c++) out.host[c] += scale * sums.host[c];
     sum_rows(out.device, dy.device, x.device, mean.device, rstd.device, scale, R, D, G);
@@ -252,11 +263,11 @@ static void sum_rows_case(int R, int D, int G, int norm) { // norm: of x, of (x 
     finish();
 }
 static void test_sums(void) {
-    for (int add = 0; add < 2 && gpu.plain; add++) {
+    for (int add = 0; add < 2 && odd_shapes; add++) {
         sum_parts_case(1, 1, 1, add), sum_parts_case(5, 7, 14, add), sum_parts_case(33, 100, 131, add);
         sum_parts_case(1024, 33, 64, add), sum_parts_case(257, 64, 128, add);
     }
-    for (int norm = 0; norm < 4 && gpu.plain; norm++) {
+    for (int norm = 0; norm < 4 && odd_shapes; norm++) {
         sum_rows_case(1, 1, 1, norm), sum_rows_case(9, 35, 5, norm), sum_rows_case(2051, 3, 1, norm);
     }
     sum_rows_case(1, 8, 1, 0), sum_rows_case(300, 72, 1, 0), sum_rows_case(5000, 8, 1, 0), sum_rows_case(7, 2560, 1, 0);
@@ -288,7 +299,8 @@ static void test_embedding(void) {
     embedding_case(300, 13, 5, 2), embedding_case(700, 16, 300, 1), embedding_case(7, 1024, 32, 32);
     embedding_case(2 * THREADS, 8, 6, 1), embedding_case(5 * THREADS + 1, 300, 2, 1);
     embedding_case(600, 5, EMBED_PARTS / 2, 1), embedding_case(300, 7, EMBED_PARTS, 2);
-    embedding_case(600, 9, EMBED_PARTS + 904, 1);
+    embedding_case(600, 9, EMBED_PARTS + 904, 1), embedding_case(4500, 2 * THREADS + 5, 9000, 1);
+    embedding_case(5000, 3, EMBED_PARTS / 2, 1);
 }
 
 static Mask mask_from(double p, uint64_t first) {
@@ -362,7 +374,7 @@ static void timestep_norm_case(int B, int L, int D, int G, int state, double shi
     Dims d = sizes(B, L, D);
     d.G = G;
     begin(d, "timestep_norm, B %d L %d D %d G %d%s, mean %g, x %g", B, L, D, G, state ? ", state" : "", shift, scale);
-    MUST_SUPPORT(timestep_norm_fast_supports(d));
+    SUPPORTS(timestep_norm_fast_supports(d));
     size_t R = (size_t)B * L;
     Acts inp = acts(R * D, 1.7 * scale, shift), out = acts_out(R * D);
     Floats weight = floats(D, 1, 0), bias = floats(D, 1, 0), rstd = floats_out(R * G);
@@ -411,20 +423,20 @@ static void test_timestep_norm(void) {
     static const int lengths[] = {1, 31, 32, 33, 64, 65, 130, 300};
     static const int shapes[][2] = {{64, 8}, {48, 2}, {36, 3}, {6, 3}, {30, 2}}; // D, G; the last two are odd
     for (int i = 0; i < 8; i++) {
-        for (int s = 0; s < (gpu.plain ? 5 : 3); s++)
+        for (int s = 0; s < (odd_shapes ? 5 : 3); s++)
             timestep_norm_case(1 + (i + s) % 3, lengths[i], shapes[s][0], shapes[s][1], (i + 2 * s + 1) % 3, 0.5);
     }
     timestep_norm_case(3, 300, 8, 1, STATE, 0.5), timestep_norm_case(1, 1100, 8, 1, STATE, 0.5);
     timestep_norm_case(2, 40, 1024, 32, STATE, 0.5); // mega200M's
     timestep_norm_case(3, 300, 64, 8, STATE, 30);
-    if (gpu.plain) {
+    if (odd_shapes) {
         timestep_norm_case(3, 300, 6, 3, STATE, 0.5), timestep_norm_case(2, 35, 390, 3, STATE_IN_PLACE, 0.5);
         timestep_norm_case(1, 33, 132, 132, NO_STATE, 0.5), timestep_norm_case(2, 130, 30, 2, NO_STATE, 30);
     }
     timestep_norm_case(2, 35, 1584, 12, STATE_IN_PLACE, 0.5); // groups that lie in two thread blocks
     timestep_norm_case(2, 33, 540, 45, STATE, 0.5), timestep_norm_case(2, 33, 132, 33, STATE, 0.5);
     timestep_norm_case(1, 33, 300, 1, NO_STATE, 0.5), timestep_norm_case(1, 33, 1160, 1, NO_STATE, 0.5);
-    int D = gpu.plain ? 30 : 48;
+    int D = odd_shapes ? 30 : 48;
     for (int i = 0; i < 3; i++) { // means far from zero, in bfloat16 as many deviations as it can tell apart
         double mean = i == 0 ? 1e4 : i == 1 ? 1e5 : -1e6, scale = sizeof(floatX) == 4 ? 1 : fabs(mean) / 30;
         timestep_norm_case(2, 130, D, 2, STATE, mean, scale), timestep_norm_case(1, 300, 64, 2, NO_STATE, mean, scale);
@@ -563,7 +575,7 @@ static void cema_case(int B, int L, int D, int N, int state, int slow) {
     Dims d = sizes(B, L, D);
     d.N = N;
     begin(d, "cema, B %d L %d D %d N %d%s%s", B, L, D, N, state ? ", state" : "", slow ? ", slow" : "");
-    MUST_SUPPORT(cema_fast_supports(d));
+    SUPPORTS(cema_fast_supports(d));
     const double looser = slow ? 15 : 1, act = sizeof(floatX) == 4 ? looser : 1;
     size_t R = (size_t)B * L, states = (size_t)B * 2 * N * D, blocks = ceil_div(L, CEMA_BLOCK);
     CoeffsTwice c = random_cema(D, N, slow), dc = coeffs_out(D, N);
@@ -589,13 +601,13 @@ static void cema_case(int B, int L, int D, int N, int state, int slow) {
 }
 static void test_cema(void) {
     static const int lengths[] = {1, 31, 32, 33, 64, 65, 130, 300};
-    if (gpu.plain) cema_coeffs_case(5, 3), cema_coeffs_case(33, 1), cema_coeffs_case(1024, 16);
+    if (odd_shapes) cema_coeffs_case(5, 3), cema_coeffs_case(33, 1), cema_coeffs_case(1024, 16);
     for (int i = 0; i < 8; i++) {
         cema_case(1 + (i + 2) % 3, lengths[i], 64, 1, i > 0 ? i % 3 : STATE, 0);
-        cema_case(1 + i % 3, lengths[i], gpu.plain ? 5 : 8, 3, (i + 1) % 3, 0);
-        cema_case(1 + (i + 1) % 3, lengths[i], gpu.plain ? 33 : 40, 2, i > 0 ? (i + 2) % 3 : STATE_IN_PLACE, 0);
+        cema_case(1 + i % 3, lengths[i], odd_shapes ? 5 : 8, 3, (i + 1) % 3, 0);
+        cema_case(1 + (i + 1) % 3, lengths[i], odd_shapes ? 33 : 40, 2, i > 0 ? (i + 2) % 3 : STATE_IN_PLACE, 0);
     }
-    cema_case(2, 600, gpu.plain ? 7 : 8, 4, STATE, 1), cema_case(1, 1100, gpu.plain ? 5 : 24, 2, STATE_IN_PLACE, 1);
+    cema_case(2, 600, odd_shapes ? 7 : 8, 4, STATE, 1), cema_case(1, 1100, odd_shapes ? 5 : 24, 2, STATE_IN_PLACE, 1);
     cema_case(264, 1, 1000, 1, STATE, 0); // more token blocks than parts
     cema_case(1, 70, 1024, 16, STATE, 0); // mega200M's
 }
@@ -633,7 +645,7 @@ static void test_ranks(void) {
 
 static void rmsnorm_case(int R, int D, int affine, double size = 1) {
     begin(sizes(1, R, D), "rmsnorm, R %d D %d%s, x %g", R, D, affine ? "" : ", no weight", size);
-    MUST_SUPPORT(norms_fast_supports(D) && affine);
+    SUPPORTS(norms_fast_supports(D) && affine);
     Acts inp = acts_rows(R, D, 1, 0.3, size), out = acts_out(inp.n), dout = acts(inp.n, 1, 0), dinp = acts_out(inp.n);
     Floats weight = {}, dweight = {}, rstd = floats_out(R);
     if (affine) weight = floats(D, 1, 0), dweight = floats(D, 1, 0);
@@ -648,17 +660,17 @@ static void rmsnorm_case(int R, int D, int affine, double size = 1) {
 }
 static void test_rmsnorm(void) {
     for (int affine = 0; affine < 2; affine++) {
-        if (!gpu.plain && !affine) continue;
+        if (!odd_shapes && !affine) continue;
         rmsnorm_case(9, 64, affine), rmsnorm_case(2051, 8, affine); // more rows than parts
         rmsnorm_case(11, 1024, affine);                             // mega200M's
-        if (gpu.plain) rmsnorm_case(1, 2, affine), rmsnorm_case(5, 19, affine), rmsnorm_case(2051, 3, affine);
+        if (odd_shapes) rmsnorm_case(1, 2, affine), rmsnorm_case(5, 19, affine), rmsnorm_case(2051, 3, affine);
     }
     rmsnorm_case(3, 2560, 1), rmsnorm_case(3, 5000, 1), rmsnorm_case(3, 8192, 1);
-    if (gpu.plain) rmsnorm_case(3, 8191, 1), rmsnorm_case(2, 20000, 1);
+    if (odd_shapes) rmsnorm_case(3, 8191, 1), rmsnorm_case(2, 20000, 1);
     for (int i = 0; i < 4; i++) { // squares that overflow, of some rows and of all
         double size = i == 0 ? 1e18 : i == 1 ? 1e20 : i == 2 ? 1e25 : 1e38;
         rmsnorm_case(1, 1024, 1, size), rmsnorm_case(9, 64, 1, size);
-        if (gpu.plain) rmsnorm_case(9, 64, 0, size), rmsnorm_case(5, 19, 1, size);
+        if (odd_shapes) rmsnorm_case(9, 64, 0, size), rmsnorm_case(5, 19, 1, size);
     }
 }
 
@@ -758,8 +770,8 @@ static void rope_case(int B, int L, int Z, int dz, int C, int state) {
 static void qk_layer_case(int B, int L, int Z, int dz, int C, int state, double size = 1) {
     Dims d = qk_sizes(B, L, Z, dz, C);
     begin(d, "qk_layer, B %d L %d Z %d dz %d C %d%s, x %g", B, L, Z, dz, C, state ? ", state" : "", size);
-    MUST_SUPPORT(qk_fast_supports(d));
-    const double float_backward = gpu.plain ? BACKWARD : FLOAT_BACKWARD;
+    SUPPORTS(qk_fast_supports(d));
+    const double float_backward = now.fast ? FLOAT_BACKWARD : BACKWARD;
     size_t n = (size_t)B * L * Z;
     Acts z = acts_rows(B * L, Z, 1, 0.2, size), q = acts_out(n), k = acts_out(n), zn = acts_out(n);
     Floats gamma = floats(2 * Z, 1, 0), beta = floats(2 * Z, 1, 0), table = rotations(C, dz);
@@ -786,7 +798,7 @@ static void qk_layer_case(int B, int L, int Z, int dz, int C, int state, double 
     finish();
 }
 static void test_qk(void) {
-    if (gpu.plain) {
+    if (odd_shapes) {
         qk_case(1, 2, 2), qk_case(22, 18, 6), qk_case(27, 64, 32), qk_case(1100, 4, 2), qk_case(10, 256, 256);
         for (int state = 0; state < 2; state++) {
             rope_case(1, 1, 2, 2, 1, state), rope_case(2, 11, 18, 6, 5, state), rope_case(3, 9, 64, 32, 4, state);
@@ -805,7 +817,7 @@ static void test_qk(void) {
         qk_layer_case(1, 1, 256, 256, 8, 1, 1e20);
     }
     qk_layer_case(1, 3, 3200, 3200, 2, 0); // shared memory that must be asked for
-    if (gpu.plain) qk_layer_case(1, 2, 7000, 7000, 2, 0);
+    if (odd_shapes) qk_layer_case(1, 2, 7000, 7000, 2, 0);
 }
 
 static void test_gates(void) {
@@ -873,7 +885,7 @@ static int *past_tokens(int B, int C, int state) {
     for (int b = 0; b < B; b++) past[b] = (int)(before[(b + state + 3) % 4] % C);
     return state ? past : NULL;
 }
-static float *host_scores(int C) { return on_host<float>((size_t)2 * C * (C > 512 ? C : 512)); } // for one thread
+static float *host_scores(int C) { return on_host<float>((size_t)2 * CPU_QUERY_TILE * C); } // for one thread
 
 // Scores have a deviation of about one.
 static void attention_case(int B, int L, int C, int H, int dz, int dv, double p, int state) {
@@ -882,7 +894,7 @@ static void attention_case(int B, int L, int C, int H, int dz, int dv, double p,
     begin(d, "attention, B %d L %d C %d H %d dz %d dv %d%s, state %d", B, L, C, H, dz, dv, p > 0 ? ", dropout" : "",
           state);
     const int *past = past_tokens(B, C, state);
-    MUST_SUPPORT(attention_fast_supports(past, d));
+    SUPPORTS(attention_fast_supports(past, d));
     const Model m = training();
     const size_t R = (size_t)B * L, Z = d.Z, E = d.E;
     const double size = sqrt(3 / sqrt((double)dz));
@@ -922,7 +934,7 @@ static void test_attention(void) {
         attention_case(2, 5, 8, 3, 2, 3, p, 0), attention_case(2, 16, 8, 1, 4, 8, p, 0);
         attention_case(3, 19, 8, 3, 2, 3, p, 0);
         attention_case(1, 23, 8, 1, 8, 8, p, 2), attention_case(1, 16, 8, 2, 4, 8, p, 2); // at the start of a chunk
-        if (!gpu.plain) continue;
+        if (!odd_shapes) continue;
         attention_case(1, 7, 7, 1, 3, 5, p, 0), attention_case(2, 33, 11, 2, 3, 5, p, 0);
         attention_case(1, 700, 1030, 1, 4, 3, p, 0);
         attention_case(2, 560, 530, 2, 2, 4, p, 0);
@@ -934,21 +946,21 @@ static void test_attention(void) {
         attention_case(2, 16, 8, 2, 4, 8, p, 2), attention_case(2, 1100, 1030, 1, 2, 3, p, 1);
     }
     // more chunks than there is room for scores of
-    if (gpu.plain) attention_case(65, 512, 512, 1, 2, 1, 0, 0);
-    if (!gpu.plain) attention_case(1, 65 * 512, 512, 1, 8, 8, 0, 0);
+    if (odd_shapes) attention_case(65, 512, 512, 1, 2, 1, 0, 0);
+    if (!odd_shapes) attention_case(1, 65 * 512, 512, 1, 8, 8, 0, 0);
 }
 
 // Three tokens. Scores 0, and 2^28 twice, whose log-sum-exp rounds to themselves: they must share the probability, and the
 // first value must not count. Then a score that overflows to -infinity, which must not pass for a probability of 0.
 static void test_far_attention(void) {
     enum { L = 3 };
-    const int dz = gpu.plain ? 2 : 8, C = gpu.plain ? L : 8;
+    const int dz = odd_shapes ? 2 : 8, C = odd_shapes ? L : 8;
     for (int overflow = 0; overflow < 2; overflow++) {
-        const int dv = gpu.plain ? 1 : 8;
+        const int dv = odd_shapes ? 1 : 8;
         Dims d = sizes(1, L, 1);
         d.C = C, d.Z = dz, d.E = dv;
         begin(d, "attention, %s", overflow ? "a score that overflows" : "equal scores of 2^28");
-        MUST_SUPPORT(attention_fast_supports(NULL, d));
+        SUPPORTS(attention_fast_supports(NULL, d));
         const Model m = training();
         float *q = random_numbers(L * dz, 0, 0), *k = random_numbers(L * dz, 0, 0), *v = random_numbers(L * dv, 0, 1);
         float *last = random_numbers(L * dv, 0, 0), large = overflow ? 1e30f : 0x1p14f;
@@ -974,7 +986,7 @@ static void test_far_attention(void) {
 
 static void layernorm_case(int R, int D, int affine, double size = 1) {
     begin(sizes(1, R, D), "layernorm, R %d D %d%s, x %g", R, D, affine ? "" : ", no affine", size);
-    MUST_SUPPORT(norms_fast_supports(D));
+    SUPPORTS(norms_fast_supports(D));
     Acts inp = acts_rows(R, D, 1, 0.3, size), out = acts_out(inp.n), dout = acts(inp.n, 1, 0), dinp = acts_out(inp.n);
     Floats weight = {}, bias = {}, dweight = {}, dbias = {}, rstd = floats_out(R);
     Doubles mean = doubles_out(R);
@@ -995,14 +1007,14 @@ static void test_layernorm(void) {
     for (int affine = 0; affine < 2; affine++) {
         layernorm_case(9, 64, affine), layernorm_case(2051, 8, affine); // more rows than parts
         layernorm_case(11, 1024, affine);                               // mega200M's
-        if (gpu.plain) layernorm_case(1, 5, affine), layernorm_case(5, 19, affine), layernorm_case(2051, 7, affine);
+        if (odd_shapes) layernorm_case(1, 5, affine), layernorm_case(5, 19, affine), layernorm_case(2051, 7, affine);
     }
     layernorm_case(3, 2560, 1), layernorm_case(3, 5000, 1), layernorm_case(3, 8192, 1);
-    if (gpu.plain) layernorm_case(3, 8191, 1), layernorm_case(2, 20000, 1);
+    if (odd_shapes) layernorm_case(3, 8191, 1), layernorm_case(2, 20000, 1);
     for (int i = 0; i < 4; i++) { // squares, or their sum, that overflow, of some rows and of all
         double size = i == 0 ? 1e18 : i == 1 ? 1e20 : i == 2 ? 1e25 : 1e38;
         layernorm_case(1, 1024, 1, size), layernorm_case(9, 64, 0, size);
-        if (gpu.plain) layernorm_case(5, 19, 1, size);
+        if (odd_shapes) layernorm_case(5, 19, 1, size);
     }
 }
 
@@ -1037,7 +1049,7 @@ static void output_loss_case(int R, int D, int V) {
     Dims d = sizes(1, R, D);
     d.V = V;
     begin(d, "output_loss, R %d D %d V %d", R, D, V);
-    MUST_SUPPORT(loss_fast_supports(V));
+    SUPPORTS(loss_fast_supports(V));
     const double grad_scale = 0.37;
     Acts x = acts((size_t)R * D, 1.7, 0), output = acts((size_t)V * D, 3 / sqrt((double)D), 0), dx = acts_out(x.n);
     Floats doutput = floats(output.n, 0.001, 0);
@@ -1065,7 +1077,7 @@ static void output_loss_case(int R, int D, int V) {
 static void test_output_loss(void) {
     output_loss_case(300, 8, 16), output_loss_case(9, 24, 64), output_loss_case(4, 16, 32000);
     output_loss_case(5, 8, 4104);
-    if (!gpu.plain) return;
+    if (!odd_shapes) return;
     output_loss_case(20, 3, 5), output_loss_case(7, 5, 11), output_loss_case(5, 3, 4099);
 }
 
@@ -1075,11 +1087,11 @@ static void test_far_loss(void) {
     static const char *const names[3] = {"two logits of 1e20", "a logit 20 above the others", "a logit that overflows"};
     for (int i = 0; i < 6; i++) {
         int kind = i / 2, V = i % 2 ? 64 : 5, target = kind == 2 ? 1 : V - 2;
-        if (!gpu.plain && V == 5) continue;
+        if (!odd_shapes && V == 5) continue;
         Dims d = sizes(1, 1, 1);
         d.V = V;
         begin(d, "output_loss, V %d, %s", V, names[kind]);
-        MUST_SUPPORT(loss_fast_supports(V));
+        SUPPORTS(loss_fast_supports(V));
         float *row = random_numbers(V, 1, -20), *one = random_numbers(1, 0, kind == 2 ? 1e20 : 1);
         row[target] = kind == 0 ? 1e20f : kind == 1 ? 0 : 1, row[V - 1] = kind == 0 ? 1e20f : kind == 1 ? -20 : -1e30f;
         Acts x = acts_from(one, 1), output = acts_from(row, V), dx = acts_out(1);
@@ -1131,7 +1143,7 @@ static void tiles_case(int B, int L, int D, int N, int partial) {
     Dims d = sizes(B, L, D);
     d.N = N;
     begin(d, "cema's tiles, B %d L %d D %d N %d%s", B, L, D, N, partial ? ", dh" : "");
-    MUST_SUPPORT(cema_fast_supports(d));
+    SUPPORTS(cema_fast_supports(d));
     const size_t R = (size_t)B * L, states = (size_t)B * 2 * N * D, blocks = ceil_div(L, CEMA_BLOCK);
     const size_t n = (size_t)5 * N * D + D, max_shared = gpu.max_shared;
     CoeffsTwice c = random_cema(D, N, 0);
@@ -1662,30 +1674,29 @@ static void test_emulator(void) {
 #endif
 
 int main(int argc, char **argv) {
-    enum { PLAIN = 1, FAST = 2, ONCE = 4 }; // with which kernels a test runs; ONCE: it chooses them itself
     static const struct {
         const char *name;
         void (*run)(void);
-        int with;
+        int passes;
     } tests[] = {
-        {"sums", test_sums, PLAIN | FAST},
+        {"sums", test_sums, PLAIN | FAST | DISPATCH},
         {"embedding", test_embedding, PLAIN},
         {"dropout", test_dropout, PLAIN},
-        {"timestep_norm", test_timestep_norm, PLAIN | FAST},
-        {"cema", test_cema, PLAIN | FAST},
+        {"timestep_norm", test_timestep_norm, PLAIN | FAST | DISPATCH},
+        {"cema", test_cema, PLAIN | FAST | DISPATCH},
         {"ranks", test_ranks, PLAIN},
-        {"rmsnorm", test_rmsnorm, PLAIN | FAST},
+        {"rmsnorm", test_rmsnorm, PLAIN | FAST | DISPATCH},
         {"linear", test_linear, PLAIN | FAST},
-        {"qk", test_qk, PLAIN | FAST},
+        {"qk", test_qk, PLAIN | FAST | DISPATCH},
         {"gates", test_gates, PLAIN | FAST},
         {"far gates", test_far_gates, PLAIN | FAST},
-        {"attention", test_attention, PLAIN | FAST},
-        {"far attention", test_far_attention, PLAIN | FAST},
-        {"layernorm", test_layernorm, PLAIN | FAST},
+        {"attention", test_attention, PLAIN | FAST | DISPATCH},
+        {"far attention", test_far_attention, PLAIN | FAST | DISPATCH},
+        {"layernorm", test_layernorm, PLAIN | FAST | DISPATCH},
         {"rescale", test_rescale, PLAIN},
         {"add", test_add, PLAIN},
-        {"output_loss", test_output_loss, PLAIN | FAST},
-        {"far output_loss", test_far_loss, PLAIN | FAST},
+        {"output_loss", test_output_loss, PLAIN | FAST | DISPATCH},
+        {"far output_loss", test_far_loss, PLAIN | FAST | DISPATCH},
         {"optimizer", test_optimizer, PLAIN},
 #ifdef FAST_KERNELS
         {"sum_parts_fast", test_sum_parts_fast, FAST},
@@ -1701,12 +1712,11 @@ int main(int argc, char **argv) {
 #endif
     };
     printf("%s\n%-48s %9s  %6s\n", megalodon_backend(), "", "rel. L2", "tol");
-    for (int with = PLAIN; with <= ONCE; with *= 2) {
+    for (pass = PLAIN; pass <= ONCE; pass *= 2) {
+        gpu.plain = pass == PLAIN || !HAS_FAST, odd_shapes = pass != FAST;
         for (const auto &test : tests) {
-            if (!(test.with & with) || (with == FAST && !HAS_FAST)) continue;
-            if (argc > 1 && strstr(test.name, argv[1]) == NULL) continue;
-            gpu.plain = with == PLAIN || !HAS_FAST;
-            test.run();
+            if (!(test.passes & pass) || ((pass == FAST || pass == DISPATCH) && !HAS_FAST)) continue;
+            if (argc < 2 || strstr(test.name, argv[1])) test.run();
         }
     }
     return cpu_check_done();

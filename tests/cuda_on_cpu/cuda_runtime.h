@@ -116,6 +116,7 @@ inline float __uint_as_float(unsigned x) {
     memcpy(&f, &x, sizeof f);
     return f;
 }
+inline int __ffs(int x) { return __builtin_ffs(x); } // number of the lowest bit, from 1; 0: none
 inline double rsqrt(double x) { return 1 / sqrt(x); }
 
 inline thread_local uint3 threadIdx, blockIdx;
@@ -402,15 +403,20 @@ template <typename T> inline T __shfl_down_sync(unsigned mask, T x, unsigned ste
     return emu_shuffle(mask, x, from < warpSize ? from : emu_lane());
 }
 
-// A word whose bit i is lane i's vote; lanes that have returned vote 0.
-inline unsigned __ballot_sync(unsigned mask, int vote) {
-    unsigned word = 0;
+// A bit for each lane whose predicate is not 0.
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+    unsigned bits = 0;
+    EmuWarp *warp = emu_whole_warp(mask);
+    unsigned turn = warp->barrier.turn;
+    auto *slots = warp->slots[turn % 2];
+    slots[emu_lane()].turn = turn + 1;
+    slots[emu_lane()].bits = predicate != 0;
+    emu_wait(&warp->barrier);
     for (int lane = 0; lane < warpSize; lane++) {
-        if (emu_shuffle(mask, (int)(vote != 0), lane) == 1) word |= 1u << lane;
+        if (slots[lane].turn == turn + 1 && slots[lane].bits) bits |= 1u << lane;
     }
-    return word;
+    return bits;
 }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 
 typedef float EmuFloats __attribute__((vector_size(16)));
 typedef double EmuDoubles __attribute__((vector_size(32)));
