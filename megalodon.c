@@ -1493,23 +1493,12 @@ static void block_backward(Model *m, int layer) {
 
 static real embedding_scale(const Config *c) { return c->scale_emb ? (real)sqrt(c->model_dim) : 1; }
 
-// CEMA's coefficients of the present parameters.
-static void update_coeffs(Model *m) {
-    for (int l = 0; l < m->config.num_layers && !m->coeffs_valid; l++) {
-        const LayerParams *w = &m->params.layers[l];
-        cema_coeffs_forward(&m->coeffs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma,
-                            m->config.model_dim, m->config.cema_ndim);
-    }
-    m->coeffs_valid = 1;
-}
-
 // What the layers and the backward pass need to know of the incoming state.
 static void begin_forward(Model *m, const State *state) {
-    if (m->mode != MEGALODON_INFER || m->cp.cp_size > 1) keep_state(m, state);
-    for (int b = 0; b < m->dims.B; b++) {
-        m->past[b] = state ? (int)(state->count[b] % m->config.chunk_size) : 0;
-        if (m->cp.cp_size > 1) m->before.count[b] += m->cp_start;
-    }
+    int parallel = m->cp.cp_size > 1;
+    read_past(m, state);
+    if (m->mode != MEGALODON_INFER || parallel) keep_state(m, state);
+    for (int b = 0; parallel && b < m->dims.B; b++) m->before.count[b] += m->cp_start;
 }
 
 void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int L) {

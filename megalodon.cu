@@ -58,6 +58,7 @@ enum {
     LOGITS = 1 << 27, // logits that exist at a time, at most, but at least LOGIT_ROWS rows
     LOGIT_ROWS = 128,
     SUM_PARTS = 256,    // parts of a sum over rows
+    MAX_BLOCKS = 8192,  // thread blocks of a kernel whose threads may have several elements
     EMBED_PARTS = 8192, // thread blocks that the embedding's gradient is divided into, at least, if V is smaller
 };
 
@@ -85,8 +86,11 @@ static const double PI = 3.14159265358979323846;
 // Thread blocks of `threads` threads for n elements.
 static unsigned blocks_for(size_t n, int threads) { return (unsigned)((n + (size_t)threads - 1) / (size_t)threads); }
 
-// Index of this thread in the grid, for kernels in which a thread has one element.
+// Index of this thread in the grid, and the number of threads of the grid.
 static __device__ size_t thread_index(void) { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
+static __device__ size_t grid_threads(void) { return (size_t)gridDim.x * blockDim.x; }
+// A grid for n elements. With more than MAX_BLOCKS thread blocks a thread has several elements.
+#define ELEMENT_GRID(n) ((n) / THREADS < MAX_BLOCKS ? (unsigned)((n) / THREADS + 1) : (unsigned)MAX_BLOCKS), THREADS
 
 // ----------------------------------------------------------------------------
 // device functions that several kernels use
@@ -275,6 +279,10 @@ static __global__ void embedding_backward_kernel(float *dembed, float *parts, co
 }
 
 static int embedding_parts(int R, int V) { return max_int(1, min_int(EMBED_PARTS / V, ceil_div(R, THREADS))); }
+static size_t embedding_workspace(Dims d) {
+    int P = embedding_parts(d.B * d.L, d.V);
+    return P > 1 ? (size_t)P * d.V * d.D * sizeof(float) : 0; // a single part is added to the gradient at once
+}
 
 static void embedding_backward(float *dembed, const floatX *dout, const int32_t *tokens, float scale, int R, int D,
                                int V) {
@@ -1120,20 +1128,21 @@ static void qk_layer_backward(floatX *dz_out, float *dgamma, float *dbeta, float
 
 // ----------------------------------------------------------------------------
 // silu(x) = x sigmoid(x), and the gate out = a silu(b): the attention's (o, r) and the FFN's (f3, f1)
-// In each kernel a thread has an element. The time is that of reading and writing memory, so each backward kernel also
-// computes the forward output again: the product after it needs that output for the gradient of its weights.
+// Mapping: a thread has several elements, grid_threads() apart. The time is that of reading and writing memory, so each
+// backward kernel also computes the forward output again: the product after it needs that output for the gradient of
+// its weights.
 
 // Memory: reads and writes n.
 static __global__ void silu_forward_kernel(floatX *out, const floatX *inp, size_t n) {
-    size_t i = thread_index();
-    if (i >= n) return;
-    float x = to_float(inp[i]);
-    out[i] = to_floatX(x * sigmoid(x));
+    for (size_t i = thread_index(); i < n; i += grid_threads()) {
+        float x = to_float(inp[i]);
+        out[i] = to_floatX(x * sigmoid(x));
+    }
 }
 
 static void silu_forward(floatX *out, const floatX *inp, size_t n) {
     FAST(1, silu_fast_forward(out, inp, n));
-    silu_forward_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
+    silu_forward_kernel<<<ELEMENT_GRID(n)>>>(out, inp, n);
 }
 
 // Forward line: out = x sigmoid(x). dx = dout s (1 + x (1 - s)) with s = sigmoid(x). out is computed again, for the
@@ -1141,47 +1150,47 @@ static void silu_forward(floatX *out, const floatX *inp, size_t n) {
 // Memory: reads 2 n, writes n or 2 n.
 static __global__ void silu_backward_kernel(floatX *out, floatX *dinp, const floatX *dout, const floatX *inp,
                                             size_t n) {
-    size_t i = thread_index();
-    if (i >= n) return;
-    float x = to_float(inp[i]), s = sigmoid(x);
-    dinp[i] = to_floatX(to_float(dout[i]) * (s * (1 + x * (1 - s))));
-    if (out) out[i] = to_floatX(x * s);
+    for (size_t i = thread_index(); i < n; i += grid_threads()) {
+        float x = to_float(inp[i]), s = sigmoid(x);
+        dinp[i] = to_floatX(to_float(dout[i]) * (s * (1 + x * (1 - s))));
+        if (out) out[i] = to_floatX(x * s);
+    }
 }
 
 static void silu_backward(floatX *out, floatX *dinp, const floatX *dout, const floatX *inp, size_t n) {
     FAST(1, silu_fast_backward(out, dinp, dout, inp, n));
-    silu_backward_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, dinp, dout, inp, n);
+    silu_backward_kernel<<<ELEMENT_GRID(n)>>>(out, dinp, dout, inp, n);
 }
 
 // Memory: reads 2 n, writes n.
 static __global__ void gate_forward_kernel(floatX *out, const floatX *a, const floatX *b, size_t n) {
-    size_t i = thread_index();
-    if (i >= n) return;
-    float x = to_float(b[i]);
-    out[i] = to_floatX(to_float(a[i]) * (x * sigmoid(x)));
+    for (size_t i = thread_index(); i < n; i += grid_threads()) {
+        float x = to_float(b[i]);
+        out[i] = to_floatX(to_float(a[i]) * (x * sigmoid(x)));
+    }
 }
 
 static void gate_forward(floatX *out, const floatX *a, const floatX *b, size_t n) {
     FAST(1, gate_fast_forward(out, a, b, n));
-    gate_forward_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, a, b, n);
+    gate_forward_kernel<<<ELEMENT_GRID(n)>>>(out, a, b, n);
 }
 
 // Forward line: out = a silu(b). da = dout silu(b), db = dout a silu'(b). out is computed again, see silu_backward.
 // da may be dout. Memory: reads 3 n, writes 3 n.
 static __global__ void gate_backward_kernel(floatX *out, floatX *da, floatX *db, const floatX *dout, const floatX *a,
                                             const floatX *b, size_t n) {
-    size_t i = thread_index();
-    if (i >= n) return;
-    float x = to_float(b[i]), s = sigmoid(x), dy = to_float(dout[i]), y = to_float(a[i]);
-    if (out) out[i] = to_floatX(y * (x * s));
-    db[i] = to_floatX(dy * (y * (s * (1 + x * (1 - s)))));
-    da[i] = to_floatX(dy * (x * s));
+    for (size_t i = thread_index(); i < n; i += grid_threads()) {
+        float x = to_float(b[i]), s = sigmoid(x), dy = to_float(dout[i]), y = to_float(a[i]);
+        if (out) out[i] = to_floatX(y * (x * s));
+        db[i] = to_floatX(dy * (y * (s * (1 + x * (1 - s)))));
+        da[i] = to_floatX(dy * (x * s));
+    }
 }
 
 static void gate_backward(floatX *out, floatX *da, floatX *db, const floatX *dout, const floatX *a, const floatX *b,
                           size_t n) {
     FAST(1, gate_fast_backward(out, da, db, dout, a, b, n));
-    gate_backward_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, da, db, dout, a, b, n);
+    gate_backward_kernel<<<ELEMENT_GRID(n)>>>(out, da, db, dout, a, b, n);
 }
 
 // ----------------------------------------------------------------------------
@@ -1827,49 +1836,40 @@ static void advance(int64_t *count, int B, int64_t L) {
     advance_kernel<<<blocks_for(B, THREADS), THREADS>>>(count, B, L);
 }
 
-// Reads from the state how many tokens each sequence's unfinished chunk has.
-static void read_past(Model *m, const State *state) {
-    int B = m->dims.B;
-    int64_t *counts = (int64_t *)calloc((size_t)B, sizeof *counts);
-    assert(counts);
-    if (state) memory_copy(counts, state->count, (size_t)B * sizeof *counts);
-    for (int b = 0; b < B; b++) m->past[b] = (int)(counts[b] % m->dims.C);
-    free(counts);
-}
-
 #ifdef FAST_KERNELS
 #include "kernels/decode.cuh"
 #endif
 
+// What the layers and the backward pass need to know of the incoming state.
+static void begin_forward(Model *m, const State *state) {
+    int parallel = m->cp.cp_size > 1;
+    read_past(m, state);
+    if (m->mode != MEGALODON_INFER || parallel) keep_state(m, state);
+    if (parallel) advance(m->before.count, m->dims.B, m->cp_start);
+}
+
 void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int L) {
     const Config *c = &m->config;
-    int layers = c->num_layers, with_ranks = m->cp.cp_size > 1;
+    int parallel = m->cp.cp_size > 1, layers = c->num_layers;
     size_t R = (size_t)B * L;
     assert(B > 0 && L > 0 && B <= m->max_B && L <= m->max_L && (!state || state->B == B));
     for (size_t i = 0; i < R; i++) assert(tokens[i] >= 0 && tokens[i] < c->vocab_size);
-    const Dims d = m->dims = dims_of(c, B, L);
-    m->acts_layer = -1;
+    m->dims = dims_of(c, B, L), m->acts_layer = -1;
     begin_layers(m);
     memory_copy(m->tokens, tokens, R * sizeof *tokens);
-    for (int l = 0; l < layers && !m->coeffs_valid; l++) {
-        const LayerParams *w = &m->params.layers[l];
-        cema_coeffs_forward(&m->coeffs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, d.D, d.N);
-    }
-    m->coeffs_valid = 1;
+    update_coeffs(m);
     FAST(decode_fast_supports(m, state), decode_token(m, state));
-    read_past(m, state);
-    if (m->mode != MEGALODON_INFER || with_ranks) keep_state(m, state);
-    if (with_ranks) advance(m->before.count, B, m->cp_start);
-    const State *in = with_ranks ? &m->before : state;
-    m->combining = with_ranks;
+    begin_forward(m, state);
+    const State *in = parallel ? &m->before : state;
 
-    embedding_forward(m->x[0], m->tokens, rounded(m, m->params.embed), embedding_scale(c), (int)R, d.D);
-    dropout(m->x[0], m->x[0], mask_of(m, -1, DROP_EMBED, c->dropout, d.D), R * d.D);
+    m->combining = parallel;
+    embedding_forward(m->x[0], m->tokens, rounded(m, m->params.embed), embedding_scale(c), B * L, c->model_dim);
+    dropout(m->x[0], m->x[0], mask_of(m, -1, DROP_EMBED, c->dropout, c->model_dim), R * c->model_dim);
     for (int l = 0; l < layers; l++) block_forward(m, l, in, state);
     timestep_norm_layer_forward(m, layers, m->final, m->final_mean, m->final_rstd, m->x[layers],
                                 m->params.final_norm_weight, m->params.final_norm_bias, in, state);
     m->combining = 0;
-    if (state) advance(state->count, B, with_ranks ? m->cp_length : L);
+    if (state) advance(state->count, B, parallel ? m->cp_length : L);
 }
 
 double megalodon_loss(Model *m, const int32_t *targets, double grad_scale, int64_t *counted, real *losses) {
@@ -1937,9 +1937,13 @@ void megalodon_zero_grad(Model *m) { memory_clear(m->memory[GRADS], m->num_param
 // Formula: sums[block] = sum of x^2 over the elements of this thread block, added to sums[block] if `add`.
 // Mapping: a thread has every (gridDim.x * THREADS)-th element. Memory: reads n.
 static __global__ void square_kernel(double *sums, const float *x, size_t n, int add) {
+    enum { LOADS = 8 };
     double sum = 0;
-#pragma unroll 8
-    for (size_t i = thread_index(); i < n; i += (size_t)gridDim.x * THREADS) sum += (double)x[i] * x[i];
+    for (size_t i = thread_index(); i < n; i += LOADS * grid_threads()) {
+        float some[LOADS]; // loads in flight
+        for (int k = 0; k < LOADS; k++) some[k] = i + k * grid_threads() < n ? x[i + k * grid_threads()] : 0;
+        for (int k = 0; k < LOADS; k++) sum += (double)some[k] * some[k];
+    }
     sum = block_sum(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum + (add ? sums[blockIdx.x] : 0);
 }

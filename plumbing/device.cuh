@@ -162,7 +162,7 @@ static size_t tile_scores(int C);
 static size_t timestep_norm_workspace(Dims d);
 static size_t cema_workspace(Dims d);
 static size_t attention_workspace(Dims d);
-static int embedding_parts(int R, int V);
+static size_t embedding_workspace(Dims d);
 static void copy_to_floatX(floatX *out, const float *inp, size_t n);
 #ifdef FAST_KERNELS
 static size_t attention_fast_scores(Dims d);
@@ -182,7 +182,7 @@ static size_t scores_size(const Model *m, Dims d) {
 
 static size_t workspace_size(const Model *m, Dims d) {
     size_t widest = (size_t)max_int(max_int(d.D, d.E), max_int(2 * d.Z, d.F)), embedding = 0;
-    if (m->mode != MEGALODON_INFER) embedding = (size_t)embedding_parts(d.B * d.L, d.V) * d.V * d.D * sizeof(float);
+    if (m->mode != MEGALODON_INFER) embedding = embedding_workspace(d);
     size_t sizes[] = {timestep_norm_workspace(d), cema_workspace(d), attention_workspace(d),
                       SUM_PARTS * widest * sizeof(float), embedding},
            most = 0;

@@ -216,6 +216,8 @@ static void begin_layers(Model *m); // before a public function runs layers
 static void read_floatX(real *dst, const floatX *src, size_t n); // to host memory
 static void block_again(Model *m, int layer); // computes a block's activations, unless they are in memory
 static void rope_table(real *table, int C, int dz, double base);
+static void cema_coeffs_forward(Coeffs *c, const real *alpha, const real *delta, const real *theta, const real *gamma,
+                                int D, int N);
 static void qk_layer_forward(floatX *q, floatX *k, floatX *zn, real *z_rstd, const floatX *z, const real *gamma,
                              const real *beta, const real *table, const int64_t *count, Dims d, double eps);
 static void silu_forward(floatX *out, const floatX *inp, size_t n);
@@ -480,6 +482,26 @@ static void keep_state(Model *m, const State *state) {
     } else if (m->has_before) {
         memory_clear(s->memory, s->bytes);
     }
+}
+
+// Reads from the state how many tokens each sequence's unfinished chunk has.
+static void read_past(Model *m, const State *state) {
+    size_t B = (size_t)m->dims.B;
+    int64_t *counts = (int64_t *)calloc(B, sizeof *counts);
+    assert(counts);
+    if (state) memory_copy(counts, state->count, B * sizeof *counts);
+    for (size_t b = 0; b < B; b++) m->past[b] = (int)(counts[b] % m->dims.C);
+    free(counts);
+}
+
+// Computes CEMA's coefficients, if the parameters have changed since the last forward pass.
+static void update_coeffs(Model *m) {
+    for (int l = 0; l < m->config.num_layers && !m->coeffs_valid; l++) {
+        const LayerParams *w = &m->params.layers[l];
+        cema_coeffs_forward(&m->coeffs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma,
+                            m->config.model_dim, m->config.cema_ndim);
+    }
+    m->coeffs_valid = 1;
 }
 
 // ----------------------------------------------------------------------------
