@@ -51,7 +51,7 @@ Where the released code differs from the paper, or seems to
   makes both the same model.
 - The paper normalizes z to length 1. The released code has RMSNorm, which makes it sqrt(dz) long, and the factor
   1/sqrt(dz) in both q and k. Apart from norm_eps both are the same. The scores get no further scale.
-- The attention sub-layer adds its own residual, the block only that of the FFN. The numbers are the paper's.
+- The attention sub-layer adds its own residual x. The block adds only the FFN's residual, which is x again.
 */
 #ifndef MEGALODON_H
 #define MEGALODON_H
