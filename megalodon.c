@@ -49,10 +49,10 @@ enum { CEMA_BLOCK = 64 }; // tokens of a token block, see cema_forward
 #include "plumbing/model.h"
 
 enum {
-    QUERY_TILE = 64,  // rows of the score matrix computed at once
-    LOGITS = 1 << 22, // elements of logits that exist at a time, at most
-    LOGIT_ROWS = 128, // but at least so many rows of them
-    COLUMNS = 16,     // columns that one task sums over all rows, for gradients of parameters
+    QUERY_TILE = 64,      // rows of the score matrix computed at once
+    LOGITS = 1 << 22,     // elements of logits that exist at a time, at most
+    LOGIT_ROWS = 128,     // but at least so many rows of them
+    COLUMNS = 16,         // columns that one task sums over all rows, for gradients of parameters
     PARALLEL_MIN = 32768, // below this many operations, run serially; see is_large()
 };
 
@@ -696,7 +696,7 @@ static void rmsnorm_forward(real *out, real *rstd, const real *inp, const real *
 }
 
 // a (D) = dy (weight + 1), the gradient w.r.t. the normalized row n in y = n (weight + 1). weight NULL: a = dy.
-static inline void unscale(real *a, const real *dy, const real *weight, int D) {
+static inline void normalized_gradient(real *a, const real *dy, const real *weight, int D) {
     if (!weight) {
         memcpy(a, dy, (size_t)D * sizeof *a);
         return;
@@ -714,7 +714,7 @@ static void rmsnorm_backward(real *dinp, real *dweight, const real *dout, const 
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
         real *a = dinp + (size_t)r * D, *dx = a, s = rstd[r], dot = 0; // a is kept where dx will be
-        unscale(a, dy, weight, D);
+        normalized_gradient(a, dy, weight, D);
 #pragma omp simd reduction(+ : dot)
         for (int c = 0; c < D; c++) dot += a[c] * (x[c] * s);
         dot /= D;
@@ -1025,7 +1025,6 @@ static void attention_chunk_backward(real *dq, real *dk, real *dv, real *scores,
     matmul(dv, d.E, add ? dv : NULL, transposed(scores, nk), matrix(dout, d.E), NULL, nk, value_dim, nq);
 }
 
-
 // Copies the keys and values of n tokens of row b, from token t on, into the cache, from position `at` on.
 static void cache_chunk(real *cache_k, real *cache_v, const real *k, const real *v, int b, int t, int at, int n,
                         Dims d) {
@@ -1145,7 +1144,7 @@ static void layernorm_backward(real *dinp, real *dweight, real *dbias, const rea
         const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
         real *a = dinp + (size_t)r * D, *dx = a, sum = 0, dot = 0; // a is kept where dx will be
         double m = mean[r], s = rstd[r];
-        unscale(a, dy, weight, D);
+        normalized_gradient(a, dy, weight, D);
 #pragma omp simd reduction(+ : sum, dot)
         for (int c = 0; c < D; c++) {
             sum += a[c];
