@@ -121,7 +121,8 @@ static __global__ void attention_fast_forward_kernel(floatX *scores, float *lse,
 
 // Forward lines: P = softmax(S), o = P v.
 // Formula: P_ij = e^(S_ij - lse_i) again, divided by its sum, since lse_i is rounded; dS_ij = P_ij (dP_ij - sum_j P_ij
-//   dP_ij). With dropout, v and dP meet P under the mask. scores: S, replaced by P; dscores: dP, replaced by dS.
+//   dP_ij). With dropout, o = (mask P) v: dP is multiplied by the mask, and scores gets mask P, from which dv is
+//   computed. scores: S, replaced by P; dscores: dP, replaced by dS.
 // Mapping: a warp has a query, a lane every 32nd vector.
 // Memory: reads both twice (they are in the L2 cache), writes both once.
 // Passes: 1. sum of P and of P dP. 2. P and dS, zero above the diagonal.

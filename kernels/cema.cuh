@@ -19,7 +19,7 @@ has a channel and computes the channel's matrices from q in registers; they are 
 
 Kernels: 1. ends: P x. 2. scan over token blocks: h_end = q^T h0 + P x, which is the next h0. 3. tokens: y.
 Backward, G_t = conj(g) dy_t + conj(q) G_(t+1) and dx_t = omega dy_t + sum_n p Re G_t are the same system run from the
-last token to the first, for the conjugates, with g q and p in each other's place. So the kernels are the same, too.
+last token to the first, for the conjugates, with g q instead of p, and p instead of g q. So the same kernels run both.
 
 States are (D, columns, N) complex numbers. A thread block has CEMA_CHANNELS channels of CEMA_COLUMNS columns, whose
 tokens it copies to shared memory; modes are taken eight at a time.
@@ -30,15 +30,13 @@ Measured: see dev/notes/kernels.md
 #include "mma.cuh"
 
 enum {
-    CEMA_COLUMNS = 32,  // token blocks,
-    CEMA_CHANNELS = 16, // channels,
-    CEMA_WARPS = 8,     // and warps of a thread block
-    // pairs of tokens of a column in shared memory, and of a channel: padded to avoid shared-memory bank conflicts
-    CEMA_PAIRS = CEMA_BLOCK / 2 + 4,
-    CEMA_TILE = CEMA_COLUMNS * CEMA_PAIRS + 2,
-    // bfloat16 terms of a float operand, see mma.cuh
-    OUT_TERMS = 2,  // where the result is rounded to bfloat16
-    STATE_TERMS = 3 // where the result is a float
+    CEMA_COLUMNS = 32,                         // token blocks of a thread block's tile
+    CEMA_CHANNELS = 16,                        // channels of a thread block's tile
+    CEMA_WARPS = 8,                            // warps of a thread block
+    CEMA_PAIRS = CEMA_BLOCK / 2 + 4,           // pairs of tokens of a column in shared memory, padded (bank conflicts)
+    CEMA_TILE = CEMA_COLUMNS * CEMA_PAIRS + 2, // pairs of tokens of a channel in shared memory, padded
+    OUT_TERMS = 2,                             // terms of a float operand (mma.cuh) for results rounded to bfloat16
+    STATE_TERMS = 3                            // terms of a float operand for results in float
 };
 
 static size_t cema_tile_bytes(int channels) { return (size_t)channels * CEMA_TILE * sizeof(Pair); }
@@ -87,10 +85,10 @@ static __device__ CemaMode cema_mode(const Coeffs &coeffs, int n, int c, Dims d)
 
 enum { FROM_FIRST, FROM_LAST, FROM_END };
 
-static __device__ const uint32_t cema_zeros[4] = {0, 0, 0, 0}; // what is loaded where there is no token
+static __device__ const uint32_t cema_zeros[4] = {0, 0, 0, 0}; // read instead of tokens outside of a column
 
 // Copies the tokens of a thread block of COUNT threads to its tiles, or from them to x if `write`.
-// Mapping: a thread has VEC channels of two tokens, AT_ONCE times with loads in flight together.
+// Mapping: a thread has VEC channels of two tokens. It issues the loads of AT_ONCE such pairs before it uses them.
 // The caller must __syncthreads() before it reads the tiles.
 template <int CHANNELS, int COUNT>
 static __device__ void cema_copy(floatX *x, Pair *tiles, bool write, int order, Dims d) {

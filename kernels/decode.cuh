@@ -26,7 +26,7 @@ Measured: see dev/notes/kernels.md.
 */
 #pragma once
 
-// Warps of a thread block in kernels 1 and 4; in kernel 4 it has as many columns of values.
+// Warps of a thread block in kernels 1 and 4, and columns of values of a thread block in kernel 4.
 enum { VALUE_COLUMNS = 16 };
 
 // ----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ before. So there are no tiles: `split` warps share an output's row of weights, a
 - A launch has up to four linear maps that share K, one after another in the grid, so that small ones do not leave the
   GPU half empty.
 - With programmatic dependent launch a kernel starts while the one before it ends. Before pdl_wait() it loads what no
-  kernel of this token writes: the first weights, biases and scales. They are on their way while it waits.
+  kernel of this token writes: the first weights, biases and scales. So these loads overlap with the wait.
 - Each thread block normalizes its input again, in shared memory: cheaper than one more kernel.
 
 Requires: bfloat16, K divisible by 8, weights that begin at multiples of 16 bytes; with a norm, 2 B K bytes of shared
@@ -69,7 +69,7 @@ typedef struct {
     int M, silu, norm; // norm: NO_NORM, ..
 } Linear;
 typedef struct {
-    Linear of[4]; // M 0: none
+    Linear of[4]; // unused ones have M = 0
 } Linears;
 
 // The next vectors of a row of weights, still packed: unpacked they would need twice the registers.

@@ -1,14 +1,14 @@
 /*
-kernels.cuh: the list of the fast kernels. megalodon.cu includes it in bfloat16 builds, unless PLAIN=1. Each file replaces
-plain functions of megalodon.cu, which call it in a line FAST(supported, call):
+kernels.cuh: the list of the fast kernels. megalodon.cu includes it in bfloat16 builds, unless PLAIN=1. Each file
+replaces plain functions of megalodon.cu, which call it in a line FAST(supported, call):
 
-    matmul.cuh         linear_*: cuBLASLt with chosen algorithms, biases and residuals added by the product
-    elementwise.cuh    silu_*, gate_*: 16 bytes for each thread
+    matmul.cuh         linear_*: cuBLASLt, which adds biases and residuals in the same kernel
+    elementwise.cuh    silu_*, gate_*: a thread loads 16 bytes with one instruction
     timestep_norm.cuh  timestep_norm_*: token blocks in a warp, columns in registers
     cema.cuh           cema_forward: token blocks as matrix products on tensor cores (mma.cuh)
     cema_backward.cuh  cema_backward: the same for the gradients
-    norms.cuh          rmsnorm_*, layernorm_*, sum_rows: rows in registers
-    qk.cuh             qk_layer_*: norm, affine and rotation in one kernel
+    norms.cuh          rmsnorm_*, layernorm_*: rows in registers; sum_rows of biases
+    qk.cuh             qk_layer_*: norm, affine map and rotation in one kernel
     attention.cuh      attention_*: all chunks in one batch, softmax on vectors
     loss.cuh           cross_entropy: softmax on vectors
     decode.cuh         megalodon_forward for one token: seven kernels for each layer (gemv.cuh)

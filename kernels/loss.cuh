@@ -24,7 +24,7 @@ static __device__ float rescaled_sum(float sum, float max, float new_max) {
 
 // Formula: loss = log(sum + own) - (target's logit - max), where own = e^(target's logit - max) and sum is that of the
 //   other tokens. Keeping them apart preserves a small loss, and softmax - 1 at the target. Then with `grad`
-//   dlogit = grad_scale (softmax - onehot(target)), in the place of the logits.
+//   dlogit = grad_scale (softmax - onehot(target)), which overwrites the logits.
 // Mapping: a thread block has a row, a thread every blockDim.x-th vector.
 // Memory: reads the logits twice (the second time from cache), writes them once.
 // Passes: 1. running maximum and sum of a thread. 2. of the thread block. 3. loss. 4. gradient.

@@ -22,8 +22,8 @@ static __device__ uint32_t word_of(Pair pair) {
     return word;
 }
 
-// Two neighbours as words of P terms each. Loops of constant length are unrolled, here and below, so that arrays are
-// registers.
+// Splits two neighbours into P terms each: word p has term p of both. Loops of constant length are unrolled, here and
+// below, so that arrays are kept in registers.
 template <int P> static __device__ void split(uint32_t words[P], float x, float y) {
     for (int p = 0; p < P; p++) {
         __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
@@ -32,7 +32,8 @@ template <int P> static __device__ void split(uint32_t words[P], float x, float 
     }
 }
 
-// C += A B, with the largest products of terms: those that a product of max(P, Q) terms has room for.
+// C += A B. Products of term i of A and term j of B with i + j >= max(P, Q) are left out: they are below the last bit
+// that max(P, Q) terms represent.
 template <int P, int Q> static __device__ void multiply(float c[4], const uint32_t a[4][P], const uint32_t b[2][Q]) {
     for (int i = 0; i < P; i++) {
         for (int j = 0; j < Q && i + j < (P > Q ? P : Q); j++) {

@@ -1,6 +1,6 @@
 /*
-norms.cuh: RMSNorm and LayerNorm with rows in registers, and sums over rows. Replaces rmsnorm_forward(),
-rmsnorm_backward(), layernorm_forward(), layernorm_backward() and sum_rows() of megalodon.cu, where x is NULL.
+norms.cuh: RMSNorm and LayerNorm with rows in registers, and sums over rows. Replaces rmsnorm_forward() and
+rmsnorm_backward() if they have a weight, layernorm_forward(), layernorm_backward(), and sum_rows() if its x is NULL.
 
 The idea: the plain kernels read a row once for its statistics and again to normalize it, and the backward pass reads
 everything a third time for dweight and dbias. Here a thread block keeps ROWS whole rows in registers, so that x and dy

@@ -154,7 +154,7 @@ template <int W> static __device__ Groups groups_here(Dims d) {
 }
 static int max_groups(int W, Dims d) { return min_int(ACROSS * W / (d.D / d.G) + 2, d.G); }
 
-// What a group of a token is normalized with.
+// The statistics that normalize one group of one token.
 typedef struct {
     float mean, rstd;
 } Stats;
@@ -309,8 +309,8 @@ static __global__ void timestep_norm_fast_scan_backward_kernel(NormSums *blocks,
     }
 }
 
-// What dx of a group of a token is computed from, in one load of 16 bytes: dx = rstd w dy + shift + slope n with
-// n = (x - mean) rstd.
+// The numbers from which dx of one group of one token is computed, aligned so that one load reads them:
+// dx = rstd w dy + shift + slope n with n = (x - mean) rstd.
 struct alignas(16) NormFactors {
     float mean, rstd, shift, slope;
 };

@@ -1,5 +1,5 @@
-// device.cuh: the GPU of this process: errors, memory, cuBLAS; sums over threads. Included by megalodon.cu after
-// plumbing/model.h.
+// device.cuh: what megalodon.cu needs beside the layers: error checks, device memory, cuBLAS, sums over threads, and
+// what plumbing/model.h asks of a backend. Included by megalodon.cu after plumbing/model.h.
 #pragma once
 
 enum { BLAS_WORKSPACE = 1 << 25 }; // bytes of cuBLAS's workspace
@@ -13,8 +13,8 @@ static struct {
     char name[300];    // for megalodon_backend()
     size_t used, peak; // bytes of device memory allocated by this program
     cublasHandle_t blas;
-    void *blas_workspace; // BLAS_WORKSPACE bytes of our own, so that products are repeatable
-    char *workspace;      // of the model that is running, see workspace()
+    void *blas_workspace; // BLAS_WORKSPACE bytes, see "Results Reproducibility" in cuBLAS's documentation
+    char *workspace;      // scratch.workspace of the model that is running, see workspace()
     size_t workspace_bytes;
 } gpu;
 
@@ -51,7 +51,7 @@ static void memory_free(void *memory, size_t bytes) {
     gpu.used -= bytes;
 }
 static void memory_copy(void *dst, const void *src, size_t bytes) {
-    cudaCheck(cudaGetLastError()); // of the kernels that were launched since the last copy
+    cudaCheck(cudaGetLastError()); // reports errors of kernel launches since the last copy
     cudaCheck(cudaMemcpy(dst, src, bytes, cudaMemcpyDefault));
 }
 static void memory_clear(void *memory, size_t bytes) { cudaCheck(cudaMemsetAsync(memory, 0, bytes)); }
@@ -95,7 +95,7 @@ static int backend_open(int allocate) {
                 status == cudaSuccess ? "none found" : cudaGetErrorString(status));
         exit(1);
     }
-    int number = local_rank() % count; // the processes of a machine use its GPUs in turn
+    int number = local_rank() % count; // consecutive processes of a machine get different GPUs
     gpu.devices = count;
     cudaCheck(cudaSetDevice(number));
     cudaCheck(cudaGetDeviceProperties(&properties, number));
@@ -140,7 +140,7 @@ static __device__ float warp_max(float x) {
 static __device__ double block_sum(double x) {
     __shared__ double sums[WARP];
     x = warp_sum(x);
-    __syncthreads(); // the results of the last call have been read
+    __syncthreads(); // all threads have read the results of the last call
     if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = x;
     __syncthreads();
     return warp_sum(threadIdx.x % WARP < THREADS / WARP ? sums[threadIdx.x % WARP] : 0.0);
@@ -194,7 +194,7 @@ static size_t workspace_size(const Model *m, Dims d) {
     return most;
 }
 
-// The public functions that run layers call this first.
+// Selects the model's workspace. The public functions that run layers call this first.
 static void begin_layers(Model *m) {
     gpu.workspace = m->scratch.workspace;
     gpu.workspace_bytes = workspace_size(m, dims_of(&m->config, m->max_B, m->max_L));
@@ -216,7 +216,7 @@ static void params_written(Model *m, size_t first, size_t n) {
 }
 
 // ----------------------------------------------------------------------------
-// what megalodon.h says of the machine
+// the machine's functions of megalodon.h
 
 static int backend_threads(void) { return 1; }
 

@@ -4,7 +4,7 @@ megalodon.cu each include it once, so both backends have the same tensors in the
 
 The backend defines before it includes this file:
     floatX          element type of activations and of the rounded weights: real, or bfloat16
-    CEMA_BLOCK      tokens of a token block of CEMA, whose first state is kept for the backward pass
+    CEMA_BLOCK      tokens of a token block of CEMA; the state before each one is kept for the backward pass
 and after it the functions under "provided by the backend" below.
 */
 #pragma once
@@ -26,7 +26,8 @@ static Dims dims_of(const Config *c, int B, int L) {
     return d;
 }
 
-// TimestepNorm's state for one norm: count (B) tokens, mean and m2 (B,G). All NULL: nothing seen, or not kept.
+// TimestepNorm's state for one norm: count (B) tokens; mean (B,G); m2 (B,G) sum of squared deviations from the mean.
+// All NULL: as input a fresh state, as output not kept.
 typedef struct {
     int64_t *count;
     double *mean, *m2;
@@ -37,14 +38,15 @@ typedef struct {
     real *p, *q_re, *q_im, *g_re, *g_im;
 } Coeffs;
 
-// A dropout mask: which random words decide about which elements. Element i of the whole step's batch has word i % 4 of
-// Philox's counter (stream, step, layer, i/4), whichever thread, rank or backend asks.
+// A dropout mask: which random words decide about which elements. Element i of the whole step's batch (all batches and
+// ranks) has word i % 4 of Philox's counter (stream, step, layer, i/4), on every thread, rank and backend. This call's
+// tensor has `run` elements of each sequence: element j has i = first + j/run * row + j % run.
 typedef struct {
     double p; // probability that an element is dropped; 0: no dropout
     uint64_t seed;
     uint32_t stream, step, layer;
-    uint64_t first; // i of element 0
-    uint64_t row;   // elements of a whole sequence; of attention: of a whole sequence and head
+    uint64_t first; // i of this call's element 0
+    uint64_t row;   // elements of a whole sequence, of all ranks; in attention: of a sequence and head
     size_t run;     // elements of a sequence that this rank has; 0: all elements are contiguous in the batch
 } Mask;
 
@@ -76,16 +78,17 @@ typedef struct {
     floatX *f2;        // (B,L,D) hidden W2' before alpha, with rescale_nffn
 } LayerActs;
 
-// The activation table, in data-flow order: it allocates LayerActs and names what a dump holds.
+// A row of the activation table. The table is in data-flow order. It is used to allocate LayerActs, and to find the
+// activations that a dump contains.
 typedef struct {
     const char *name;    // in a dump, after "act.layers.i."; NULL: not dumped
-    size_t field, size;  // offset of the pointer in LayerActs, bytes of an element; size 0: computed when dumped
+    size_t field, size;  // offset of the pointer in LayerActs, bytes of an element; size 0: not stored, see COMPUTED
     char width;          // elements for each token: a letter of Dims, '1', or 'h' for CEMA's states
     Condition condition; // when it exists
 } ActivationRow;
 
 #define STORED(field, type) offsetof(LayerActs, field), sizeof(type)
-#define COMPUTED 0, 0
+#define COMPUTED 0, 0 // megalodon_activation() computes it again for a dump
 static const ActivationRow activation_table[] = {
     {NULL, STORED(norm_mean, double), 'G', ALWAYS},
     {NULL, STORED(norm_rstd, real), 'G', ALWAYS},
@@ -128,14 +131,15 @@ static int width_of(const Dims *d, char letter) {
     }
 }
 
-// Buffers that every layer uses in turn. Names that begin with d are gradients, and exist only with a backward pass.
+// Buffers that all layers share, one layer after another. Names that begin with d are gradients, and are allocated only
+// if there is a backward pass. do_ is dL/do, since `do` is a keyword.
 typedef struct {
     floatX *logits; // (logit_rows(V), V)
     floatX *dx;     // (B,L,D) gradient w.r.t. a block's output, then w.r.t. its input
     floatX *dy;     // (B,L,D) gradient w.r.t. the attention sub-layer's output
     floatX *dxt;    // (B,L,D)
     floatX *dmx;    // (B,L,D)
-    // of the attention sub-layer
+    // used by the attention sub-layer
     floatX *zn;     // (B,L,Z) z after its norm
     real *z_rstd;   // (B,L,H)
     floatX *q, *k;  // (B,L,Z) rotated
@@ -146,7 +150,7 @@ typedef struct {
     floatX *dq, *dk, *dz;       // (B,L,Z)
     floatX *do_, *dr_pre, *dv;  // (B,L,E)
     Coeffs dcoeffs;
-    // of the FFN sub-layer, in the same memory as those of the attention sub-layer
+    // used by the FFN sub-layer, in the same memory as those of the attention sub-layer
     floatX *hidden; // (B,L,F)
     floatX *dhidden, *df1;      // (B,L,F)
     char *workspace; // (workspace_size()) bytes that one layer function uses while it runs
@@ -157,7 +161,7 @@ struct Model {
     Mode mode;
     int max_B, max_L; // largest batch and length
     Dims dims;        // of the last forward
-    int threads;      // CPU: threads that scratch.scores has room for
+    int threads;      // CPU: threads that scratch.scores was allocated for
 
     Tensor *tensors; // (num_tensors) the parameter table
     int num_tensors;
@@ -167,7 +171,7 @@ struct Model {
     size_t shard_size; // elements in them
     MemoryPlan plan;
     real *memory[4]; // PARAMS, GRADS (num_params); MOMENT1, MOMENT2 (shard_size)
-    floatX *rounded; // (num_params) the parameters as matrix products read them; on the CPU and in float32 PARAMS itself
+    floatX *rounded; // (num_params) copy of PARAMS that matrix products read; PARAMS itself if floatX is real
     Params params, grads;
 
     char *acts_memory, *work_memory; // one allocation for the activations, one for all other buffers
@@ -183,18 +187,19 @@ struct Model {
     Coeffs *coeffs;                  // (num_layers)
     int coeffs_valid;                // they belong to the present parameters
     Scratch scratch;
-    int acts_layer; // layer whose activations the shared memory holds, -1: none; not in mode MEGALODON_TRAIN
+    int acts_layer; // layer whose activations the shared acts_memory holds; -1: none. Not used in mode MEGALODON_TRAIN
 
     DropoutKey dropout_key;
     int dropout_on;
-    State before;                               // the last forward's incoming state, without k and v
-    int has_before;                             // there was one; of a chunk-parallel rank always
-    int *past;                                  // (B) tokens in the unfinished chunk before the last forward; host memory
-    ChunkParallel cp;                           // cp_size 1: none; lengths in the backend's memory
-    int64_t cp_start, cp_length;                // this rank's first token, and tokens of the whole sequence
-    char *exchange;                             // buffers of the all-gathers: mine, all, combined
+    State before;                // copy of the last forward's incoming state, without k and v
+    int has_before;              // `before` is in use: there was a state, or this is a chunk-parallel rank
+    int *past;                   // (B) tokens of the unfinished chunk before the last forward; in host memory
+    ChunkParallel cp;            // cp_size 1: none; lengths in the backend's memory
+    int64_t cp_start, cp_length; // this rank's first token, and tokens of the whole sequence
+    char *exchange;              // of an all-gather: this rank's result, all ranks' results, the combined result
     size_t exchange_bytes;
-    int combining;                              // forward of a chunk-parallel rank, whose incoming state is not known yet
+    int combining; // 1 in megalodon_forward() of a chunk-parallel rank: each layer combines the ranks' states. 0 in
+                   // block_again(): `before` has this rank's states by then
     void (*on_grad_ready)(Model *, int bucket); // or NULL
 };
 
@@ -209,11 +214,11 @@ static size_t coeffs_stride(int D);                          // channels, rounde
 static size_t scores_size(const Model *m, Dims d);           // elements of scratch.scores
 static size_t workspace_size(const Model *m, Dims d);        // bytes of scratch.workspace
 static int logit_rows(int V);                                // rows of logits that exist at a time
-static void params_written(Model *m, size_t first, size_t n); // elements of PARAMS have changed
+static void params_written(Model *m, size_t first, size_t n); // called after elements of PARAMS have changed
 static int backend_open(int allocate); // before a model is planned (0) or allocated (1); returns 0 if out of memory
-static int backend_threads(void);          // see Model.threads
-static void begin_layers(Model *m); // before a public function runs layers
-static void read_floatX(real *dst, const floatX *src, size_t n); // to host memory
+static int backend_threads(void);                                // see Model.threads
+static void begin_layers(Model *m);                              // called before a public function runs layers
+static void read_floatX(real *dst, const floatX *src, size_t n); // copies to host memory
 static void block_again(Model *m, int layer); // computes a block's activations, unless they are in memory
 static void rope_table(real *table, int C, int dz, double base);
 static void cema_coeffs_forward(Coeffs *c, const real *alpha, const real *delta, const real *theta, const real *gamma,
@@ -318,7 +323,7 @@ static int shard_rank = 0, shard_ranks = 1;
 
 void megalodon_set_shard(int rank, int ranks) { shard_rank = rank, shard_ranks = ranks; }
 
-// A model with its tables but no memory for numbers. NULL if out of memory.
+// Returns a model with its tables, but without memory for parameters and activations; NULL if out of memory.
 static Model *model_outline(const Config *config, Mode mode, int B, int L) {
     size_t layers = (size_t)config->num_layers;
     Model *m = (Model *)calloc(1, sizeof *m);
@@ -340,11 +345,11 @@ static Model *model_outline(const Config *config, Mode mode, int B, int L) {
     return NULL;
 }
 
-// Bytes of n parameters, gradients or moments, with room for whole vectors; and of the rounded parameters.
+// Bytes of n parameters, gradients or moments, rounded up to whole vectors; and of n rounded parameters.
 static size_t buffer_bytes(size_t n) { return (n * sizeof(real) + 255) / 256 * 256; }
 static size_t rounded_bytes(size_t n) { return sizeof(floatX) < sizeof(real) ? buffer_bytes(n) / 2 : 0; }
 
-// Points the model's tables into its memory; with acts_memory and work_memory NULL only counts, into the plan.
+// Points the model's tables into its memory. If acts_memory and work_memory are NULL, only computes the plan's sizes.
 static void model_layout(Model *m) {
     Dims d = dims_of(&m->config, m->max_B, m->max_L);
     Arena acts = {m->acts_memory, 0}, work = {m->work_memory, 0};
@@ -441,7 +446,7 @@ void state_free(State *s) {
     free(s);
 }
 
-// k and v need not be cleared: what lies beyond count % C is not read.
+// k and v need not be cleared: of them only the first count % C tokens are read.
 void state_reset(State *s, int row) {
     size_t moments = (size_t)s->G * sizeof *s->mean, modes = s->modes * sizeof *s->h;
     memory_clear(s->count + row, sizeof *s->count);
@@ -573,7 +578,7 @@ static void *all_gather(Model *m, size_t bytes) {
     return m->exchange + bytes;
 }
 
-// Memory after all gathered results, for one more of them.
+// Memory for the combined result, after the gathered ones.
 static void *combined(Model *m, size_t bytes) { return m->exchange + ((size_t)m->cp.cp_size + 1) * bytes; }
 
 static const ActivationRow *activation_row(const char *name) {
@@ -636,7 +641,7 @@ int megalodon_activation(Model *m, int layer, const char *name, real *dst) {
 }
 
 // ----------------------------------------------------------------------------
-// a model's beginning
+// creating a model
 
 MemoryPlan megalodon_memory(const Config *config, Mode mode, int B, int L) {
     MemoryPlan plan = {0, 0, 0, 0, 0};
