@@ -11,7 +11,7 @@ ALL_LIBS = $(BASE_LIBS) $(LDLIBS)
 
 # gnu11: C11 with POSIX. NaN must stay NaN, so no -ffast-math: only what changes neither NaN nor infinity.
 BASE_CFLAGS = -std=gnu11 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp-simd
-# pass-failed: clang tells of every loop that it does not vectorise.
+# pass-failed: clang's warning for every loop that it does not vectorise.
 BASE_CFLAGS += -Wall -Wextra -Wshadow -Wno-pass-failed
 ifdef WERROR
 BASE_CFLAGS += -Werror
@@ -89,7 +89,7 @@ help:
 	@echo 'make test-mutants  checks these checks'
 	@echo 'make test-cross  builds for macOS and 64-bit ARM, and tests the latter in an emulator (Zig, QEMU)'
 	@echo 'make lint        compilers and checkers on plumbing/ (clang-tidy, cppcheck)'
-	@echo 'make fuzz        FUZZ_SECONDS=60 each: looks for files that readers do not survive (clang)'
+	@echo 'make fuzz        FUZZ_SECONDS=60 each: looks for files that crash a reader (clang)'
 	@echo 'make bench       where the time of a step goes; ARGS="--help" for more'
 	@echo 'make clean       removes what was built'
 	@echo 'Switches, for all of them: NO_OMP=1  NO_BLAS=1  NO_MPI=1  PORTABLE=1 (no -march=native)  WERROR=1'
@@ -228,7 +228,7 @@ cuda test-cuda bench-cuda diff:
 	@echo 'no nvcc: put it on the PATH, or say NVCC=/path/to/nvcc; ./train and ./sample need none' >&2; exit 1
 else
 cuda: $(CUDA_PROGRAMS)
-	@echo $(call quote,built $(CUDA_PROGRAMS): $(NVCC)$(comma) $(if $(filter native,$(CUARCH)),for this GPU,for sm $(CUARCH))$(if $(NVCCFLAGS),$(comma) NVCCFLAGS="$(NVCCFLAGS)"). Next: ./train_cuda, or make diff)
+	@echo $(call quote,built $(CUDA_PROGRAMS): $(NVCC)$(comma) $(if $(filter native,$(CUARCH)),for this GPU,for sm $(CUARCH))$(if $(NVCCFLAGS),$(comma) NVCCFLAGS="$(NVCCFLAGS)"). Next: ./$(firstword $(CUDA_PROGRAMS))$(comma) or make diff)
 
 # On a GPU: builds, checks, times; a few minutes. What it printed on an H200 is in dev/notes/test-cuda.txt.
 test-cuda: $(PROGRAMS) $(CUDA_PROGRAMS) $(addprefix build/gpu/,test_model_fp32 test_cuda test_cuda_fp32)
@@ -311,7 +311,7 @@ lint:
 	cppcheck --quiet --std=c11 --enable=warning,performance,portability --error-exitcode=1 plumbing/
 	clang-tidy --quiet --warnings-as-errors='*' -checks=$(TIDY) plumbing/*.c -- -std=gnu11
 
-# Looks for bytes that a reader of files does not survive: libFuzzer, with clang, for FUZZ_SECONDS each.
+# Looks for bytes that crash a reader of files: libFuzzer, with clang, for FUZZ_SECONDS each.
 # test_fuzz.c has system.c and data.c inside.
 FUZZ_SECONDS = 60
 FUZZ_TARGETS = json config options safetensors model state tokens batch tokenizer

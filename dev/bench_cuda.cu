@@ -90,7 +90,7 @@ static void list_machine(void) {
     const size_t n = COPIED / sizeof(floatX);
     for (floatX *&memory : large) {
         memory = (floatX *)memory_new(COPIED);
-        if (memory == NULL) stop(1, "no room on the GPU for the arrays to copy: ", "a smaller --batch-size may help");
+        if (memory == NULL) stop(1, "out of GPU memory for the arrays to copy: ", "a smaller --batch-size may help");
         random_kernel<<<blocks_for(n / 4, THREADS), THREADS>>>(memory, n);
     }
     part("copy", 0, 2.0 * COPIED, run_copy);
@@ -137,8 +137,8 @@ static double step_operations(void) {
 }
 
 // ----------------------------------------------------------------------------
-// parts of it. Calls are those of mega_*, nffn_* and megalodon_*, but what these do in place goes elsewhere where there
-// is room: numbers that vanish or grow would be another load.
+// parts of a step. The calls are those of mega_*, nffn_* and megalodon_*. But functions that these call in place write
+// to another buffer where one is free: calls are repeated, and numbers that vanish or grow would change the time.
 
 static double acts(double width) { return (double)sizeof(floatX) * R * width; } // bytes of an array (R, width)
 static const floatX *weight(const float *param) { return param ? rounded(m, param) : NULL; }
@@ -330,7 +330,7 @@ static std::vector<float> time_tokens(State *state, int64_t from, int count) {
 static void bench_decode(void) {
     const int count = min_int(256, C / 4);
     State *state = state_new(&m->config, B, 0);
-    if (state == NULL) stop(1, "no room on the GPU for the state: ", "a smaller --batch-size may help");
+    if (state == NULL) stop(1, "out of GPU memory for the state: ", "a smaller --batch-size may help");
     for (int t = 0; t < C; t += seq_len) megalodon_forward(m, state, tokens.data(), B, min_int(seq_len, C - t));
     list_machine();
     time_lines();
@@ -386,11 +386,11 @@ int main(int argc, char **argv) {
     layers = c->num_layers, B = batch_size, L = seq_len, R = B * L, D = c->model_dim, N = c->cema_ndim;
     Z = c->z_dim, E = c->value_dim, C = c->chunk_size, F = c->ffn_hidden_dim, G = c->norm_num_groups, V = c->vocab_size;
     eps = c->norm_eps, d = dims_of(c, B, L);
-    const double room = (double)megalodon_available_memory(1);
+    const double available = (double)megalodon_available_memory(1);
     const Mode mode = decoding ? MEGALODON_INFER : MEGALODON_TRAIN;
     const MemoryPlan p = megalodon_memory(c, mode, B, L);
     m = megalodon_new(c, mode, B, L);
-    if (m == NULL) stop(1, "no room on the GPU for the model: ", "a smaller --batch-size may help");
+    if (m == NULL) stop(1, "out of GPU memory for the model: ", "a smaller --batch-size may help");
     s = &m->scratch;
     for (int i = 0; i < m->num_tensors; i++) {
         std::vector<float> values(m->tensors[i].size);
@@ -408,7 +408,7 @@ int main(int argc, char **argv) {
         return 0;
     }
     run_step(); // leaves the model's workspace in use
-    const double taken = room - (double)megalodon_available_memory(1);
+    const double taken = available - (double)megalodon_available_memory(1);
     list_machine();
     part("step", step_operations(), 0, run_step);
     if (!brief) list_step();

@@ -1,5 +1,5 @@
 # Runs build/fuzz for some seconds on each target: sh tests/fuzz.sh SECONDS TARGET... What it finds new goes to
-# build/corpus, what a reader does not survive to build/crash-*; add that to tests/corpus once it is mended.
+# build/corpus, inputs that crash a reader to build/crash-*; add them to tests/corpus when it is fixed.
 seconds=$1
 shift
 passed=0 failed=0

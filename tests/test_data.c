@@ -355,7 +355,7 @@ static void test_rows(void) {
     check_true("windows: first ones", count == B && inputs[0] == 225 && inputs[L] == bytes[910]);
     read_windows(&windows, &c, B, inputs, targets);
     count = read_windows(&windows, &c, B, inputs, targets);
-    check_true("windows: only one that has a token behind it is left", count == 1 && targets[L - 1] == bytes[990]);
+    check_true("windows: only one that is followed by a token is left", count == 1 && targets[L - 1] == bytes[990]);
     check_true("windows: then none", read_windows(&windows, &c, B, inputs, targets) == 0);
     reader_free(&r), reader_free(&two), reader_free(&six), reader_free(&windows);
 }
@@ -393,7 +393,7 @@ static void test_documents(void) {
     Cursor c = {0};
     int count = read_windows(&r, &c, MOST, inputs, targets), whole = count == 5;
     for (int d = 0; d < 5; d++) whole &= is_row(d, rows[d]);
-    check_true("windows: every document from its start, in pieces", whole);
+    check_true("windows: every document from its start, cut into rows", whole);
     reader_free(&r);
 }
 

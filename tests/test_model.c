@@ -277,13 +277,13 @@ static void test_loss(const Case *c) {
 // state
 
 // Feeds the sequences in calls of n tokens (n = 0: 1, 2, 3, ... tokens) and keeps all logits.
-static void read_pieces(Setup *s, State *state, int n, real *logits) {
+static void read_in_calls(Setup *s, State *state, int n, real *logits) {
     int B = s->c->B, L = s->c->L, V = s->c->config.vocab_size;
-    int32_t piece[MAX_TOKENS];
+    int32_t part[MAX_TOKENS];
     for (int t = 0, size = n ? n : 1; t < L; t += size, size += n == 0) {
         size = size < L - t ? size : L - t;
-        for (int b = 0; b < B; b++) memcpy(piece + b * size, s->tokens + b * L + t, (size_t)size * sizeof *piece);
-        megalodon_forward(s->model, state, piece, B, size);
+        for (int b = 0; b < B; b++) memcpy(part + b * size, s->tokens + b * L + t, (size_t)size * sizeof *part);
+        megalodon_forward(s->model, state, part, B, size);
         for (int b = 0; b < B; b++) {
             megalodon_logits(s->model, (size_t)b * size, (size_t)size, logits + ((size_t)b * L + t) * V);
         }
@@ -327,19 +327,19 @@ static void check_state(const char *name, const Config *c, const State *state, c
 static void test_state(const Case *c) {
     Setup s = setup(c, MEGALODON_INFER);
     const Config *g = &c->config;
-    const int pieces[] = {c->L, 1, 2, g->chunk_size - 1, g->chunk_size, g->chunk_size + 1, 7, 0};
+    const int lengths[] = {c->L, 1, 2, g->chunk_size - 1, g->chunk_size, g->chunk_size + 1, 7, 0};
     size_t n = (size_t)c->B * c->L * g->vocab_size;
     real *whole = malloc(n * sizeof *whole), *logits = malloc(n * sizeof *logits);
     State *first = state_new(g, c->B, 0), *state = state_new(g, c->B, 0);
     char name[80];
-    read_pieces(&s, NULL, c->L, whole);
-    read_pieces(&s, first, 1, logits);
+    read_in_calls(&s, NULL, c->L, whole);
+    read_in_calls(&s, first, 1, logits);
     check_real(named(c->name, "token by token = whole"), logits, whole, n, ROUNDING);
-    for (int i = 0; i < (int)(sizeof pieces / sizeof *pieces); i++) {
-        if (pieces[i] > c->L) continue;
+    for (int i = 0; i < (int)(sizeof lengths / sizeof *lengths); i++) {
+        if (lengths[i] > c->L) continue;
         for (int b = 0; b < c->B; b++) state_reset(state, b);
-        read_pieces(&s, state, pieces[i], logits);
-        snprintf(name, sizeof name, "%.24s, pieces of %d", c->name, pieces[i]);
+        read_in_calls(&s, state, lengths[i], logits);
+        snprintf(name, sizeof name, "%.24s, %d tokens a call", c->name, lengths[i]);
         check_real(named(name, "logits"), logits, whole, n, ROUNDING);
         check_state(name, g, state, first);
     }
@@ -352,20 +352,20 @@ static void test_state(const Case *c) {
     state_read(state, 0, half, bytes);
     state_write(copy, 0, half, bytes);
     state_write(copy, half, state->bytes - half, bytes + half);
-    read_pieces(&s, state, 3, whole);
-    read_pieces(&s, copy, 3, logits);
+    read_in_calls(&s, state, 3, whole);
+    read_in_calls(&s, copy, 3, logits);
     check_same(named(c->name, "a written state continues the same"), logits, whole, n * sizeof *whole);
 
     // one row is reset, the others continue
     int last = c->B - 1;
     size_t row = (size_t)last * c->L * g->vocab_size, one = (size_t)c->L * g->vocab_size;
     state_reset(state, last);
-    read_pieces(&s, state, 3, logits);
-    read_pieces(&s, copy, 3, whole);
+    read_in_calls(&s, state, 3, logits);
+    read_in_calls(&s, copy, 3, whole);
     // equal up to rounding, since rows at the same position may share a product
     if (last > 0) check_real(named(c->name, "rows that are not reset go on"), logits, whole, row, ROUNDING);
     for (int b = 0; b < c->B; b++) state_reset(first, b);
-    read_pieces(&s, first, 3, whole);
+    read_in_calls(&s, first, 3, whole);
     check_real(named(c->name, "a row that is reset begins again"), logits + row, whole + row, one, ROUNDING);
     state_free(first), state_free(state), state_free(copy), setup_free(&s);
     free(whole), free(logits), free(bytes);

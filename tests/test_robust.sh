@@ -127,7 +127,7 @@ fi
 verdict $? "all streams closed: the run is saved, and no message stands in its files"
 { "$train" $small --out pipe --steps 300; echo $? > status; } 2> err | head -n 1 > out
 [ "$(cat status)" -eq 0 ] && [ "$(newest pipe)" -eq 300 ]
-verdict $? "nobody reads the progress any more: the run goes on"
+verdict $? "the reader of the progress has ended: the run goes on"
 "$sample" --model run --threads 1 --num-tokens 5 >&- 2> err
 [ $? -le 1 ]
 verdict $? "sample without a stdout does not crash"

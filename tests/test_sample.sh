@@ -23,7 +23,7 @@ sleep 5 | ./sample --model "$tmp/run" --threads 1 --prompt-file - --state-out "$
 sleep 1 && kill -TERM $! && wait $! 2> /dev/null
 [ $? -eq 143 ] && [ ! -e "$tmp/never" ]
 verdict $? "SIGTERM while a prompt is awaited ends ./sample at once"
-# hot, so that no text is like another; a --temperature behind it counts
+# --temperature 1.5, so that no two texts are alike; a later --temperature overrides it
 export LC_ALL=C
 s="./sample --model $tmp/run --threads 1 --temperature 1.5 --top-p 1"
 
@@ -59,10 +59,10 @@ for r in 2 3 4; do
 done
 [ $different -eq 3 ]
 verdict $? "the others are other texts, each under its line"
-head -c 300 megalodon.h > "$tmp/long" # in pieces of 2048 / 64
+head -c 300 megalodon.h > "$tmp/long" # in calls of 2048 / 64 tokens
 $s --prompt-file "$tmp/long" --num-tokens 20 > "$tmp/single" 2> /dev/null
 $s --prompt-file "$tmp/long" --num-tokens 20 --num-samples 64 2> /dev/null | tail -c +21 | head -c 320 | cmp -s - "$tmp/single"
-verdict $? "a prompt that 64 samples read in pieces: the same text"
+verdict $? "a prompt that 64 samples read in several calls: the same text"
 
 # across a chunk's border (64 tokens) and within a chunk
 for n in 1 59 100; do
@@ -92,7 +92,7 @@ done
 verdict $? "four samples interrupted: the same texts"
 { $s --prompt "int" --num-tokens 0 --state-out "$tmp/state" && $s --state-in "$tmp/state" --prompt " n" --num-tokens 200 --seed 5; } \
     2> /dev/null | cmp -s - "$tmp/whole"
-verdict $? "a prompt in two pieces: the same text"
+verdict $? "a prompt in two parts: the same text"
 
 # --eot: the text up to the first space (token 32) that is drawn; it begins with none here
 prefix() { # file: a prefix of another one, without a space, which comes next there
@@ -132,7 +132,7 @@ cmp -s "$tmp/part" "$tmp/eot" && grep -q "read 2 tokens" "$tmp/err"
 verdict $? "but not what goes on from a state"
 
 (printf 'int'; sleep 0.3; printf ' n') | $s --prompt-file - --num-tokens 200 --seed 5 2> /dev/null | cmp -s - "$tmp/whole"
-verdict $? "--prompt-file - reads a pipe, in pieces perhaps"
+verdict $? "--prompt-file - reads a pipe that delivers parts"
 
 # signals and broken outputs
 $s --prompt "int n" --num-tokens 1000000 --seed 5 --state-out "$tmp/state" > "$tmp/part" 2> "$tmp/err" &
@@ -153,7 +153,7 @@ for task in "--num-tokens 5" "--num-tokens 5 --num-samples 2" "--score $tmp/prom
     [ -c /dev/full ] || continue
     $s $task > /dev/full 2> "$tmp/err"
     [ $? -eq 1 ] && grep -q stdout "$tmp/err"
-    verdict $? "a full disk behind stdout is an error: $task"
+    verdict $? "stdout on a full disk is an error: $task"
 done
 
 # A tokenizer of 265 tokens: <unk> <s> </s>, the bytes, a few pieces. Each is a float score, an int length, its bytes.
@@ -268,7 +268,7 @@ spared 1 "--state-out $tmp/none/state: cannot write" --model "$tmp/run257" --sta
 spared 1 "not a regular file" --model "$tmp/run257" --state-out "$tmp"
 spared 2 "not the name of a file" --model "$tmp/run257" --state-out ""
 [ ! -e "$tmp/none" ] && ! ls "$tmp" | grep -q 'tmp$'
-verdict $? "  and nothing is left behind"
+verdict $? "  and no file is left"
 (ulimit -f 1; $b --num-tokens 20 --state-out "$tmp/old.state" 2> "$tmp/err") | cat > "$tmp/out"
 [ "$(wc -c < "$tmp/out")" -ge 20 ] && grep -q -e '--state-out.*File too large' "$tmp/err" && [ "$(sums)" = "$before" ] && [ ! -e "$tmp/old.state.tmp" ]
 verdict $? "a full disk at the end: the text is there, an error says so, and the older state is as it was"

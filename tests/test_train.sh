@@ -162,7 +162,7 @@ alone() { # SEQ_LEN: is a step of a stream what its batch would be without a sta
         "${train%train}compare" s.safetensors b.safetensors > alone.out 2>&1
 }
 check "rows that each hold a whole document start fresh" alone 32
-check "pieces of documents see what was before" fails alone 8
+check "parts of documents see the tokens before them" fails alone 8
 check "documents" quiet $small --eot 10 --seq-len 40 --steps 1 --dump docs.safetensors
 check "  a fourth and more is ignored" grep -q 'step .* | [3-9][0-9]% ignored$' quiet.out
 

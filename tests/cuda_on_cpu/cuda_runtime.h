@@ -4,8 +4,8 @@ the source into C++ that includes this folder's headers in place of CUDA's; see 
 
 - A launch runs its blocks one after another, with -fopenmp on several cores.
 - A block's threads are fibers on one core, each with its own stack. A fiber runs until it has to wait for others: at
-  __syncthreads, __syncwarp and shuffles. If nobody can run, the program ends with a message.
-- Device memory and dynamic shared memory are full of bytes 0xff at first: floats that nobody wrote are NaN.
+  __syncthreads, __syncwarp and shuffles. If all threads wait, the program ends with a message.
+- Device memory and dynamic shared memory are full of bytes 0xff at first: floats that have not been written are NaN.
   AddressSanitizer sees overruns, since both are exactly as large as asked for.
 - A CPU reads whatever it can reach. What a GPU cannot read is found for pointers that are arguments of a kernel.
 
@@ -173,7 +173,7 @@ struct EmuWorker {
     void (*run)(const void *arguments);
     const void *arguments;
     char *shared;             // the block's dynamic shared memory
-    const void *declared[16]; // arrays declared with __shared__, as far as this launch has come to them
+    const void *declared[16]; // arrays declared with __shared__, that this launch has reached
     int num_declared;
     size_t declared_bytes;
     const char *kernel;
@@ -735,10 +735,10 @@ template <typename... Parameters> struct EmuLaunch {
         std::apply([](Kernel k, Parameters... parameters) { k(parameters...); }, *(const Call *)arguments);
     }
 
-    // Dynamic shared memory for which there is room beside what is declared.
+    // Bytes of dynamic shared memory that are available beside what is declared.
     static size_t most_dynamic(const EmuKernel &k) {
-        size_t limit = k.allowed ? emu_optin() : EMU_SHARED, room = limit > k.declared ? limit - k.declared : 0;
-        return k.allowed && k.allowed < room ? k.allowed : room;
+        size_t limit = k.allowed ? emu_optin() : EMU_SHARED, rest = limit > k.declared ? limit - k.declared : 0;
+        return k.allowed && k.allowed < rest ? k.allowed : rest;
     }
 
     bool possible(void) const {

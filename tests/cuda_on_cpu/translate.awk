@@ -3,7 +3,7 @@
 #     kernel<<<grid, block, shared>>>(args)   ->  emu_launch("kernel", __LINE__, kernel, grid, block, shared)(args)
 #     extern __shared__ T name[];             ->  T *name = (T *)emu_shared();
 #     asm("mma..." : "+f"(c) : "r"(a));       ->  emu_mma((c), (a));
-#     __shared__ T name[N];                   ->  the same and, behind it, an assertion that it fits, and what counts it
+#     __shared__ T name[N];                   ->  the same, then an assertion that it fits, and the code that counts its bytes
 #     static __global__                       ->  __global__, so that dladdr knows kernels by name
 { text = text $0 "\n" }
 
