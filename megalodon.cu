@@ -18,7 +18,7 @@ How to read it
 
 Numbers
 - floatX is the type of activations and of the weights that are multiplied: bfloat16, or float with -DMEGALODON_FP32.
-  All kernels compute in float, and products accumulate in float (no TF32).
+  Kernels compute in float, except as stated below. Matrix products accumulate in float (no TF32).
 - Parameters, their gradients, and the optimizer's moments are float. After each step the optimizer rounds a copy of the
   parameters to floatX, which the matrix products read: see rounded().
 - TimestepNorm's moments, and the means and sums of squares of all norms, are double.
@@ -118,9 +118,9 @@ static __device__ size_t warp_row(void) { return (size_t)blockIdx.x * ROW_WARPS 
 // matrix product: C (M,N) = op(A) op(B), added to C if `add`. op(A) is (M,K), op(B) is (K,N).
 // cuBLAS stores matrices by columns. A row-major C is the column-major C' = op(B)' op(A)', so A and B change places.
 // The three products of a linear map y = x W', with x (R,K), W (M,K), y (R,M), all row-major:
-//     forward          y  = x W'         matmul(y,  matrix(x),     transpose(W), R, M, K)
-//     input gradient   dx = dy W         matmul(dx, matrix(dy),    matrix(W),    R, K, M)
-//     weight gradient  dW += dy' x       matmul(dW, transpose(dy), matrix(x),    M, K, R)
+//     forward          y  = x W'         matmul(y,  matrix(x),      transposed(W), R, M, K)
+//     input gradient   dx = dy W         matmul(dx, matrix(dy),     matrix(W),     R, K, M)
+//     weight gradient  dW += dy' x       matmul(dW, transposed(dy), matrix(x),     M, K, R)
 
 // An operand in device memory. ld (leading dimension): elements from one stored row to the next. transposed: it is
 // stored as (K,M) or (N,K).
@@ -131,7 +131,7 @@ typedef struct {
 } Matrix;
 
 static Matrix matrix(const floatX *at, int ld) { return Matrix{at, ld, 0, 0}; }
-static Matrix transpose(const floatX *at, int ld) { return Matrix{at, ld, 1, 0}; }
+static Matrix transposed(const floatX *at, int ld) { return Matrix{at, ld, 1, 0}; }
 
 // C has type CUBLAS_TYPE (activations) or CUDA_R_32F (gradients of weights).
 static void matmul(void *C, cudaDataType_t type, int ldc, Matrix A, Matrix B, int M, int N, int K, int add) {
@@ -1009,7 +1009,7 @@ static void linear_forward(floatX *out, const floatX *residual, const floatX *in
                            const floatX *bias, int R, int K, int M) {
     FAST(1, linear_fast_forward(out, residual, inp, weight, bias, R, K, M));
     if (bias || (residual && residual != out)) linear_start_kernel<<<COLUMN_GRID(R, M)>>>(out, residual, bias, M);
-    matmul(out, CUBLAS_TYPE, M, matrix(inp, K), transpose(weight, K), R, M, K, bias || residual);
+    matmul(out, CUBLAS_TYPE, M, matrix(inp, K), transposed(weight, K), R, M, K, bias || residual);
 }
 
 // Forward line: out = inp weight' + bias. dinp = dout weight, added to dinp if `add`, since several linear maps read
@@ -1024,7 +1024,7 @@ static void linear_backward_input(floatX *dinp, int add, const floatX *dout, con
 static void linear_backward_weight(float *dweight, float *dbias, const floatX *dout, const floatX *inp, int R, int K,
                                    int M) {
     FAST(1, linear_fast_backward_weight(dweight, dbias, dout, inp, R, K, M));
-    matmul(dweight, CUDA_R_32F, K, transpose(dout, M), matrix(inp, K), M, K, R, 1);
+    matmul(dweight, CUDA_R_32F, K, transposed(dout, M), matrix(inp, K), M, K, R, 1);
     if (dbias) sum_rows(dbias, dout, NULL, NULL, NULL, 1, R, M, 1);
 }
 

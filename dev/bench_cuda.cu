@@ -83,7 +83,7 @@ static __global__ void random_kernel(floatX *dst, size_t n) { // -1..1
 static void run_copy(void) { cudaCheck(cudaMemcpyAsync(large[1], large[0], COPIED, cudaMemcpyDeviceToDevice)); }
 static void run_product(void) {
     const floatX *A = large[0], *B = A + (size_t)SIDE * SIDE;
-    matmul(large[1], CUBLAS_TYPE, SIDE, matrix(A, SIDE), transpose(B, SIDE), SIDE, SIDE, SIDE, 0);
+    matmul(large[1], CUBLAS_TYPE, SIDE, matrix(A, SIDE), transposed(B, SIDE), SIDE, SIDE, SIDE, 0);
 }
 
 static void list_machine(void) {

@@ -153,7 +153,7 @@ static void matmul_fast_batched(floatX *C, int ldc, int64_t stride_c, Matrix A, 
 
 static void linear_fast_forward(floatX *out, const floatX *residual, const floatX *inp, const floatX *weight,
                                 const floatX *bias, int R, int K, int M) {
-    MatmulKey key = matmul_key(matrix(inp, K), transpose(weight, K), M, R, M, K);
+    MatmulKey key = matmul_key(matrix(inp, K), transposed(weight, K), M, R, M, K);
     matmul_run(key, out, residual, bias, inp, weight);
 }
 
@@ -169,7 +169,7 @@ static void sum_rows(float *out, const floatX *dy, const floatX *x, const double
 // dbias is not an epilogue: cuBLASLt's epilogue for it is slower than sum_rows(), and does not add.
 static void linear_fast_backward_weight(float *dweight, float *dbias, const floatX *dout, const floatX *inp, int R,
                                         int K, int M) {
-    MatmulKey key = matmul_key(transpose(dout, M), matrix(inp, K), K, M, K, R);
+    MatmulKey key = matmul_key(transposed(dout, M), matrix(inp, K), K, M, K, R);
     key.type = CUDA_R_32F;
     matmul_run(key, dweight, dweight, NULL, dout, inp);
     if (dbias) sum_rows(dbias, dout, NULL, NULL, NULL, 1, R, M, 1);
