@@ -5,12 +5,14 @@ what the model is, why it has these parts, and what the letters mean. megalodon.
 
 How to read it
 - Arguments: results first, then what the forward pass kept, inputs, parameters, sizes. The backward pass of
-  f(out, inp, weight) is f(dinp, dweight, dout, inp, weight). dX is the gradient of the loss w.r.t. X.
+  f_forward(out, inp, weight) is f_backward(dinp, dweight, dout, inp, weight). dX is the gradient of the loss w.r.t. X.
+  Only in sizes, dz = Z/H and dv = E/H are the widths of a head's key and value.
+- In comments, W' is the transpose of W, and brackets are parts that a configuration may omit.
 - Gradients of activations are set (=), gradients of parameters are added to (+=): several backward passes may
   accumulate the gradient of one update, and a shared parameter has several uses.
 - Tensors are row-major: (B,L,D) is B*L rows of D elements. R = B*L is the number of rows. Weights are (out, in).
 - A backward function quotes the forward line that it differentiates, then gives the derivative. It is always the chain
-  rule: dL/dx is the sum of dL/dy dy/dx over all y that x has been used in.
+  rule: dL/dx is the sum of dL/dy dy/dx over all y that are computed from x.
 - Threads divide rows, channels or heads among them, never a sum. So results do not depend on their number (except for
   the order of summation in a BLAS library).
 
@@ -21,7 +23,7 @@ Easy to get wrong
 - The FFN's residual is the block's input, not its own input.
 - q and k both carry 1/sqrt(dz). The scores get no further scale.
 - Rotary positions count from the start of the chunk, and rotate adjacent pairs (2j, 2j+1).
-- TimestepNorm's n counts scalars, g = D/G for every token. Its running mean and squares are double.
+- TimestepNorm's n counts scalars, g = D/G for every token. Its running mean and sum of squared deviations are double.
 */
 #include <assert.h>
 #include <complex.h>
@@ -47,9 +49,9 @@ enum { CEMA_BLOCK = 64 }; // tokens of a token block, see cema_forward
 #include "plumbing/model.h"
 
 enum {
-    QUERY_TILE = 64,  // rows of the score matrix computed at once
-    LOGITS = 1 << 22, // elements of logits that exist at a time, in whole rows; at least LOGIT_ROWS of these
-    LOGIT_ROWS = 128,
+    QUERY_TILE = 64,      // rows of the score matrix computed at once
+    LOGITS = 1 << 22,     // elements of logits that exist at a time, at most
+    LOGIT_ROWS = 128,     // but at least so many rows of them
     COLUMNS = 16,         // columns that one task sums over all rows, for gradients of parameters
     PARALLEL_MIN = 32768, // below this many operations, run serially; see is_large()
 };
@@ -94,11 +96,11 @@ enum { LANES = VEC_BYTES / sizeof(real) };
 // ----------------------------------------------------------------------------
 // sums over rows, for gradients of parameters that every row uses
 //
-//     a bias, y = x + b:                         db += sum_r dy             x NULL
-//     a scale, y = n (w + 1):                    dw += sum_r dy n           n = (x - mean) rstd
+//     a bias,  forward: y = n + b                out = db += sum_r dy       (argument x is NULL)
+//     a scale, forward: y = n (w + 1)            out = dw += sum_r dy n     with n = (x - mean) rstd
 //
 // out (D); dy, x (R,D); mean, rstd (R,G), one for each group of D/G columns; NULL: mean 0, rstd 1. A task owns columns,
-// so the order of summation does not depend on the number of threads. Sums over many rows need double.
+// so the order of summation does not depend on the number of threads. Sums are double, since there may be many rows.
 
 static void sum_rows(real *out, const real *dy, const real *x, const double *mean, const real *rstd, int R, int D,
                      int G) {
@@ -142,12 +144,12 @@ static void embedding_backward(real *dembed, const real *dout, const int32_t *to
 }
 
 // ----------------------------------------------------------------------------
-// dropout: out = mask inp/(1 - p), the mask 0 with probability p, otherwise 1. Dividing by 1 - p keeps the expected
-// value. The derivative of out w.r.t. inp is mask/(1 - p), so the backward pass is the same function of the gradient.
-// Masks are not stored but drawn again: see Mask in plumbing/model.h for which random word decides about which element.
-// out may be inp.
+// dropout: out = mask inp/(1 - p), where the mask is 0 with probability p, otherwise 1. Dividing by 1 - p keeps the
+// expected value. The derivative of out w.r.t. inp is mask/(1 - p), so the backward pass applies the same function to
+// the gradient. Masks are not stored but drawn again: Mask in plumbing/model.h says which random word decides about
+// which element. out may be inp.
 
-// The mask of what begins `rows` rows of `width` elements later.
+// The mask for a tensor that begins `rows` rows of `width` elements after the one that `mask` is for.
 static Mask mask_row(Mask mask, size_t rows, int width) {
     mask.first += (uint64_t)rows * (uint64_t)width;
     return mask;
@@ -188,15 +190,15 @@ static void dropout(real *out, const real *inp, Mask mask, size_t n) {
 // leaks, and training (all tokens at once) equals generation (one token at a time from the state).
 //
 // Why deviations: the textbook form, sum x^2 - n mean^2, subtracts two nearly equal numbers where the mean is large,
-// and loses all digits of the variance. Chan's update only adds deviations from the mean so far. The g scalars of a
-// token join the moments by s1 = sum (x - mean) and s2 = sum (x - mean)^2:
+// and loses all digits of the variance. Chan's update only adds deviations from the mean so far. A token's g scalars
+// are added to the moments through s1 = sum (x - mean) and s2 = sum (x - mean)^2:
 //
 //     mean += s1/n_t,    M2 += s2 - s1^2/n_t
 //
 // inp, out (B,L,D); mean, rstd (B,L,G). start, end: the state before the first token and after the last one. The kept
 // mean is double: where it is 10,000 times the deviation, rounding it to float costs 5e-4 of the deviation.
 
-// out NULL: only the moments.
+// out NULL: only `end` is computed.
 static void timestep_norm_forward(real *out, double *mean, real *rstd, NormState end, const real *inp,
                                   const real *weight, const real *bias, NormState start, Dims d, double eps) {
     int B = d.B, L = d.L, D = d.D, G = d.G, g = D / G;
@@ -241,12 +243,13 @@ static void timestep_norm_forward(real *out, double *mean, real *rstd, NormState
 // forward: y_t = (x_t - mean_t) rstd_t w + bias, with w = weight + 1
 // gives dmean_t = -rstd_t sum_group w dy_t and dvar_t = -1/2 rstd_t^3 sum_group w dy_t (x_t - mean_t).
 //
-// The gradient of a token has its own y, and the three sums:
+// The gradient w.r.t. a token is the sum of the path through its own y_s and of the paths through all later moments:
 //
 //     dx_s = rstd_s w dy_s + U_s + 2 (x_s V_s - W_s)
 //          = rstd_s w dy_s + U_s - 2 (W_s - mean_s V_s) + 2 V_s (x_s - mean_s)
 //
-// The last form subtracts large numbers once for each token, not for each element.
+// If the mean is large, W_s and mean_s V_s are large and nearly equal. The last form subtracts them once for each
+// token, not for each element.
 
 // out (n) = sum of those residuals that are not NULL, from element `at` on. out may be part of one of them. The cases
 // are separate loops: a vectorised `a ? a[i] : 0` would become a masked load, which is very slow where a is NULL.
@@ -262,9 +265,9 @@ static inline void residual_sum(real *out, const real *const residuals[2], size_
     }
 }
 
-// dstate (B,G,3), or NULL: in: U, V, W of all later tokens; out: those at the first token. Each of the two residuals,
-// which may be NULL, is added to dinp: gradients of other paths on which x reaches the loss. dinp may be one of them,
-// or NULL: only dstate.
+// dstate (B,G,3), or NULL for zeros: in: U, V, W of all later tokens; out: those from the first of these tokens on. The
+// two residuals are gradients of other paths from x to the loss, and are added to dinp; each may be NULL. dinp may be
+// one of them. dinp NULL: only dstate is computed.
 static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, double *dstate, const real *dout,
                                    const real *const residuals[2], const real *inp, const real *weight,
                                    const double *mean, const real *rstd, const int64_t *count, Dims d) {
@@ -311,7 +314,7 @@ static void timestep_norm_backward(real *dinp, real *dweight, real *dbias, doubl
 //
 //     mean + d n'/(n + n'),    M2 + M2' + d^2 n n'/(n + n')
 
-// sum.mean, sum.m2 (B,G): moments of these tokens alone.
+// sum.mean, sum.m2 (B,G) get the moments of these tokens alone.
 static void timestep_norm_reduce(NormState sum, const real *inp, Dims d) {
     const NormState fresh = {NULL, NULL, NULL};
     timestep_norm_forward(NULL, NULL, NULL, sum, inp, NULL, NULL, fresh, d, 0);
@@ -324,8 +327,9 @@ static void timestep_norm_reduce_backward(double *dstate, const real *dout, cons
     timestep_norm_backward(NULL, NULL, NULL, dstate, dout, NULL, inp, weight, mean, rstd, count, d);
 }
 
-// all (cp_size,2,B,G): every rank's moments. start.mean, start.m2 (B,G): in: those before the whole sequence, where
-// count (B) tokens were (NULL: none); out: those before this rank. end (NULL: not kept) gets those after the last rank.
+// all (cp_size,2,B,G): every rank's moments. start.mean, start.m2 (B,G): in: the moments before the whole sequence;
+// out: those before this rank. count (B), or NULL for zeros: tokens before the whole sequence. end.mean, end.m2, or
+// NULL: get the moments after the last rank.
 static void timestep_norm_combine(NormState start, NormState end, const double *all, const int64_t *count,
                                   const ChunkParallel *cp, Dims d) {
     size_t groups = (size_t)d.B * d.G;
@@ -402,6 +406,7 @@ static void cema_coeffs_forward(Coeffs *c, const real *alpha, const real *delta,
 // forward: q = |q| e^(i phi), |q| = 1 - a b        dL/d|q| = Re(conj(G_q) e^(i phi)),    dL/dphi = Re(conj(G_q) i q)
 // forward: p = a = sigmoid(alpha), b = sigmoid(delta)     dalpha = (dp - b d|q|) a (1 - a),  ddelta = -a d|q| b (1 - b)
 // forward: phi_n = sigmoid(theta) 2 pi n/N         dtheta = sum_n dphi_n 2 pi n/N sigmoid'(theta)
+// forward: g = gamma/sqrt(N)                       dgamma = G_g/sqrt(N)
 static void cema_coeffs_backward(real *dalpha, real *ddelta, real *dtheta, real *dgamma, const Coeffs *dc,
                                  const real *alpha, const real *delta, const real *theta, int D, int N) {
 #pragma omp parallel for schedule(static) if (is_large(64.0 * D * N))
@@ -423,7 +428,8 @@ static void cema_coeffs_backward(real *dalpha, real *ddelta, real *dtheta, real 
     }
 }
 
-// Channels of one row of a strip. Beyond the last channel zeros are read and nothing is written.
+// A strip is STRIP neighbouring channels, `width` of which exist. These functions read, write or add to one row of it.
+// Beyond the last channel zeros are read and nothing is written.
 static void strip_read(vec v[2], const real *src, int width) {
     real lanes[STRIP] = {0};
     if (width == STRIP) {
@@ -458,8 +464,8 @@ static StripCoeffs strip_coeffs(const Coeffs *c, int n, int D, int d0) {
 // The recurrence, token by token. A task owns a strip of channels of one sequence. It goes through token blocks of
 // CEMA_BLOCK tokens, and within a token block mode by mode, so that h stays in registers. inp, out (B,L,D).
 // h_blocks (B, blocks, 2, N, D): h before each token block, for the backward pass. h_in, h_out (B,2,N,D): the state
-// before the first token and after the last one, N real parts before N imaginary parts. Any of the three may be NULL,
-// and h_in may be h_out.
+// before the first token and after the last one, N real parts before N imaginary parts. h_blocks and h_out may be NULL:
+// not kept; h_in may be NULL: zero. h_in may be h_out.
 static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp, const Coeffs *coeffs,
                          const real *omega, const real *h_in, Dims d) {
     int B = d.B, L = d.L, D = d.D, N = d.N, blocks = ceil_div(L, CEMA_BLOCK);
@@ -504,8 +510,8 @@ static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp
 }
 
 // forward: h_t = q h_(t-1) + p x_t,    y_t = Re(g h_t) + omega x_t,    with g = gamma/sqrt(N)
-// h_t reaches the loss by y_t and by h_(t+1), so its gradient G is the same recurrence, run from the last token to the
-// first with the conjugate coefficients:
+// h_t reaches the loss by y_t and by h_(t+1), so its gradient G follows the same recurrence, run from the last token to
+// the first with the conjugate coefficients:
 //
 //     G_t = conj(g) dy_t + conj(q) G_(t+1)            dx_t = omega dy_t + sum_n p Re G_t
 //     dg = sum dy conj(h_t)    dq = sum G_t conj(h_(t-1))    dp = sum x Re G_t    domega = sum x dy
@@ -588,13 +594,13 @@ static void cema_backward(real *dinp, Coeffs *dcoeffs, real *domega, real *dh, c
 
 // Chunk parallelism. The recurrence is linear, so a part of l tokens maps the state before it to the state after it by
 //
-//     h_after = q^l h_before + (h that the part alone gives, from a zero state)
+//     h_after = q^l h_before + h_alone,    h_alone: the state after the part if h_before is zero
 //
-// and the gradient dh_before = conj(q)^l dh_after + (what the part alone gives). So each rank
-// reduces its part to one h, and combines those of the others by the same recurrence, with q^l in the place of q.
+// and backward dh_before = conj(q)^l dh_after + dh_alone. So each rank reduces its part to one h, and combines those of
+// the other ranks by the same recurrence, with q^l instead of q.
 
-// Of these tokens alone: forward, h (B,2,N,D) after the last token of inp (B,L,D); backward, with inp = dout, the
-// gradient w.r.t. the state before the first token, sum_(t>=1) conj(q)^t conj(g) dy_t, from the last token on.
+// h (B,2,N,D) gets the result of these tokens alone. Forward: h_alone, from inp (B,L,D). Backward, with inp = dout:
+// dh_alone = sum_(t>=1) conj(q)^t conj(g) dy_t, summed from the last token to the first.
 static void cema_reduce(real *h, const real *inp, const Coeffs *coeffs, int backward, Dims d) {
     int B = d.B, L = d.L, D = d.D, N = d.N;
 #pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D * N))
@@ -689,8 +695,8 @@ static void rmsnorm_forward(real *out, real *rstd, const real *inp, const real *
     }
 }
 
-// a (D) = dy (weight + 1): the gradient before a norm's scale. weight NULL: a = dy.
-static inline void unscale(real *a, const real *dy, const real *weight, int D) {
+// a (D) = dy (weight + 1), the gradient w.r.t. the normalized row n in y = n (weight + 1). weight NULL: a = dy.
+static inline void normalized_gradient(real *a, const real *dy, const real *weight, int D) {
     if (!weight) {
         memcpy(a, dy, (size_t)D * sizeof *a);
         return;
@@ -700,15 +706,15 @@ static inline void unscale(real *a, const real *dy, const real *weight, int D) {
 }
 
 // forward: y_c = n_c (weight_c + 1), n_c = x_c rstd, d rstd/d x_c = -rstd^2 n_c/D
-// With a = (weight + 1) dy, the gradient w.r.t. n: x_c reaches the loss by n_c, and by rstd in every n of the row:
-// dx = rstd (a - n mean(a n)). The second term removes the part of a that would only change the length of x.
+// Let a = (weight + 1) dy, the gradient w.r.t. n. x_c reaches the loss by n_c, and by rstd in every n of the row:
+// dx = rstd (a - n mean(a n)). The second term removes the component of a along x: y does not change with x's length.
 static void rmsnorm_backward(real *dinp, real *dweight, const real *dout, const real *inp, const real *weight,
                              const real *rstd, int R, int D) {
 #pragma omp parallel for schedule(static) if (is_large((double)R * D))
     for (int r = 0; r < R; r++) {
         const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
         real *a = dinp + (size_t)r * D, *dx = a, s = rstd[r], dot = 0; // a is kept where dx will be
-        unscale(a, dy, weight, D);
+        normalized_gradient(a, dy, weight, D);
 #pragma omp simd reduction(+ : dot)
         for (int c = 0; c < D; c++) dot += a[c] * (x[c] * s);
         dot /= D;
@@ -719,8 +725,8 @@ static void rmsnorm_backward(real *dinp, real *dweight, const real *dout, const 
 }
 
 // ----------------------------------------------------------------------------
-// linear: out (R,M) = inp (R,K) weight' + bias + residual. weight (M,K), weight' its transpose; bias (M), or NULL;
-// residual (R,M), or NULL, may be out itself.
+// linear: out (R,M) = inp (R,K) weight' + bias + residual; weight (M,K); bias (M), or NULL; residual (R,M), or NULL,
+// may be out itself. matmul() is in kernels/matmul_cpu.h.
 
 static void linear_forward(real *out, const real *residual, const real *inp, const real *weight, const real *bias,
                            int R, int K, int M) {
@@ -769,8 +775,8 @@ static void qk_forward(real *q, real *k, const real *zn, const real *gamma, cons
 }
 
 // forward: q = zn (gamma0 + 1) scale + beta0, and k with row 1
-// dgamma0 = sum over rows of dq zn scale, dbeta0 = sum of dq; zn has two uses, so
-// dzn = (dq (gamma0 + 1) + dk (gamma1 + 1)) scale. dzn may be dq or dk, since the sums come first.
+// dgamma0 = sum over rows of dq zn scale, dbeta0 = sum over rows of dq; zn has two uses, so
+// dzn = (dq (gamma0 + 1) + dk (gamma1 + 1)) scale. dzn may be dq or dk, since the sums are computed first.
 static void qk_backward(real *dzn, real *dgamma, real *dbeta, const real *dq, const real *dk, const real *zn,
                         const real *gamma, int R, int Z, int dz) {
     real scale = (real)(1 / sqrt(dz));
@@ -804,9 +810,9 @@ static void qk_backward(real *dzn, real *dgamma, real *dbeta, const real *dq, co
 //
 //     e^(i pos base^(-2j/dz)),    pos counted from the start of the chunk
 //
-// A product of a rotated query and a rotated key depends on the difference of their positions only. Counting from the
-// chunk's start is enough, since attention never leaves the chunk. So positions stay below C in any sequence.
-// inp, out (B,L,Z), out may be inp; table (C, dz/2, 2): cos and sin; count (B): tokens before these, or NULL: none.
+// The dot product of a rotated query and a rotated key depends on the difference of their positions only. Counting from
+// the chunk's start is enough, since attention never leaves the chunk. So positions stay below C in any sequence.
+// inp, out (B,L,Z), out may be inp; table (C, dz/2, 2): cos and sin; count (B), or NULL for zeros: tokens before these.
 
 static void rope_table(real *table, int C, int dz, double base) {
     for (int pos = 0; pos < C; pos++) {
@@ -817,7 +823,7 @@ static void rope_table(real *table, int C, int dz, double base) {
     }
 }
 
-// sign 1: forward; -1: by the opposite angles.
+// sign 1: rotates by the angles; -1: by the opposite angles.
 static void rope_rotate(real *out, const real *inp, const real *table, const int64_t *count, int sign, Dims d) {
     int B = d.B, L = d.L, Z = d.Z, dz = d.Z / d.H;
 #pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * Z))
@@ -840,14 +846,14 @@ static void rope_forward(real *out, const real *inp, const real *table, const in
     rope_rotate(out, inp, table, count, 1, d);
 }
 
-// forward: y = rotation x. The gradient is multiplied with the transposed matrix, the rotation by the opposite angle.
+// forward: y = M x, with a rotation matrix M. dx = M' dy, and M' is the rotation by the opposite angle.
 static void rope_backward(real *dinp, const real *dout, const real *table, const int64_t *count, Dims d) {
     rope_rotate(dinp, dout, table, count, -1, d);
 }
 
 // ----------------------------------------------------------------------------
-// from z to rotated queries and keys: RMSNorm of every head, qk, rotary embedding. All of this is cheap compared to the
-// memory that it would take to keep the results, so the backward pass computes them again from z.
+// from z to rotated queries and keys: RMSNorm of every head, qk, rotary embedding. The results are cheap to compute but
+// large, so they are not kept: the backward pass computes them again from z.
 // q, k, zn, z (B,L,Z); z_rstd (B,L,H); table NULL: no rotation.
 
 static void qk_layer_forward(real *q, real *k, real *zn, real *z_rstd, const real *z, const real *gamma,
@@ -874,12 +880,13 @@ static void qk_layer_backward(real *dz, real *dgamma, real *dbeta, real *dq, rea
 }
 
 // ----------------------------------------------------------------------------
-// silu(x) = x sigmoid(x), and the gate out = a silu(b): attention's output times (o, r), and swiglu's (f3, f1)
+// silu(x) = x sigmoid(x), and the gate out = a silu(b). The attention sub-layer gates o with b = r_pre, swiglu gates f3
+// with b = f1.
 
 // exp(x). The library's expf keeps a loop from being vectorised, so float has its own: e^x = 2^n e^r with |r| <=
 // ln(2)/2, and e^r by its series. Relative error below 2e-7. Above the range of float the result is infinity. Below the
 // smallest normal number it is 0, since denormal numbers are a hundred times slower on some processors. NaN stays NaN.
-// Limiting x instead would be wrong: -1e30 sigmoid(-1e30) is 0, but -1e30 e^-64 is -160.
+// Clamping x instead, say to -64, would be wrong: -1e30 sigmoid(-1e30) is 0, but -1e30 e^-64 is -160.
 #ifdef MEGALODON_DOUBLE
 static inline real exp_real(real x) { return exp(x); }
 #else
@@ -943,7 +950,7 @@ static void gate_backward(real *out, real *da, real *db, const real *dout, const
 // The sequence is cut into chunks of C tokens, and a token sees nothing outside of its own, so the cost grows with L C
 // and not with L^2. What was before the chunk is in q, k and v themselves: they are computed from CEMA's and
 // TimestepNorm's output. A query can therefore find any token of its chunk exactly, and knows a summary of all the
-// tokens before. In depth, the CEMA of the next layer carries what attention has found across the next border.
+// tokens before. What it finds reaches later chunks through the CEMA of the next layer.
 //
 // QUERY_TILE rows of S are computed at once, against the keys up to the last of them, so few scores above the diagonal
 // are computed. Of P only lse_i = log sum_j e^(S_ij) is kept, from which the backward pass computes P again.
@@ -985,9 +992,9 @@ static void attention_chunk_forward(real *o, real *lse, real *scores, const Quer
 // forward: P_ij = e^(S_ij - lse_i)     gives dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), since lse_i has all S_ij in it
 // forward: S_ij = q_i . k_j            gives dq_i = sum_j dS_ij k_j,    dk_j = sum_i dS_ij q_i
 //
-// With dropout, v meets P under the mask, and so does dP. P computed again is divided by its sum, since lse_i is
-// rounded: at S = 1e8 by up to 4. dq is set; dk and dv are set, or added to if `add`. scores, dscores (QUERY_TILE, nk)
-// are scratch.
+// With dropout, o = (mask P) v: dv is computed from mask P, and dP is multiplied by the mask. P is computed again from
+// lse_i, which is rounded: at S = 1e8 its error is up to 4. So P is divided by its sum once more. dq is set; dk and dv
+// are set, or added to if `add`. scores, dscores (QUERY_TILE, nk) are scratch.
 static void attention_chunk_backward(real *dq, real *dk, real *dv, real *scores, real *dscores, int add,
                                      const real *dout, const real *lse, const QueryTile *tile, Dims d) {
     int nq = tile->nq, nk = tile->nk, key_dim = d.Z / d.H, value_dim = d.E / d.H;
@@ -1018,13 +1025,6 @@ static void attention_chunk_backward(real *dq, real *dk, real *dv, real *scores,
     matmul(dv, d.E, add ? dv : NULL, transposed(scores, nk), matrix(dout, d.E), NULL, nk, value_dim, nq);
 }
 
-// All heads and chunks. q, k (B,L,Z) are rotated; v, o (B,L,E); lse (B,L,H). past (B), or NULL: number of tokens of the
-// unfinished chunk before these. Their keys and values are in cache_k (B,C,Z) and cache_v (B,C,E). The keys and values
-// of this call's unfinished chunk go there, too. Caches are NULL without a state.
-//
-// A task is a query tile of one head. Where there are fewer tasks than threads, the threads share each product instead.
-// scores (threads, QUERY_TILE, C) is scratch, for the backward pass twice that.
-
 // Copies the keys and values of n tokens of row b, from token t on, into the cache, from position `at` on.
 static void cache_chunk(real *cache_k, real *cache_v, const real *k, const real *v, int b, int t, int at, int n,
                         Dims d) {
@@ -1039,6 +1039,12 @@ static Mask mask_query(Mask mask, int b, int h, int t, Dims d) {
     return mask;
 }
 
+// All heads and chunks. q, k (B,L,Z) are rotated; v, o (B,L,E); lse (B,L,H). past (B), or NULL for zeros: number of
+// tokens that the first chunk had before this call. Their keys and values are in cache_k (B,C,Z) and cache_v (B,C,E).
+// The keys and values of the chunk that this call leaves unfinished are written there. Caches are NULL without a state.
+//
+// A task is a query tile of one head. Where there are fewer tasks than threads, the threads share each product instead.
+// scores (threads, QUERY_TILE, C) is scratch, for the backward pass twice that.
 static void attention_forward(real *o, real *lse, real *cache_k, real *cache_v, real *scores, const real *q,
                               const real *k, const real *v, const int *past, Mask mask, Dims d, int threads) {
     int B = d.B, L = d.L, C = d.C, H = d.H, tiles = ceil_div(min(C, L), QUERY_TILE);
@@ -1129,8 +1135,8 @@ static void layernorm_forward(real *out, double *mean, real *rstd, const real *i
 }
 
 // forward: y = n (weight + 1) + bias, n = (x - mean) rstd
-// As for RMSNorm, with a = (weight + 1) dy. Each x_c is in the mean, too, which removes the mean of a from the
-// gradient: dx = rstd (a - mean(a) - n mean(a n)).
+// As for RMSNorm, with a = (weight + 1) dy. The mean depends on each x_c, too: this subtracts the mean of a from the
+// gradient. dx = rstd (a - mean(a) - n mean(a n)).
 static void layernorm_backward(real *dinp, real *dweight, real *dbias, const real *dout, const real *inp,
                                const real *weight, const double *mean, const real *rstd, int R, int D) {
 #pragma omp parallel for schedule(static) if (is_large((double)R * D))
@@ -1138,7 +1144,7 @@ static void layernorm_backward(real *dinp, real *dweight, real *dbias, const rea
         const real *x = inp + (size_t)r * D, *dy = dout + (size_t)r * D;
         real *a = dinp + (size_t)r * D, *dx = a, sum = 0, dot = 0; // a is kept where dx will be
         double m = mean[r], s = rstd[r];
-        unscale(a, dy, weight, D);
+        normalized_gradient(a, dy, weight, D);
 #pragma omp simd reduction(+ : sum, dot)
         for (int c = 0; c < D; c++) {
             sum += a[c];
@@ -1187,8 +1193,8 @@ static void add(real *out, const real *inp, size_t n) {
 // output and loss: logits (R,V) = x output', x (R,D), output (V,D); losses (R) = log sum_v e^logit_v - logit_target, in
 // nats; a target of -1 gives no loss and no gradient.
 //
-// A block of logit_rows(V) rows at a time, so that the logits of a long sequence, often the largest tensor of all,
-// never exist as a whole. While a block is at hand, its backward pass follows at once: with dx not NULL,
+// The logits of a long sequence are often the largest tensor of all, so only logit_rows(V) rows of them exist at a
+// time. If dx is not NULL, the backward pass of these rows follows before the next rows are computed:
 //
 //     dlogit = grad_scale (softmax - onehot(target)),    dx = dlogit output,    doutput += dlogit' x
 
@@ -1228,12 +1234,13 @@ static void output_loss(double *losses, real *dx, real *doutput, real *logits, c
 
 // ----------------------------------------------------------------------------
 // TimestepNorm and CEMA in the model. These two carry information from one chunk to the next, so they have a state. in:
-// the incoming state, or NULL: none. out receives the outgoing state, or is NULL: not kept.
+// the incoming state, or NULL: a fresh start. out: receives the outgoing state, or NULL: not kept.
 //
 // Only these four functions know of chunk-parallel ranks. A rank reduces its own tokens, an all-gather exchanges the
 // results, and the rank combines those of the ranks before it (backward: after it) to the state that its layer starts
-// from. With several ranks, `in` is the state before the whole sequence and becomes the state before this rank's part.
-// `out` receives the state after the whole sequence, the same on every rank.
+// from. With several ranks, `in` is the state before the whole sequence; each of these functions replaces its own slice
+// of it by the state before this rank's part. `out` receives the state after the whole sequence, the same on every
+// rank.
 
 // TimestepNorm number `layer`. Number num_layers is the final norm.
 static void timestep_norm_layer_forward(Model *m, int layer, real *y, double *mean, real *rstd, const real *x,
@@ -1303,11 +1310,13 @@ static void cema_layer_backward(Model *m, int layer, real *dx, const real *dy) {
 }
 
 // ----------------------------------------------------------------------------
-// the attention sub-layer, y = mega(x), with its own residual: see megalodon.h. in and out as above; out may be in.
+// the attention sub-layer, y = mega(x), with its own residual: see megalodon.h, and the drawing in megalodon.cu. in and
+// out as above; out may be in.
 //
-// One token's way: TimestepNorm puts it on the scale of its past, CEMA mixes the past into it. From this mixture come
-// queries, keys and the gate r; the values come from the token itself (xt), so that attention moves unblurred content.
-// The output is gated element by element, and Wh1 is a path around attention for what CEMA alone can answer.
+// TimestepNorm normalizes a token by the statistics of its past, and CEMA mixes the past into it. Queries, keys and the
+// gate r are computed from this mixture. The values are computed from the token itself (xt), so that attention copies
+// content that is not blurred. The output is gated element by element. Wh1 is a path past attention, for what CEMA
+// alone can predict.
 
 static void mega_forward(Model *m, int layer, const State *in, State *out, const real *x) {
     const Config *c = &m->config;
@@ -1325,7 +1334,7 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     cema_layer_forward(m, layer, in, out);
     rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, c->norm_eps);
     dropout(a->mx, a->mx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
-    // z = mx Wz' + bz, from whose norm q and k
+    // z = mx Wz' + bz,    q, k: RMSNorm of each head of z, an affine map, a rotation
     linear_forward(a->z, NULL, a->mx, w->wz, w->wz_bias, R, D, Z);
     qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, in ? in->count : NULL, d,
                      c->norm_eps);
@@ -1347,9 +1356,10 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     if (!residual) add(a->y, x, (size_t)R * D);
 }
 
-// dx = gradient w.r.t. x, from dy, the gradient w.r.t. y. residual, the gradient of the block's other residual, is
-// added to it and may be dx itself. Activations that are cheap to compute (gated, v, q, k) are not kept but computed
-// again. mx has three uses, so dmx sums the gradients of Wh1, Wr and Wz. xt has two, so dxt sums those of CEMA and Wv.
+// dx = gradient w.r.t. x through this sub-layer, plus `residual`. dy = gradient w.r.t. y. residual is the gradient that
+// reaches x through the block's other residual; it may be dx itself. Activations that are cheap to compute (gated, v,
+// q, k) are not kept but computed again. mx is used three times, so dmx sums the gradients through Wh1, Wr and Wz. xt
+// is used twice, so dxt sums those through CEMA and Wv.
 static void mega_backward(Model *m, int layer, real *dx, const real *dy, const real *residual, const real *x) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layers[layer];
@@ -1464,8 +1474,8 @@ static void nffn_backward(Model *m, int layer, real *dy, const real *dout) {
 // In a pre-norm Transformer block each sub-layer has its own residual: y = x + f(x), out = y + g(y). So every block
 // adds two branches to the residual stream, and the variance of the stream grows with their number. Here the second
 // residual is x again, two hops back: out = x + g(y). y has its own residual inside mega, so that the FFN reads x
-// together with what attention has found. But y does not enter the stream, which so grows by one branch for each block.
-// In the backward pass dout reaches x by one addition, too, past both sub-layers.
+// together with what attention has found. But y itself is not added to out, so a block adds only one branch, g(y). In
+// the backward pass dout is added to dx, past both sub-layers.
 
 static void block_forward(Model *m, int layer, const State *in, State *out) {
     mega_forward(m, layer, in, out, m->x[layer]);
@@ -1480,7 +1490,7 @@ static void block_again(Model *m, int layer) {
 }
 
 // forward: y = mega(x), out = nffn(y) + x
-// scratch.dx: in: gradient w.r.t. out; out: w.r.t. x, which is that through both sub-layers plus dout itself.
+// scratch.dx: in: dout; out: dx, the gradient through both sub-layers plus dout itself.
 static void block_backward(Model *m, int layer) {
     Scratch *s = &m->scratch;
     block_again(m, layer);
@@ -1493,7 +1503,7 @@ static void block_backward(Model *m, int layer) {
 
 static real embedding_scale(const Config *c) { return c->scale_emb ? (real)sqrt(c->model_dim) : 1; }
 
-// What the layers and the backward pass need to know of the incoming state.
+// Keeps what the layers and the backward pass need of the incoming state.
 static void begin_forward(Model *m, const State *state) {
     int parallel = m->cp.cp_size > 1;
     read_past(m, state);
@@ -1642,7 +1652,7 @@ static void begin_layers(Model *m) { (void)m; }
 static void read_floatX(real *dst, const floatX *src, size_t n) { memcpy(dst, src, n * sizeof *dst); }
 static int backend_threads(void) { return threads_here(); }
 
-// The buffers of the matrix products are taken before the model's memory, so that both are refused together.
+// The buffers of the BLAS library are allocated before the model, so that too little memory for them is reported, too.
 static int backend_open(int allocate) {
     if (!allocate) return 1;
 #ifdef _OPENMP
@@ -1652,7 +1662,7 @@ static int backend_open(int allocate) {
 }
 
 // ----------------------------------------------------------------------------
-// the machine
+// threads, memory and name of the machine
 
 void megalodon_threads(int threads) {
     blas_threads(threads); // first, since it may set the number of OpenMP's threads

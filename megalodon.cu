@@ -1,25 +1,30 @@
 /*
-megalodon.cu: the Megalodon language model on one GPU. It has the functions of megalodon.c, in the same order and with
-the same arguments, so that the two files can be read side by side: megalodon.c derives each formula, this file says how
-it is mapped to threads. megalodon.h says what the model is and what the letters mean.
+megalodon.cu: the Megalodon language model on one GPU. It has the layer functions of megalodon.c, in the same order and
+with the same arguments, so that the two files can be read side by side: megalodon.c derives each formula, this file
+says how it is mapped to threads. megalodon.h says what the model is and what the letters mean.
 
 How to read it
-- Each layer has one plain kernel, or a few, for any shape. Its comment has four parts. Formula: what is computed, or
-  "see megalodon.c". Mapping: what a thread block, a warp and a thread own. Memory: elements read and written, where R =
-  B*L.
+- Each layer has one plain kernel, or a few, for any shape. The comment of a kernel has up to four parts.
+  Formula: what is computed, or "see megalodon.c".
+  Mapping: what a thread block, a warp and a thread own.
+  Memory: elements read and written. R = B*L is the number of rows; vectors such as weights are not counted.
   Passes: the kernels or loops in order; the code repeats their numbers.
-- Matrix products are calls of cuBLAS.
-- Faster versions are in kernels/, one idea a file. A plain function hands over to one in a line that begins with FAST,
-  with the same arguments. `make cuda PLAIN=1` builds without kernels/. MEGALODON_PLAIN=1 in the environment ignores it.
+- The comment above a section says what each argument means. Where it says nothing, megalodon.c does.
+- Arguments differ from those of megalodon.c in few functions: matmul() calls cuBLAS, sum_rows() can scale,
+  embedding_backward() needs V, attention_forward() and _backward() do not choose their threads, and one call of
+  attention_chunk_forward() or _backward() is for several sequences.
+- Faster versions are in kernels/, one idea a file. A plain function hands over to one in a line that begins with FAST.
+  `make cuda PLAIN=1` builds without kernels/. MEGALODON_PLAIN=1 in the environment turns them off at run time.
 
 Numbers
 - floatX is the type of activations and of the weights that are multiplied: bfloat16, or float with -DMEGALODON_FP32.
   All kernels compute in float, and products accumulate in float (no TF32).
-- Parameters, gradients and moments are float. The optimizer rounds the parameters to floatX after each step.
-- TimestepNorm's moments, and all means and sums of squares, are double.
+- Parameters, their gradients, and the optimizer's moments are float. After each step the optimizer rounds a copy of the
+  parameters to floatX, which the matrix products read: see rounded().
+- TimestepNorm's moments, and the means and sums of squares of all norms, are double.
 
-Same numbers in every run: there are no atomics. Each sum over rows is divided into parts. One thread block sums a part
-in a fixed order, and a second kernel adds the parts in a fixed order.
+Two runs give the same numbers, since there are no atomics. Each sum over rows is divided into parts. One thread block
+sums a part in a fixed order, and a second kernel adds the parts in a fixed order.
 */
 #include <assert.h>
 #include <math.h>
@@ -49,21 +54,21 @@ static __host__ __device__ floatX to_floatX(float x) { return __float2bfloat16(x
 
 enum {
     WARP = 32,
-    THREADS = 256,    // per thread block, unless a kernel says otherwise
-    ROW_WARPS = 8,    // warps of a thread block in which each warp has a row
-    CEMA_BLOCK = 64,  // tokens of a token block of CEMA
-    CEMA_PARTS = 32,  // parts of the sums for the gradients of CEMA's coefficients
-    QUERY_TILE = 512, // rows of the score matrix computed at once
-    SCORES = 1 << 24, // elements of the score matrices computed at once, at most
-    LOGITS = 1 << 27, // logits that exist at a time, at most, but at least LOGIT_ROWS rows
-    LOGIT_ROWS = 128,
-    SUM_PARTS = 256,    // parts of a sum over rows
-    MAX_BLOCKS = 8192,  // thread blocks of a kernel whose threads may have several elements
-    EMBED_PARTS = 8192, // thread blocks that the embedding's gradient is divided into, at least, if V is smaller
+    THREADS = 256,      // per thread block, unless a kernel says otherwise
+    ROW_WARPS = 8,      // warps of a thread block in which each warp has a row
+    CEMA_BLOCK = 64,    // tokens of a token block of CEMA
+    CEMA_PARTS = 32,    // parts of the sums for the gradients of CEMA's coefficients
+    QUERY_TILE = 512,   // rows of the score matrix computed at once
+    SCORES = 1 << 24,   // elements of the score matrices computed at once, at most, but at least those of one sequence
+    LOGITS = 1 << 27,   // elements of logits that exist at a time, at most
+    LOGIT_ROWS = 128,   // but at least so many rows of them
+    SUM_PARTS = 256,    // parts of a sum over rows, at most
+    MAX_BLOCKS = 8192,  // thread blocks of a kernel whose threads may have several elements, at most
+    EMBED_PARTS = 8192, // if V is smaller, a token's rows are divided among up to EMBED_PARTS/V thread blocks
 };
 
-// FAST(supported, call): where a kernel of kernels/ supports this case, the function returns by calling it. There are
-// no such kernels for float32, and none with `make cuda PLAIN=1`.
+// FAST(supported, call): if a fast version in kernels/ supports this case, returns by calling it. There are no fast
+// versions for float32, and none with `make cuda PLAIN=1`.
 #if defined MEGALODON_FP32 || defined MEGALODON_PLAIN
 #define FAST(supported, call)
 #else
@@ -95,16 +100,17 @@ static __device__ size_t grid_threads(void) { return (size_t)gridDim.x * blockDi
 // ----------------------------------------------------------------------------
 // device functions that several kernels use
 
-static __device__ float exp_fast(float x) { // bfloat16 hides the error of the approximation
+static __device__ float exp_fast(float x) { // the error of __expf is below that of rounding to bfloat16
     return sizeof(floatX) == 4 ? expf(x) : __expf(x);
 }
 static __device__ float sigmoid(float x) { return 1 / (1 + exp_fast(-x)); }
 
-// The column of this thread, where blockIdx.x counts rows, or something else, and blockIdx.y thread blocks of columns.
+// The column of this thread, in kernels whose blockIdx.x is a row or a token block, and whose blockIdx.y counts thread
+// blocks along the columns. It may be D or more.
 static __device__ int channel(void) { return blockIdx.y * blockDim.x + threadIdx.x; }
 #define COLUMN_GRID(R, D) dim3((unsigned)(R), ceil_div(D, THREADS)), THREADS
 
-// A row of 0..R-1 for each warp of a thread block of ROW_WARPS warps. May be R or more.
+// The row of this warp, in kernels whose thread blocks have ROW_WARPS warps with a row each. It may be R or more.
 static __device__ size_t warp_row(void) { return (size_t)blockIdx.x * ROW_WARPS + threadIdx.y; }
 #define ROW_GRID(R) blocks_for((size_t)(R), ROW_WARPS), dim3(WARP, ROW_WARPS)
 
@@ -116,7 +122,8 @@ static __device__ size_t warp_row(void) { return (size_t)blockIdx.x * ROW_WARPS 
 //     input gradient   dx = dy W         matmul(dx, matrix(dy),    matrix(W),    R, K, M)
 //     weight gradient  dW += dy' x       matmul(dW, transpose(dy), matrix(x),    M, K, R)
 
-// An operand in device memory. Its stored rows are `ld` elements long; transposed: it is stored as (K,M) or (N,K).
+// An operand in device memory. ld (leading dimension): elements from one stored row to the next. transposed: it is
+// stored as (K,M) or (N,K).
 typedef struct {
     const floatX *at;
     int ld, transposed;
@@ -157,12 +164,11 @@ static void sum_parts(float *out, const float *parts, int P, size_t stride, size
 // sums over rows, in two kernels, so that their order is fixed
 //
 // A gradient of a bias or of a norm's scale is a sum over all R rows for each column. One thread for each column would
-// be too few threads, and atomic additions would come in another order in every run. So the rows are divided into P
-// parts:
-//     1. parts (P,D): part p is the sum of rows p R/P .. (p+1) R/P - 1
-//     2. out (D) += parts[0] + parts[1] + ... in this order
+// leave most of the GPU idle, and the order of atomic additions would differ from run to run. So there are P parts:
+//     1. parts (P,D): part p is the sum of rows p s to (p + 1) s - 1, with s = R/P rounded up
+//     2. out (D) += the sum of the parts, in an order that depends on P only
 
-// Formula: out (n) = sum_p parts (P,stride) over the first n columns, added to out if `add`.
+// Formula: out (n) = sum over p of parts (P,stride), of the first n columns, added to out if `add`.
 // Mapping: a thread block has 32 columns; warp threadIdx.y has every 32nd part. Memory: reads P*n floats.
 // Passes: 1. each thread sums its parts. 2. transposed in shared memory, each warp adds the sums of one column.
 static __global__ void sum_parts_kernel(float *out, const float *parts, int P, size_t stride, size_t n, int add) {
@@ -186,8 +192,8 @@ static void sum_parts(float *out, const float *parts, int P, size_t stride, size
 // Formula: out (D) += sum_r dy (R,D) for a bias, or scale sum_r dy (x - mean) rstd for the scale of a norm, with mean
 //   and rstd (R,G) of G groups of columns. mean, rstd NULL: 0, 1.
 // Mapping: a thread block has 32 columns and the rows of part blockIdx.y; threadIdx.y counts rows.
-// Memory: reads R*D, or 2 R*D.
-// Passes: 1. each thread sums its rows. 2. the thread block adds these sums. sum_parts() adds the parts.
+// Memory: reads R*D (bias) or 2 R*D (scale), writes P*D floats.
+// Passes: 1. each thread sums its rows. 2. the thread block adds these sums. Then sum_parts() adds the parts.
 static __global__ void sum_rows_kernel(float *parts, const floatX *dy, const floatX *x, const double *mean,
                                        const float *rstd, float scale, int R, int D, int G) {
     __shared__ float sums[ROW_WARPS][WARP];
@@ -233,12 +239,12 @@ static void embedding_forward(floatX *out, const int32_t *tokens, const floatX *
 }
 
 // Formula: dembed[token] += scale * sum of dout over the rows with that token.
-// Mapping: a thread block has token blockIdx.x and the rows of part blockIdx.y. A small vocabulary has frequent tokens,
-//   so its rows are divided into more parts.
-// Memory: reads R*D of dout, and the tokens V times, mostly from cache.
-// Passes, for EMBED_ROWS rows at a time: 1. each thread looks at several tokens; a warp's matches are a word of 32
-//   bits.
-//   2. the first thread lists the matching rows in order. 3. each thread adds its columns of these rows.
+// Mapping: a thread block has token blockIdx.x and the rows of part blockIdx.y. In a small vocabulary tokens are
+//   frequent, so there are more parts. With one part the sums are added to dembed, otherwise to parts (P,V,D).
+// Memory: reads R*D of dout, and R tokens in V thread blocks, mostly from cache.
+// Passes, for EMBED_ROWS rows at a time: 1. each thread compares several rows' tokens with its own; __ballot_sync()
+//   collects the results of a warp in a word of 32 bits. 2. the first thread lists the matching rows in order. 3. each
+//   thread sums its columns over these rows.
 static __global__ void embedding_backward_kernel(float *dembed, float *parts, const floatX *dout, const int32_t *tokens,
                                                  float scale, int R, int D) {
     enum { EMBED_ROWS = 2048, WORDS = EMBED_ROWS / WARP };
@@ -295,17 +301,18 @@ static void embedding_backward(float *dembed, const floatX *dout, const int32_t 
 }
 
 // ----------------------------------------------------------------------------
-// dropout: out = mask inp/(1 - p); out may be inp. The backward pass is the same function on gradients. Masks are not
-// kept: Philox turns the index of an element into its random word, so the backward pass, another rank or the CPU gets
-// the same mask from the same index.
+// dropout: out = mask inp/(1 - p); out may be inp. The backward pass applies the same function to the gradient. Masks
+// are not kept: Philox computes an element's random word from its index, so the backward pass, another rank or the CPU
+// computes the same mask. See Mask in plumbing/model.h.
 
+// The random words of elements 4 `four` to 4 `four` + 3 of the whole step's batch.
 static __device__ void mask_words(uint32_t words[4], const Mask *mask, uint64_t four) {
     // indices beyond 32 bits go above the layer's 16 bits
     megalodon_philox(words, mask->seed, mask->stream, mask->step, mask->layer + (uint32_t)(four >> 32 << 16),
                      (uint32_t)four);
 }
 
-// The factor of element i: 0 or 1/(1 - p).
+// The factor of element i of this call's tensor: 0 or 1/(1 - p).
 static __device__ float mask_at(const Mask *mask, uint64_t i) {
     uint32_t words[4], which = (uint32_t)((mask->first + i) % 4);
     mask_words(words, mask, (mask->first + i) / 4);
@@ -360,7 +367,7 @@ static __host__ __device__ Moments merge(double n0, Moments a, double n1, Moment
 }
 
 // Formula: the moments of one token's g scalars in a group, from the deviations from the first of them.
-// Mapping: a thread has a token and a group. Memory: reads R*D, writes 2 R*G doubles.
+// Mapping: a thread has a token and a group. Memory: reads R*D, writes 2 R*G doubles. Passes: one.
 static __global__ void timestep_norm_moments_kernel(Moments *moments, const floatX *inp, size_t R, int D, int G) {
     size_t i = thread_index();
     int g = D / G;
@@ -421,7 +428,7 @@ static __global__ void timestep_norm_apply_kernel(floatX *out, const double *mea
 
 static size_t timestep_norm_workspace(Dims d) { return (size_t)d.B * d.L * d.G * 3 * sizeof(double); }
 
-// Passes: 1. moments of each token. 2. scan over time. 3. normalize.
+// Passes (kernels): 1. moments of each token. 2. scan over time. 3. normalize.
 static void timestep_norm_forward(floatX *out, double *mean, float *rstd, NormState end, const floatX *inp,
                                   const float *weight, const float *bias, NormState start, Dims d, double eps) {
     FAST(timestep_norm_fast_supports(d),
@@ -463,9 +470,11 @@ static __global__ void timestep_norm_terms_kernel(Sums *sums, const floatX *dout
     sums[i] = Sums{U, V, V * m};
 }
 
-// Formula: U, V, W from their terms, then shift = U - 2 (W - mean V) and slope = 2 V in the place of U and V.
+// Formula: U, V, W of each token: the sum of its terms and those of all later ones. mean not NULL: sums then gets shift
+//   = U - 2 (W - mean V) as its U, and slope = 2 V as its V. dstate (B,G,3), or NULL: in: U, V, W after these tokens;
+//   out: those from the first of these tokens on.
 // Mapping: as timestep_norm_scan_kernel, from the last token to the first.
-// Memory: reads and writes 3 R*G doubles.
+// Memory: reads 4 R*G and writes 3 R*G doubles.
 static __global__ void timestep_norm_scan_backward_kernel(Sums *sums, double *dstate, const double *mean, Dims d) {
     int i = blockIdx.x * ROW_WARPS + threadIdx.y, lane = threadIdx.x, b = i / d.G, j = i % d.G;
     if (i >= d.B * d.G) return;
@@ -496,14 +505,15 @@ static __global__ void timestep_norm_backward_kernel(floatX *dinp, const floatX 
     int c = channel();
     size_t i = (size_t)blockIdx.x * D + c, group = (size_t)blockIdx.x * G + c / (D / G);
     if (c >= D) return;
-    double moments = sums[group].U + sums[group].V * (to_float(inp[i]) - mean[group]); // a float slope would underflow
-    float dx = rstd[group] * (weight[c] + 1) * to_float(dout[i]) + (float)moments;
+    // through the moments of this token and all later ones: shift + slope (x - mean); a float slope could underflow
+    double later = sums[group].U + sums[group].V * (to_float(inp[i]) - mean[group]);
+    float dx = rstd[group] * (weight[c] + 1) * to_float(dout[i]) + (float)later;
     if (residual0) dx += to_float(residual0[i]);
     if (residual1) dx += to_float(residual1[i]);
     dinp[i] = to_floatX(dx);
 }
 
-// Passes: 1. terms of each token. 2. scan over time, from the last token. 3. dx. 4. dweight and dbias.
+// Passes (kernels): 1. terms of each token. 2. scan over time, from the last token. 3. dx. 4. dweight and dbias.
 static void timestep_norm_backward(floatX *dinp, float *dweight, float *dbias, double *dstate, const floatX *dout,
                                    const floatX *const residuals[2], const floatX *inp, const float *weight,
                                    const double *mean, const float *rstd, const int64_t *count, Dims d) {
@@ -521,10 +531,9 @@ static void timestep_norm_backward(floatX *dinp, float *dweight, float *dbias, d
     sum_rows(dbias, dout, NULL, NULL, NULL, 1, (int)R, d.D, 1);
 }
 
-// Chunk parallelism: what a rank finds in its own tokens, and how the ranks' results combine. The all-gather is between
-// the two, see timestep_norm_layer_forward(). Moments combine by merge(), in any grouping, so each rank reduces its own
-// tokens without waiting for the ranks before it. The sums U, V and W of the backward pass are plain sums over tokens,
-// so those of later ranks are added.
+// Chunk parallelism: each rank reduces its own tokens, an all-gather exchanges the results, and each rank combines
+// them; see timestep_norm_layer_forward(). Moments can be merged in any grouping, so no rank waits for the ranks before
+// it. The sums U, V and W of the backward pass are plain sums over tokens, so those of later ranks are added.
 
 // sum.mean, sum.m2 (B,G): the moments of these tokens alone.
 static void timestep_norm_reduce(NormState sum, const floatX *inp, Dims d) {
@@ -570,8 +579,7 @@ static void timestep_norm_combine(NormState start, NormState end, const double *
     timestep_norm_combine_kernel<<<blocks_for((size_t)d.B * d.G, THREADS), THREADS>>>(start, end, all, count, *cp, d);
 }
 
-// Formula: dstate = the sum of U, V, W over all ranks after this one. all (cp_size,B,G,3). Mapping: a thread has one
-//   sum.
+// Formula: dstate (n) = the sum of U, V, W over all later ranks; all (cp_size,n), n = B*G*3. Mapping: a thread has one.
 static __global__ void timestep_norm_combine_backward_kernel(double *dstate, const double *all, ChunkParallel cp,
                                                              size_t n) {
     size_t i = thread_index();
@@ -609,32 +617,33 @@ static void cema_coeffs_forward(Coeffs *c, const float *alpha, const float *delt
     cema_coeffs_forward_kernel<<<blocks_for((size_t)D * N, THREADS), THREADS>>>(*c, alpha, delta, theta, gamma, D, N);
 }
 
-// Forward lines: p = sigmoid(alpha), q = (1 - p sigmoid(delta)) e^(i phi), phi = sigmoid(theta) 2 pi (n+1)/N,
-// g = gamma/sqrt(N). Derivatives: see megalodon.c. Mapping: a thread block has 32 channels; threadIdx.y has every 8th
-// mode. The modes of a channel share theta, so their gradients are added in shared memory.
+// Forward lines: p = sigmoid(alpha), q = (1 - p sigmoid(delta)) e^(i phi), phi_n = sigmoid(theta) 2 pi n/N for n = 1..N
+// (in the code n begins at 0), g = gamma/sqrt(N). Derivatives: see megalodon.c.
+// Mapping: a thread block has 32 channels; threadIdx.y has every 8th mode. The modes of a channel share theta, so their
+//   gradients w.r.t. it are added in shared memory.
 static __global__ void cema_coeffs_backward_kernel(float *dalpha, float *ddelta, float *dtheta, float *dgamma,
                                                    Coeffs dc, const float *alpha, const float *delta,
                                                    const float *theta, int D, int N) {
-    __shared__ double dturns[ROW_WARPS][WARP];
+    __shared__ double dangles[ROW_WARPS][WARP];
     int d = blockIdx.x * WARP + threadIdx.x;
-    double turn = d < D ? 1 / (1 + exp(-(double)theta[d])) : 0, dturn = 0;
+    double angle = d < D ? 1 / (1 + exp(-(double)theta[d])) : 0, dangle = 0;
     for (int n = threadIdx.y; n < N && d < D; n += ROW_WARPS) {
         size_t in = (size_t)d * N + n, i = (size_t)n * D + d;
         double a = 1 / (1 + exp(-(double)alpha[in])), b = 1 / (1 + exp(-(double)delta[in]));
-        double phi = 2 * PI * (n + 1) / N * turn, re = cos(phi), im = sin(phi);
-        double dsize = dc.q_re[i] * re + dc.q_im[i] * im;
+        double phi = 2 * PI * (n + 1) / N * angle, re = cos(phi), im = sin(phi);
+        double dabs = dc.q_re[i] * re + dc.q_im[i] * im;
         double dphi = (1 - a * b) * (dc.q_im[i] * re - dc.q_re[i] * im);
-        dalpha[in] += (float)((dc.p[i] - b * dsize) * a * (1 - a));
-        ddelta[in] += (float)(-a * dsize * b * (1 - b));
-        dturn += dphi * 2 * PI * (n + 1) / N;
+        dalpha[in] += (float)((dc.p[i] - b * dabs) * a * (1 - a));
+        ddelta[in] += (float)(-a * dabs * b * (1 - b));
+        dangle += dphi * 2 * PI * (n + 1) / N;
         dgamma[2 * in] += (float)(dc.g_re[i] / sqrt((double)N));
         dgamma[2 * in + 1] += (float)(dc.g_im[i] / sqrt((double)N));
     }
-    dturns[threadIdx.y][threadIdx.x] = dturn;
+    dangles[threadIdx.y][threadIdx.x] = dangle;
     __syncthreads();
     if (threadIdx.y > 0 || d >= D) return;
-    for (int w = 1; w < ROW_WARPS; w++) dturn += dturns[w][threadIdx.x];
-    dtheta[d] += (float)(dturn * turn * (1 - turn));
+    for (int w = 1; w < ROW_WARPS; w++) dangle += dangles[w][threadIdx.x];
+    dtheta[d] += (float)(dangle * angle * (1 - angle));
 }
 
 static void cema_coeffs_backward(float *dalpha, float *ddelta, float *dtheta, float *dgamma, const Coeffs *dc,
@@ -646,7 +655,7 @@ static void cema_coeffs_backward(float *dalpha, float *ddelta, float *dtheta, fl
 static __device__ float2 times(float2 a, float2 b) { return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x); }
 static __device__ float2 conjugate(float2 a) { return make_float2(a.x, -a.y); }
 
-// q^n by repeated squaring, in double, since n may be large
+// q^n by repeated squaring, in double, since n may be large.
 static __device__ float2 power(float2 base, int64_t n) {
     double re = 1, im = 0, q_re = base.x, q_im = base.y;
     for (; n > 0; n /= 2) {
@@ -657,7 +666,7 @@ static __device__ float2 power(float2 base, int64_t n) {
     return make_float2((float)re, (float)im);
 }
 
-// The recurrence is linear, so time is cut into token blocks of CEMA_BLOCK tokens, which are computed in parallel:
+// The recurrence is linear, so time is cut into token blocks of T = CEMA_BLOCK tokens, which are computed in parallel:
 //     1. block-local recurrence: each token block's end state, from a zero state at its start
 //     2. scan over token blocks: the state before each one, h_(k+1) = q^T h_k + end_k
 //     3. recurrence again, from these states, which yields y
@@ -672,7 +681,7 @@ static __device__ float2 power(float2 base, int64_t n) {
 //     3. outputs   h_0 -> y        h_1 -> y        h_2 -> y          in parallel
 //
 // Work: 1 and 3 both compute the recurrence, so each token costs two steps for each mode instead of one. In return the
-// chain of dependent steps has L/T + T instead of L.
+// longest chain of dependent steps has T + L/T + T steps instead of L.
 
 static size_t cema_states_bytes(Dims d) {
     return (size_t)d.B * ceil_div(d.L, CEMA_BLOCK) * 2 * d.N * d.D * sizeof(float);
@@ -687,8 +696,8 @@ static __device__ float2 coeff(const float *re, const float *im, int n, int c, D
     return make_float2(re[n * d.D + c], im[n * d.D + c]);
 }
 
-// 1. Formula: forward end = sum_t q^(T-1-t) p x_t; backward end = sum_t conj(q)^(t+1) conj(g) dy_t.
-// Mapping: a thread has a channel and a mode of a token block; neighbours have neighbouring channels.
+// 1. Formula: forward end = sum_t q^(T-1-t) p x_t; backward end = sum_t conj(q)^(t+1) conj(g) dy_t; t = 0 .. T-1.
+// Mapping: a thread has a channel and a mode of a token block; neighbouring threads have neighbouring channels.
 // Memory: reads R*D N times, mostly from cache; writes 2*N*D floats for each token block.
 static __global__ void cema_ends_kernel(float *ends, const floatX *inp, Coeffs coeffs, int backward, Dims d) {
     int c = channel(), n = blockIdx.z, blocks = ceil_div(d.L, CEMA_BLOCK), b = blockIdx.x / blocks;
@@ -713,9 +722,9 @@ static __global__ void cema_ends_kernel(float *ends, const floatX *inp, Coeffs c
     ends[at] = h.x, ends[at + d.N * d.D] = h.y;
 }
 
-// 2. Formula: h_(k+1) = q^T h_k + end_k; backward F_(k-1) = conj(q)^T F_k + end_k. states: the ends, replaced by the
-//   state before each token block, or the gradient after it. start (B,2,N,D), or NULL: zero. final (B,2,N,D), or NULL:
-//   the state after the last token, or the gradient before the first.
+// 2. Formula: h_(k+1) = q^T h_k + end_k; backward F_(k-1) = conj(q)^T F_k + end_k. states: in: the ends; out: the state
+//   before each token block, backward F after it. start (B,2,N,D), or NULL for zeros: the state before all tokens,
+//   backward F after them. final (B,2,N,D), or NULL: gets the state after all tokens, backward F before them.
 // Mapping: a thread has a channel and a mode of a sequence. Memory: reads and writes the states.
 static __global__ void cema_scan_kernel(float *states, float *final, const float *start, Coeffs coeffs, int backward,
                                         Dims d) {
@@ -777,8 +786,8 @@ static __global__ void cema_forward_kernel(floatX *out, const floatX *inp, const
     }
 }
 
-// h_blocks: the state before each token block, for the backward pass; the fast kernels have another layout of their
-// own.
+// h_blocks (B, blocks, 2, N, D): the state before each token block, for the backward pass. The fast version has another
+// layout, so forward and backward must choose alike.
 static void cema_forward(floatX *out, float *h_blocks, float *h_out, const floatX *inp, const Coeffs *coeffs,
                          const float *omega, const float *h_in, Dims d) {
     FAST(cema_fast_supports(d), cema_fast_forward(out, h_blocks, h_out, inp, coeffs, omega, h_in, d));
@@ -787,10 +796,10 @@ static void cema_forward(floatX *out, float *h_blocks, float *h_out, const float
     cema_forward_kernel<<<grid, WARP>>>(out, inp, h_blocks, *coeffs, omega, d);
 }
 
-// Forward lines: h_t = q h_(t-1) + p x_t, y_t = Re sum_n g_n h_t,n + omega x_t. Derivatives, see megalodon.c:
+// Forward lines: h_t = q h_(t-1) + p x_t, y_t = Re sum_n g_n h_t,n + omega x_t. Derivatives, from megalodon.c:
 //     G_t = conj(g) dy_t + F_t,  F_(t-1) = conj(q) G_t,  dx_t = omega dy_t + sum_n p Re G_t
 //     dp = sum_t x_t Re G_t,  dq = sum_t G_t conj(h_(t-1)),  dg = sum_t dy_t conj(h_t),  domega = sum_t x_t dy_t
-// futures: F after each token block, from kernels 1 and 2 run backward.
+// futures: F after each token block, from kernels 1 and 2 with `backward`.
 
 // 4. Formula: dx, see above. Mapping and memory: as cema_forward_kernel, from the last token to the first.
 static __global__ void cema_backward_kernel(floatX *dinp, const floatX *dout, const float *futures, Coeffs coeffs,
@@ -825,9 +834,10 @@ static __global__ void cema_backward_kernel(floatX *dinp, const floatX *dout, co
 // 5. Formula: dp, dq and dg, see above, of one part of the token blocks.
 // Mapping: a thread has a channel and a mode, and every gridDim.x-th token block.
 // Memory: reads R*D of dout N times and of inp 3 N times, mostly from cache, and the states and gradients.
-// Passes, for each token block: G runs backward in time and h runs forward, so 1. h runs forward and is kept before
-//   every STEPS tokens. Then for STEPS tokens at a time, from the last to the first: 2. h runs forward again and is
-//   kept before each of them. 3. G runs backward, and meets h.
+// Passes, for each token block: dq needs G_t and h_(t-1) of the same token, but G is computed from the last token to
+//   the first and h from the first to the last. So: 1. compute h, and keep it before every STEPS tokens. Then for STEPS
+//   tokens at a time, from the last to the first: 2. compute h again, and keep it before each of them. 3. compute G,
+//   and add the terms of dp, dq and dg.
 // parts (gridDim.x, 5, N, D): dp, dq_re, dq_im, dg_re, dg_im.
 static __global__ void cema_sums_kernel(float *parts, const floatX *dout, const floatX *inp, const float *states,
                                         const float *futures, Coeffs coeffs, Dims d) {
@@ -898,7 +908,7 @@ static void cema_backward(floatX *dinp, Coeffs *dcoeffs, float *domega, float *d
     sum_rows(domega, dout, inp, NULL, NULL, 1, d.B * d.L, d.D, 1);
 }
 
-// Chunk parallelism: the same three steps, with ranks in the place of token blocks. cema_reduce() is step 1: h
+// Chunk parallelism: the same three steps, with ranks instead of token blocks. cema_reduce() is step 1: h
 // (B,2,N,D) is the state after these tokens from a zero state; backward, the gradient w.r.t. the state before them if
 // nothing follows. The all-gather is next, then cema_combine(), which is step 2, then cema_forward() or
 // cema_backward().
@@ -907,8 +917,9 @@ static void cema_reduce(float *h, const floatX *inp, const Coeffs *coeffs, int b
 }
 
 // Formula: h_after = q^length h_before + h_alone, rank by rank; backward from the last rank to the first, with conj(q).
-//   all (cp_size,B,2,N,D): each rank's result of cema_reduce(). h: in: the state before the whole sequence, or the
-//   gradient after it; out: that before, or after, this rank's tokens. end, or NULL: the result after the last step.
+//   all (cp_size,B,2,N,D): each rank's result of cema_reduce(). h (B,2,N,D): in: the state before the whole sequence
+//   (backward: the gradient after it); out: the state before this rank's tokens (backward: the gradient after them).
+//   end (B,2,N,D), or NULL: gets the state after the last rank (backward: the gradient before the first).
 // Mapping: a thread has a channel and a mode of a sequence.
 static __global__ void cema_combine_kernel(float *h, float *end, const float *all, Coeffs coeffs, int backward,
                                            ChunkParallel cp, Dims d) {
@@ -986,9 +997,8 @@ static void rmsnorm_backward(floatX *dinp, float *dweight, const floatX *dout, c
 // ----------------------------------------------------------------------------
 // linear: out (R,M) = inp (R,K) weight' (M,K) + bias (M) + residual (R,M); bias and residual may be NULL
 
-// Formula: out = bias + residual, to which the product is then added. Mapping: a thread has an element of row
-//   blockIdx.x.
-// Memory: reads and writes R*M.
+// Formula: out = bias + residual, to which the product is then added.
+// Mapping: a thread has an element of row blockIdx.x. Memory: reads (residual) and writes R*M.
 static __global__ void linear_start_kernel(floatX *out, const floatX *residual, const floatX *bias, int M) {
     int c = channel();
     size_t i = (size_t)blockIdx.x * M + c;
@@ -1003,8 +1013,8 @@ static void linear_forward(floatX *out, const floatX *residual, const floatX *in
 }
 
 // Forward line: out = inp weight' + bias. dinp = dout weight, added to dinp if `add`, since several linear maps read
-// the same input; dweight += dout' inp; dbias += sum over rows of dout. Gradients of weights are float, so cuBLAS
-// multiplies floatX and adds the products to float.
+// the same input; dweight += dout' inp; dbias += sum over rows of dout. Gradients of weights are float: cuBLAS
+// multiplies operands of type floatX and adds the product to a float matrix.
 static void linear_backward_input(floatX *dinp, int add, const floatX *dout, const floatX *weight, int R, int K,
                                   int M) {
     FAST(1, linear_fast_backward_input(dinp, add, dout, weight, R, K, M));
@@ -1065,11 +1075,11 @@ static void qk_backward(floatX *dzn, float *dgamma, float *dbeta, const floatX *
 }
 
 // ----------------------------------------------------------------------------
-// rotary embedding: in each head the pair (2j, 2j+1), taken as a complex number, is multiplied by e^(i pos
-// base^(-2j/dz)), pos counted from the chunk's start. table (C, dz/2, 2): cos, sin. count (B): tokens before these, or
-// NULL.
+// rotary embedding: in each head the pair (2j, 2j+1), taken as a complex number, is multiplied by
+//     e^(i pos base^(-2j/dz)),    pos counted from the chunk's start
+// table (C, dz/2, 2): cos, sin. count (B), or NULL for zeros: tokens before these.
 
-// Mapping: a thread has a pair at a position.
+// Mapping: a thread has a pair at a position. Memory: writes C*dz floats.
 static __global__ void rope_table_kernel(float *table, int C, int dz, double base) {
     int i = thread_index(), pairs = dz / 2;
     if (i >= C * pairs) return;
@@ -1081,17 +1091,17 @@ static void rope_table(float *table, int C, int dz, double base) {
     rope_table_kernel<<<blocks_for((size_t)C * (dz / 2), THREADS), THREADS>>>(table, C, dz, base);
 }
 
-// Mapping: a thread has a pair of row blockIdx.x. sign: 1 forward; -1 backward, since the transpose of a rotation is
-// its inverse. Memory: reads and writes R*Z.
+// Formula: sign 1: see above; sign -1: rotates by the opposite angles, as the backward pass does (see megalodon.c).
+// Mapping: a thread has a pair of row blockIdx.x. Memory: reads and writes R*Z.
 static __global__ void rope_kernel(floatX *out, const floatX *inp, const float *table, const int64_t *count, int sign,
                                    Dims d) {
     int b = blockIdx.x / d.L, t = blockIdx.x % d.L, c = 2 * channel(), dz = d.Z / d.H;
     if (c >= d.Z) return;
-    const float *turn = table + ((count ? count[b] : 0) + t) % d.C * dz + c % dz;
+    const float *angle = table + ((count ? count[b] : 0) + t) % d.C * dz + c % dz;
     size_t i = (size_t)blockIdx.x * d.Z + c;
-    float re = to_float(inp[i]), im = to_float(inp[i + 1]), s = sign * turn[1];
-    out[i] = to_floatX(re * turn[0] - im * s);
-    out[i + 1] = to_floatX(re * s + im * turn[0]);
+    float re = to_float(inp[i]), im = to_float(inp[i + 1]), s = sign * angle[1];
+    out[i] = to_floatX(re * angle[0] - im * s);
+    out[i + 1] = to_floatX(re * s + im * angle[0]);
 }
 
 static void rope_forward(floatX *out, const floatX *inp, const float *table, const int64_t *count, Dims d) {
@@ -1102,35 +1112,35 @@ static void rope_backward(floatX *dinp, const floatX *dout, const float *table, 
     rope_kernel<<<COLUMN_GRID((size_t)d.B * d.L, d.Z / 2)>>>(dinp, dout, table, count, -1, d);
 }
 
-// From z (B,L,Z) to the rotated q and k: the norm of each head, the affine, the rotation (table NULL: none).
-// zn (B,L,Z) and z_rstd (B,L,H) are for the backward pass, which calls this again instead of keeping them.
+// From z (B,L,Z) to the rotated q and k: RMSNorm of each head, the affine map, the rotation (table NULL: none).
+// zn (B,L,Z) and z_rstd (B,L,H) are needed by qk_layer_backward(). They are not kept: mega_backward() calls this again.
 static void qk_layer_forward(floatX *q, floatX *k, floatX *zn, float *z_rstd, const floatX *z, const float *gamma,
                              const float *beta, const float *table, const int64_t *count, Dims d, double eps) {
     FAST(qk_fast_supports(d), qk_fast_forward(q, k, zn, z_rstd, z, gamma, beta, table, count, d, eps));
-    int R = d.B * d.L, dz = d.Z / d.H;
-    rmsnorm_forward(zn, z_rstd, z, NULL, R * d.H, dz, eps);
-    qk_forward(q, k, zn, gamma, beta, R, d.Z, dz);
+    int R = d.B * d.L, head = d.Z / d.H;
+    rmsnorm_forward(zn, z_rstd, z, NULL, R * d.H, head, eps);
+    qk_forward(q, k, zn, gamma, beta, R, d.Z, head);
     if (table == NULL) return;
     rope_forward(q, q, table, count, d);
     rope_forward(k, k, table, count, d);
 }
 
-// dq and dk are overwritten.
-static void qk_layer_backward(floatX *dz_out, float *dgamma, float *dbeta, floatX *dq, floatX *dk, floatX *zn,
+// The same three steps in reverse order, with the gradient w.r.t. zn in dz. dq and dk are overwritten.
+static void qk_layer_backward(floatX *dz, float *dgamma, float *dbeta, floatX *dq, floatX *dk, floatX *zn,
                               const float *z_rstd, const floatX *z, const float *gamma, const float *table, Dims d) {
-    FAST(qk_fast_supports(d), qk_fast_backward(dz_out, dgamma, dbeta, dq, dk, zn, z_rstd, z, gamma, table, d));
-    int R = d.B * d.L, dz = d.Z / d.H;
+    FAST(qk_fast_supports(d), qk_fast_backward(dz, dgamma, dbeta, dq, dk, zn, z_rstd, z, gamma, table, d));
+    int R = d.B * d.L, head = d.Z / d.H;
     rope_backward(dq, dq, table, NULL, d);
     rope_backward(dk, dk, table, NULL, d);
-    qk_backward(dz_out, dgamma, dbeta, dq, dk, zn, gamma, R, d.Z, dz);
-    rmsnorm_backward(dz_out, NULL, dz_out, z, NULL, z_rstd, R * d.H, dz);
+    qk_backward(dz, dgamma, dbeta, dq, dk, zn, gamma, R, d.Z, head);
+    rmsnorm_backward(dz, NULL, dz, z, NULL, z_rstd, R * d.H, head);
 }
 
 // ----------------------------------------------------------------------------
-// silu(x) = x sigmoid(x), and the gate out = a silu(b): the attention's (o, r) and the FFN's (f3, f1)
-// Mapping: a thread has several elements, grid_threads() apart. The time is that of reading and writing memory, so each
-// backward kernel also computes the forward output again: the product after it needs that output for the gradient of
-// its weights.
+// silu(x) = x sigmoid(x), and the gate out = a silu(b). The attention sub-layer gates o with b = r_pre, swiglu gates f3
+// with b = f1. Mapping: a thread has several elements, grid_threads() apart. These kernels are limited by memory
+// traffic, and the backward pass has read all inputs of the forward pass. So it also computes the forward output again,
+// of which the gradient of the next weight matrix is computed.
 
 // Memory: reads and writes n.
 static __global__ void silu_forward_kernel(floatX *out, const floatX *inp, size_t n) {
@@ -1145,9 +1155,8 @@ static void silu_forward(floatX *out, const floatX *inp, size_t n) {
     silu_forward_kernel<<<ELEMENT_GRID(n)>>>(out, inp, n);
 }
 
-// Forward line: out = x sigmoid(x). dx = dout s (1 + x (1 - s)) with s = sigmoid(x). out is computed again, for the
-// gradient of the weights that it is multiplied with; NULL: it is not. dinp may be dout.
-// Memory: reads 2 n, writes n or 2 n.
+// Forward line: out = x s, s = sigmoid(x). dx = dout s (1 + x (1 - s)). out, or NULL, gets the forward output again.
+// dinp may be dout. Memory: reads 2 n, writes n or 2 n.
 static __global__ void silu_backward_kernel(floatX *out, floatX *dinp, const floatX *dout, const floatX *inp,
                                             size_t n) {
     for (size_t i = thread_index(); i < n; i += grid_threads()) {
@@ -1175,8 +1184,8 @@ static void gate_forward(floatX *out, const floatX *a, const floatX *b, size_t n
     gate_forward_kernel<<<ELEMENT_GRID(n)>>>(out, a, b, n);
 }
 
-// Forward line: out = a silu(b). da = dout silu(b), db = dout a silu'(b). out is computed again, see silu_backward.
-// da may be dout. Memory: reads 3 n, writes 3 n.
+// Forward line: out = a silu(b). da = dout silu(b), db = dout a silu'(b). out, or NULL, gets the forward output again.
+// da may be dout. Memory: reads 3 n, writes 2 n or 3 n.
 static __global__ void gate_backward_kernel(floatX *out, floatX *da, floatX *db, const floatX *dout, const floatX *a,
                                             const floatX *b, size_t n) {
     for (size_t i = thread_index(); i < n; i += grid_threads()) {
@@ -1198,11 +1207,11 @@ static void gate_backward(floatX *out, floatX *da, floatX *db, const floatX *dou
 //     S_ij = q_i . k_j for j <= i        P = softmax over j        o_i = sum_j P_ij v_j
 // Scores are computed for QUERY_TILE queries at a time, against the keys up to the last of them, so that few products
 // are above the diagonal. The same chunk of all sequences is one batch of matrix products. Of P only lse_i = log sum_j
-// e^(S_ij) is kept. S, P and their gradients are floatX, the softmax is float.
+// e^(S_ij) is kept. S, P and their gradients are stored as floatX; the softmax is computed in float.
 //
 //              keys of the chunk                      C = 4 tiles: the first tile of queries needs 1/4 of the row,
-//     queries  +-----+                                the last one all of it. Only the triangles on the diagonal are
-//              | S 0 |                                computed in vain.
+//     queries  +-----+                                the last one all of it. Scores above the diagonal are computed
+//              | S 0 |                                only inside the last square of each tile.
 //              +-----+-----+                          Heads are wide here (dv = 2048 in mega200M), so a fused kernel
 //              |   S 1     |                          that keeps o in registers does not fit. S of one tile is small
 //              +-----------+-----+                    enough to stay in the L2 cache between the two products.
@@ -1226,7 +1235,7 @@ static __device__ uint64_t query_mask(const Mask *mask, size_t row, int h, Dims 
 }
 
 // Formula: P = softmax(S), with the mask of dropout. scores (batch,nq,nk): S, replaced by P.
-// Mapping: a warp has a query. Memory: reads the scores twice more from cache, writes them.
+// Mapping: a warp has a query. Memory: reads the scores three times, mostly from cache, writes them once.
 // Passes: 1. maximum. 2. sum of e^(S - max). 3. probabilities.
 static __global__ void attention_forward_kernel(floatX *scores, float *lse, QueryTile tile, Mask mask, Dims d) {
     size_t i = warp_row(), row = query_row(tile, i, d);
@@ -1252,21 +1261,22 @@ static __global__ void attention_forward_kernel(floatX *scores, float *lse, Quer
     if (threadIdx.x == 0) lse[row * d.H + tile.h] = max + logf(sum);
 }
 
-// q, o begin with the first query, k, v with the first key; rows of q and k are Z long, of v and o E. stride: rows
-// between the keys of two sequences.
+// q and o begin at the tile's first query, k and v at the first key of its chunk. Rows of q and k are Z elements apart,
+// those of v and o E. stride: rows from the keys of one sequence to those of the next.
 static void attention_chunk_forward(floatX *o, float *lse, floatX *scores, const floatX *q, const floatX *k,
                                     const floatX *v, QueryTile tile, int stride, Mask mask, Dims d) {
-    int dz = d.Z / d.H, dv = d.E / d.H, nq = tile.nq, nk = tile.nk;
+    int key_dim = d.Z / d.H, value_dim = d.E / d.H, nq = tile.nq, nk = tile.nk;
     int64_t rows = d.L, all = (int64_t)nq * nk;
     Matrix Q = {q, d.Z, 0, rows * d.Z}, K = {k, d.Z, 1, (int64_t)stride * d.Z}, V = {v, d.E, 0, (int64_t)stride * d.E};
     Matrix P = {scores, nk, 0, all};
-    matmul_batched(scores, nk, all, Q, K, nq, nk, dz, 0, tile.batch);
+    matmul_batched(scores, nk, all, Q, K, nq, nk, key_dim, 0, tile.batch);
     attention_forward_kernel<<<ROW_GRID((size_t)tile.batch * nq)>>>(scores, lse, tile, mask, d);
-    matmul_batched(o, d.E, rows * d.E, P, V, nq, dv, nk, 0, tile.batch);
+    matmul_batched(o, d.E, rows * d.E, P, V, nq, value_dim, nk, 0, tile.batch);
 }
 
 // Forward lines: P = softmax(S), o = P v. P_ij = e^(S_ij - lse_i) again, divided by its sum, since lse_i is rounded;
-// dP_ij = do_i . v_j; dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij). With dropout, v and dP meet P under the mask.
+// dP_ij = do_i . v_j; dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij). With dropout, o = (mask P) v: dP is multiplied by the
+// mask, and scores gets mask P, from which dv is computed.
 // Mapping: a warp has a query. Memory: reads S and dP twice, writes P over S and dS over dP.
 static __global__ void attention_backward_kernel(floatX *scores, floatX *dscores, const float *lse, QueryTile tile,
                                                  Mask mask, Dims d) {
@@ -1289,31 +1299,33 @@ static __global__ void attention_backward_kernel(floatX *scores, floatX *dscores
     }
 }
 
-// dq_i = sum_j dS_ij k_j is set; dk_j = sum_i dS_ij q_i and dv_j = sum_i P_ij do_i are added to if `add`.
+// Forward lines: o_i = sum_j P_ij v_j, S_ij = q_i . k_j. dq_i = sum_j dS_ij k_j is set; dk_j = sum_i dS_ij q_i and
+// dv_j = sum_i P_ij do_i are set, or added to if `add`. dq, dout and q begin at the tile's first query, the other
+// tensors at the first key of its chunk.
 typedef struct {
     floatX *dq, *dk, *dv, *scores, *dscores;
     const floatX *dout, *q, *k, *v;
 } AttentionTensors;
 
 static void attention_chunk_backward(AttentionTensors a, const float *lse, QueryTile tile, int add, Mask mask, Dims d) {
-    int dz = d.Z / d.H, dv = d.E / d.H, nq = tile.nq, nk = tile.nk;
+    int key_dim = d.Z / d.H, value_dim = d.E / d.H, nq = tile.nq, nk = tile.nk;
     int64_t z = (int64_t)d.L * d.Z, e = (int64_t)d.L * d.E, all = (int64_t)nq * nk;
     Matrix Q = {a.q, d.Z, 0, z}, K = {a.k, d.Z, 0, z}, V = {a.v, d.E, 0, e}, dO = {a.dout, d.E, 0, e};
     Matrix Kt = {a.k, d.Z, 1, z}, Vt = V, P = {a.scores, nk, 1, all}, dS = {a.dscores, nk, 0, all}, dSt = dS;
     Vt.transposed = dSt.transposed = 1;
-    matmul_batched(a.scores, nk, all, Q, Kt, nq, nk, dz, 0, tile.batch);
-    matmul_batched(a.dscores, nk, all, dO, Vt, nq, nk, dv, 0, tile.batch);
+    matmul_batched(a.scores, nk, all, Q, Kt, nq, nk, key_dim, 0, tile.batch);
+    matmul_batched(a.dscores, nk, all, dO, Vt, nq, nk, value_dim, 0, tile.batch);
     attention_backward_kernel<<<ROW_GRID((size_t)tile.batch * nq)>>>(a.scores, a.dscores, lse, tile, mask, d);
-    matmul_batched(a.dq, d.Z, z, dS, K, nq, dz, nk, 0, tile.batch);
-    matmul_batched(a.dk, d.Z, z, dSt, Q, nk, dz, nq, add, tile.batch);
-    matmul_batched(a.dv, d.E, e, P, dO, nk, dv, nq, add, tile.batch);
+    matmul_batched(a.dq, d.Z, z, dS, K, nq, key_dim, nk, 0, tile.batch);
+    matmul_batched(a.dk, d.Z, z, dSt, Q, nk, key_dim, nq, add, tile.batch);
+    matmul_batched(a.dv, d.E, e, P, dO, nk, value_dim, nq, add, tile.batch);
 }
 
-// Scores of one tile, and the number of sequences whose tiles are computed at once.
+// Elements of one tile's scores, and the number of sequences whose tiles are computed at once.
 static size_t tile_scores(int C) { return (size_t)min_int(QUERY_TILE, C) * C; }
 static int tile_batch(Dims d) { return min_int(d.B, max_int(1, (int)(SCORES / tile_scores(d.C)))); }
 
-// Mapping, of both: a thread has an element.
+// Mapping of both kernels: a thread has an element.
 static __global__ void to_float_kernel(float *out, const floatX *inp, size_t n) {
     size_t i = thread_index();
     if (i < n) out[i] = to_float(inp[i]);
@@ -1331,7 +1343,7 @@ static void copy_to_floatX(floatX *out, const float *inp, size_t n) {
     to_floatX_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
 }
 
-// Writes the keys and values of n tokens of sequence b, from token t on, to the cache of its chunk, from place `at` on.
+// Copies the keys and values of n tokens of row b, from token t on, into the cache, from position `at` on.
 static void cache_chunk(float *cache_k, float *cache_v, const floatX *k, const floatX *v, int b, int t, int at, int n,
                         Dims d) {
     size_t from = (size_t)b * d.L + t, to = (size_t)b * d.C + at;
@@ -1341,14 +1353,14 @@ static void cache_chunk(float *cache_k, float *cache_v, const floatX *k, const f
 
 static size_t attention_workspace(Dims d) { return (size_t)d.C * (d.Z + d.E) * sizeof(floatX); }
 
-// Chunked attention: a token sees its own chunk up to itself. q, k (B,L,Z) are rotated, v, o (B,L,E), lse (B,L,H).
-// past (B), in host memory, or NULL: all 0. past[b] tokens of the chunk at the start came before; their keys and values
-// are in cache_k (B,C,Z), cache_v (B,C,E), and those of this call are added, as far as their chunk stays unfinished.
+// All heads and chunks. q, k (B,L,Z) are rotated; v, o (B,L,E); lse (B,L,H). past (B), in host memory, or NULL for
+// zeros: number of tokens that the first chunk had before this call. Their keys and values are in cache_k (B,C,Z) and
+// cache_v (B,C,E). The keys and values of the chunk that this call leaves unfinished are written there.
 static void attention_forward(floatX *o, float *lse, float *cache_k, float *cache_v, floatX *scores, const floatX *q,
                               const floatX *k, const floatX *v, const int *past, Mask mask, Dims d) {
     FAST(attention_fast_supports(past, d),
          attention_fast_forward(o, lse, cache_k, cache_v, scores, q, k, v, past, mask, d));
-    int dz = d.Z / d.H, dv = d.E / d.H, some_past = 0;
+    int key_dim = d.Z / d.H, value_dim = d.E / d.H, some_past = 0;
     for (int b = 0; past && b < d.B; b++) some_past |= past[b];
     int step = some_past ? 1 : tile_batch(d); // sequences that are inside a chunk are computed one by one
     for (int b0 = 0; b0 < d.B; b0 += step) {
@@ -1368,8 +1380,9 @@ static void attention_forward(floatX *o, float *lse, float *cache_k, float *cach
                 for (int h = 0; h < d.H; h++) {
                     QueryTile tile = {b0, batch, t0 + i, min_int(QUERY_TILE, n - i), 0, h};
                     tile.nk = before + i + tile.nq;
-                    attention_chunk_forward(o + (first + i) * d.E + h * dv, lse, scores, q + (first + i) * d.Z + h * dz,
-                                            keys + h * dz, values + h * dv, tile, d.L, mask, d);
+                    attention_chunk_forward(o + (first + i) * d.E + h * value_dim, lse, scores,
+                                            q + (first + i) * d.Z + h * key_dim, keys + h * key_dim,
+                                            values + h * value_dim, tile, d.L, mask, d);
                 }
             }
         }
@@ -1380,24 +1393,23 @@ static void attention_forward(floatX *o, float *lse, float *cache_k, float *cach
     }
 }
 
-// scores: scores, then their gradients.
-static void attention_backward(floatX *dq, floatX *dk, floatX *dv_out, floatX *scores, const floatX *dout,
-                               const float *lse, const floatX *q, const floatX *k, const floatX *v, Mask mask, Dims d) {
-    FAST(attention_fast_supports(NULL, d),
-         attention_fast_backward(dq, dk, dv_out, scores, dout, lse, q, k, v, mask, d));
-    int dz = d.Z / d.H, dv = d.E / d.H, step = tile_batch(d);
+// The first half of `scores` holds the scores, the second half their gradients.
+static void attention_backward(floatX *dq, floatX *dk, floatX *dv, floatX *scores, const floatX *dout, const float *lse,
+                               const floatX *q, const floatX *k, const floatX *v, Mask mask, Dims d) {
+    FAST(attention_fast_supports(NULL, d), attention_fast_backward(dq, dk, dv, scores, dout, lse, q, k, v, mask, d));
+    int key_dim = d.Z / d.H, value_dim = d.E / d.H, step = tile_batch(d);
     floatX *dscores = scores + step * tile_scores(d.C);
     for (int b0 = 0; b0 < d.B; b0 += step) {
         for (int t0 = 0; t0 < d.L; t0 += d.C) {
             int n = min_int(d.C, d.L - t0), last = (n - 1) / QUERY_TILE * QUERY_TILE;
             for (int h = 0; h < d.H; h++) {
-                size_t z = ((size_t)b0 * d.L + t0) * d.Z + h * dz, e = ((size_t)b0 * d.L + t0) * d.E + h * dv;
+                size_t z = ((size_t)b0 * d.L + t0) * d.Z + h * key_dim,
+                       e = ((size_t)b0 * d.L + t0) * d.E + h * value_dim;
                 for (int i = last; i >= 0; i -= QUERY_TILE) { // the last tile sees all keys: it sets dk and dv
                     QueryTile tile = {b0, min_int(step, d.B - b0), t0 + i, min_int(QUERY_TILE, n - i), 0, h};
                     tile.nk = i + tile.nq;
                     size_t zi = z + (size_t)i * d.Z, ei = e + (size_t)i * d.E;
-                    AttentionTensors a = {dq + zi,   dk + z, dv_out + e, scores, dscores,
-                                          dout + ei, q + zi, k + z,      v + e};
+                    AttentionTensors a = {dq + zi, dk + z, dv + e, scores, dscores, dout + ei, q + zi, k + z, v + e};
                     attention_chunk_backward(a, lse, tile, i < last, mask, d);
                 }
             }
@@ -1497,17 +1509,17 @@ static void add(floatX *out, const floatX *inp, size_t n) {
 }
 
 // ----------------------------------------------------------------------------
-// output and loss: logits (R,V) = x output', loss = log sum_v e^logit - logit of the target, in nats.
-// The logits are the largest activation: V numbers for each token. So they only exist for logit_rows(V) rows at a time,
-// and each such slice goes through forward and backward before the next one is computed:
-//     logits = x output' -> loss, and dlogits in the place of the logits -> dx = dlogits output, doutput += dlogits' x
+// output and loss: logits (R,V) = x output', loss = log sum_v e^logit_v - logit_target, in nats. A target of -1 gives
+// no loss and no gradient. The logits are the largest activation: V numbers for each token. So they only exist for
+// logit_rows(V) rows at a time. The backward pass of these rows follows before the next rows are computed:
+//     logits = x output' -> loss, and dlogits, which overwrite the logits -> dx = dlogits output, doutput += dlogits' x
 
 static int logit_rows(int V) { return max_int(LOGITS / V, LOGIT_ROWS); }
 
 // Formula: loss = log(sum + own) - (target's logit - max), with own = e^(target's logit - max) and sum that of the
 //   other tokens. Keeping them apart preserves a small loss, and softmax - 1 at the target. Then with `grad`
-//   dlogit = grad_scale (softmax - onehot(target)), in the place of the logits.
-// Mapping: a thread block has a row. Memory: reads the logits three times (the second and third time from cache).
+//   dlogit = grad_scale (softmax - onehot(target)), which overwrites the logits.
+// Mapping: a thread block has a row. Memory: reads the logits three times, mostly from cache, writes them once.
 // Passes: 1. maximum. 2. sum, NaN where a logit overflowed. 3. gradient.
 static __global__ void loss_kernel(double *losses, floatX *logits, const int32_t *targets, float grad_scale, int grad,
                                    int V) {
@@ -1556,12 +1568,12 @@ static void output_loss(double *losses, floatX *dx, float *doutput, floatX *logi
     }
 }
 
-// A parameter as matrix products read it.
+// The copy of a parameter in the type that matrix products read.
 static const floatX *rounded(const Model *m, const float *param) { return m->rounded + (param - m->memory[PARAMS]); }
 
 // ----------------------------------------------------------------------------
-// TimestepNorm and CEMA in the model. With chunk parallelism, each rank reduces its tokens from a zero state, an
-// all-gather exchanges the results, and each rank combines those of the ranks before it.
+// TimestepNorm and CEMA in the model, with their states. With chunk parallelism, each rank reduces its tokens from a
+// zero state, an all-gather exchanges the results, and each rank combines those of the ranks before it.
 
 // TimestepNorm number `layer`; num_layers is the final one. in, out: the state before and after, or NULL.
 static void timestep_norm_layer_forward(Model *m, int layer, floatX *y, double *mean, float *rstd, const floatX *x,
@@ -1623,8 +1635,8 @@ static void cema_layer_backward(Model *m, int layer, floatX *dx, const floatX *d
 }
 
 // ----------------------------------------------------------------------------
-// the attention sub-layer: y = mega(x), see megalodon.h. It continues from the state `in` and leaves its own in `out`,
-// which may be the same; NULL: a fresh start, or an end that is not kept.
+// the attention sub-layer: y = mega(x), see megalodon.h. in: the incoming state, or NULL: a fresh start. out: receives
+// the outgoing state, or NULL: not kept. out may be in.
 //
 //     x --+-- TimestepNorm -- xt --+-- CEMA -- RMSNorm -- mx --+-- wz -- norm -- q, k ----+
 //         |                        |                           |                         attention -- o
@@ -1652,7 +1664,7 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     cema_layer_forward(m, layer, in, out);
     rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, d.D, c->norm_eps);
     dropout(a->mx, a->mx, mask_of(m, layer, DROP_MX, c->hidden_dropout, d.D), (size_t)R * d.D);
-    // z = mx Wz' + bz, and from its norm q and k, rotated
+    // z = mx Wz' + bz, q, k: RMSNorm of each head of z, an affine map, a rotation
     linear_forward(a->z, NULL, a->mx, rounded(m, w->wz), rounded(m, w->wz_bias), R, d.D, d.Z);
     qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, in ? in->count : NULL, d,
                      c->norm_eps);
@@ -1673,8 +1685,8 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     if (residual == NULL) add(a->y, x, (size_t)R * d.D);
 }
 
-// dx = dL/dx through mega() + residual, from dy = dL/dy. residual, which may be dx itself, is the gradient of the
-// block's own residual. Steps are those of mega_forward, from the last to the first.
+// dx = gradient w.r.t. x through this sub-layer, plus `residual`, the gradient through the block's other residual (it
+// may be dx itself). dy = gradient w.r.t. y. The steps are those of mega_forward in reverse order.
 static void mega_backward(Model *m, int layer, floatX *dx, const floatX *dy, const floatX *residual, const floatX *x) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layers[layer];
@@ -1718,7 +1730,7 @@ static void mega_backward(Model *m, int layer, floatX *dx, const floatX *dy, con
 
 // ----------------------------------------------------------------------------
 // the FFN sub-layer with the block's residual: out = [alpha *] hidden W2' + x,
-// hidden = silu(u W1') [* (u W3')], u = LayerNorm(y)
+// hidden = silu(u W1') [* (u W3')], u = LayerNorm(y). [..]: with rescale_nffn, with swiglu.
 
 static void nffn_forward(Model *m, int layer, floatX *out, const floatX *x) {
     const Config *c = &m->config;
@@ -1746,7 +1758,7 @@ static void nffn_forward(Model *m, int layer, floatX *out, const floatX *x) {
     if (residual == NULL) add(out, x, (size_t)R * D);
 }
 
-// dy = dL/dy, from dout = dL/dout. The block adds its residual's part, dout itself.
+// dy = gradient w.r.t. y, from dout. The gradient w.r.t. the residual x is dout itself: block_backward adds it.
 static void nffn_backward(Model *m, int layer, floatX *dy, const floatX *dout) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layers[layer];
@@ -1783,9 +1795,9 @@ static void nffn_backward(Model *m, int layer, floatX *dy, const floatX *dout) {
 }
 
 // ----------------------------------------------------------------------------
-// the block: y = mega(x), out = nffn(y) + x. The second residual skips both sub-layers: the FFN reads y, but x is what
-// is added to its output. Backward, dout therefore reaches x twice: through the FFN and the attention sub-layer, and
-// directly. mega() has a residual of its own, y = ... + x, which is the third way.
+// the block: y = mega(x), out = nffn(y) + x. The second residual skips both sub-layers: the FFN reads y, but x is added
+// to its output. So in the backward pass dout reaches x on three paths: through both sub-layers, through the FFN and
+// mega's own residual, and directly.
 
 static void block_forward(Model *m, int layer, const State *in, State *out) {
     mega_forward(m, layer, in, out, m->x[layer]);
@@ -1793,13 +1805,14 @@ static void block_forward(Model *m, int layer, const State *in, State *out) {
     m->acts_layer = layer;
 }
 
-// Runs a block's forward pass again, if its activations are not in memory.
+// Computes the activations of a block again from its kept input, if another block has overwritten them.
 static void block_again(Model *m, int layer) {
     if (m->mode != MEGALODON_TRAIN && m->acts_layer != layer)
         block_forward(m, layer, m->has_before ? &m->before : NULL, NULL);
 }
 
-// Replaces scratch.dx, the gradient w.r.t. the block's output, by that w.r.t. its input.
+// forward: y = mega(x), out = nffn(y) + x
+// scratch.dx: in: dout; out: dx, the gradient through both sub-layers plus dout itself.
 static void block_backward(Model *m, int layer) {
     Scratch *s = &m->scratch;
     block_again(m, layer);
@@ -1810,23 +1823,12 @@ static void block_backward(Model *m, int layer) {
 // ----------------------------------------------------------------------------
 // the model: tokens -> embedding -> blocks -> TimestepNorm -> output
 //
-// The public functions return before the GPU has finished, except where the host needs a number: the loss, the gradient
-// norm, logits, activations. Everything is in the order of stream 0.
+// The public functions return before the GPU has finished, unless they return results to the host: the loss, the
+// gradient norm, logits, activations. All kernels and copies are in stream 0, one after another.
 
 static float embedding_scale(const Config *c) { return c->scale_emb ? (float)sqrt((double)c->model_dim) : 1; }
 
-// Copies n elements from the device to floats in host memory.
-static void read_floatX(float *dst, const floatX *src, size_t n) {
-    enum { BUFFER = 1 << 16 };
-    static floatX buffer[BUFFER];
-    for (size_t done = 0; done < n; done += BUFFER) {
-        size_t some = n - done < BUFFER ? n - done : (size_t)BUFFER;
-        memory_copy(buffer, src + done, some * sizeof *buffer);
-        for (size_t i = 0; i < some; i++) dst[done + i] = to_float(buffer[i]);
-    }
-}
-
-// A state counts the tokens of each sequence on the device, so that decoding needs no number from the host.
+// The token counts of a state are in device memory, so that in decoding the host does not wait for the device.
 // Formula: count += L. Mapping: a thread has a sequence.
 static __global__ void advance_kernel(int64_t *count, int B, int64_t L) {
     int b = thread_index();
@@ -1840,7 +1842,7 @@ static void advance(int64_t *count, int B, int64_t L) {
 #include "kernels/decode.cuh"
 #endif
 
-// What the layers and the backward pass need to know of the incoming state.
+// Keeps what the layers and the backward pass need of the incoming state.
 static void begin_forward(Model *m, const State *state) {
     int parallel = m->cp.cp_size > 1;
     read_past(m, state);
@@ -1940,7 +1942,7 @@ static __global__ void square_kernel(double *sums, const float *x, size_t n, int
     enum { LOADS = 8 };
     double sum = 0;
     for (size_t i = thread_index(); i < n; i += LOADS * grid_threads()) {
-        float some[LOADS]; // loads in flight
+        float some[LOADS]; // loaded at once, so that the latencies of memory overlap
         for (int k = 0; k < LOADS; k++) some[k] = i + k * grid_threads() < n ? x[i + k * grid_threads()] : 0;
         for (int k = 0; k < LOADS; k++) sum += (double)some[k] * some[k];
     }
@@ -1948,6 +1950,7 @@ static __global__ void square_kernel(double *sums, const float *x, size_t n, int
     if (threadIdx.x == 0) sums[blockIdx.x] = sum + (add ? sums[blockIdx.x] : 0);
 }
 
+// Each thread block of square_kernel leaves one sum; the host adds them in order.
 double megalodon_grad_norm(Model *m) {
     double sums[NUM_SUMS], total = 0;
     for (int s = 0; s < m->num_shards; s++) {
@@ -1960,8 +1963,8 @@ double megalodon_grad_norm(Model *m) {
 
 // AdamW, with g the scaled gradient and k = update + 1: m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2,
 // p = p (1 - lr weight_decay) - lr (m/(1 - beta1^k)) / (sqrt(v/(1 - beta2^k)) + eps). All parameters decay. Where v
-// overflows, p becomes NaN. Then the parameter is rounded for the matrix products.
-// Mapping: a thread has a parameter. Memory: reads 16 bytes, writes 12 and a floatX for each.
+// overflows, p becomes NaN, see megalodon.c. Then the parameter is rounded to floatX for the matrix products.
+// Mapping: a thread has a parameter. Memory: reads 4 n floats, writes 3 n floats and n of type floatX.
 typedef struct {
     float beta1, beta2, eps, grad_scale, step, root, keep;
 } AdamWFactors;

@@ -1,7 +1,7 @@
 /*
 megalodon.h: what a Megalodon model is (configuration, parameters, state), and the functions that a backend implements.
 megalodon.c implements them for the CPU and megalodon.cu for a GPU. A program is linked with one of the two, and uses
-nothing of it but this file.
+only what this file declares.
 
 The model (arXiv 2404.08801; where the paper and the released code differ, this is the released code):
 
@@ -22,19 +22,23 @@ The model (arXiv 2404.08801; where the paper and the released code differ, this 
     nffn(y):   u = LayerNorm(y)
                [alpha *] (silu(u W1') [* (u W3')]) W2'
 
+Here W' is the transpose of W, * multiplies element by element, and brackets are parts that a configuration may omit.
+
 Letters used everywhere:
     B batch, L sequence length, V vocab_size, D model_dim, N cema_ndim, C chunk_size,
-    H num_heads, Z z_dim (dz = Z/H), E value_dim (dv = E/H), F ffn_hidden_dim, G norm_num_groups (g = D/G)
+    H num_heads, Z z_dim, E value_dim, F ffn_hidden_dim, G norm_num_groups
+    dz = Z/H and dv = E/H: widths of a head's key and value (in formulas; elsewhere dX is the gradient w.r.t. X)
+    g = D/G: channels of a group
 
 Why these parts
 - Attention and a moving average complement each other. Attention finds any token exactly, but its cost grows with the
   square of the length. So it only looks inside chunks of C tokens, which makes the cost linear. CEMA has constant cost
   and an unlimited past, but it blurs that past into N numbers per channel. Its output is what queries, keys and gates
   are computed from, so each of them knows its recent context before attention begins.
-- Information crosses a chunk border in two ways only: by CEMA's state h, and by TimestepNorm's running moments. In
-  depth, each layer's CEMA carries what the attention of the layer below has found across one more border.
-- Why complex: a real average can only decay. A complex coefficient |q| e^(i phi) decays and rotates, so the N numbers
-  of a channel respond to different periods, and the real part of their sum can tell positions apart.
+- Information crosses a chunk border in two ways only: by CEMA's state h, and by TimestepNorm's running moments. What
+  the attention of one layer finds in a chunk reaches later chunks through the CEMA of the next layer.
+- Why complex: a real average can only decay. A complex coefficient |q| e^(i phi) decays and rotates, so each of the N
+  numbers of a channel responds to its own period, like one term of a Fourier series.
 - Why normalise over time: LayerNorm removes the mean and scale of every token separately. TimestepNorm keeps the
   differences between tokens and only removes what all tokens so far have in common. It is causal: token t uses the
   statistics of tokens 0 to t.
@@ -42,11 +46,12 @@ Why these parts
   to the attention's output and large models become unstable (the paper, section 3.4). With two hops the FFN's residual
   is the block's input, so each block adds one branch to the residual stream instead of two.
 
-Where the released code differs from the paper
+Where the released code differs from the paper, or seems to
 - The paper's Eq. 2 multiplies CEMA's input by e^(i phi), too. The released code does not. Rotating gamma by e^(-i phi)
   makes both the same model.
-- q and k both carry 1/sqrt(dz), and the scores get no further scale.
-- The first residual of a block is inside the attention sub-layer.
+- The paper normalizes z to length 1. The released code has RMSNorm, which makes it sqrt(dz) long, and the factor
+  1/sqrt(dz) in both q and k. Apart from norm_eps both are the same. The scores get no further scale.
+- The attention sub-layer adds its own residual x. The block adds only the FFN's residual, which is x again.
 */
 #ifndef MEGALODON_H
 #define MEGALODON_H
@@ -79,7 +84,7 @@ typedef enum { HE, GAUSSIAN, XAVIER, BERT } InitMode; // initial values of linea
 typedef struct {
     int num_layers, model_dim, z_dim, value_dim, num_heads, ffn_hidden_dim, cema_ndim, chunk_size;
     int vocab_size, norm_num_groups;
-    int swiglu, rescale_nffn, scale_emb, share_emb, norm_affine; // booleans
+    int swiglu, rescale_nffn, scale_emb, share_emb, norm_affine; // booleans; ./train --help explains them
     double norm_eps, rope_base;
     double dropout, hidden_dropout, attention_dropout; // probabilities, in training only; see megalodon_dropout
     InitMode init_mode;
@@ -118,11 +123,12 @@ typedef struct {
     real *output;                              // (V,D); embed itself with share_emb
 } Params;
 
-// Initial values. All weights of norms, and gamma of q and k, are stored as an offset from one.
+// Initial values. N(m, s) is a normal distribution with mean m and standard deviation s. All weights of norms, and
+// gamma of q and k, are stored as an offset from one, so their initial value is 0.
 typedef enum {
     INIT_ZERO,
-    INIT_LINEAR,     // by init_mode: HE N(0, 1/sqrt(3 fan_in)), Kaiming normal with a = sqrt(5); XAVIER uniform below
-                     // sqrt(6/(fan_in + fan_out)); BERT N(0, 0.02); GAUSSIAN N(0, 1) truncated at 3
+    INIT_LINEAR,     // by init_mode: HE N(0, 1/sqrt(3 fan_in)), Kaiming normal with a = sqrt(5); XAVIER uniform in
+                     // +-sqrt(6/(fan_in + fan_out)); BERT N(0, 0.02); GAUSSIAN N(0, 1) truncated at 3
     INIT_EMBED,      // N(0, 1/sqrt(D)) truncated at 3 deviations
     INIT_CEMA_LOGIT, // N(0, 0.2)
     INIT_CEMA_THETA, // ln(f/(1-f)), f = D^(-i/D), i = 1..D, in random order over the channels
@@ -134,10 +140,10 @@ typedef enum {
 typedef enum { ALWAYS, IF_SWIGLU, IF_RESCALE, IF_AFFINE, IF_UNTIED } Condition; // when a tensor exists
 
 typedef struct {
-    const char *name;  // in a checkpoint, there after "layers.i." if per_layer
+    const char *name;  // name in a checkpoint, without the "layers.i." that precedes it if per_layer
     int per_layer;     // 1: the pointer is in LayerParams, 0: in Params
-    size_t field;      // offset of the pointer there
-    const char *shape; // a letter of the list above, or a digit, for each dimension
+    size_t field;      // offset of the pointer in that struct
+    const char *shape; // for each dimension a letter (see the top of this file) or a digit
     Init init;
     Condition condition;
 } ParamRow;
@@ -179,7 +185,7 @@ static const ParamRow megalodon_params[] = { // the parameter table, in checkpoi
 // clang-format on
 enum { NUM_PARAM_ROWS = sizeof megalodon_params / sizeof megalodon_params[0] };
 
-// One tensor of a model: a row of the table in one layer.
+// One tensor of a model: a row of the table, in one layer if it is per_layer.
 typedef struct {
     char name[64];
     const ParamRow *row;
@@ -193,7 +199,8 @@ typedef struct {
 // their number and *size the sum of their elements; either may be NULL.
 Tensor *megalodon_tensors(const Config *config, int *count, size_t *size);
 
-// Sets the pointers of params into memory. The caller allocates params->layers. With share_emb, output is embed.
+// Sets the pointers of params to the tensors in `memory`. The caller allocates params->layers. With share_emb, output
+// is embed.
 void megalodon_point(Params *params, real *memory, const Config *config, const Tensor *tensors, int count);
 
 // Bytes of main memory for each of `processes` processes on this machine: the least of the machine's memory and the
@@ -211,7 +218,7 @@ enum {               // the counter's first word: what the numbers are for
     STREAM_INIT = 0, // + row of the parameter table
     STREAM_DATA = 1000,
     STREAM_SAMPLE,
-    STREAM_DROPOUT // + where, see megalodon.c
+    STREAM_DROPOUT // + the place of the mask: DROP_EMBED, ... in plumbing/model.h
 };
 
 #ifdef __CUDACC__
@@ -233,16 +240,17 @@ __host__ __device__
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-// ZeRO-1: each rank updates a shard of the parameters, and only has the moments of that shard.
-// Consecutive elements of the parameters.
+// A range of consecutive parameters. ZeRO-1: each rank updates some of these ranges, and only has the optimizer's
+// moments of them.
 typedef struct {
     size_t first, count;
 } Shard;
 
-// What rank `rank` of `ranks` updates. The parameters are divided into buckets whose gradients are summed together: the
-// embedding, each layer, and the rest. Each bucket is divided into nearly equal shards. Boundaries are rounded to 4
-// elements, so that float4 loads stay aligned. *count gets the number of shards: num_layers + 2, or with one rank 1,
-// all parameters. To be freed by the caller; NULL if out of memory.
+// Returns the shards that rank `rank` of `ranks` updates, to be freed by the caller, or NULL if out of memory. The
+// parameters are divided into buckets whose gradients are summed over the ranks together: the embedding, each layer,
+// and the rest. Each bucket is divided into `ranks` nearly equal shards. Boundaries are rounded to 4 elements, so that
+// float4 loads stay aligned. *count gets the number of shards: num_layers + 2, one for each bucket. With a single rank
+// it is 1: all parameters.
 Shard *megalodon_shards(const Config *config, int rank, int ranks, int *count);
 
 // Fills values (tensor->size) with the tensor's initial values, see Init.
@@ -263,7 +271,7 @@ typedef struct {
     size_t params, grads, moments, activations, scratch;
 } MemoryPlan; // bytes
 
-// Says which shard this rank updates, before the two functions below. At first there is one rank, which updates all.
+// Sets which shards this rank updates. To be called before the two functions below. Default: rank 0 of 1.
 void megalodon_set_shard(int rank, int ranks);
 
 // Returns what a model for up to B sequences of L tokens will allocate.
@@ -312,8 +320,8 @@ void state_write(State *state, size_t first, size_t bytes, const void *src);
 // ----------------------------------------------------------------------------
 // running it
 
-// Turns on dropout with the configuration's probabilities from the next forward pass on; NULL turns it off, as at
-// first. A mask depends on these numbers and on the position in the whole step's batch (that of all ranks), on nothing
+// Turns on dropout with the configuration's probabilities from the next forward pass on. NULL, the default, turns it
+// off. A mask depends on these numbers and on the position in the whole step's batch (that of all ranks), on nothing
 // else.
 typedef struct {
     uint64_t seed;
@@ -325,7 +333,7 @@ void megalodon_dropout(Model *model, const DropoutKey *key);
 // Chunk parallelism: from the next forward pass on, this model has one part of each of its sequences, and the other
 // ranks have the other parts. All ranks call the same functions with the same number of rows. Each rank reduces its
 // part from a zero state; an all-gather exchanges the small results; each rank combines those of the ranks before it
-// (in the backward pass, of the ranks after it). NULL, as at first: this model has whole sequences. Returns 0 if out of
+// (in the backward pass, of the ranks after it). NULL, the default: this model has whole sequences. Returns 0 if out of
 // memory.
 typedef struct {
     int cp_rank, cp_size;   // this rank, and the number of ranks
@@ -338,8 +346,9 @@ typedef struct {
 int megalodon_chunk_parallel(Model *model, const ChunkParallel *cp);
 
 // Forward pass of tokens (B,L), each in 0..V-1, up to the final norm's output. With a state (of B rows), the sequences
-// continue from it and it is updated: whole sequences, several calls, or one token per call give equal numbers to
-// rounding. Without a state they start fresh. With chunk parallelism the state is that of the whole sequence.
+// continue from it and it is updated. A sequence may be passed in one call, in several, or token by token: the results
+// are equal up to rounding. Without a state the sequences start fresh. With chunk parallelism the state is that of the
+// whole sequence.
 void megalodon_forward(Model *model, State *state, const int32_t *tokens, int B, int L);
 
 // Cross-entropy of the last forward pass's positions against targets (B,L); -1 means that a position is not counted.
@@ -353,14 +362,15 @@ double megalodon_loss(Model *model, const int32_t *targets, double grad_scale, i
 void megalodon_backward(Model *model);
 
 // Sets a function that each backward pass calls when a bucket's gradients are complete: first for the last bucket, then
-// for the layers from last to first, at the end for the embedding (bucket 0). On a GPU: in the order of stream 0. NULL,
-// as at first: no calls.
+// for the layers from last to first, at the end for the embedding (bucket 0). On a GPU the kernels that complete them
+// may still be running; work in stream 0 comes after them. NULL, the default: no calls.
 void megalodon_on_grad_ready(Model *model, void (*callback)(Model *model, int bucket));
 
 void megalodon_zero_grad(Model *model);
 double megalodon_grad_norm(Model *model); // L2 norm of the gradients of this rank's shards
 
-// One AdamW step: gradients times grad_scale first; update counts the steps before this one.
+// One AdamW step. The gradients are multiplied by grad_scale first, for clipping. update is the number of steps before
+// this one.
 typedef struct {
     double beta1, beta2, eps, weight_decay;
 } AdamW;

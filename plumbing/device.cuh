@@ -200,6 +200,17 @@ static void begin_layers(Model *m) {
     gpu.workspace_bytes = workspace_size(m, dims_of(&m->config, m->max_B, m->max_L));
 }
 
+// Copies n elements from the device to floats in host memory.
+static void read_floatX(float *dst, const floatX *src, size_t n) {
+    enum { BUFFER = 1 << 16 };
+    static floatX buffer[BUFFER];
+    for (size_t done = 0; done < n; done += BUFFER) {
+        size_t some = n - done < BUFFER ? n - done : (size_t)BUFFER;
+        memory_copy(buffer, src + done, some * sizeof *buffer);
+        for (size_t i = 0; i < some; i++) dst[done + i] = to_float(buffer[i]);
+    }
+}
+
 static void params_written(Model *m, size_t first, size_t n) {
     if (sizeof(floatX) < sizeof(float)) copy_to_floatX(m->rounded + first, m->memory[PARAMS] + first, n);
 }
