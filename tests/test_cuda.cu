@@ -1,9 +1,10 @@
-// Every layer of megalodon.cu against that of megalodon.c on random inputs: results, what the layer keeps for the backward
-// pass, states and gradients. megalodon.cu is included, since its layers are static. The CPU's layers have the prefix cpu_
-// and the same arguments: tests/cpu_layers.sh generates them. An argument selects the tests whose names contain it.
+// Every layer of megalodon.cu against that of megalodon.c on random inputs: results, what the layer keeps for the
+// backward pass, states and gradients. megalodon.cu is included, since its layers are static. The CPU's layers have the
+// prefix cpu_ and the same arguments: tests/cpu_layers.sh generates them. An argument selects the tests whose names
+// contain it.
 //
-// In bfloat16 each test runs three times, and the name of a check says which: with the plain kernels, with the fast ones of
-// kernels/, whose shapes must be supported by them, and with what the layers choose for shapes of both kinds.
+// In bfloat16 each test runs three times, and the name of a check says which: with the plain kernels, with the fast
+// ones of kernels/, whose shapes must be supported by them, and with what the layers choose for shapes of both kinds.
 //
 // Activations are rounded to floatX on the host first, so that both sides get the same numbers. Gradients of parameters
 // begin with random numbers, to which both sides add. Everything that the device must write is NaN before.
@@ -19,8 +20,8 @@ static const double BACKWARD = sizeof(floatX) == 4 ? FLOAT_BACKWARD : 5e-3;
 static const double EPS = 1e-5;
 
 // ----------------------------------------------------------------------------
-// a case: its name, its sizes, its arrays on both sides. All arrays are freed at its end, and the bytes after each array
-// of the device must still have their first value.
+// a case: its name, its sizes, its arrays on both sides. All arrays are freed at its end, and the bytes after each
+// array of the device must still have their first value.
 
 #ifdef __SANITIZE_ADDRESS__ // sees what is touched there, reads too
 enum { GUARD = 0 };
@@ -36,8 +37,8 @@ static struct {
     size_t bytes[MAX_ARRAYS]; // of those on the device
 } now;
 
-// With which kernels a test runs. DISPATCH: layers choose, as in a model. In this pass and in PLAIN there are odd shapes,
-// too, which no fast kernel supports. ONCE: the test itself sets gpu.plain.
+// With which kernels a test runs. DISPATCH: layers choose, as in a model. In this pass and in PLAIN there are odd
+// shapes, too, which no fast kernel supports. ONCE: the test itself sets gpu.plain.
 enum { PLAIN = 1, FAST = 2, DISPATCH = 4, ONCE = 8 };
 static int pass, odd_shapes;
 
@@ -126,8 +127,8 @@ static void finish(void) {
     if (GUARD > 0) check_true("nothing else is written", touched == 0);
 }
 
-// The condition under which a layer uses its fast kernel. In pass FAST it must be met: otherwise the case would check the
-// plain kernel a second time.
+// The condition under which a layer uses its fast kernel. In pass FAST it must be met: otherwise the case would check
+// the plain kernel a second time.
 static void supports(int condition) {
     now.fast = !gpu.plain && condition;
     if (pass == FAST) check_true("supported by the fast kernel", condition);
@@ -580,8 +581,8 @@ static CoeffsTwice random_cema(int D, int N, int slow) { // slow: a state decays
     return c;
 }
 
-// With slow decay, over token blocks the device uses the rounded power of q where the CPU takes powers of the rounded q, and
-// over 1000 tokens the last digit of q becomes three digits.
+// With slow decay, over token blocks the device uses the rounded power of q where the CPU takes powers of the rounded
+// q, and over 1000 tokens the last digit of q becomes three digits.
 static void cema_case(int B, int L, int D, int N, int state, int slow) {
     static const char *const names[5] = {"dp", "dq_re", "dq_im", "dg_re", "dg_im"};
     Dims d = sizes(B, L, D);
@@ -777,8 +778,8 @@ static void rope_case(int B, int L, int Z, int dz, int C, int state) {
     finish();
 }
 
-// From z to the rotated q and k. The plain kernels round zn, dq and dk between their steps, which tests of these steps do
-// without: so here gradients of gamma and beta have the tolerance of activations.
+// From z to the rotated q and k. The plain kernels round zn, dq and dk between their steps, which tests of these steps
+// do without: so here gradients of gamma and beta have the tolerance of activations.
 static void qk_layer_case(int B, int L, int Z, int dz, int C, int state, double size = 1) {
     Dims d = qk_sizes(B, L, Z, dz, C);
     begin(d, "qk_layer, B %d L %d Z %d dz %d C %d%s, x %g", B, L, Z, dz, C, state ? ", state" : "", size);
@@ -890,7 +891,8 @@ static void test_far_gates(void) {
     finish();
 }
 
-// past: NULL, or tokens of the unfinished chunk before these, for each sequence. state 1 begins with the first of `before`.
+// past: NULL, or tokens of the unfinished chunk before these, for each sequence. state 1 begins with the first of
+// `before`.
 static int *past_tokens(int B, int C, int state) {
     static const int64_t before[4] = {3, 0, 1, 1000003};
     int *past = on_host<int>(B);
@@ -962,8 +964,8 @@ static void test_attention(void) {
     if (!odd_shapes) attention_case(1, 65 * 512, 512, 1, 8, 8, 0, 0);
 }
 
-// Three tokens. Scores 0, and 2^28 twice, whose log-sum-exp rounds to themselves: they must share the probability, and the
-// first value must not count. Then a score that overflows to -infinity, which must not pass for a probability of 0.
+// Three tokens. Scores 0, and 2^28 twice, whose log-sum-exp rounds to themselves: they must share the probability, and
+// the first value must not count. Then a score that overflows to -infinity, which must not pass for a probability of 0.
 static void test_far_attention(void) {
     enum { L = 3 };
     const int dz = odd_shapes ? 2 : 8, C = odd_shapes ? L : 8;
@@ -1334,8 +1336,8 @@ static void test_decode_attention(void) {
     decode_attention_case(1, 2048, 1, 256, 100, 0), decode_attention_case(8, 256, 3, 64, 128, 0);
 }
 
-// A model of random parameters continues B sequences token by token with plain and with fast kernels: logits and states.
-// Both round activations to bfloat16, each within what CPU against GPU allows (tests/cuda.sh).
+// A model of random parameters continues B sequences token by token with plain and with fast kernels: logits and
+// states. Both round activations to bfloat16, each within what CPU against GPU allows (tests/cuda.sh).
 static void decode_model_case(int B, int more) {
     enum { BEFORE = 13, AFTER = 6, V = 43 };
     const double tolerance = 3e-2;
