@@ -27,10 +27,17 @@ static int norm_width(Dims d) { return d.D / d.G % VEC == 0 ? VEC : 4; }
 static int timestep_norm_fast_supports(Dims d) { return d.D / d.G % 4 == 0; }
 static __host__ __device__ int norm_blocks(Dims d) { return ceil_div(d.L, NORM_BLOCK); } // of a sequence
 
+// Thread blocks of the last backward kernel. Each leaves threads_down() parts of the sums for dweight and dbias, however
+// few rows there are.
+static int norm_backward_blocks(Dims d) {
+    return min_int(d.B * norm_blocks(d), MAX_PARTS / threads_down(norm_width(d), d.D));
+}
+
 // Bytes, forward and backward: blocks and prefix, or blocks, suffix and parts.
 static size_t timestep_norm_fast_workspace(Dims d) {
     size_t sums = ((size_t)d.B * norm_blocks(d) + (size_t)d.B * d.L) * d.G * 3 * sizeof(double);
-    return sums + (size_t)max_parts(d.B * d.L) * 2 * d.D * sizeof(float);
+    size_t parts = (size_t)norm_backward_blocks(d) * threads_down(norm_width(d), d.D);
+    return sums + parts * 2 * d.D * sizeof(float);
 }
 
 // Moments of a block up to one of its tokens.
@@ -378,7 +385,7 @@ static void timestep_norm_fast_backward(floatX *dinp, float *dweight, float *dbi
                                         const floatX *const residuals[2], const floatX *inp, const float *weight,
                                         const double *mean, const float *rstd, const int64_t *count, Dims d) {
     int num_blocks = d.B * norm_blocks(d), W = norm_width(d), down = threads_down(W, d.D);
-    int P = min_int(num_blocks, MAX_PARTS / down), warps = min_int(ROW_WARPS, d.G);
+    int P = norm_backward_blocks(d), warps = min_int(ROW_WARPS, d.G);
     NormSums *blocks = (NormSums *)workspace(timestep_norm_fast_workspace(d)); // (B, norm_blocks, G)
     NormSums *suffix = blocks + (size_t)num_blocks * d.G;                      // (B,L,G)
     float *parts = (float *)(suffix + (size_t)d.B * d.L * d.G);

@@ -15,7 +15,7 @@ static struct {
     cublasHandle_t blas;
     void *blas_workspace; // BLAS_WORKSPACE bytes, see "Results Reproducibility" in cuBLAS's documentation
     char *workspace;      // scratch.workspace of the model that is running, see workspace()
-    size_t workspace_bytes;
+    size_t workspace_bytes, workspace_asked; // its size, and the most that a layer has asked for
 } gpu;
 
 static void check_cuda(cudaError_t status, const char *file, int line) {
@@ -59,6 +59,7 @@ static void memory_clear(void *memory, size_t bytes) { cudaCheck(cudaMemsetAsync
 // Scratch memory of the layer function that is running: the next one overwrites it. See workspace_size().
 static void *workspace(size_t bytes) {
     assert(bytes <= gpu.workspace_bytes);
+    if (bytes > gpu.workspace_asked) gpu.workspace_asked = bytes;
     return gpu.workspace;
 }
 

@@ -55,7 +55,7 @@ static int num_activations(const Config *c) { return c->num_layers * activations
 // Name and layer of activation i in data-flow order; the last one is the final norm's.
 static const char *activation(const Config *c, int i, int *layer) {
     const int n = activations_per_layer();
-    const bool last = i == c->num_layers * n;
+    const bool last = n == 0 || i == c->num_layers * n;
     *layer = last ? -1 : i / n;
     return last ? "final_norm" : megalodon_activation_name(i % n);
 }

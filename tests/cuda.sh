@@ -1,11 +1,14 @@
 # The CUDA version on this machine's GPU: kernels, CPU against GPU, training, checkpoints, repeatability, the
-# memory and race checkers, speed. `make test-cuda` builds what it needs and runs it; its output is kept as it is.
+# memory and race checkers, speed. bfloat16 with the fast kernels of kernels/ and with the plain ones of megalodon.cu
+# (MEGALODON_PLAIN=1); float32 has plain ones. `make test-cuda` builds what it needs and runs it; its output is kept as it
+# is.
 # CUDA_TEST_PROGRAMS=DIR: train_cuda and the others are in DIR. CUDA_TEST_UNITS=DIR: the test programs are.
 # CUDA_TEST_SMALL=1: fewer and smaller cases, no speed, where the GPU is emulated. CUDA_TEST_COMMIT=TEXT: what
 # is tested, where there is no git.
 gpu=${CUDA_TEST_PROGRAMS:-.} units=${CUDA_TEST_UNITS:-build/gpu} small=${CUDA_TEST_SMALL:-}
 text=dev/data/demo.txt
 export LC_ALL=C
+unset MEGALODON_PLAIN
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
 trap 'exit 130' INT TERM
@@ -68,11 +71,13 @@ done
 # ---------------------------------------------------------------- 2
 
 section "one batch, CPU against GPU: the worst relative L2 of all activations, of the loss, of all gradients"
-echo "   of the second step, after an update. float32: 5e-6, 5e-6, 2e-5. bfloat16: 1.5e-2, 1e-3, 4e-2, and from four"
-echo "   layers on 2.5e-2, 1e-3, 6e-2, since its rounding adds up from layer to layer (dropout's scale, too); for"
-echo "   gradients through norms of 5 numbers (short) 8e-2."
-printf '%-44s %6s   %-25s   %-25s\n' "" "" "float32" "bfloat16"
-printf '%-44s %6s   %-7s  %-7s  %-7s   %-7s  %-7s  %-7s\n' "configuration" "layers" act loss grad act loss grad
+echo "   of the second step, after an update. float32: 5e-6, 5e-6, 2e-5. bfloat16, fast and plain: 1.5e-2, 1e-3, 4e-2, and"
+echo "   from four layers on 2.5e-2, 1e-3, 6e-2, since its rounding adds up from layer to layer (dropout's scale, too);"
+echo "   for gradients through norms of 5 numbers (short) 8e-2. plain - fast: the same limits between these two."
+printf '%-44s %6s   %-25s   %-25s   %-25s   %-25s\n' "" "" "float32" "bfloat16, fast" "bfloat16, plain" "plain - fast"
+printf '%-44s %6s' "configuration" "layers"
+for kind in fp32 fast plain both; do printf '   %-7s  %-7s  %-7s' act loss grad; done
+printf '\n'
 # smooth where gradients are small: otherwise AdamW divides rounding errors by themselves
 smooth="--warmup 0 --schedule constant --lr 2e-3 --eps 1e-2 --steps 2"
 
@@ -96,23 +101,27 @@ table_row() {
     shift 2
     compared fp32 train_cuda_fp32 "" "$reference" "$@" &
     pid=$!
-    compared bf16 train_cuda "--tolerance 8e-2" "$reference" "$@"
+    compared fast train_cuda "--tolerance 8e-2" "$reference" "$@"
+    (export MEGALODON_PLAIN=1 && compared plain train_cuda "--tolerance 8e-2" "$reference" "$@")
     wait $pid
+    ./compare "$tmp/fast.dump" "$tmp/plain.dump" --tolerance 8e-2 > "$tmp/both.log" 2>&1
+    echo $? > "$tmp/both.status"
+    grep -q '^backend .* plain kernels' "$tmp/plain.run" || problem=" MEGALODON_PLAIN,"
     layers=$(sed -n 's/^model  *\([0-9]*\) layers.*/\1/p' "$tmp/fp32.run")
     act=1.5e-2 grad=4e-2
     if [ "${layers:-0}" -ge 4 ]; then act=2.5e-2 grad=6e-2; fi
     case $name in *short) grad=8e-2 ;; esac
     printf '%-44s %6s' "$name" "${layers:--}"
-    for kind in fp32 bf16; do
+    for kind in fp32 fast plain both; do
         for what in activation loss gradient; do
             value=$(worst $what "$tmp/$kind.log")
             printf '%s%-7s' "$([ $what = activation ] && echo '   ' || echo '  ')" "${value:--}"
             case $kind-$what in
             fp32-activation | fp32-loss) limit=5e-6 ;;
             fp32-gradient) limit=2e-5 ;;
-            bf16-activation) limit=$act ;;
-            bf16-loss) limit=1e-3 ;;
-            bf16-gradient) limit=$grad ;;
+            *-activation) limit=$act ;;
+            *-loss) limit=1e-3 ;;
+            *-gradient) limit=$grad ;;
             esac
             at_most "$value" $limit || problem="$problem $kind $what,"
         done
@@ -125,8 +134,8 @@ table_row() {
     fi
     failed=$((failed + 1))
     printf '   FAIL\n      %s\n' "${problem%,}"
-    for kind in fp32 bf16; do
-        cat "$tmp/$kind.run" "$tmp/$kind.log" | grep -e ' FAIL$' -e '<-- first' -e 'error' -e '^compare:' -e ': not found' |
+    for kind in fp32 fast plain both; do
+        cat "$tmp/$kind.run" "$tmp/$kind.log" 2> /dev/null | grep -e ' FAIL$' -e '<-- first' -e 'error' -e '^compare:' -e ': not found' |
             head -n 3 | cut -c 1-180 | sed "s/^/      $kind: /"
     done
 }
@@ -231,18 +240,20 @@ verdict $? "  it fell, from ${first:--}"
 section "one checkpoint, predicted by all: whole, and in pieces that hand on the state"
 # 5001 bytes: 5000 predicted. --eval takes them as one sequence, --score in pieces of 2048.
 head -c 5001 $text > "$tmp/text"
-for program in "" _cuda_fp32 _cuda; do
-    from=$gpu
-    if [ -z "$program" ]; then from=.; fi
+for kind in cpu fp32 fast plain; do
+    from=$gpu same=5e-5
+    case $kind in
+    cpu) name=CPU program= from=. limit=0 ;;
+    fp32) name=float32 program=_cuda_fp32 limit=1e-5 ;;
+    fast) name=bfloat16 program=_cuda limit=5e-3 same=1e-3 ;;
+    plain) name="bfloat16, plain" program=_cuda limit=5e-3 same=1e-3 && export MEGALODON_PLAIN=1 ;;
+    esac
     quiet "$from/train$program" --init "$tmp/long" --val-data "$tmp/text" --eval --batch-size 1 --seq-len 5000
     whole=$(sed -n 's/^val loss .* nats = \([0-9.]*\) bits per byte | 1 windows of 5000$/\1/p' "$tmp/log")
     quiet "$from/sample$program" --model "$tmp/long" --score "$tmp/text"
     pieces=$(sed -n 's/^all  *5000  *\([0-9.]*\)$/\1/p' "$tmp/log")
-    case $program in
-    _cuda_fp32) name=float32 limit=1e-5 same=5e-5 ;;
-    _cuda) name=bfloat16 limit=5e-3 same=1e-3 ;;
-    *) name=CPU limit=0 same=5e-5 reference=$whole reference_pieces=$pieces ;;
-    esac
+    unset MEGALODON_PLAIN
+    if [ $kind = cpu ]; then reference=$whole reference_pieces=$pieces; fi
     near "$whole" "$reference" $limit
     verdict $? "$name: ${whole:--} bits per byte, whole${program:+; the CPU within $limit}"
     near "$pieces" "$whole" $same && near "$pieces" "$reference_pieces" "$([ $limit = 1e-5 ] && echo $same || echo $limit)"
@@ -302,6 +313,10 @@ greedy "$gpu/sample_cuda" --state-in "$tmp/cpu.state" --state-out "$tmp/bf16.sta
     greedy ./sample --state-in "$tmp/bf16.state" >> "$tmp/bf16.more"
 [ "$(wc -c < "$tmp/bf16.more")" -eq 200 ]
 verdict $? "sample_cuda goes on from sample's state, and sample from its: 200 bytes"
+(export MEGALODON_PLAIN=1 && greedy "$gpu/sample_cuda" --state-in "$tmp/bf16.state" --state-out "$tmp/plain.state") > "$tmp/plain.more" &&
+    greedy "$gpu/sample_cuda" --state-in "$tmp/plain.state" >> "$tmp/plain.more"
+[ "$(wc -c < "$tmp/plain.more")" -eq 200 ]
+verdict $? "  with plain kernels from the state of fast ones, and the other way round: 200 bytes"
 
 # ---------------------------------------------------------------- 6
 
@@ -311,7 +326,9 @@ case $small in
 *) twice="--batch-size 2 --seq-len 100" ;;
 esac
 twice="$twice --dropout 0.1 --hidden-dropout 0.1 --attention-dropout 0.1 --steps 5 --warmup 0 --val-every 0 --data $text --overwrite"
-for program in train_cuda_fp32 train_cuda; do
+for kind in fp32 fast plain; do
+    case $kind in fp32) program=train_cuda_fp32 name=$program ;; *) program=train_cuda name="$program, $kind kernels" ;; esac
+    if [ $kind = plain ]; then export MEGALODON_PLAIN=1; fi
     status=0
     for seed in 1 1 2; do # the last one must differ
         quiet "$gpu/$program" $twice --seed $seed --out "$tmp/twice" || status=1
@@ -320,11 +337,12 @@ for program in train_cuda_fp32 train_cuda; do
     for file in model optimizer; do
         cmp "$tmp/bits.1.a/step-00000005/$file.safetensors" "$tmp/bits.1.b/step-00000005/$file.safetensors" >> "$tmp/log" 2>&1 || status=1
     done
-    verdict $status "$program: five steps with dropout, parameters and moments bitwise equal"
+    verdict $status "$name: five steps with dropout, parameters and moments bitwise equal"
     ! cmp -s "$tmp/bits.1.a/step-00000005/model.safetensors" "$tmp/bits.2.a/step-00000005/model.safetensors" &&
         [ -f "$tmp/bits.2.a/step-00000005/model.safetensors" ]
     verdict $? "  and others with another seed"
     rm -rf "$tmp"/bits.*
+    unset MEGALODON_PLAIN
 done
 
 if [ -z "$small" ]; then
@@ -354,12 +372,16 @@ random_batch() {
             t = int(rand() * V); printf "\\%03o\\%03o\\000\\000", t % 256, t / 256 } }')"
     } > "$2"
 }
-# PRESET V B L STEPS TOKENS_PER_S GIB FLOOR: theirs, the best other Megalodon's; floor: the products' at the measured rate
+# PRESET V B L STEPS TOKENS_PER_S GIB FLOOR [plain]: theirs, the best other Megalodon's; floor: the products' at the
+# measured rate
 speed() {
+    name=$1
+    if [ "${9:-}" = plain ]; then name="$1, plain" && export MEGALODON_PLAIN=1; fi
     rm -f "$tmp/speed.csv" "$tmp/used"
     random_batch "$2" "$tmp/batch" "$3" "$4"
     "$gpu/train_cuda" --preset "$1" --batch "$tmp/batch" --steps "$5" --lr 1e-4 --log "$tmp/speed.csv" > "$tmp/log" 2>&1 &
     pid=$!
+    unset MEGALODON_PLAIN
     while kill -0 $pid 2> /dev/null; do
         nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits 2> /dev/null >> "$tmp/used"
         sleep 0.2
@@ -372,7 +394,7 @@ speed() {
     gib=$(awk -v x="$peak" 'BEGIN { if (x > 0) printf "%.1f", x / 1024 }')
     used=$(sort -n "$tmp/used" | tail -n 1 | awk '{ printf "%.1f", $1 / 1024 }')
     share=$(awk -v r="$rate" -v f="$8" 'BEGIN { printf "%.0f%%", 100 * r / f }')
-    printf '%-9s %9s %8s %12s %9s %6s %9s   %10s %6s %10s' "$1" "$3x$4" "${ms:--}" "${rate:--}k" "$share" "${gib:--}" "${used:--}" "$6k" "$7" "$8k"
+    printf '%-15s %9s %8s %12s %9s %6s %9s   %10s %6s %10s' "$name" "$3x$4" "${ms:--}" "${rate:--}k" "$share" "${gib:--}" "${used:--}" "$6k" "$7" "$8k"
     good=$status
     at_most "$gib" "$7" || good=1
     # their speeds are an H200's
@@ -391,8 +413,9 @@ if [ -z "$small" ]; then
     section "speed of whole training steps, bfloat16, the median of those after the first five"
     echo "   theirs: the fastest other Megalodon measured on an H200, and its memory. Floor: the matrix products alone, at"
     echo "   the rate of a large one. On an H200 it fails when slower than theirs; everywhere when it takes more memory."
-    printf '%-9s %9s %8s %12s %9s %6s %9s   %10s %6s %10s\n' preset tokens ms "tokens/s" "of floor" GiB "GiB used" theirs GiB floor
+    printf '%-15s %9s %8s %12s %9s %6s %9s   %10s %6s %10s\n' preset tokens ms "tokens/s" "of floor" GiB "GiB used" theirs GiB floor
     speed mega200M 32000 8 2048 25 163 21.2 610
+    speed mega200M 32000 8 2048 15 163 21.2 610 plain
     speed mega200M 32000 1 16384 25 128 22.5 610
     speed enwik8 256 64 512 40 1400 5.8 11000
     speed mega1.3B 32000 2 4096 20 33 49.5 95

@@ -270,7 +270,8 @@ gate_backward: if (out)  =>  if (0)
 attention_chunk_backward: dot += s[j] * ds[j]  =>  dot += ds[j]
 attention_chunk_backward: dot /= sum  =>  dot /= 1
 attention_backward: dscores = scores + (size_t)threads * QUERY_TILE * C  =>  dscores = scores
-begin_forward: state ? (int)(state->count[b] % m->config.chunk_size) : 0  =>  0
+read_past: (int)(counts[b] % m->dims.C)  =>  0
+read_past: (int)(counts[b] % m->dims.C)  =>  (int)counts[b]
 cema_layer_backward: dh = memset(combined(m, bytes), 0, bytes)  =>  dh = memset(combined(m, bytes), 64, bytes)
 mega_forward: if (!residual) add(a->y, x  =>  if (0) add(a->y, x
 nffn_forward: if (!residual) add(out, x  =>  if (0) add(out, x
@@ -310,7 +311,7 @@ try() { # function
     verdict=survived
     local order="test_layers test_model test_chunk_parallel test_float"
     case $1 in # of what test_layers does not call
-    mega* | nffn* | block* | embedding_scale | take_acts | state* | norm_state | add | mask_of | keep_state | begin_forward | cache_chunk | buffer_copy)
+    mega* | nffn* | block* | embedding_scale | take_acts | state* | norm_state | add | mask_of | keep_state | begin_forward | read_past | cache_chunk | buffer_copy)
         order="test_model test_chunk_parallel test_float" ;;
     *_layer_*) order="test_layers test_model test_chunk_parallel" ;;
     *_combine* | *_reduce* | power) order="test_chunk_parallel" ;;
