@@ -3,9 +3,9 @@ timestep_norm.cuh: TimestepNorm in three kernels forward and three backward. Rep
 timestep_norm_backward() of megalodon.cu, which says what is computed.
 
 The idea: the plain kernels write the moments of each token as doubles and scan all of time with one warp for each
-group. Here time is cut into blocks of NORM_BLOCK tokens. Inside a block the moments are float and relative to the
-block's first scalar, so that a large mean costs no digits. Only the moments of whole blocks are double, and scanned
-over time.
+group. Here time is cut into token blocks of NORM_BLOCK tokens. Inside a token block the moments are float and relative
+to the token block's first scalar, so that a large mean costs no digits. Only the moments of whole token blocks are
+double, and scanned over time.
 
                   block 0              block 1              block 2
     group j   | t0 t1 ... t31 |  | t32 t33 ... t63 |  | t64 ...         |
@@ -13,22 +13,22 @@ over time.
     2. scan     state              state + block 0      state + blocks 0, 1  each block: moments before it, in double
     3. apply    y0 y1 ... y31      y32 y33 ... y63      y64 ...              each token: 2. merged with 1., then y
 
-The apply kernel reads weight and bias once for each block: a thread owns W columns and goes through the block's tokens.
-The backward pass is the same, from the last token to the first, with sums instead of moments. Its third kernel also
-sums dweight and dbias and adds the residual gradients, so that inp and dout are read twice in all.
+The apply kernel reads weight and bias once for each token block: a thread owns W columns and goes through the token
+block's tokens. The backward pass is the same, from the last token to the first, with sums instead of moments. Its third
+kernel also sums dweight and dbias and adds the residual gradients, so that inp and dout are read twice in all.
 Requires: bfloat16; D/G a multiple of 4: vectors of W = 4 or 8 elements must not cross groups.
 Measured: see dev/notes/kernels.md
 */
 #pragma once
 
-enum { NORM_BLOCK = WARP }; // tokens of a block: each lane has one
+enum { NORM_BLOCK = WARP }; // tokens of a token block: each lane has one
 
 static int norm_width(Dims d) { return d.D / d.G % VEC == 0 ? VEC : 4; }
 static int timestep_norm_fast_supports(Dims d) { return d.D / d.G % 4 == 0; }
 static __host__ __device__ int norm_blocks(Dims d) { return ceil_div(d.L, NORM_BLOCK); } // of a sequence
 
-// Thread blocks of the last backward kernel. Each leaves threads_down() parts of the sums for dweight and dbias, however
-// few rows there are.
+// Thread blocks of the last backward kernel. Each leaves threads_down() parts of the sums for dweight and dbias,
+// however few rows there are.
 static int norm_backward_blocks(Dims d) {
     return min_int(d.B * norm_blocks(d), MAX_PARTS / threads_down(norm_width(d), d.D));
 }
@@ -40,9 +40,9 @@ static size_t timestep_norm_fast_workspace(Dims d) {
     return sums + parts * 2 * d.D * sizeof(float);
 }
 
-// Moments of a block up to one of its tokens.
+// Moments of a token block up to one of its tokens.
 typedef struct {
-    float mean;      // minus the block's first scalar
+    float mean;      // minus the token block's first scalar
     float deviation; // sqrt(m2/n), since m2 may be too large for float
 } Prefix;
 
@@ -58,8 +58,8 @@ static __device__ CountedMoments merge(CountedMoments a, CountedMoments b) {
     return CountedMoments{n, a.mean + d * (b.n / n), a.m2 + b.m2 + d * d * (a.n * (b.n / n))};
 }
 
-// Formula: the moments of a block's tokens 0..t, for each of its tokens, and of the whole block.
-// Mapping: a warp has a block of a group, a lane a token.
+// Formula: for each token t of a token block, the moments of its tokens 0..t, and those of the whole token block.
+// Mapping: a warp has a token block of a group, a lane a token.
 // Memory: reads R*D, writes 2*R*G floats.
 // Passes: 1. each lane: the moments of its token's g scalars, from deviations from the first of them. 2. inclusive scan
 //   over the lanes. Where squares overflow, both are repeated in a unit in which they do not.
@@ -113,11 +113,11 @@ static __global__ void __launch_bounds__(WARP *ROW_WARPS, 8)
     }
 }
 
-// Formula: the moments of everything before each block: the state merged with all earlier blocks.
-// Mapping: a warp has a sequence's group, a lane a run of consecutive blocks.
+// Formula: the moments of everything before each token block: the state merged with all earlier token blocks.
+// Mapping: a warp has a sequence's group, a lane a run of consecutive token blocks.
 // Memory: reads and writes 3*R*G/NORM_BLOCK doubles.
-// Passes: 1. each lane merges its blocks. 2. inclusive scan over the lanes. 3. each lane merges its blocks again, now
-//   from the moments before them, which replace the blocks' own.
+// Passes: 1. each lane merges its token blocks. 2. inclusive scan over the lanes. 3. each lane merges its token blocks
+//   again, now from the moments before them, which replace the token blocks' own.
 static __global__ void timestep_norm_fast_scan_kernel(CountedMoments *blocks, NormState end, NormState start, Dims d) {
     int pair = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x, num_blocks = norm_blocks(d);
     if (pair >= d.B * d.G) return;
@@ -166,9 +166,9 @@ typedef struct {
     float mean, rstd;
 } Stats;
 
-// Formula: mean_t and rstd_t from the moments before the block and those of its tokens up to t; y = (x - mean) rstd
-//   (weight + 1) + bias.
-// Mapping: a thread block has a block of tokens and ACROSS*W columns; a thread has W columns.
+// Formula: mean_t and rstd_t from the moments before the token block and those of its tokens up to t; y = (x - mean)
+//   rstd (weight + 1) + bias.
+// Mapping: a thread block has a token block and ACROSS*W columns; a thread has W columns.
 // Memory: reads and writes R*D, reads 2*R*G floats, writes R*G doubles and R*G floats.
 // Passes: 1. the statistics of all tokens and groups, into shared memory. 2. normalize.
 template <int W>
@@ -243,8 +243,8 @@ static __device__ NormSums sum_later_lanes(NormSums sum) {
     return sum;
 }
 
-// Formula: U, V and W summed from each token to the last of its block, and over each whole block.
-// Mapping: a warp has a block of a group, a lane a token.
+// Formula: U, V and W summed from each token to the last of its token block, and over each whole token block.
+// Mapping: a warp has a token block of a group, a lane a token.
 // Memory: reads 2*R*D, R*G doubles and R*G floats; writes 3*R*G doubles.
 // Passes: 1. weight + 1 of the thread block's groups, into shared memory. 2. each lane: its token's terms. 3. scan over
 //   the lanes.
@@ -288,11 +288,12 @@ static __global__ void timestep_norm_fast_sums_kernel(NormSums *suffix, NormSums
     if (lane == 0) blocks[(size_t)blockIdx.x * d.G + j] = sum;
 }
 
-// Formula: the sums over everything after each block, dstate included: U, V, W of the tokens after these, replaced by
-//   those from the first of these tokens on. NULL: 0, not wanted.
-// Mapping: a warp has a sequence's group, a lane a run of consecutive blocks.
+// Formula: the sums of U, V, W over everything after each token block. dstate, or NULL for zeros: in: the sums over the
+//   tokens after this call's; out: those from this call's first token on.
+// Mapping: a warp has a sequence's group, a lane a run of consecutive token blocks.
 // Memory: reads and writes 3*R*G/NORM_BLOCK doubles.
-// Passes: 1. each lane sums its blocks. 2. scan over the lanes. 3. each lane sums its blocks again, from the last one.
+// Passes: 1. each lane sums its token blocks. 2. scan over the lanes. 3. each lane sums its token blocks again, from
+//   the last one.
 static __global__ void timestep_norm_fast_scan_backward_kernel(NormSums *blocks, double *dstate, Dims d) {
     int pair = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x, num_blocks = norm_blocks(d);
     if (pair >= d.B * d.G) return;
@@ -324,10 +325,10 @@ struct alignas(16) NormFactors {
 
 // Formula: dx = rstd w dy + shift + slope (x - mean) + residual gradients; dweight = sum dy n, dbias = sum dy, with
 //   n = (x - mean) rstd. Here slope is divided by rstd.
-// Mapping: a thread block has every gridDim.x-th block of tokens and ACROSS*W columns; a thread has W columns.
+// Mapping: a thread block has every gridDim.x-th token block and ACROSS*W columns; a thread has W columns.
 // Memory: reads 2*R*D to 4*R*D, 4*R*G doubles and R*G floats; writes R*D. parts (gridDim.x * down, 2, D): dweight,
 //   dbias.
-// Passes, for each block of tokens: 1. the factors of all tokens and groups, into shared memory. 2. dx, and the sums.
+// Passes, for each token block: 1. the factors of all tokens and groups, into shared memory. 2. dx, and the sums.
 template <int W>
 static __global__ void
 timestep_norm_fast_backward_kernel(floatX *dinp, float *parts, const floatX *dout, const floatX *residual0,
@@ -343,7 +344,7 @@ timestep_norm_fast_backward_kernel(floatX *dinp, float *parts, const floatX *dou
     for (int block = blockIdx.x; block < d.B * norm_blocks(d); block += gridDim.x) {
         int t0 = block % norm_blocks(d) * NORM_BLOCK, T = min_int(NORM_BLOCK, d.L - t0);
         size_t first_row = (size_t)(block / norm_blocks(d)) * d.L + t0;
-        __syncthreads(); // all threads have read the factors of the block before
+        __syncthreads(); // all threads have read the factors of the token block before
         // 1.
         for (int i = threadIdx.x; i < T * groups.count; i += blockDim.x) {
             int j = groups.first + i % groups.count;
