@@ -140,20 +140,20 @@ typedef struct {
     floatX *dxt;    // (B,L,D)
     floatX *dmx;    // (B,L,D)
     // used by the attention sub-layer
-    floatX *zn;     // (B,L,Z) z after its norm
-    real *z_rstd;   // (B,L,H)
-    floatX *q, *k;  // (B,L,Z) rotated
-    floatX *v;      // (B,L,E) silu(v_pre)
-    floatX *gated;  // (B,L,E) o * r
-    floatX *scores; // (scores_size()) attention's scores, and their gradients
-    floatX *dema;   // (B,L,D)
-    floatX *dq, *dk, *dz;       // (B,L,Z)
-    floatX *do_, *dr_pre, *dv;  // (B,L,E)
+    floatX *zn;                // (B,L,Z) z after its norm
+    real *z_rstd;              // (B,L,H)
+    floatX *q, *k;             // (B,L,Z) rotated
+    floatX *v;                 // (B,L,E) silu(v_pre)
+    floatX *gated;             // (B,L,E) o * r
+    floatX *scores;            // (scores_size()) attention's scores, and their gradients
+    floatX *dema;              // (B,L,D)
+    floatX *dq, *dk, *dz;      // (B,L,Z)
+    floatX *do_, *dr_pre, *dv; // (B,L,E)
     Coeffs dcoeffs;
     // used by the FFN sub-layer, in the same memory as those of the attention sub-layer
-    floatX *hidden; // (B,L,F)
-    floatX *dhidden, *df1;      // (B,L,F)
-    char *workspace; // (workspace_size()) bytes that one layer function uses while it runs
+    floatX *hidden;        // (B,L,F)
+    floatX *dhidden, *df1; // (B,L,F)
+    char *workspace;       // (workspace_size()) bytes that one layer function uses while it runs
 } Scratch;
 
 struct Model {
@@ -210,14 +210,14 @@ static void *memory_new(size_t bytes); // zeroed; NULL if out of memory
 static void memory_free(void *memory, size_t bytes);
 static void memory_copy(void *dst, const void *src, size_t bytes); // from and to host memory, too
 static void memory_clear(void *memory, size_t bytes);
-static size_t coeffs_stride(int D);                          // channels, rounded up to whole vectors
-static size_t scores_size(const Model *m, Dims d);           // elements of scratch.scores
-static size_t workspace_size(const Model *m, Dims d);        // bytes of scratch.workspace
-static int logit_rows(int V);                                // rows of logits that exist at a time
+static size_t coeffs_stride(int D);                           // channels, rounded up to whole vectors
+static size_t scores_size(const Model *m, Dims d);            // elements of scratch.scores
+static size_t workspace_size(const Model *m, Dims d);         // bytes of scratch.workspace
+static int logit_rows(int V);                                 // rows of logits that exist at a time
 static void params_written(Model *m, size_t first, size_t n); // called after elements of PARAMS have changed
 static int backend_open(int allocate); // before a model is planned (0) or allocated (1); returns 0 if out of memory
-static int backend_threads(void);                                // see Model.threads
-static void begin_layers(Model *m);                              // called before a public function runs layers
+static int backend_threads(void);      // see Model.threads
+static void begin_layers(Model *m);    // called before a public function runs layers
 static void read_floatX(real *dst, const floatX *src, size_t n); // copies to host memory
 static void block_again(Model *m, int layer); // computes a block's activations, unless they are in memory
 static void rope_table(real *table, int C, int dz, double base);
