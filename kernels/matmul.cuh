@@ -1,5 +1,5 @@
 /*
-matmul.cuh: matrix products by cuBLASLt, in the place of cublasGemmEx and of the separate kernels for bias and residual.
+matmul.cuh: matrix products by cuBLASLt, instead of cublasGemmEx and the separate kernels for bias and residual.
 
 The idea: a linear map's bias and residual need no pass of their own over the output. cuBLASLt adds both while a tile of
 the result is still in registers: the bias as its "epilogue", the residual as the matrix C of D = A B + C.
