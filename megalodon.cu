@@ -352,8 +352,7 @@ static void dropout(floatX *out, const floatX *inp, Mask mask, size_t n) {
 //        merged with    state  state  state    state |  0:31   0:31         what came before, carried on by the warp
 //     3. normalize      y0     y1     y2         y31 |  y32    y33          a thread for each element
 //
-// Moments are double. In float, mean and variance of a long stream would lose their digits: the millionth token changes
-// the mean by a millionth of its deviation.
+// Moments are double: the millionth token changes the mean by a millionth of its deviation, which float would lose.
 
 typedef struct {
     double mean, m2; // m2: sum of squared deviations from the mean
@@ -537,16 +536,18 @@ static void timestep_norm_backward(floatX *dinp, float *dweight, float *dbias, d
 
 // sum.mean, sum.m2 (B,G): the moments of these tokens alone.
 static void timestep_norm_reduce(NormState sum, const floatX *inp, Dims d) {
+    FAST(timestep_norm_fast_supports(d), timestep_norm_fast_reduce(sum, inp, d));
     size_t R = (size_t)d.B * d.L;
-    NormState none = {NULL, NULL, NULL};
     Moments *moments = (Moments *)workspace(timestep_norm_workspace(d));
     timestep_norm_moments_kernel<<<blocks_for(R * d.G, THREADS), THREADS>>>(moments, inp, R, d.D, d.G);
-    timestep_norm_scan_kernel<<<ROW_GRID(d.B * d.G)>>>(NULL, NULL, sum, moments, none, d, 0);
+    timestep_norm_scan_kernel<<<ROW_GRID(d.B * d.G)>>>(NULL, NULL, sum, moments, NormState{}, d, 0);
 }
 
 // dstate (B,G,3): U, V, W of these tokens alone.
 static void timestep_norm_reduce_backward(double *dstate, const floatX *dout, const floatX *inp, const float *weight,
                                           const double *mean, const float *rstd, const int64_t *count, Dims d) {
+    FAST(timestep_norm_fast_supports(d),
+         timestep_norm_fast_reduce_backward(dstate, dout, inp, weight, mean, rstd, count, d));
     size_t pairs = (size_t)d.B * d.G;
     Sums *sums = (Sums *)workspace(timestep_norm_workspace(d));
     timestep_norm_terms_kernel<<<blocks_for(pairs * d.L, THREADS), THREADS>>>(sums, dout, inp, weight, mean, rstd,
@@ -913,6 +914,7 @@ static void cema_backward(floatX *dinp, Coeffs *dcoeffs, float *domega, float *d
 // nothing follows. The all-gather is next, then cema_combine(), which is step 2, then cema_forward() or
 // cema_backward().
 static void cema_reduce(float *h, const floatX *inp, const Coeffs *coeffs, int backward, Dims d) {
+    FAST(cema_fast_supports(d), cema_fast_reduce(h, inp, coeffs, backward, d));
     cema_states((float *)workspace(cema_states_bytes(d)), h, NULL, inp, coeffs, backward, d);
 }
 

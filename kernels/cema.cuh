@@ -344,7 +344,7 @@ static __global__ void cema_fast_end_kernel(float *end, const float2 *states, co
     end[b * 2 * modes + mode] = h.x, end[(b * 2 + 1) * modes + mode] = backward ? -h.y : h.y;
 }
 
-// Kernels 1, 2 and 3, and the last state. start, end (B,2,N,D) may be NULL or equal.
+// Kernels 1, 2 and 3, and the last state. start, end (B,2,N,D) may be NULL or equal. out NULL: without kernel 3.
 static void cema_fast_run(floatX *out, float2 *states, float *end, const floatX *inp, const Coeffs *coeffs,
                           const float *omega, const float *start, int backward, Dims d) {
     size_t modes = (size_t)d.B * d.N * d.D, tiles = cema_tile_bytes(CEMA_CHANNELS);
@@ -352,7 +352,7 @@ static void cema_fast_run(floatX *out, float2 *states, float *end, const floatX 
     allow_shared(cema_fast_ends_kernel, tiles), allow_shared(cema_fast_tokens_kernel, tiles);
     if (d.L > CEMA_BLOCK) cema_fast_ends_kernel<<<grid, block, tiles>>>(states, inp, *coeffs, backward, d);
     cema_fast_scan_kernel<<<blocks_for(modes, THREADS), THREADS>>>(states, start, *coeffs, backward, d);
-    cema_fast_tokens_kernel<<<grid, block, tiles>>>(out, states, inp, *coeffs, omega, backward, d);
+    if (out) cema_fast_tokens_kernel<<<grid, block, tiles>>>(out, states, inp, *coeffs, omega, backward, d);
     if (end) cema_fast_end_kernel<<<blocks_for(modes, THREADS), THREADS>>>(end, states, inp, *coeffs, backward, d);
 }
 

@@ -199,3 +199,9 @@ static void cema_fast_backward(floatX *dinp, Coeffs *dcoeffs, float *domega, flo
     sum_parts(dcoeffs->p, parts, P, width, 5 * modes, 0);
     sum_parts(domega, parts + 5 * modes, P, width, d.D, 1);
 }
+
+// Chunk parallelism: the state after these tokens from a zero state, or the gradient before them with nothing after them.
+static void cema_fast_reduce(float *h, const floatX *inp, const Coeffs *coeffs, int backward, Dims d) {
+    float2 *states = (float2 *)workspace(cema_futures_size(d) * sizeof(float));
+    cema_fast_run(NULL, states, h, inp, coeffs, NULL, NULL, backward, d);
+}

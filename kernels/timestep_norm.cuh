@@ -208,6 +208,7 @@ static __global__ void timestep_norm_fast_apply_kernel(floatX *out, double *mean
     }
 }
 
+// out NULL: only the state after the last token.
 static void timestep_norm_fast_forward(floatX *out, double *mean, float *rstd, NormState end, const floatX *inp,
                                        const float *weight, const float *bias, NormState start, Dims d, double eps) {
     int num_blocks = d.B * norm_blocks(d), W = norm_width(d), pairs = d.B * d.G;
@@ -217,6 +218,7 @@ static void timestep_norm_fast_forward(floatX *out, double *mean, float *rstd, N
     auto moments = W == VEC ? timestep_norm_fast_moments_kernel<VEC> : timestep_norm_fast_moments_kernel<4>;
     moments<<<dim3(num_blocks, ceil_div(d.G, ROW_WARPS)), warps>>>(prefix, blocks, inp, d);
     timestep_norm_fast_scan_kernel<<<ceil_div(pairs, ROW_WARPS), warps>>>(blocks, end, start, d);
+    if (out == NULL) return;
     size_t shared = (size_t)NORM_BLOCK * max_groups(W, d) * sizeof(Stats);
     auto apply = W == VEC ? timestep_norm_fast_apply_kernel<VEC> : timestep_norm_fast_apply_kernel<4>;
     allow_shared(apply, shared);
@@ -382,6 +384,7 @@ timestep_norm_fast_backward_kernel(floatX *dinp, float *parts, const floatX *dou
     for (int i = 0; i < W && p.row >= 0; i++) part[i] = dw[i], part[d.D + i] = db[i];
 }
 
+// dinp NULL: only dstate.
 static void timestep_norm_fast_backward(floatX *dinp, float *dweight, float *dbias, double *dstate, const floatX *dout,
                                         const floatX *const residuals[2], const floatX *inp, const float *weight,
                                         const double *mean, const float *rstd, const int64_t *count, Dims d) {
@@ -396,6 +399,7 @@ static void timestep_norm_fast_backward(floatX *dinp, float *dweight, float *dbi
     sums<<<dim3(num_blocks, ceil_div(d.G, warps)), dim3(WARP, warps), scales>>>(suffix, blocks, dout, inp, weight, mean,
                                                                                 rstd, count, d);
     timestep_norm_fast_scan_backward_kernel<<<ceil_div(d.B * d.G, warps), dim3(WARP, warps)>>>(blocks, dstate, d);
+    if (dinp == NULL) return;
     size_t shared = (size_t)NORM_BLOCK * max_groups(W, d) * sizeof(NormFactors);
     auto kernel = W == VEC ? timestep_norm_fast_backward_kernel<VEC> : timestep_norm_fast_backward_kernel<4>;
     allow_shared(kernel, shared);
@@ -403,4 +407,17 @@ static void timestep_norm_fast_backward(floatX *dinp, float *dweight, float *dbi
     kernel<<<column_grid(W, P, d.D), THREADS, shared>>>(dinp, parts, dout, residual0, residual1, inp, weight, mean,
                                                         rstd, suffix, blocks, d);
     sum_parts_fast(dweight, dbias, parts, P * down, d.D, d.D, 1);
+}
+
+// Chunk parallelism: the moments, or the sums, of these tokens alone.
+static void timestep_norm_fast_reduce(NormState sum, const floatX *inp, Dims d) {
+    NormState none = {NULL, NULL, NULL};
+    timestep_norm_fast_forward(NULL, NULL, NULL, sum, inp, NULL, NULL, none, d, 0);
+}
+
+static void timestep_norm_fast_reduce_backward(double *dstate, const floatX *dout, const floatX *inp,
+                                               const float *weight, const double *mean, const float *rstd,
+                                               const int64_t *count, Dims d) {
+    memory_clear(dstate, (size_t)d.B * d.G * 3 * sizeof *dstate);
+    timestep_norm_fast_backward(NULL, NULL, NULL, dstate, dout, NULL, inp, weight, mean, rstd, count, d);
 }

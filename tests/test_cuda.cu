@@ -488,6 +488,7 @@ static void timestep_norm_ranks_case(int B, int L, int D, int G, int state) {
     Dims d = sizes(B, L, D);
     d.G = G;
     begin(d, "timestep_norm of ranks, B %d L %d D %d G %d%s", B, L, D, G, state ? ", state" : "");
+    SUPPORTS(timestep_norm_fast_supports(d));
     size_t R = (size_t)B * L, pairs = (size_t)B * G;
     Acts inp = acts(R * D, 1.7, 0.5), dout = acts(R * D, 1, 0.1);
     Floats weight = floats(D, 1, 0), rstd = floats(R * G, 0.3, 0.7);
@@ -641,6 +642,7 @@ static void cema_ranks_case(int B, int L, int D, int N) {
     Dims d = sizes(B, L, D);
     d.N = N;
     begin(d, "cema of ranks, B %d L %d D %d N %d", B, L, D, N);
+    SUPPORTS(cema_fast_supports(d));
     size_t states = (size_t)B * 2 * N * D;
     CoeffsTwice c = random_cema(D, N, 1);
     Acts inp = acts((size_t)B * L * D, 1, 0.2);
@@ -663,9 +665,11 @@ static void cema_ranks_case(int B, int L, int D, int N) {
     finish();
 }
 static void test_ranks(void) {
-    timestep_norm_ranks_case(1, 1, 5, 1, 0), timestep_norm_ranks_case(2, 65, 30, 3, 1);
-    timestep_norm_ranks_case(3, 130, 64, 8, 1), timestep_norm_ranks_case(2, 33, 1024, 32, 0);
-    cema_ranks_case(1, 1, 5, 1), cema_ranks_case(2, 65, 33, 3), cema_ranks_case(3, 130, 64, 2);
+    if (odd_shapes) timestep_norm_ranks_case(1, 1, 5, 1, 0), timestep_norm_ranks_case(2, 65, 30, 3, 1);
+    timestep_norm_ranks_case(1, 1, 8, 2, 0), timestep_norm_ranks_case(3, 130, 64, 8, 1);
+    timestep_norm_ranks_case(2, 33, 1024, 32, 0), timestep_norm_ranks_case(2, 65, 96, 8, 1); // groups of 32 and 12
+    if (odd_shapes) cema_ranks_case(1, 1, 5, 1), cema_ranks_case(2, 65, 33, 3);
+    cema_ranks_case(1, 1, 8, 1), cema_ranks_case(2, 65, 40, 3), cema_ranks_case(3, 130, 64, 2);
 }
 
 static void rmsnorm_case(int R, int D, int affine, double size = 1) {
@@ -1715,7 +1719,7 @@ int main(int argc, char **argv) {
         {"dropout", test_dropout, PLAIN},
         {"timestep_norm", test_timestep_norm, PLAIN | FAST | DISPATCH},
         {"cema", test_cema, PLAIN | FAST | DISPATCH},
-        {"ranks", test_ranks, PLAIN},
+        {"ranks", test_ranks, PLAIN | FAST | DISPATCH},
         {"rmsnorm", test_rmsnorm, PLAIN | FAST | DISPATCH},
         {"linear", test_linear, PLAIN | FAST},
         {"qk", test_qk, PLAIN | FAST | DISPATCH},
