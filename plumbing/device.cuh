@@ -13,8 +13,8 @@ static struct {
     char name[300];    // for megalodon_backend()
     size_t used, peak; // bytes of device memory allocated by this program
     cublasHandle_t blas;
-    void *blas_workspace; // BLAS_WORKSPACE bytes of our own, so that products are repeatable
-    char *workspace;      // of the model that is running, see workspace()
+    void *blas_workspace;                    // BLAS_WORKSPACE bytes of our own, so that products are repeatable
+    char *workspace;                         // of the model that is running, see workspace()
     size_t workspace_bytes, workspace_asked; // its size, and the most that a layer has asked for
 } gpu;
 
