@@ -25,9 +25,11 @@ for name in tiles decode qk timestep_norm gemv emulator; do unit test_cuda 86 $n
 for name in tiles emulator; do unit test_cuda 80 $name; done
 for name in cema qk timestep_norm emulator; do unit test_cuda_fp32 75 $name; done
 
-# --batch: no sample is written at the end. Sizes are such that all layers have fast kernels.
-model="--num-layers 2 --model-dim 48 --num-heads 1 --z-dim 16 --value-dim 24 --ffn-hidden-dim 16 --cema-ndim 3
-    --chunk-size 16 --norm-num-groups 4 --steps 1"
+# --batch: no sample is written at the end. Sizes are such that all layers have fast kernels. Every option of the model that
+# adds something to the formulas is on.
+model="--num-layers 2 --model-dim 48 --num-heads 2 --z-dim 16 --value-dim 32 --ffn-hidden-dim 16 --cema-ndim 3
+    --chunk-size 16 --norm-num-groups 4 --swiglu --rescale-nffn --scale-emb
+    --dropout 0.1 --hidden-dropout 0.2 --attention-dropout 0.2 --steps 1"
 ./train $model --data dev/data/demo.txt --batch-size 2 --seq-len 90 --val-every 0 --dump "$tmp/cpu" > "$tmp/log" 2>&1
 step() { # VARIABLE=VALUE PROGRAM DUMP OPTIONS...: the same step
     variable=$1 program=$2 dump=$3
@@ -56,7 +58,7 @@ verdict $? "  but not the same bits: these are other kernels"
 verdict $? "MEGALODON_PLAIN=0: fast kernels"
 
 # Heads that need more shared memory than the fast kernels of q and k have.
-wide="--num-layers 1 --z-dim 6216"
+wide="--num-layers 1 --num-heads 1 --z-dim 6216"
 { ./train $model $wide --batch "$tmp/cpu" --dump "$tmp/wide" &&
     step CUDA_ON_CPU_CAPABILITY=86 train gpu $wide && ./compare "$tmp/wide" "$tmp/gpu" --tolerance 4e-2; } > "$tmp/log" 2>&1
 verdict $? "heads of 6216: too large for fast kernels, so plain ones"

@@ -356,6 +356,8 @@ static void test_dropout(void) {
     for (int i = 0; i < 15; i++) dropout_case(1, lengths[i / 3], first[i % 3]);
     for (int i = 0; i < 3; i++)
         dropout_case(3, 1, first[i]), dropout_case(2, 7, first[i]), dropout_case(3, 1030, first[i]);
+    // as many elements as a thread block has, but the first counter and the last one have fewer than four of them
+    dropout_case(1, 4 * THREADS - 2, 3), dropout_case(2, 4 * THREADS - 2, 3);
 }
 
 // Count, mean and M2 of the tokens before, for rows in turn; the deviation is 0.6 scale.
@@ -451,7 +453,7 @@ static void test_timestep_norm(void) {
             timestep_norm_case(1 + (i + s) % 3, lengths[i], shapes[s][0], shapes[s][1], (i + 2 * s + 1) % 3, 0.5);
     }
     timestep_norm_case(3, 300, 8, 1, STATE, 0.5), timestep_norm_case(1, 1100, 8, 1, STATE, 0.5);
-    timestep_norm_case(5, 3, 8, 2, STATE, 0.5); // more parts of dweight than rows
+    timestep_norm_case(5, 3, 8, 2, STATE, 0.5);      // more parts of dweight than rows
     timestep_norm_case(2, 40, 1024, 32, STATE, 0.5); // mega200M's
     timestep_norm_case(3, 300, 64, 8, STATE, 30);
     if (odd_shapes) {
@@ -459,6 +461,7 @@ static void test_timestep_norm(void) {
         timestep_norm_case(1, 33, 132, 132, NO_STATE, 0.5), timestep_norm_case(2, 130, 30, 2, NO_STATE, 30);
     }
     timestep_norm_case(2, 35, 1584, 12, STATE_IN_PLACE, 0.5); // groups that lie in two thread blocks
+    timestep_norm_case(1, 33, 2048, 32, STATE, 0.5);          // mega1.3B's: a group begins where a thread block does
     timestep_norm_case(2, 33, 540, 45, STATE, 0.5), timestep_norm_case(2, 33, 132, 33, STATE, 0.5);
     timestep_norm_case(1, 33, 300, 1, NO_STATE, 0.5), timestep_norm_case(1, 33, 1160, 1, NO_STATE, 0.5);
     int D = odd_shapes ? 30 : 48;
@@ -634,8 +637,9 @@ static void test_cema(void) {
         cema_case(1 + (i + 1) % 3, lengths[i], odd_shapes ? 33 : 40, 2, i > 0 ? (i + 2) % 3 : STATE_IN_PLACE, 0);
     }
     cema_case(2, 600, odd_shapes ? 7 : 8, 4, STATE, 1), cema_case(1, 1100, odd_shapes ? 5 : 24, 2, STATE_IN_PLACE, 1);
-    cema_case(264, 1, 1000, 1, STATE, 0); // more token blocks than parts
-    cema_case(1, 70, 1024, 16, STATE, 0); // mega200M's
+    if (odd_shapes) cema_case(2, 130, 36, 3, STATE, 0); // a multiple of 4, but not of VEC
+    cema_case(264, 1, 1000, 1, STATE, 0);               // more token blocks than parts
+    cema_case(1, 70, 1024, 16, STATE, 0);               // mega200M's
 }
 
 static void cema_ranks_case(int B, int L, int D, int N) {
@@ -836,7 +840,7 @@ static void test_qk(void) {
     }
     for (int state = 0; state < 2; state++) {
         qk_layer_case(3, 9, 64, 32, 4, state), qk_layer_case(2, 11, 16, 8, 5, state);
-        qk_layer_case(1, 1100, 8, 8, 64, state);                                               // more rows than parts
+        qk_layer_case(1, 4500, 8, 8, 64, state); // more rows than all warps of the backward pass
         qk_layer_case(2, 5, 256, 256, 2048, state), qk_layer_case(2, 70, 384, 128, 64, state); // mega200M's
         qk_layer_case(5, 1, 2, 2, 1, state), qk_layer_case(2, 11, 18, 6, 5, state);
         qk_layer_case(1, 1100, 4, 2, 64, state);
@@ -966,7 +970,7 @@ static void test_attention(void) {
         attention_case(1, 23, 8, 1, 8, 8, p, 2), attention_case(1, 16, 8, 2, 4, 8, p, 2); // at the start of a chunk
         if (!odd_shapes) continue;
         attention_case(1, 7, 7, 1, 3, 5, p, 0), attention_case(2, 33, 11, 2, 3, 5, p, 0);
-        attention_case(1, 700, 1030, 1, 4, 3, p, 0);
+        attention_case(1, 700, 1030, 1, 4, 3, p, 0), attention_case(2, 30, 12, 1, 8, 8, p, 0);
         attention_case(2, 560, 530, 2, 2, 4, p, 0);
         for (int state = 1; state < 5; state++) {
             attention_case(1, 1, 8, 1, 4, 8, p, state), attention_case(4, 1, 5, 2, 3, 3, p, state);
