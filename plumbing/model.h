@@ -249,7 +249,8 @@ static double *take_double(Arena *arena, size_t n) { return (double *)take(arena
 static Coeffs take_coeffs(Arena *arena, Dims d) {
     size_t n = (size_t)d.N * coeffs_stride(d.D);
     real *at = take_real(arena, 5 * n);
-    Coeffs c = {at, at + n, at + 2 * n, at + 3 * n, at + 4 * n}; // p first: the five are contiguous
+    Coeffs c = {NULL, NULL, NULL, NULL, NULL};
+    if (at) c.p = at, c.q_re = at + n, c.q_im = at + 2 * n, c.g_re = at + 3 * n, c.g_im = at + 4 * n; // contiguous
     return c;
 }
 

@@ -2,7 +2,7 @@
 // this program would not have written.
 #include <errno.h>    // defines: errno, ENOENT
 #include <fcntl.h>    // defines: open
-#include <stdlib.h>   // defines: realloc, realpath
+#include <stdlib.h>   // defines: free, realloc, realpath
 #include <string.h>   // defines: strcmp, strdup, strerror, strrchr
 #include <sys/stat.h> // defines: lstat, stat
 #include <unistd.h>   // defines: access, close, unlink
@@ -75,11 +75,17 @@ const char *claim_output(const char *flag, const char *path, const char *what, b
     struct stat info;
     char tmp[PATH_SIZE], folder[PATH_SIZE];
     const bool link = lstat(path, &info) == 0 && S_ISLNK(info.st_mode);
-    const char *target = link ? realpath(path, NULL) : path;
-    if (target == NULL) fatal("--%s %s: a symbolic link to no file; remove it", flag, path);
+    char *linked = link ? realpath(path, NULL) : NULL;
+    if (link && linked == NULL) fatal("--%s %s: a symbolic link to no file; remove it", flag, path);
+    const char *target = link ? linked : path;
     if (snprintf(tmp, sizeof tmp, "%s.tmp", target) >= PATH_SIZE) fatal("--%s %s: name too long", flag, path);
     claim_name(flag, path);
     claim_name(flag, tmp);
+    if (link) { // the caller gets the copy that the claims own
+        remember(flag, linked, true);
+        target = claims[num_claims - 1].path;
+        free(linked);
+    }
     const bool exists = stat(path, &info) == 0;
     if (!exists && errno != ENOENT) fatal("--%s %s: %s", flag, path, strerror(errno));
     if (exists && strcmp(split_path(target, folder), "lock") == 0)
