@@ -30,7 +30,7 @@ for target in aarch64-macos x86_64-macos aarch64-linux-musl; do
     copy=build/cross/$target
     rm -rf "$copy"
     mkdir -p "$copy"
-    cp -R Makefile ./*.c ./*.h plumbing tests dev "$copy"
+    cp -R Makefile ./*.c ./*.h plumbing kernels tests dev "$copy"
     (cd "$copy" && make -j2 all test-programs CC="$zig cc -target $target" AR="$zig ar" NO_OMP=1 NO_BLAS=1 NO_MPI=1 \
         PORTABLE=1 WERROR=1 CFLAGS=-O1) > "$log" 2>&1
     status=$?

@@ -12,7 +12,7 @@ verdict() { # STATUS TEXT
     printf '%-4s  %s\n' $word "$2"
     if [ "$1" -ne 0 ]; then tail -n 4 "$tmp/out" | cut -c 1-300 | sed 's/^/      /'; fi
 }
-cp -R Makefile ./*.c ./*.cu ./*.h plumbing tests "$tmp"
+cp -R Makefile ./*.c ./*.cu ./*.h plumbing kernels tests "$tmp"
 cd "$tmp" || exit 1
 
 plan() { ${MAKE:-make} -n "$@" > out 2>&1; } # the commands, which are not run
