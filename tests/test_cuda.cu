@@ -12,6 +12,8 @@
 
 #include <stdarg.h>
 
+#include <vector>
+
 // Relative L2 differences. Results that are floats computed from exact inputs have float32's tolerance in both builds.
 static const double FLOAT_FORWARD = 2e-6, FLOAT_BACKWARD = 5e-6;
 static const double FORWARD = sizeof(floatX) == 4 ? FLOAT_FORWARD : 5e-3;
