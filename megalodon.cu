@@ -1007,16 +1007,19 @@ static __global__ void linear_start_kernel(floatX *out, const floatX *residual, 
     if (c < M) out[i] = to_floatX((residual ? to_float(residual[i]) : 0) + (bias ? to_float(bias[c]) : 0));
 }
 
+static void add(floatX *out, const floatX *inp, size_t n);
 static void linear_forward(floatX *out, const floatX *residual, const floatX *inp, const floatX *weight,
                            const floatX *bias, int R, int K, int M) {
     FAST(1, linear_fast_forward(out, residual, inp, weight, bias, R, K, M));
-    if (bias || (residual && residual != out)) linear_start_kernel<<<COLUMN_GRID(R, M)>>>(out, residual, bias, M);
+    int last = bias && residual && residual != out; // added last, so that the large numbers are rounded only once
+    if (bias || (residual && residual != out))
+        linear_start_kernel<<<COLUMN_GRID(R, M)>>>(out, last ? NULL : residual, bias, M);
     matmul(out, CUBLAS_TYPE, M, matrix(inp, K), transposed(weight, K), R, M, K, bias || residual);
+    if (last) add(out, residual, (size_t)R * M);
 }
 
 // Forward line: out = inp weight' + bias. dinp = dout weight, added to dinp if `add`, since several linear maps read
-// the same input; dweight += dout' inp; dbias += sum over rows of dout. Gradients of weights are float: cuBLAS
-// multiplies operands of type floatX and adds the product to a float matrix.
+// the same input; dweight += dout' inp, a float matrix; dbias += sum over rows of dout.
 static void linear_backward_input(floatX *dinp, int add, const floatX *dout, const floatX *weight, int R, int K,
                                   int M) {
     FAST(1, linear_fast_backward_input(dinp, add, dout, weight, R, K, M));
@@ -1140,9 +1143,8 @@ static void qk_layer_backward(floatX *dz, float *dgamma, float *dbeta, floatX *d
 
 // ----------------------------------------------------------------------------
 // silu(x) = x sigmoid(x), and the gate out = a silu(b). The attention sub-layer gates o with b = r_pre, swiglu gates f3
-// with b = f1. Mapping: a thread has several elements, grid_threads() apart. These kernels are limited by memory
-// traffic, and the backward pass has read all inputs of the forward pass. So it also computes the forward output again,
-// of which the gradient of the next weight matrix is computed.
+// with b = f1. Mapping: a thread has several elements, grid_threads() apart. The backward pass has read all inputs of
+// the forward pass, so it also computes the forward output again, for the gradient of the next weight matrix.
 
 // Memory: reads and writes n.
 static __global__ void silu_forward_kernel(floatX *out, const floatX *inp, size_t n) {
@@ -1337,12 +1339,10 @@ static __global__ void to_floatX_kernel(floatX *out, const float *inp, size_t n)
     if (i < n) out[i] = to_floatX(inp[i]);
 }
 static void copy_to_float(float *out, const floatX *inp, size_t n) {
-    if (n == 0) return;
-    to_float_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
+    if (n > 0) to_float_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
 }
 static void copy_to_floatX(floatX *out, const float *inp, size_t n) {
-    if (n == 0) return;
-    to_floatX_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
+    if (n > 0) to_floatX_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
 }
 
 // Copies the keys and values of n tokens of row b, from token t on, into the cache, from position `at` on.
