@@ -347,13 +347,18 @@ static void timestep_norm_combine(NormState start, NormState end, const double *
     }
 }
 
-// all (cp_size,B,G,3): every rank's U, V, W. They are sums, so those of all later tokens, dstate (B,G,3), are the sum
-// of those of the later ranks.
-static void timestep_norm_combine_backward(double *dstate, const double *all, const ChunkParallel *cp, Dims d) {
+// all (cp_size,B,G,3): every rank's U, V, W, which are sums over its tokens. dstate (B,G,3): in: those after the whole
+// sequence; out: those after this rank. end (B,G,3), or NULL: gets those from the first token of the sequence on.
+static void timestep_norm_combine_backward(double *dstate, double *end, const double *all, const ChunkParallel *cp,
+                                           Dims d) {
     size_t n = (size_t)d.B * d.G * 3;
     for (size_t i = 0; i < n; i++) {
-        dstate[i] = 0;
-        for (int k = cp->cp_rank + 1; k < cp->cp_size; k++) dstate[i] += all[k * n + i];
+        double sum = dstate[i];
+        for (int k = cp->cp_size - 1; k >= 0; k--) {
+            if (k == cp->cp_rank) dstate[i] = sum;
+            sum += all[k * n + i];
+        }
+        if (end) end[i] = sum;
     }
 }
 
@@ -1240,7 +1245,7 @@ static void output_loss(double *losses, real *dx, real *doutput, real *logits, c
 // results, and the rank combines those of the ranks before it (backward: after it) to the state that its layer starts
 // from. With several ranks, `in` is the state before the whole sequence; each of these functions replaces its own slice
 // of it by the state before this rank's part. `out` receives the state after the whole sequence, the same on every
-// rank.
+// rank. dstate is described at megalodon_backward in megalodon.h; each backward function replaces its own slice.
 
 // TimestepNorm number `layer`. Number num_layers is the final norm.
 static void timestep_norm_layer_forward(Model *m, int layer, real *y, double *mean, real *rstd, const real *x,
@@ -1258,20 +1263,21 @@ static void timestep_norm_layer_forward(Model *m, int layer, real *y, double *me
     timestep_norm_forward(y, mean, rstd, end, x, weight, bias, start, d, m->config.norm_eps);
 }
 
-static void timestep_norm_layer_backward(Model *m, real *dx, real *dweight, real *dbias, const real *dy,
-                                         const real *const residuals[2], const real *x, const real *weight,
-                                         const double *mean, const real *rstd) {
+static void timestep_norm_layer_backward(Model *m, int layer, real *dx, real *dweight, real *dbias, StateGrad *dstate,
+                                         const real *dy, const real *const residuals[2], const real *x,
+                                         const real *weight, const double *mean, const real *rstd) {
     Dims d = m->dims;
     const int64_t *count = m->has_before ? m->before.count : NULL;
-    double *dstate = NULL;
+    size_t sums = (size_t)d.B * d.G * 3;
+    double *later = dstate ? dstate->sums + layer * sums : NULL; // U, V, W of the tokens after these
     if (m->cp.cp_size > 1) {
-        size_t bytes = (size_t)d.B * d.G * 3 * sizeof *dstate;
         timestep_norm_reduce_backward((double *)(void *)m->exchange, dy, x, weight, mean, rstd, count, d);
-        const double *all = all_gather(m, bytes);
-        dstate = combined(m, bytes);
-        timestep_norm_combine_backward(dstate, all, &m->cp, d);
+        const double *all = all_gather(m, sums * sizeof *all);
+        double *whole = later;
+        later = combined(m, whole, sums * sizeof *later);
+        timestep_norm_combine_backward(later, whole, all, &m->cp, d);
     }
-    timestep_norm_backward(dx, dweight, dbias, dstate, dy, residuals, x, weight, mean, rstd, count, d);
+    timestep_norm_backward(dx, dweight, dbias, later, dy, residuals, x, weight, mean, rstd, count, d);
 }
 
 static void cema_layer_forward(Model *m, int layer, const State *in, State *out) {
@@ -1289,20 +1295,21 @@ static void cema_layer_forward(Model *m, int layer, const State *in, State *out)
     cema_forward(a->ema, a->h, h_out, a->xt, coeffs, m->params.layers[layer].cema_omega, h_in, d);
 }
 
-static void cema_layer_backward(Model *m, int layer, real *dx, const real *dy) {
+static void cema_layer_backward(Model *m, int layer, real *dx, StateGrad *dstate, const real *dy) {
     Dims d = m->dims;
     const LayerActs *a = &m->acts[layer];
     const LayerParams *w = &m->params.layers[layer];
     LayerParams *dw = &m->grads.layers[layer];
     const Coeffs *coeffs = &m->coeffs[layer];
     Coeffs *dcoeffs = &m->scratch.dcoeffs;
-    real *dh = NULL; // gradient w.r.t. the outgoing state; without later ranks the loss does not depend on it
+    size_t modes = (size_t)d.B * 2 * d.N * d.D;
+    real *dh = dstate ? dstate->h + layer * modes : NULL; // gradient w.r.t. the outgoing state
     if (m->cp.cp_size > 1) {
-        size_t bytes = (size_t)d.B * 2 * d.N * d.D * sizeof *dh;
         cema_reduce((real *)(void *)m->exchange, dy, coeffs, 1, d);
-        const real *all = all_gather(m, bytes);
-        dh = memset(combined(m, bytes), 0, bytes);
-        cema_combine(dh, NULL, all, coeffs, 1, &m->cp, d);
+        const real *all = all_gather(m, modes * sizeof *all);
+        real *whole = dh;
+        dh = combined(m, whole, modes * sizeof *dh);
+        cema_combine(dh, whole, all, coeffs, 1, &m->cp, d);
     }
     cema_backward(dx, dcoeffs, dw->cema_omega, dh, dy, a->xt, a->h, coeffs, w->cema_omega, d);
     cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, dcoeffs, w->cema_alpha,
@@ -1360,7 +1367,8 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
 // reaches x through the block's other residual; it may be dx itself. Activations that are cheap to compute (gated, v,
 // q, k) are not kept but computed again. mx is used three times, so dmx sums the gradients through Wh1, Wr and Wz. xt
 // is used twice, so dxt sums those through CEMA and Wv.
-static void mega_backward(Model *m, int layer, real *dx, const real *dy, const real *residual, const real *x) {
+static void mega_backward(Model *m, int layer, real *dx, StateGrad *dstate, const real *dy, const real *residual,
+                          const real *x) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layers[layer];
     LayerParams *dw = &m->grads.layers[layer];
@@ -1393,11 +1401,11 @@ static void mega_backward(Model *m, int layer, real *dx, const real *dy, const r
     // forward: mx = dropout(RMSNorm(CEMA(xt))),    v_pre = xt Wv' + bv,    xt = TimestepNorm(x)
     dropout(s->dmx, s->dmx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
     rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, R, D);
-    cema_layer_backward(m, layer, s->dxt, s->dema);
+    cema_layer_backward(m, layer, s->dxt, dstate, s->dema);
     silu_backward(NULL, s->dv, s->dv, a->v_pre, (size_t)R * E);
     linear_backward(s->dxt, 1, dw->wv, dw->wv_bias, s->dv, a->xt, w->wv, R, D, E);
     const real *const residuals[2] = {dy, residual};
-    timestep_norm_layer_backward(m, dx, dw->timenorm_weight, dw->timenorm_bias, s->dxt, residuals, x,
+    timestep_norm_layer_backward(m, layer, dx, dw->timenorm_weight, dw->timenorm_bias, dstate, s->dxt, residuals, x,
                                  w->timenorm_weight, a->norm_mean, a->norm_rstd);
 }
 
@@ -1491,11 +1499,11 @@ static void block_again(Model *m, int layer) {
 
 // forward: y = mega(x), out = nffn(y) + x
 // scratch.dx: in: dout; out: dx, the gradient through both sub-layers plus dout itself.
-static void block_backward(Model *m, int layer) {
+static void block_backward(Model *m, int layer, StateGrad *dstate) {
     Scratch *s = &m->scratch;
     block_again(m, layer);
     nffn_backward(m, layer, s->dy, s->dx);
-    mega_backward(m, layer, s->dx, s->dy, s->dx, m->x[layer]);
+    mega_backward(m, layer, s->dx, dstate, s->dy, s->dx, m->x[layer]);
 }
 
 // ----------------------------------------------------------------------------
@@ -1549,17 +1557,17 @@ double megalodon_loss(Model *m, const int32_t *targets, double grad_scale, int64
 }
 
 // The layers in reverse order. scratch.dxt holds the gradient w.r.t. the final norm's output, from megalodon_loss.
-void megalodon_backward(Model *m) {
+void megalodon_backward(Model *m, StateGrad *dstate) {
     const Config *c = &m->config;
     Scratch *s = &m->scratch;
     int R = m->dims.B * m->dims.L, D = c->model_dim, layers = c->num_layers;
-    assert(m->mode != MEGALODON_INFER);
+    assert(m->mode != MEGALODON_INFER && (!dstate || dstate->B == m->dims.B));
     for (int b = 0; b < m->dims.B; b++) assert(m->past[b] == 0);
-    timestep_norm_layer_backward(m, s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, s->dxt, NULL,
-                                 m->x[layers], m->params.final_norm_weight, m->final_mean, m->final_rstd);
+    timestep_norm_layer_backward(m, layers, s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, dstate, s->dxt,
+                                 NULL, m->x[layers], m->params.final_norm_weight, m->final_mean, m->final_rstd);
     if (m->on_grad_ready) m->on_grad_ready(m, layers + 1);
     for (int l = layers - 1; l >= 0; l--) {
-        block_backward(m, l);
+        block_backward(m, l, dstate);
         if (m->on_grad_ready) m->on_grad_ready(m, l + 1);
     }
     dropout(s->dx, s->dx, mask_of(m, -1, DROP_EMBED, c->dropout, D), (size_t)R * D);

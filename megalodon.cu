@@ -580,19 +580,25 @@ static void timestep_norm_combine(NormState start, NormState end, const double *
     timestep_norm_combine_kernel<<<blocks_for((size_t)d.B * d.G, THREADS), THREADS>>>(start, end, all, count, *cp, d);
 }
 
-// Formula: dstate (n) = the sum of U, V, W over all later ranks; all (cp_size,n), n = B*G*3. Mapping: a thread has one.
-static __global__ void timestep_norm_combine_backward_kernel(double *dstate, const double *all, ChunkParallel cp,
-                                                             size_t n) {
+// Formula: U, V, W after this rank's tokens: those after the whole sequence plus the sums of all later ranks.
+//   all (cp_size,n): each rank's sums, n = B*G*3. dstate (n): in: after the whole sequence; out: after this rank. end
+//   (n), or NULL: gets those from the first token on. Mapping: a thread has one sum.
+static __global__ void timestep_norm_combine_backward_kernel(double *dstate, double *end, const double *all,
+                                                             ChunkParallel cp, size_t n) {
     size_t i = thread_index();
-    double sum = 0;
     if (i >= n) return;
-    for (int r = cp.cp_rank + 1; r < cp.cp_size; r++) sum += all[r * n + i];
-    dstate[i] = sum;
+    double sum = dstate[i];
+    for (int r = cp.cp_size - 1; r >= 0; r--) {
+        if (r == cp.cp_rank) dstate[i] = sum;
+        sum += all[r * n + i];
+    }
+    if (end) end[i] = sum;
 }
 
-static void timestep_norm_combine_backward(double *dstate, const double *all, const ChunkParallel *cp, Dims d) {
+static void timestep_norm_combine_backward(double *dstate, double *end, const double *all, const ChunkParallel *cp,
+                                           Dims d) {
     size_t n = (size_t)d.B * d.G * 3;
-    timestep_norm_combine_backward_kernel<<<blocks_for(n, THREADS), THREADS>>>(dstate, all, *cp, n);
+    timestep_norm_combine_backward_kernel<<<blocks_for(n, THREADS), THREADS>>>(dstate, end, all, *cp, n);
 }
 
 // ----------------------------------------------------------------------------
@@ -1007,15 +1013,12 @@ static __global__ void linear_start_kernel(floatX *out, const floatX *residual, 
     if (c < M) out[i] = to_floatX((residual ? to_float(residual[i]) : 0) + (bias ? to_float(bias[c]) : 0));
 }
 
-static void add(floatX *out, const floatX *inp, size_t n);
 static void linear_forward(floatX *out, const floatX *residual, const floatX *inp, const floatX *weight,
                            const floatX *bias, int R, int K, int M) {
     FAST(1, linear_fast_forward(out, residual, inp, weight, bias, R, K, M));
-    int last = bias && residual && residual != out; // added last, so that the large numbers are rounded only once
-    if (bias || (residual && residual != out))
-        linear_start_kernel<<<COLUMN_GRID(R, M)>>>(out, last ? NULL : residual, bias, M);
+    int start = bias || (residual && residual != out);
+    if (start) linear_start_kernel<<<COLUMN_GRID(R, M)>>>(out, residual, bias, M);
     matmul(out, CUBLAS_TYPE, M, matrix(inp, K), transposed(weight, K), R, M, K, bias || residual);
-    if (last) add(out, residual, (size_t)R * M);
 }
 
 // Forward line: out = inp weight' + bias. dinp = dout weight, added to dinp if `add`, since several linear maps read
@@ -1591,18 +1594,19 @@ static void timestep_norm_layer_forward(Model *m, int layer, floatX *y, double *
     timestep_norm_forward(y, mean, rstd, end, x, weight, bias, start, m->dims, m->config.norm_eps);
 }
 
-static void timestep_norm_layer_backward(Model *m, floatX *dx, float *dweight, float *dbias, const floatX *dy,
-                                         const floatX *const residuals[2], const floatX *x, const float *weight,
-                                         const double *mean, const float *rstd) {
+static void timestep_norm_layer_backward(Model *m, int layer, floatX *dx, float *dweight, float *dbias,
+                                         StateGrad *dstate, const floatX *dy, const floatX *const residuals[2],
+                                         const floatX *x, const float *weight, const double *mean, const float *rstd) {
     const int64_t *count = m->has_before ? m->before.count : NULL;
-    double *dstate = NULL;
+    size_t sums = (size_t)m->dims.B * m->dims.G * 3, bytes = sums * sizeof(double);
+    double *later = dstate ? dstate->sums + layer * sums : NULL; // U, V, W of the tokens after these
     if (m->cp.cp_size > 1) {
-        size_t bytes = (size_t)m->dims.B * m->dims.G * 3 * sizeof(double);
+        double *whole = later;
         timestep_norm_reduce_backward((double *)m->exchange, dy, x, weight, mean, rstd, count, m->dims);
-        dstate = (double *)combined(m, bytes);
-        timestep_norm_combine_backward(dstate, (double *)all_gather(m, bytes), &m->cp, m->dims);
+        later = (double *)combined(m, whole, bytes);
+        timestep_norm_combine_backward(later, whole, (double *)all_gather(m, bytes), &m->cp, m->dims);
     }
-    timestep_norm_backward(dx, dweight, dbias, dstate, dy, residuals, x, weight, mean, rstd, count, m->dims);
+    timestep_norm_backward(dx, dweight, dbias, later, dy, residuals, x, weight, mean, rstd, count, m->dims);
 }
 
 static void cema_layer_forward(Model *m, int layer, const State *in, State *out) {
@@ -1618,18 +1622,18 @@ static void cema_layer_forward(Model *m, int layer, const State *in, State *out)
     cema_forward(a->ema, a->h, h_out, a->xt, coeffs, m->params.layers[layer].cema_omega, h_in, m->dims);
 }
 
-static void cema_layer_backward(Model *m, int layer, floatX *dx, const floatX *dy) {
+static void cema_layer_backward(Model *m, int layer, floatX *dx, StateGrad *dstate, const floatX *dy) {
     const LayerActs *a = &m->acts[layer];
     const LayerParams *w = &m->params.layers[layer];
     LayerParams *dw = &m->grads.layers[layer];
     Coeffs *coeffs = &m->coeffs[layer], *dcoeffs = &m->scratch.dcoeffs;
-    float *dh = NULL;
+    size_t states = (size_t)m->dims.B * 2 * m->dims.N * m->dims.D, bytes = states * sizeof(float);
+    float *dh = dstate ? dstate->h + layer * states : NULL; // gradient w.r.t. the outgoing state
     if (m->cp.cp_size > 1) {
-        size_t bytes = (size_t)m->dims.B * 2 * m->dims.N * m->dims.D * sizeof(float);
+        float *whole = dh;
         cema_reduce((float *)m->exchange, dy, coeffs, 1, m->dims);
-        dh = (float *)combined(m, bytes);
-        memory_clear(dh, bytes);
-        cema_combine(dh, NULL, (float *)all_gather(m, bytes), coeffs, 1, &m->cp, m->dims);
+        dh = (float *)combined(m, whole, bytes);
+        cema_combine(dh, whole, (float *)all_gather(m, bytes), coeffs, 1, &m->cp, m->dims);
     }
     cema_backward(dx, dcoeffs, dw->cema_omega, dh, dy, a->xt, a->h, coeffs, w->cema_omega, m->dims);
     cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, dcoeffs, w->cema_alpha,
@@ -1680,7 +1684,8 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     gate_forward(s->gated, a->o, a->r_pre, (size_t)R * d.E);
     dropout(s->gated, s->gated, mask_of(m, layer, DROP_GATED, c->hidden_dropout, d.E), (size_t)R * d.E);
     Mask mask = mask_of(m, layer, DROP_MEGA, c->dropout, d.D);
-    const floatX *residual = mask.p > 0 ? NULL : x; // added with the product, unless a dropout comes between
+    // x is added with the first product, unless a dropout comes between. Plain products would round x three times.
+    const floatX *residual = mask.p > 0 || gpu.plain ? NULL : x;
     linear_forward(a->y, residual, a->mx, rounded(m, w->wh1), rounded(m, w->wh1_bias), R, d.D, d.D);
     linear_forward(a->y, a->y, s->gated, rounded(m, w->wh2), NULL, R, d.E, d.D);
     dropout(a->y, a->y, mask, (size_t)R * d.D);
@@ -1689,7 +1694,8 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
 
 // dx = gradient w.r.t. x through this sub-layer, plus `residual`, the gradient through the block's other residual (it
 // may be dx itself). dy = gradient w.r.t. y. The steps are those of mega_forward in reverse order.
-static void mega_backward(Model *m, int layer, floatX *dx, const floatX *dy, const floatX *residual, const floatX *x) {
+static void mega_backward(Model *m, int layer, floatX *dx, StateGrad *dstate, const floatX *dy, const floatX *residual,
+                          const floatX *x) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layers[layer];
     LayerParams *dw = &m->grads.layers[layer];
@@ -1720,13 +1726,13 @@ static void mega_backward(Model *m, int layer, floatX *dx, const floatX *dy, con
     // mx = dropout(RMSNorm(CEMA(xt)))
     dropout(s->dmx, s->dmx, mask_of(m, layer, DROP_MX, c->hidden_dropout, d.D), (size_t)R * d.D);
     rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, R, d.D);
-    cema_layer_backward(m, layer, s->dxt, s->dema);
+    cema_layer_backward(m, layer, s->dxt, dstate, s->dema);
     // v = silu(xt Wv' + bv)
     silu_backward(NULL, s->dv, s->dv, a->v_pre, (size_t)R * d.E);
     linear_backward(s->dxt, 1, dw->wv, dw->wv_bias, s->dv, a->xt, rounded(m, w->wv), R, d.D, d.E);
     // xt = TimestepNorm(x), and both residuals
     const floatX *residuals[2] = {dy, residual};
-    timestep_norm_layer_backward(m, dx, dw->timenorm_weight, dw->timenorm_bias, s->dxt, residuals, x,
+    timestep_norm_layer_backward(m, layer, dx, dw->timenorm_weight, dw->timenorm_bias, dstate, s->dxt, residuals, x,
                                  w->timenorm_weight, a->norm_mean, a->norm_rstd);
 }
 
@@ -1751,8 +1757,7 @@ static void nffn_forward(Model *m, int layer, floatX *out, const floatX *x) {
     }
     dropout(s->hidden, s->hidden, mask_of(m, layer, DROP_HIDDEN, c->hidden_dropout, F), (size_t)R * F);
     Mask mask = mask_of(m, layer, DROP_NFFN, c->dropout, D);
-    const floatX *residual =
-        mask.p > 0 || c->rescale_nffn ? NULL : x; // added with the product, if nothing comes between
+    const floatX *residual = mask.p > 0 || c->rescale_nffn ? NULL : x; // the product adds it, if nothing comes between
     floatX *f2 = c->rescale_nffn ? a->f2 : out;
     linear_forward(f2, residual, s->hidden, rounded(m, w->fc2), NULL, R, F, D);
     dropout(f2, f2, mask, (size_t)R * D);
@@ -1815,11 +1820,11 @@ static void block_again(Model *m, int layer) {
 
 // forward: y = mega(x), out = nffn(y) + x
 // scratch.dx: in: dout; out: dx, the gradient through both sub-layers plus dout itself.
-static void block_backward(Model *m, int layer) {
+static void block_backward(Model *m, int layer, StateGrad *dstate) {
     Scratch *s = &m->scratch;
     block_again(m, layer);
     nffn_backward(m, layer, s->dy, s->dx);
-    mega_backward(m, layer, s->dx, s->dy, s->dx, m->x[layer]);
+    mega_backward(m, layer, s->dx, dstate, s->dy, s->dx, m->x[layer]);
 }
 
 // ----------------------------------------------------------------------------
@@ -1829,16 +1834,6 @@ static void block_backward(Model *m, int layer) {
 // gradient norm, logits, activations. All kernels and copies are in stream 0, one after another.
 
 static float embedding_scale(const Config *c) { return c->scale_emb ? (float)sqrt((double)c->model_dim) : 1; }
-
-// The token counts of a state are in device memory, so that in decoding the host does not wait for the device.
-// Formula: count += L. Mapping: a thread has a sequence.
-static __global__ void advance_kernel(int64_t *count, int B, int64_t L) {
-    int b = thread_index();
-    if (b < B) count[b] += L;
-}
-static void advance(int64_t *count, int B, int64_t L) {
-    advance_kernel<<<blocks_for(B, THREADS), THREADS>>>(count, B, L);
-}
 
 #ifdef FAST_KERNELS
 #include "kernels/decode.cuh"
@@ -1896,18 +1891,18 @@ double megalodon_loss(Model *m, const int32_t *targets, double grad_scale, int64
     return sum;
 }
 
-void megalodon_backward(Model *m) {
+void megalodon_backward(Model *m, StateGrad *dstate) {
     int layers = m->config.num_layers;
     const Dims d = m->dims;
     Scratch *s = &m->scratch;
-    assert(m->mode != MEGALODON_INFER);
+    assert(m->mode != MEGALODON_INFER && (!dstate || dstate->B == d.B));
     for (int b = 0; b < d.B; b++) assert(m->past[b] == 0);
     begin_layers(m);
-    timestep_norm_layer_backward(m, s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, s->dxt, NULL,
-                                 m->x[layers], m->params.final_norm_weight, m->final_mean, m->final_rstd);
+    timestep_norm_layer_backward(m, layers, s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, dstate, s->dxt,
+                                 NULL, m->x[layers], m->params.final_norm_weight, m->final_mean, m->final_rstd);
     if (m->on_grad_ready) m->on_grad_ready(m, layers + 1);
     for (int l = layers - 1; l >= 0; l--) {
-        block_backward(m, l);
+        block_backward(m, l, dstate);
         if (m->on_grad_ready) m->on_grad_ready(m, l + 1);
     }
     dropout(s->dx, s->dx, mask_of(m, -1, DROP_EMBED, m->config.dropout, d.D), (size_t)d.B * d.L * d.D);

@@ -105,8 +105,8 @@ extern const Preset megalodon_presets[NUM_PRESETS]; // in plumbing/params.c
 // One layer's parameters. Tensors that the configuration does not have are NULL: rmsnorm_weight, norm_weight and
 // norm_bias without norm_affine, alpha without rescale_nffn, fc3 without swiglu.
 typedef struct {
-    real *gamma, *beta; // (2,Z) scale and shift of q (row 0) and k (row 1)
-    real *timenorm_weight, *timenorm_bias;                                // (D)
+    real *gamma, *beta;                    // (2,Z) scale and shift of q (row 0) and k (row 1)
+    real *timenorm_weight, *timenorm_bias; // (D)
     real *cema_alpha, *cema_delta, *cema_theta, *cema_gamma, *cema_omega; // (D,N) (D,N) (D) (D,N,2) (D)
     real *rmsnorm_weight;                                                 // (D)
     real *wv, *wv_bias, *wz, *wz_bias, *wr, *wr_bias, *wh1, *wh1_bias;    // (out,D) and (out)
@@ -317,6 +317,27 @@ void state_reset(State *state, int row); // sets one row to the state before the
 void state_read(const State *state, size_t first, size_t bytes, void *dst); // `first` counts bytes, here and below
 void state_write(State *state, size_t first, size_t bytes, const void *src);
 
+// The gradient of the loss with respect to a state, for training on a sequence in segments (plumbing/segments.c). A
+// segment reaches the loss of later segments only through its outgoing state, so all that its backward pass needs from
+// them is this gradient. For CEMA it is dL/dh. For TimestepNorm it consists of three sums over all tokens t after the
+// state, with n_t scalars in their moments (timestep_norm_backward in megalodon.c derives them):
+//     U = sum dL/dmean_t / n_t,    V = sum dL/dvar_t / n_t,    W = sum dL/dvar_t mean_t / n_t
+// With n scalars in the state's moments, dL/dM2 = V and dL/dmean = n (U - 2 (W - mean V)). The sums are double, since
+// W and mean V are nearly equal where the mean is large.
+typedef struct {
+    int B;
+    size_t bytes, modes; // of memory; 2*N*D
+    void *memory;        // one allocation of the backend, which both of the following point into
+    double *sums;        // (num_layers+1, B, G, 3) U, V, W of each TimestepNorm
+    real *h;             // (num_layers, B, 2, N, D) dL/dh
+} StateGrad;
+
+size_t state_grad_bytes(const Config *config, int B);
+// Returns zeros: the loss does not depend on the state. NULL if out of memory.
+StateGrad *state_grad_new(const Config *config, int B);
+void state_grad_free(StateGrad *grad);
+void state_grad_zero(StateGrad *grad);
+
 // ----------------------------------------------------------------------------
 // running it
 
@@ -325,8 +346,10 @@ void state_write(State *state, size_t first, size_t bytes, const void *src);
 // else.
 typedef struct {
     uint64_t seed;
-    int64_t step; // updates before this one
-    int64_t row;  // index of the forward pass's first row in the step's batch
+    int64_t step;   // updates before this one
+    int64_t row;    // index of the forward pass's first row in the step's batch
+    int64_t start;  // index of the forward pass's first token in its sequence
+    int64_t length; // tokens of a whole sequence; 0: the forward pass has whole sequences
 } DropoutKey;
 void megalodon_dropout(Model *model, const DropoutKey *key);
 
@@ -357,9 +380,11 @@ void megalodon_forward(Model *model, State *state, const int32_t *tokens, int B,
 // gradient of grad_scale * sum with respect to the final norm's output, where megalodon_backward begins.
 double megalodon_loss(Model *model, const int32_t *targets, double grad_scale, int64_t *counted, real *losses);
 
-// Adds the gradients of the last megalodon_loss with grad_scale > 0 to GRADS. After a forward pass with a state the
-// gradient stops at that state (truncated backpropagation), and every row must have begun at the start of a chunk.
-void megalodon_backward(Model *model);
+// Adds the gradients of the last megalodon_loss with grad_scale > 0 to GRADS. After a forward pass with a state every
+// row must have begun at the start of a chunk. dstate: in: the gradient with respect to the outgoing state; out: with
+// respect to the incoming state. With chunk parallelism both are those of the whole sequence. NULL: no later tokens
+// depend on the outgoing state, and the gradient stops at the incoming one (truncated backpropagation).
+void megalodon_backward(Model *model, StateGrad *dstate);
 
 // Sets a function that each backward pass calls when a bucket's gradients are complete: first for the last bucket, then
 // for the layers from last to first, at the end for the embedding (bucket 0). On a GPU the kernels that complete them
@@ -386,8 +411,8 @@ int megalodon_activation(Model *model, int layer, const char *name, real *dst);
 const char *megalodon_activation_name(int i); // names of a layer's activations in data-flow order; NULL after the last
 int megalodon_activation_width(const Config *config, const char *name); // elements per token; 0 if there is none
 
-void megalodon_threads(int threads); // number of threads that the backend uses; no effect on a GPU
-int megalodon_on_gpu(void);          // 1: models and states are in device memory, 0: in main memory
+void megalodon_threads(int threads);              // number of threads that the backend uses; no effect on a GPU
+int megalodon_on_gpu(void);                       // 1: models and states are in device memory, 0: in main memory
 size_t megalodon_available_memory(int processes); // bytes of the backend's memory for each process on this machine
 size_t megalodon_peak_memory(void);  // bytes of the backend's memory that this program has used at most so far
 const char *megalodon_backend(void); // one line that names the backend, e.g. "CPU, float32, 2 threads, BLAS"

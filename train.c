@@ -659,7 +659,7 @@ static double accumulate(Model *model, Data *d, int64_t step) {
         megalodon_forward(model, state, d->inputs + first, d->B, d->L);
         sum += megalodon_loss(model, d->targets + first, 1 / d->num_targets, &counted, NULL);
         megalodon_on_grad_ready(model, ranks.size > 1 && last ? ranks_reduce_scatter_grads : NULL);
-        megalodon_backward(model);
+        megalodon_backward(model, NULL);
     }
     megalodon_dropout(model, NULL);
     return sum / d->num_targets;

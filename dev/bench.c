@@ -127,7 +127,7 @@ static void run_step(void) {
     megalodon_zero_grad(m);
     megalodon_forward(m, NULL, tokens, batch_size, seq_len);
     megalodon_loss(m, targets, 1.0 / (m->dims.B * m->dims.L), &counted, NULL);
-    megalodon_backward(m);
+    megalodon_backward(m, NULL);
     sink += megalodon_grad_norm(m);
     megalodon_update(m, &adamw, 1e-6, 1, 0);
 }

@@ -119,7 +119,7 @@ static void run_step(void) {
     megalodon_zero_grad(m);
     megalodon_forward(m, NULL, tokens.data(), B, L);
     run_loss();
-    megalodon_backward(m);
+    megalodon_backward(m, NULL);
     sink += megalodon_grad_norm(m);
     run_update();
 }

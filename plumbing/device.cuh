@@ -7,7 +7,7 @@ enum { BLAS_WORKSPACE = 1 << 25 }; // bytes of cuBLAS's workspace
 static struct {
     int open;          // the fields below are set
     int devices;       // GPUs of this machine
-    int plain;         // MEGALODON_PLAIN is set: no kernel of kernels/ is used
+    int plain;         // no kernel of kernels/ is used: there are none, or MEGALODON_PLAIN is set
     int has_pdl;       // supports programmatic dependent launch (compute capability 9.0 or more)
     size_t max_shared; // bytes of shared memory that a thread block can have
     char name[300];    // for megalodon_backend()
@@ -63,7 +63,10 @@ static void *workspace(size_t bytes) {
     return gpu.workspace;
 }
 
-static __global__ void advance_kernel(int64_t *count, int B, int64_t L);
+// The token counts of a state are in device memory, so that in decoding the host does not wait for the device.
+// Formula: count (B) += L. Mapping: a thread block has a sequence.
+static __global__ void advance_kernel(int64_t *count, int64_t L) { count[blockIdx.x] += L; }
+static void advance(int64_t *count, int B, int64_t L) { advance_kernel<<<B, 1>>>(count, L); }
 
 // Ends the program if its kernels cannot run on the device.
 static void check_device(const cudaDeviceProp *properties) {
@@ -104,6 +107,9 @@ static int backend_open(int allocate) {
     check_device(&properties);
     const char *plain = getenv("MEGALODON_PLAIN");
     gpu.plain = plain != NULL && strcmp(plain, "0") != 0;
+#ifndef FAST_KERNELS
+    gpu.plain = 1;
+#endif
     gpu.has_pdl = properties.major >= 9;
     gpu.max_shared = (size_t)shared;
     snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s%s", properties.name, properties.major, properties.minor,

@@ -121,13 +121,20 @@ enum { NUM_ACTIVATION_ROWS = sizeof activation_table / sizeof activation_table[0
 
 static int width_of(const Dims *d, char letter) {
     switch (letter) {
-    case 'D': return d->D;
-    case 'Z': return d->Z;
-    case 'E': return d->E;
-    case 'F': return d->F;
-    case 'G': return d->G;
-    case 'H': return d->H;
-    default: return 1;
+    case 'D':
+        return d->D;
+    case 'Z':
+        return d->Z;
+    case 'E':
+        return d->E;
+    case 'F':
+        return d->F;
+    case 'G':
+        return d->G;
+    case 'H':
+        return d->H;
+    default:
+        return 1;
     }
 }
 
@@ -467,6 +474,37 @@ void state_write(State *s, size_t first, size_t bytes, const void *src) {
     memory_copy((char *)s->memory + first, src, bytes);
 }
 
+// TimestepNorm's sums come first, then CEMA's dL/dh. memory NULL: only computes the sizes.
+static StateGrad state_grad_point(void *memory, const Config *c, int B) {
+    size_t modes = (size_t)2 * c->cema_ndim * c->model_dim;
+    size_t sums = (size_t)(c->num_layers + 1) * B * c->norm_num_groups * 3 * sizeof(double);
+    StateGrad g = {B, sums + (size_t)c->num_layers * B * modes * sizeof(real), modes, memory, NULL, NULL};
+    if (memory) g.sums = (double *)memory, g.h = (real *)(void *)((char *)memory + sums);
+    return g;
+}
+
+size_t state_grad_bytes(const Config *c, int B) { return state_grad_point(NULL, c, B).bytes; }
+
+StateGrad *state_grad_new(const Config *c, int B) {
+    size_t bytes = state_grad_bytes(c, B);
+    StateGrad *g = (StateGrad *)calloc(1, sizeof *g);
+    void *memory = g ? memory_new(bytes) : NULL;
+    if (!memory) {
+        free(g);
+        return NULL;
+    }
+    *g = state_grad_point(memory, c, B);
+    return g;
+}
+
+void state_grad_free(StateGrad *g) {
+    if (!g) return;
+    memory_free(g->memory, g->bytes);
+    free(g);
+}
+
+void state_grad_zero(StateGrad *g) { memory_clear(g->memory, g->bytes); }
+
 // The part of a state that belongs to norm number `layer`; num_layers is the final one.
 static NormState norm_state(const State *s, int layer) {
     NormState none = {NULL, NULL, NULL};
@@ -520,14 +558,15 @@ void megalodon_dropout(Model *m, const DropoutKey *key) {
 
 // The mask of one place in one layer (-1: outside of the layers), for an activation of `width` elements per token.
 static Mask mask_of(const Model *m, int layer, int place, double p, int width) {
-    uint64_t length = m->cp.cp_size > 1 ? (uint64_t)m->cp_length : (uint64_t)m->dims.L;
+    uint64_t length = (uint64_t)m->dropout_key.length, start = (uint64_t)(m->dropout_key.start + m->cp_start);
+    if (length == 0) length = m->cp.cp_size > 1 ? (uint64_t)m->cp_length : (uint64_t)m->dims.L;
     Mask mask;
     mask.p = m->dropout_on ? p : 0;
     mask.seed = m->dropout_key.seed;
     mask.stream = STREAM_DROPOUT + (uint32_t)place;
     mask.step = (uint32_t)m->dropout_key.step;
     mask.layer = (uint32_t)(layer + 1);
-    mask.first = ((uint64_t)m->dropout_key.row * length + (uint64_t)m->cp_start) * (uint64_t)width;
+    mask.first = ((uint64_t)m->dropout_key.row * length + start) * (uint64_t)width;
     mask.row = length * (uint64_t)width;
     mask.run = (size_t)m->dims.L * (size_t)width;
     return mask;
@@ -579,8 +618,13 @@ static void *all_gather(Model *m, size_t bytes) {
     return m->exchange + bytes;
 }
 
-// Memory for the combined result, after the gathered ones.
-static void *combined(Model *m, size_t bytes) { return m->exchange + ((size_t)m->cp.cp_size + 1) * bytes; }
+// Memory for the combined result, after the gathered ones. It starts as a copy of `start`; NULL: as zeros.
+static void *combined(Model *m, const void *start, size_t bytes) {
+    void *memory = m->exchange + ((size_t)m->cp.cp_size + 1) * bytes;
+    if (start) memory_copy(memory, start, bytes);
+    if (!start) memory_clear(memory, bytes);
+    return memory;
+}
 
 static const ActivationRow *activation_row(const char *name) {
     for (int i = 0; i < NUM_ACTIVATION_ROWS; i++) {

@@ -80,7 +80,7 @@ static void *run_rank(void *context) {
         megalodon_dropout(m, &draw);
         megalodon_forward(m, r->state, in, B, r->L);
         r->loss += megalodon_loss(m, out, 0.3, &counted, NULL);
-        megalodon_backward(m);
+        megalodon_backward(m, NULL);
     }
     megalodon_logits(m, 0, (size_t)B * r->L, r->logits);
     megalodon_read(m, GRADS, 0, size, r->grads);
@@ -234,7 +234,7 @@ static void test_grad_ready(void) {
     megalodon_on_grad_ready(m, on_grad_ready);
     megalodon_forward(m, NULL, tokens[0], 1, 24);
     megalodon_loss(m, targets[0], 0.1, &counted, NULL);
-    megalodon_backward(m);
+    megalodon_backward(m, NULL);
     megalodon_read(m, GRADS, 0, size, grads);
     int descending = num_seen == config.num_layers + 2;
     for (int i = 0; i < num_seen; i++) descending &= seen[i] == num_seen - 1 - i;

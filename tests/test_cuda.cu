@@ -535,9 +535,12 @@ static void timestep_norm_ranks_case(int B, int L, int D, int G, int state) {
         if (rank > 0 || state)
             compare("mean before", start.mean, FLOAT_FORWARD), compare("m2 before", start.m2, FLOAT_FORWARD);
         if (ends) compare("mean after", end.mean, FLOAT_FORWARD), compare("m2 after", end.m2, FLOAT_FORWARD);
-        cpu_timestep_norm_combine_backward(dstate.host, all_sums.host, &host_cp, d);
-        timestep_norm_combine_backward(dstate.device, all_sums.device, &cp, d);
-        if (rank + 1 < RANKS) compare("U, V, W of later ranks", dstate, FLOAT_BACKWARD);
+        for (size_t i = 0; i < dstate.n; i++) dstate.host[i] = 0.1 * all_sums.host[i] - 0.02; // after the sequence
+        upload(dstate);
+        cpu_timestep_norm_combine_backward(dstate.host, ends ? sums.host : NULL, all_sums.host, &host_cp, d);
+        timestep_norm_combine_backward(dstate.device, ends ? sums.device : NULL, all_sums.device, &cp, d);
+        compare("U, V, W after the rank", dstate, FLOAT_BACKWARD);
+        if (ends) compare("U, V, W from the first token on", sums, FLOAT_BACKWARD);
     }
     finish();
 }
@@ -1542,7 +1545,7 @@ static void launch_everything(Config config, int L, bool ranks, int max_rows) {
         if (rank) megalodon_chunk_parallel(m, &cp);
         megalodon_forward(m, NULL, tokens, B, L);
         megalodon_loss(m, tokens, 1, &counted, NULL);
-        megalodon_backward(m);
+        megalodon_backward(m, NULL);
         megalodon_grad_norm(m), megalodon_update(m, &adamw, 1e-3, 1, 0);
     }
     if (m == NULL) cpu_check_true("memory for a model", 0);

@@ -88,7 +88,7 @@ static double train(Setup *s, const int32_t *tokens, const int32_t *targets, int
     int64_t counted;
     megalodon_forward(s->model, NULL, tokens, B, s->c->L);
     double sum = megalodon_loss(s->model, targets, grad_scale, &counted, NULL);
-    megalodon_backward(s->model);
+    megalodon_backward(s->model, NULL);
     megalodon_read(s->model, GRADS, 0, s->size, s->grads);
     return sum;
 }
@@ -173,7 +173,7 @@ static void test_carried(const Case *plain) {
     real *logits = malloc((size_t)c.B * n * sizeof *logits), *alone = malloc(n * sizeof *alone);
     double loss_a = carried_forward(&a, 0.37), loss_b = carried_forward(&b, 0.37);
     megalodon_logits(s->model, 0, (size_t)c.B * a.L, logits);
-    megalodon_backward(s->model), megalodon_backward(b.s.model);
+    megalodon_backward(s->model, NULL), megalodon_backward(b.s.model, NULL);
     megalodon_read(s->model, GRADS, 0, s->size, s->grads);
     megalodon_read(b.s.model, GRADS, 0, s->size, b.s.grads);
     check_true(named(c.name, "state, dropout: same loss with recompute"), loss_a == loss_b);
