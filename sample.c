@@ -135,7 +135,13 @@ static void plan_memory(const Config *c, size_t text) {
               : prompt_path ? "prompt-file"
                             : "prompt",
               text, (double)prompts / mib, available);
-    check_memory(c, MEGALODON_INFER, num_samples, PREFILL / num_samples, states, written + prompts + others);
+    const Demand demand = {.config = c,
+                           .mode = MEGALODON_INFER,
+                           .B = num_samples,
+                           .split = split_none(PREFILL / num_samples, c->chunk_size),
+                           .states = (double)states,
+                           .host = (double)(written + prompts + others)};
+    check_memory(&demand, NULL);
 }
 
 typedef struct {

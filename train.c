@@ -20,10 +20,10 @@ enum { MAX_SKIPPED = 3 }; // the run ends after so many steps in a row whose los
 typedef struct {
     Config config; // fields that model options set
     const char *preset, *config_file, *init, *resume, *data, *val_data, *batch, *schedule, *out, *log, *dump;
-    const char *init_mode, *data_format, *tokenizer;
+    const char *init_mode, *data_format, *tokenizer, *segment_len;
     const char *data_print, *val_data_print; // tokens_fingerprint() of both files, to detect changes
-    int batch_size, seq_len, grad_accum, eot, carry_state, recompute, threads, chunk_parallel, eval, overwrite;
-    int64_t steps, warmup, seed, print_every, val_every, val_batches, sample_every, save_every;
+    int batch_size, grad_accum, eot, carry_state, recompute, threads, chunk_parallel, eval, overwrite;
+    int64_t seq_len, steps, warmup, seed, print_every, val_every, val_batches, sample_every, save_every;
     double lr, lr_init_ratio, lr_end_ratio, grad_clip;
     AdamW adamw;
 } Settings;
@@ -73,7 +73,7 @@ static Option options[] = {
     {OPT_TEXT, "val-data-fingerprint", &s.val_data_print, .help = NULL},
     {OPT_PATH, "batch", &s.batch, .arg = "FILE", .help = "train every step on the batch in this dump"},
     {OPT_INT, "batch-size", &s.batch_size, 1, 1 << 16, .help = "sequences per batch"},
-    {OPT_INT, "seq-len", &s.seq_len, 1, 1 << 28, .help = "tokens per sequence"},
+    {OPT_INT64, "seq-len", &s.seq_len, 1, (double)((int64_t)1 << 40), .help = "tokens per sequence"},
     {OPT_INT, "grad-accum", &s.grad_accum, 1, 1 << 14, .help = "batches per step"},
     {OPT_INT, "eot", &s.eot, -1, MAX_DIM, .help = "token that ends a document; rows start at documents; -1: none"},
     {OPT_SWITCH, "carry-state", &s.carry_state, .help = "rows continue where they ended in the previous step"},
@@ -93,6 +93,9 @@ static Option options[] = {
     {OPT_REAL, "grad-clip", &s.grad_clip, 0, 1e30, .help = "maximum L2 norm of the gradient; 0: no clipping"},
     {OPT_INT64, "seed", &s.seed, 0, (double)INT64_MAX, .help = "of initial values, data order, dropout and samples"},
     {OPT_SWITCH, "recompute", &s.recompute, .help = "keep only the inputs of layers: less memory, more time"},
+    {OPT_TEXT, "segment-len", &s.segment_len, .arg = "N",
+     .help = "process sequences in segments of N tokens, with the same gradients: memory for N tokens at any --seq-len; "
+             "auto: the most that fits"},
 
     {OPT_HEADING, .help = "Reports", .kept = true},
     {OPT_INT64, "print-every", &s.print_every, 1, 1e9, .help = "steps between progress lines"},
@@ -117,11 +120,13 @@ static Option options[] = {
 };
 // clang-format on
 
-// A rank's part of the data: B sequences of L tokens in each of grad_accum batches.
+// A rank's part of the data: B sequences, and `tokens` tokens of each, in each of grad_accum batches.
 typedef struct {
     Reader train, val; // unused with --batch
-    int B, L;
-    int32_t *inputs, *targets; // (grad_accum,B,L) of a step; with --batch (B,L)
+    Split split;       // of a sequence
+    int B;
+    int64_t tokens;
+    int32_t *inputs, *targets; // (grad_accum) batches of a step, one with --batch; split_offset() describes a batch
     bool *fresh;               // (grad_accum,B): the row starts from a fresh state
     State **states;            // (grad_accum), only with --carry-state
     double num_targets;        // targets of a step that are not ignored, of all ranks
@@ -140,11 +145,11 @@ typedef struct {
     const char *dump_path; // likewise for --dump, in all ranks
     Model *model;
     State *sample_state; // of one row; NULL if no samples are written
-    ChunkParallel cp;    // the chunk-parallel ranks of this rank's sequences
-    FILE *log;           // NULL: no log
-    int64_t step;        // number of updates done
-    bool nothing_left;   // the resumed run has done all its steps
-    bool failed;         // the log or the dump could not be written
+    Segments segments;
+    FILE *log;         // NULL: no log
+    int64_t step;      // number of updates done
+    bool nothing_left; // the resumed run has done all its steps
+    bool failed;       // the log or the dump could not be written
 } Run;
 
 static volatile sig_atomic_t stop_signal; // number of the signal that asked to stop; 0: none
@@ -194,11 +199,19 @@ static void check_resumed_settings(void) {
         usage_error("--carry-state: the run in %s was begun without it; start another one with --init %s --out DIR",
                     s.resume, s.resume);
     if (s.carry_state && (s.seq_len != recorded.seq_len || s.eot != recorded.eot))
-        usage_error("--seq-len %d --eot %d: the run in %s carries states with --seq-len %d --eot %d; leave them out",
-                    s.seq_len, s.eot, s.resume, recorded.seq_len, recorded.eot);
+        usage_error(
+            "--seq-len %lld --eot %d: the run in %s carries states with --seq-len %lld --eot %d; leave them out",
+            (long long)s.seq_len, s.eot, s.resume, (long long)recorded.seq_len, recorded.eot);
     if (s.carry_state && (s.batch_size != recorded.batch_size || s.grad_accum != recorded.grad_accum))
         usage_error("--batch-size %d --grad-accum %d: the run in %s carries the states of %d x %d rows; leave them out",
                     s.batch_size, s.grad_accum, s.resume, recorded.batch_size, recorded.grad_accum);
+}
+
+// The number of --segment-len; 0 if it is none.
+static int64_t parse_segment_len(void) {
+    char *end;
+    const long long number = strtoll(s.segment_len, &end, 10);
+    return *end == 0 && end > s.segment_len ? number : 0;
 }
 
 // Checks the options as far as they alone show an error.
@@ -220,6 +233,8 @@ static void check_settings(void) {
     if (s.batch && (s.eval || s.data || s.val_data || s.eot >= 0 || s.carry_state))
         usage_error("--batch does not go with --data, --val-data, --eval, --eot, --carry-state");
     if (s.dump && s.steps == 0) usage_error("--dump: with --steps 0 there is no step to dump");
+    if (s.segment_len && strcmp(s.segment_len, "auto") != 0 && parse_segment_len() < 1)
+        usage_error("--segment-len %s: it is a number of tokens, or auto", s.segment_len);
     if (!s.eval && s.resume) check_resumed_settings();
     if (s.threads > 0) megalodon_threads(s.threads);
 }
@@ -255,7 +270,8 @@ static Config configure(StFile *file) {
     if (!config_check(&config, err)) usage_error("the model's configuration: %s", err);
     if (s.eot >= config.vocab_size) usage_error("--eot %d: the vocabulary has %d tokens", s.eot, config.vocab_size);
     if (s.carry_state && s.seq_len % config.chunk_size != 0)
-        usage_error("--carry-state: --seq-len %d is no multiple of --chunk-size %d", s.seq_len, config.chunk_size);
+        usage_error("--carry-state: --seq-len %lld is no multiple of --chunk-size %d", (long long)s.seq_len,
+                    config.chunk_size);
     return config;
 }
 
@@ -285,7 +301,6 @@ static Tokens open_tokens(const char *flag, const char **path, const char **prin
 static Reader open_reader(const Tokens *tokens, const char *purpose, int rows, bool carry) {
     Reader r = reader_new(tokens, purpose, (uint64_t)s.seed, rows, s.seq_len, s.eot, carry);
     r.batch_size = s.batch_size, r.first_row = ranks.first_row, r.num_rows = ranks.num_rows;
-    r.first_token = (int)ranks.first_token, r.num_tokens = (int)ranks.lengths[ranks.cp_rank];
     return r;
 }
 
@@ -296,22 +311,27 @@ static double count_targets(const int32_t *targets, int64_t n) {
     return counted;
 }
 
-// Moves this rank's part of a whole batch (batch_size, seq_len) to the front of the array.
-static void keep_own_part(int32_t *values) {
-    const int64_t length = ranks.lengths[ranks.cp_rank];
-    for (int64_t b = 0; b < ranks.num_rows; b++)
-        memmove(values + b * length, values + (ranks.first_row + b) * s.seq_len + ranks.first_token,
-                (size_t)length * sizeof *values);
+// Replaces the whole batch (batch_size, seq_len) by this rank's part of it, in the order that split_offset() describes.
+static void keep_own_part(const Data *d, int32_t **values) {
+    int32_t *own = allocate((size_t)d->B * (size_t)d->tokens, sizeof *own), *to = own;
+    for (int64_t i = 0; i < split_segments(&d->split); i++) {
+        const TokenRange part = split_part(&d->split, i, d->split.cp_rank);
+        for (int64_t b = 0; b < d->B; b++, to += part.count)
+            memcpy(to, *values + (ranks.first_row + b) * s.seq_len + part.first, (size_t)part.count * sizeof *to);
+    }
+    free(*values);
+    *values = own;
 }
 
 // Reads the batch of --batch.
 static void open_batch(Data *d, const Config *c) {
+    int B, L;
     claim_input("batch", s.batch);
-    read_batch(s.batch, c->vocab_size, &d->B, &d->L, &d->inputs, &d->targets);
-    if ((option_given(options, &s.batch_size) && s.batch_size != d->B) ||
-        (option_given(options, &s.seq_len) && s.seq_len != d->L))
-        usage_error("--batch-size or --seq-len contradicts --batch %s, which is %d x %d", s.batch, d->B, d->L);
-    s.batch_size = d->B, s.seq_len = d->L;
+    read_batch(s.batch, c->vocab_size, &B, &L, &d->inputs, &d->targets);
+    if ((option_given(options, &s.batch_size) && s.batch_size != B) ||
+        (option_given(options, &s.seq_len) && s.seq_len != L))
+        usage_error("--batch-size or --seq-len contradicts --batch %s, which is %d x %d", s.batch, B, L);
+    s.batch_size = B, s.seq_len = L;
 }
 
 // Opens --data and --val-data, or takes the last tenth of --data for validation.
@@ -338,14 +358,15 @@ static Data open_data(const Config *c) {
     Data d = {0};
     if (s.batch) open_batch(&d, c);
     ranks_split(s.chunk_parallel, s.batch_size, s.seq_len, c->chunk_size);
-    d.B = ranks.num_rows, d.L = (int)ranks.lengths[ranks.cp_rank];
-    if (!s.batch) {
-        open_texts(&d, c);
-        return d;
+    d.B = ranks.num_rows;
+    d.split = split_none(s.seq_len, c->chunk_size);
+    d.split.cp_size = ranks.cp_size, d.split.cp_rank = ranks.cp_rank;
+    if (s.segment_len && strcmp(s.segment_len, "auto") != 0) {
+        const int64_t N = parse_segment_len();
+        d.split.segment_len = N < s.seq_len ? N : s.seq_len;
+        if (split_error(&d.split) != NULL) usage_error("%s", split_error(&d.split));
     }
-    keep_own_part(d.inputs), keep_own_part(d.targets);
-    d.num_targets = count_targets(d.targets, (int64_t)d.B * d.L) * s.grad_accum;
-    if (d.num_targets == 0) fatal("--batch %s: every target is -1", s.batch);
+    if (!s.batch) open_texts(&d, c);
     return d;
 }
 
@@ -401,25 +422,52 @@ static bool writes_samples(void) { return !s.eval && !s.batch; }
 
 static int num_carried_states(void) { return s.carry_state && !s.eval ? s.grad_accum : 0; }
 
-// Fails if the run needs more memory than there is. Nothing large has been allocated before.
-static void plan_memory(Run *run) {
+// The memory that the run needs beside the model.
+static Demand memory_demand(const Run *run) {
     const Config *c = &run->config;
     const Data *d = &run->data;
     const double V = c->vocab_size, rows = (double)d->B * s.grad_accum;
-    const double states =
-        run_state_bytes(c, num_carried_states()) + (writes_samples() ? (double)state_bytes(c, 1, 0) : 0);
-    const double batch = rows * (d->L * 2.0 * sizeof(int32_t) + sizeof(bool)); // inputs, targets, fresh
+    // inputs, targets, fresh; on the rank's whole part of the sequences
+    const double batch = rows * ((double)split_own(&d->split) * 2 * sizeof(int32_t) + sizeof(bool));
     // one of these buffers exists at a time: a sample's, the largest tensor's initial values, a dump's
     const double sample = writes_samples() ? V * sizeof(real) + (double)sample_bytes(c->vocab_size) : 0;
     const double initial = s.init || s.resume ? 0 : V * c->model_dim * sizeof(real);
-    const double dump = s.dump ? (double)dump_bytes(c, d->B, d->L) : 0;
-    const double host =
-        batch + (double)reader_bytes(&d->train) + (double)reader_bytes(&d->val) + fmax(fmax(sample, initial), dump);
-    const double max = (double)(SIZE_MAX / 4); // more cannot be represented and is refused in any case
-    run->extra_bytes = states + host;
+    const double buffer = fmax(fmax(sample, initial), s.dump ? dump_bytes(c) : 0);
+    return (Demand){
+        .config = c,
+        .mode = run->mode,
+        .B = d->B,
+        .split = d->split,
+        .states = run_state_bytes(c, num_carried_states()) + (writes_samples() ? (double)state_bytes(c, 1, 0) : 0),
+        .host = batch + (double)reader_bytes(&d->train) + (double)reader_bytes(&d->val) + buffer,
+        .host_per_token = s.dump ? dump_bytes_per_token(c) : 0,
+        .segments = true,
+    };
+}
+
+// With --segment-len auto, chooses the longest segments that fit on all ranks. options.txt gets the number, so that a
+// resumed run has the same rounding.
+static void choose_segment_len(Run *run) {
+    static char text[24];
+    Split *split = &run->data.split;
+    if (s.segment_len == NULL || strcmp(s.segment_len, "auto") != 0) return;
+    const Demand demand = memory_demand(run);
+    const int64_t longest = (int64_t)ranks_min((double)longest_segment(&demand));
+    if (longest > 0) split->segment_len = longest; // otherwise check_memory says what is missing
+    snprintf(text, sizeof text, "%lld", (long long)split->segment_len);
+    s.segment_len = text;
+}
+
+// Fails if the run needs more memory than there is. Nothing large has been allocated before.
+static void plan_memory(Run *run) {
+    Data *d = &run->data;
     run->mode = s.eval ? MEGALODON_INFER : s.recompute ? MEGALODON_RECOMPUTE : MEGALODON_TRAIN;
     megalodon_set_shard(ranks.shard, ranks.size);
-    run->plan = check_memory(c, run->mode, d->B, d->L, (size_t)fmin(states, max), (size_t)fmin(host, max));
+    choose_segment_len(run);
+    d->tokens = split_own(&d->split);
+    d->train.split = d->val.split = d->split;
+    const Demand demand = memory_demand(run);
+    run->plan = check_memory(&demand, &run->extra_bytes);
 }
 
 // Locks the run's directory and checks that all outputs can be written. None is changed yet.
@@ -436,16 +484,16 @@ static void claim_outputs(Run *run) {
     if (run->out) options_refuse_lines(options);
 }
 
-static void set_chunk_parallel(Run *run, bool on) {
-    if (!megalodon_chunk_parallel(run->model, on ? &run->cp : NULL))
-        fatal("out of memory for the states of %d chunk-parallel ranks", run->cp.cp_size);
-}
-
 static void allocate_batches(Data *d, const Config *c) {
     const size_t rows = (size_t)d->B * (size_t)s.grad_accum;
-    if (s.batch) return;
-    d->inputs = allocate(rows * (size_t)d->L, sizeof *d->inputs);
-    d->targets = allocate(rows * (size_t)d->L, sizeof *d->targets);
+    if (s.batch) {
+        keep_own_part(d, &d->inputs), keep_own_part(d, &d->targets);
+        d->num_targets = count_targets(d->targets, d->B * d->tokens) * s.grad_accum;
+        if (d->num_targets == 0) fatal("--batch %s: every target is -1", s.batch);
+        return;
+    }
+    d->inputs = allocate(rows * (size_t)d->tokens, sizeof *d->inputs);
+    d->targets = allocate(rows * (size_t)d->tokens, sizeof *d->targets);
     d->fresh = allocate(rows, sizeof *d->fresh);
     if (num_carried_states() > 0) d->states = allocate((size_t)num_carried_states(), sizeof(State *));
     for (int a = 0; a < num_carried_states(); a++) {
@@ -456,13 +504,11 @@ static void allocate_batches(Data *d, const Config *c) {
 static void create_model(Run *run) {
     Data *d = &run->data;
     allocate_batches(d, &run->config);
-    run->model = megalodon_new(&run->config, run->mode, d->B, d->L);
+    run->model = megalodon_new(&run->config, run->mode, d->B, (int)split_part(&d->split, 0, ranks.cp_rank).count);
     if (writes_samples()) run->sample_state = state_new(&run->config, 1, 0);
     if (run->model == NULL || (run->sample_state == NULL && writes_samples())) fatal("out of memory");
     ranks_open(run->model, &run->config);
-    run->cp = (ChunkParallel){
-        .cp_rank = ranks.cp_rank, .cp_size = ranks.cp_size, .lengths = ranks.lengths, .gather = ranks_all_gather};
-    set_chunk_parallel(run, true);
+    segments_open(&run->segments, run->model, &run->config, run->mode, d->B, &d->split);
 }
 
 static void print_header(const Run *run) {
@@ -487,7 +533,7 @@ static void print_header(const Run *run) {
         (double)p->activations / mib, (double)p->scratch / mib, run->extra_bytes / mib);
     const Tokens *train = &d->train.tokens, *val = &d->val.tokens;
     if (s.batch)
-        printf("data        %s, %d x %d tokens\n", s.batch, s.batch_size, s.seq_len);
+        printf("data        %s, %d x %lld tokens\n", s.batch, s.batch_size, (long long)s.seq_len);
     else
         printf("data        %s: %zu tokens to train on, %zu to validate\n", train->path ? train->path : val->path,
                train->count, val->count);
@@ -495,13 +541,18 @@ static void print_header(const Run *run) {
     if (c->dropout > 0 || c->hidden_dropout > 0 || c->attention_dropout > 0)
         printf("dropout     %g, hidden %g, attention %g\n", c->dropout, c->hidden_dropout, c->attention_dropout);
     if (ranks.started)
-        printf("ranks       %d: %d data-parallel x %d chunk-parallel; rank 0 has %d sequences, %d tokens of each; %s\n",
-               ranks.size, ranks.dp_size, ranks.cp_size, d->B, d->L,
-               ranks.node_size == 1            ? "communication through MPI"
-               : ranks.node_size == ranks.size ? "GPUs map each other's memory"
-                                               : "GPUs of a machine map each other's memory");
-    printf("step        %d x %d x %d tokens, lr %g %s, seed %lld\n\n", s.grad_accum, s.batch_size, s.seq_len, s.lr,
-           s.schedule, (long long)s.seed);
+        printf(
+            "ranks       %d: %d data-parallel x %d chunk-parallel; rank 0 has %d sequences, %lld tokens of each; %s\n",
+            ranks.size, ranks.dp_size, ranks.cp_size, d->B, (long long)d->tokens,
+            ranks.node_size == 1            ? "communication through MPI"
+            : ranks.node_size == ranks.size ? "GPUs map each other's memory"
+                                            : "GPUs of a machine map each other's memory");
+    char segments[80] = "";
+    if (run->segments.num_segments > 1)
+        snprintf(segments, sizeof segments, " in %lld segments of %lld", (long long)run->segments.num_segments,
+                 (long long)d->split.segment_len);
+    printf("step        %d x %d x %lld tokens%s, lr %g %s, seed %lld\n\n", s.grad_accum, s.batch_size,
+           (long long)s.seq_len, segments, s.lr, s.schedule, (long long)s.seed);
 }
 
 // ----------------------------------------------------------------------------
@@ -559,7 +610,7 @@ static void print_new_rate(int64_t step) {
 
 // Index of the first token of the last batch in a step's inputs and targets.
 static size_t last_batch(const Data *d) {
-    return s.batch ? 0 : (size_t)(s.grad_accum - 1) * (size_t)d->B * (size_t)d->L;
+    return s.batch ? 0 : (size_t)(s.grad_accum - 1) * (size_t)d->B * (size_t)d->tokens;
 }
 
 // The loss of the current parameters on the last batch that was read, from fresh states. Not finite if the model has
@@ -567,8 +618,7 @@ static size_t last_batch(const Data *d) {
 static double current_loss(Run *run) {
     const Data *d = &run->data;
     int64_t counted;
-    megalodon_forward(run->model, NULL, d->inputs + last_batch(d), d->B, d->L);
-    double loss = megalodon_loss(run->model, d->targets + last_batch(d), 0, &counted, NULL);
+    double loss = segments_loss(&run->segments, d->inputs + last_batch(d), d->targets + last_batch(d), d->B, &counted);
     ranks_sum(&loss, 1);
     return isnan(loss) ? NAN : loss; // removes the sign that printf would print
 }
@@ -576,7 +626,7 @@ static double current_loss(Run *run) {
 // Fails if the model's loss on the first tokens of the data is not finite.
 static void refuse_diverged(Run *run) {
     Data *d = &run->data;
-    const size_t n = (size_t)d->B * (size_t)d->L * (size_t)s.grad_accum, count = d->train.tokens.count;
+    const size_t n = (size_t)d->B * (size_t)d->tokens * (size_t)s.grad_accum, count = d->train.tokens.count;
     for (size_t i = 0; i < n && !s.batch; i++) {
         d->inputs[i] = token_at(&d->train.tokens, i % count);
         d->targets[i] = token_at(&d->train.tokens, (i + 1) % count);
@@ -633,35 +683,35 @@ typedef struct {
     bool stop;        // a rank has received a signal, or failed to write
 } Step;
 
-static double tokens_per_step(void) { return (double)s.batch_size * s.seq_len * s.grad_accum; }
+static double tokens_per_step(void) { return (double)s.batch_size * (double)s.seq_len * s.grad_accum; }
 
 // Accumulates the gradients of the mean loss over the targets of all batches and ranks. Returns this rank's part of
-// that loss.
-static double accumulate(Model *model, Data *d, int64_t step) {
-    const size_t batch = (size_t)d->B * (size_t)d->L;
+// that loss. dump, unless NULL, gets the last batch.
+static double accumulate(Run *run, Dump *dump) {
+    Data *d = &run->data;
+    const size_t batch = (size_t)d->B * (size_t)d->tokens;
     double sum = 0;
-    int64_t counted;
-    megalodon_zero_grad(model);
+    megalodon_zero_grad(run->model);
     if (!s.batch) {
-        reader_step(&d->train, step, d->inputs, d->targets, d->fresh);
+        reader_step(&d->train, run->step, d->inputs, d->targets, d->fresh);
         d->num_targets = count_targets(d->targets, (int64_t)batch * s.grad_accum);
     }
     for (int a = 0; a < s.grad_accum; a++) {
         const size_t first = s.batch ? 0 : (size_t)a * batch;
         const bool last = a == s.grad_accum - 1;
-        State *state = d->states ? d->states[a] : NULL;
-        const DropoutKey key = {
-            .seed = (uint64_t)s.seed, .step = step, .row = (int64_t)a * s.batch_size + ranks.first_row};
-        for (int b = 0; b < d->B && state != NULL; b++) {
-            if (d->fresh[a * d->B + b]) state_reset(state, b);
+        const Pass pass = {
+            .inputs = d->inputs + first,
+            .targets = d->targets + first,
+            .carried = d->states ? d->states[a] : NULL,
+            .key = {.seed = (uint64_t)s.seed, .step = run->step, .row = (int64_t)a * s.batch_size + ranks.first_row},
+            .grad_scale = 1 / d->num_targets,
+            .on_grad_ready = ranks.size > 1 && last ? ranks_reduce_scatter_grads : NULL,
+            .dump = last ? dump : NULL};
+        for (int b = 0; b < d->B && pass.carried != NULL; b++) {
+            if (d->fresh[a * d->B + b]) state_reset(pass.carried, b);
         }
-        megalodon_dropout(model, &key);
-        megalodon_forward(model, state, d->inputs + first, d->B, d->L);
-        sum += megalodon_loss(model, d->targets + first, 1 / d->num_targets, &counted, NULL);
-        megalodon_on_grad_ready(model, ranks.size > 1 && last ? ranks_reduce_scatter_grads : NULL);
-        megalodon_backward(model, NULL);
+        sum += segments_train(&run->segments, &pass);
     }
-    megalodon_dropout(model, NULL);
     return sum / d->num_targets;
 }
 
@@ -672,12 +722,9 @@ static void reset_states(Data *d) {
     }
 }
 
-static void dump_step(Run *run, double loss) {
+static void finish_dump(Run *run, Dump *dump, double loss) {
     char err[ST_ERR];
-    const Data *d = &run->data;
-    if (write_dump(run->dump_path, run->model, &run->config, d->inputs + last_batch(d), d->targets + last_batch(d),
-                   d->B, d->L, loss, err))
-        return;
+    if (dump == NULL || dump_finish(dump, loss, err)) return;
     fprintf(stderr, "error: --dump %s\n", err); // not fatal: the step is still to be saved
     run->failed = true;
 }
@@ -686,15 +733,18 @@ static void dump_step(Run *run, double loss) {
 static Step train_step(Run *run) {
     const double start = seconds();
     Step step = {.lr = learning_rate(&s, run->step)};
+    Dump *dump = NULL;
     double sums[3]; // over all ranks: loss, squared norm, wishes to stop
-    sums[0] = accumulate(run->model, &run->data, run->step);
+    if (run->dump_path && run->step + 1 == s.steps)
+        dump = dump_new(run->dump_path, run->model, &run->config, &run->data.split);
+    sums[0] = accumulate(run, dump);
     sums[1] = pow(megalodon_grad_norm(run->model), 2);
     sums[2] = stop_signal != 0 || run->failed;
     ranks_sum(sums, 3);
     step.loss = isnan(sums[0]) ? NAN : sums[0], step.grad_norm = isnan(sums[1]) ? NAN : sqrt(sums[1]);
     step.finite = isfinite(step.loss) && isfinite(step.grad_norm);
     step.stop = sums[2] > 0;
-    if (run->dump_path && run->step + 1 == s.steps) dump_step(run, step.loss);
+    finish_dump(run, dump, step.loss);
     if (step.finite) {
         const double scale = s.grad_clip > 0 ? fmin(1, s.grad_clip / (step.grad_norm + 1e-6)) : 1;
         megalodon_update(run->model, &s.adamw, step.lr, scale, run->step);
@@ -733,14 +783,13 @@ static double validate(Run *run) {
         if (all == 0) break;
         windows += (size_t)all;
         if (rows <= 0) continue;
-        megalodon_forward(run->model, NULL, d->inputs, rows, d->L);
-        sums[0] += megalodon_loss(run->model, d->targets, 0, &counted, NULL);
+        sums[0] += segments_loss(&run->segments, d->inputs, d->targets, rows, &counted);
         sums[1] += (double)counted;
     }
     ranks_sum(sums, 2);
     const double loss = sums[0] / sums[1];
-    printf("val loss %.6f nats = %.6f bits per %s | %zu windows of %d\n", loss, loss / log(2),
-           d->val.tokens.width == 1 ? "byte" : "token", windows, s.seq_len);
+    printf("val loss %.6f nats = %.6f bits per %s | %zu windows of %lld\n", loss, loss / log(2),
+           d->val.tokens.width == 1 ? "byte" : "token", windows, (long long)s.seq_len);
     return loss;
 }
 
@@ -758,7 +807,7 @@ static void write_sample(Run *run) {
     int32_t token = start < V ? start : 0;
     real *logits = allocate((size_t)V, sizeof *logits);
     state_reset(run->sample_state, 0);
-    set_chunk_parallel(run, false); // rank 0 decodes alone
+    segments_pause_ranks(&run->segments); // rank 0 decodes alone
     printf("----\n");
     for (int64_t i = 0; i < LENGTH; i++) {
         size_t length;
@@ -775,7 +824,6 @@ static void write_sample(Run *run) {
             fwrite(piece, 1, length, stdout);
     }
     printf("\n----\n");
-    set_chunk_parallel(run, true);
     free(logits);
 }
 
@@ -873,8 +921,9 @@ static void free_run(Run *run) {
     for (int a = 0; d->states && a < num_carried_states(); a++) state_free(d->states[a]);
     free(d->states);
     reader_free(&d->train), reader_free(&d->val);
-    free(d->inputs), free(d->targets), free(d->fresh), free(ranks.lengths);
+    free(d->inputs), free(d->targets), free(d->fresh);
     ranks_close();
+    segments_close(&run->segments);
     megalodon_free(run->model);
     state_free(run->sample_state);
     if (run->tokenizer) tokenizer_free(run->tokenizer);

@@ -461,7 +461,12 @@ int main(int argc, char **argv) {
     if (decode) batch_size = 1, seq_len = max_tokens > 0 ? max(PREFILL, config.chunk_size) : 1;
     const size_t n = (size_t)batch_size * (size_t)max(seq_len, config.chunk_size);
     const Mode mode = decode ? MEGALODON_INFER : MEGALODON_TRAIN;
-    plan = check_memory(&config, mode, batch_size, seq_len, 0, (size_t)3 * COPIED * sizeof(real));
+    const Demand demand = {.config = &config,
+                           .mode = mode,
+                           .B = batch_size,
+                           .split = split_none(seq_len, config.chunk_size),
+                           .host = 3.0 * COPIED * sizeof(real)};
+    plan = check_memory(&demand, NULL);
     m = megalodon_new(&config, mode, batch_size, seq_len);
     states[0] = state_new(&config, 1, 0);
     if (m == NULL || states[0] == NULL) fatal("out of memory");

@@ -265,18 +265,18 @@ static size_t find_documents(const Reader *r, Document *documents) {
     return count;
 }
 
-Reader reader_new(const Tokens *t, const char *purpose, uint64_t seed, int rows, int L, int eot, bool carry) {
+Reader reader_new(const Tokens *t, const char *purpose, uint64_t seed, int rows, int64_t L, int eot, bool carry) {
     Reader r = {.tokens = *t, .seed = seed, .rows = rows, .L = L, .eot = eot, .carry = carry};
-    r.batch_size = r.num_rows = rows, r.num_tokens = L;
+    r.batch_size = r.num_rows = rows, r.split = split_none(L, 1);
     const size_t need = eot >= 0 ? 2 : (carry ? (size_t)rows : 1) * (size_t)L + 1;
     const char *other = t->first > 0 ? "--val-data FILE" : "a longer file";
     if (t->count < need && eot < 0 && carry)
         fatal("%s: %zu tokens for %s, but --carry-state divides them into %d streams (--batch-size x --grad-accum) of "
-              "--seq-len %d or more, which needs %zu: use smaller values or %s",
-              t->path, t->count, purpose, rows, L, need, other);
+              "--seq-len %lld or more, which needs %zu: use smaller values or %s",
+              t->path, t->count, purpose, rows, (long long)L, need, other);
     if (t->count < need)
-        fatal("%s: %zu tokens for %s, but --seq-len %d needs %zu: use a smaller --seq-len or %s", t->path, t->count,
-              purpose, L, need, other);
+        fatal("%s: %zu tokens for %s, but --seq-len %lld needs %zu: use a smaller --seq-len or %s", t->path, t->count,
+              purpose, (long long)L, need, other);
     r.count = find_documents(&r, NULL);
     if (r.count == 0) fatal("--eot %d: %s has no document, only that token", eot, t->path);
     if (eot >= 0 && carry && r.count < (size_t)rows)
@@ -317,16 +317,20 @@ static bool is_own_row(const Reader *r, int row) {
     return index >= r->first_row && index < r->first_row + r->num_rows;
 }
 
-// Fills this rank's row n: inputs from index `start` on, each with the next token as target, up to index `end`. Beyond
-// it, inputs are EOT (or 0) and targets are -1.
+// Fills this rank's row n, counted over the batches of a step: inputs from index `start` on, each with the next token
+// as target, up to index `end`. Beyond it, inputs are EOT (or 0) and targets are -1.
 static void fill_row(const Reader *r, size_t start, size_t end, int n, int32_t *inputs, int32_t *targets) {
-    const size_t length = (size_t)r->num_tokens, at = (size_t)n * length;
     const int32_t padding = r->eot >= 0 ? r->eot : 0;
-    start += (size_t)r->first_token;
-    for (size_t i = 0; i < length; i++) {
-        const bool inside = start + i < end;
-        inputs[at + i] = inside ? token_at(&r->tokens, start + i) : padding;
-        targets[at + i] = inside ? token_at(&r->tokens, start + i + 1) : -1;
+    const int64_t B = r->num_rows, batch = n / B * B * split_own(&r->split), row = n % B;
+    for (int64_t segment = 0; segment < split_segments(&r->split); segment++) {
+        const TokenRange part = split_part(&r->split, segment, r->split.cp_rank);
+        const size_t from = start + (size_t)part.first;
+        const size_t at = (size_t)(batch + B * split_offset(&r->split, segment) + row * part.count);
+        for (size_t i = 0; i < (size_t)part.count; i++) {
+            const bool inside = from + i < end;
+            inputs[at + i] = inside ? token_at(&r->tokens, from + i) : padding;
+            targets[at + i] = inside ? token_at(&r->tokens, from + i + 1) : -1;
+        }
     }
 }
 

@@ -19,16 +19,12 @@ static size_t widest_activation(const Config *c) {
     return (size_t)widest;
 }
 
-// Elements of the buffer that holds one activation of B x L tokens, or a part of the gradients.
-static size_t buffer_elements(const Config *c, int B, int L) {
-    const size_t activation = (size_t)B * (size_t)L * widest_activation(c);
-    return activation > PART ? activation : PART;
+double dump_bytes(const Config *c) {
+    const size_t widest = widest_activation(c), V = (size_t)c->vocab_size;
+    return (double)(PART + (size_t)DUMP_TOKENS * (V > widest ? V : widest)) * sizeof(real);
 }
 
-size_t dump_bytes(const Config *c, int B, int L) {
-    const size_t widest = widest_activation(c), V = (size_t)c->vocab_size;
-    return (buffer_elements(c, B, L) + (size_t)DUMP_TOKENS * (V > widest ? V : widest)) * sizeof(real);
-}
+double dump_bytes_per_token(const Config *c) { return (double)widest_activation(c) * sizeof(real); }
 
 bool is_dump(const char *path) {
     StFile f;
@@ -40,7 +36,7 @@ bool is_dump(const char *path) {
 }
 
 // Appends a tensor of the shape (B, L, width), or (B, L) for width 0.
-static void add_rows(Layout *a, StType type, int B, int L, int width, const char *prefix, const char *name) {
+static void add_rows(Layout *a, StType type, int B, int64_t L, int width, const char *prefix, const char *name) {
     StTensor *t = layout_add(a, 0, type, width > 0 ? 3 : 2, prefix, name);
     t->shape[0] = B, t->shape[1] = L, t->shape[2] = width;
 }
@@ -61,7 +57,7 @@ static const char *activation(const Config *c, int i, int *layer) {
 }
 
 // The tensors of a dump of the whole batch, B x L tokens; *size gets the number of gradients.
-static Layout dump_layout(Model *m, const Config *c, int B, int L, size_t *size) {
+static Layout dump_layout(Model *m, const Config *c, int B, int64_t L, size_t *size) {
     Layout a = {0};
     int count;
     add_rows(&a, ST_I32, B, L, 0, "input.", "tokens");
@@ -82,63 +78,81 @@ static Layout dump_layout(Model *m, const Config *c, int B, int L, size_t *size)
 }
 
 // All ranks go through a dump together. Only rank 0 writes; the others send their part. When writing fails, rank 0 goes
-// on receiving, so that no rank waits forever: `ok` says whether everything has been written so far, and a function
-// that takes it returns its new value.
+// on receiving, so that no rank waits forever, and writes nothing more.
+struct Dump {
+    Model *model;
+    const Config *config;
+    Split split;
+    Layout layout; // of the whole batch
+    StWriter file; // of rank 0
+    size_t size;   // elements of all gradients
+    real *values;  // one activation of this rank's part of a segment, or a part of the gradients
+    char err[ST_ERR];
+};
 
-static bool put(StWriter *w, const void *data, size_t bytes, bool ok, char *err) {
-    return ok && (ranks.rank > 0 || st_write(w, data, bytes, err));
+Dump *dump_new(const char *path, Model *m, const Config *c, const Split *split) {
+    Dump *d = allocate(1, sizeof *d);
+    d->model = m, d->config = c, d->split = *split;
+    d->layout = dump_layout(m, c, ranks.num_rows * ranks.dp_size, split->length, &d->size);
+    const size_t part = (size_t)ranks.num_rows * (size_t)split_part(split, 0, split->cp_rank).count;
+    const size_t activation = part * widest_activation(c);
+    d->values = allocate(activation > PART ? activation : PART, sizeof *d->values);
+    if (ranks.rank == 0) st_create(&d->file, path, NULL, d->layout.list, d->layout.n, d->err);
+    return d;
 }
 
-// Writes a tensor of the whole batch, `bytes` for each token. local: this rank's rows of it, (num_rows, length) tokens,
-// or NULL for the logits, which are computed a part at a time.
-static bool put_rows(StWriter *w, Model *m, const void *local, size_t bytes, bool ok, char *err) {
+// Writes bytes from this position of the data on. The writer keeps the first error.
+static void put(Dump *d, uint64_t position, const void *data, size_t bytes) {
+    if (ranks.rank == 0 && st_seek(&d->file, position, d->err)) st_write(&d->file, data, bytes, d->err);
+}
+
+// Writes a segment's rows of tensor t, `bytes` for each token. local: this rank's rows of the segment, (num_rows, its
+// tokens), or NULL for the logits, which are computed a part at a time.
+static void put_rows(Dump *d, const StTensor *t, int64_t segment, const void *local, size_t bytes) {
     void *values = allocate(DUMP_TOKENS, bytes);
     for (int b = 0; b < ranks.num_rows * ranks.dp_size; b++) {
         for (int p = 0; p < ranks.cp_size; p++) {
-            const size_t length = (size_t)ranks.lengths[p];
+            const TokenRange part = split_part(&d->split, segment, p);
             const int owner = b / ranks.num_rows * ranks.cp_size + p;
-            for (size_t t = 0; t < length; t += DUMP_TOKENS) {
-                const size_t n = length - t < DUMP_TOKENS ? length - t : DUMP_TOKENS;
-                const size_t first = (size_t)(b % ranks.num_rows) * length + t;
+            for (int64_t at = 0; at < part.count; at += DUMP_TOKENS) {
+                const size_t n = (size_t)(part.count - at < DUMP_TOKENS ? part.count - at : DUMP_TOKENS);
+                const size_t first = (size_t)(b % ranks.num_rows * part.count + at);
                 if (owner == ranks.rank && local != NULL)
                     memcpy(values, (const char *)local + first * bytes, n * bytes);
-                if (owner == ranks.rank && local == NULL) megalodon_logits(m, first, n, values);
+                if (owner == ranks.rank && local == NULL) megalodon_logits(d->model, first, n, values);
                 ranks_send_to_0(values, values, n * bytes, owner);
-                ok = put(w, values, n * bytes, ok, err);
+                put(d, t->begin + (uint64_t)(b * d->split.length + part.first + at) * bytes, values, n * bytes);
             }
         }
     }
     free(values);
-    return ok;
 }
 
-bool write_dump(const char *path, Model *m, const Config *c, const int32_t *inputs, const int32_t *targets, int B,
-                int L, double loss, char *err) {
+void dump_segment(Dump *d, int64_t segment, const int32_t *inputs, const int32_t *targets) {
+    const StTensor *t = d->layout.list;
+    put_rows(d, t++, segment, inputs, sizeof *inputs);
+    put_rows(d, t++, segment, targets, sizeof *targets);
+    for (int i = 0, layer; i < num_activations(d->config); i++) {
+        const char *name = activation(d->config, i, &layer);
+        const size_t width = (size_t)megalodon_activation(d->model, layer, name, NULL);
+        megalodon_activation(d->model, layer, name, d->values);
+        put_rows(d, t++, segment, d->values, width * sizeof *d->values);
+    }
+    put_rows(d, t, segment, NULL, (size_t)d->config->vocab_size * sizeof *d->values);
+}
+
+bool dump_finish(Dump *d, double loss, char *err) {
     const real loss_value = (real)loss;
-    StWriter w;
-    size_t size;
-    int length = 0; // of a whole sequence
-    for (int p = 0; p < ranks.cp_size; p++) length += (int)ranks.lengths[p];
-    Layout a = dump_layout(m, c, ranks.num_rows * ranks.dp_size, length, &size);
-    real *values = allocate(buffer_elements(c, B, L), sizeof *values);
-    bool ok = ranks.rank > 0 || st_create(&w, path, NULL, a.list, a.n, err);
-    ok = put_rows(&w, m, inputs, sizeof *inputs, ok, err);
-    ok = put_rows(&w, m, targets, sizeof *targets, ok, err);
-    for (int i = 0, layer; i < num_activations(c); i++) {
-        const char *name = activation(c, i, &layer);
-        const size_t width = (size_t)megalodon_activation(m, layer, name, NULL);
-        megalodon_activation(m, layer, name, values);
-        ok = put_rows(&w, m, values, width * sizeof *values, ok, err);
+    const StTensor *t = d->layout.list + num_activations(d->config) + 3; // after inputs, activations and logits
+    put(d, t->begin, &loss_value, sizeof loss_value);
+    for (size_t first = 0; first < d->size; first += PART) { // all gradients follow, in the order of the parameters
+        const size_t part = d->size - first < PART ? d->size - first : PART;
+        ranks_read(d->model, GRADS, first, part, d->values);
+        put(d, t->end + first * sizeof *d->values, d->values, part * sizeof *d->values);
     }
-    ok = put_rows(&w, m, NULL, (size_t)c->vocab_size * sizeof *values, ok, err);
-    ok = put(&w, &loss_value, sizeof loss_value, ok, err);
-    for (size_t first = 0; first < size; first += PART) {
-        const size_t part = size - first < PART ? size - first : PART;
-        ranks_read(m, GRADS, first, part, values);
-        ok = put(&w, values, part * sizeof *values, ok, err);
-    }
-    ok = ok && (ranks.rank > 0 || st_finish(&w, err));
-    free(values);
-    layout_free(&a);
+    const bool ok = ranks.rank > 0 || st_finish(&d->file, d->err);
+    memcpy(err, d->err, ST_ERR);
+    layout_free(&d->layout);
+    free(d->values), free(d);
     return ok;
 }

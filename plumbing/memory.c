@@ -11,32 +11,80 @@ static size_t plan_total(const MemoryPlan *p) {
 
 // A lower bound in bytes on the activations of B x L tokens, in double, which cannot overflow. They grow in proportion
 // to the number of tokens; half of the small plan's share per token allows for its rounding.
-static double least_activations(const Config *c, Mode mode, int B, int L) {
-    const int few = L < 64 ? L : 64;
-    return (double)megalodon_memory(c, mode, 1, few).activations / 2 * B * ((double)L / few);
+static double least_activations(const Config *c, Mode mode, int B, double L) {
+    const int few = L < 64 ? (int)L : 64;
+    return (double)megalodon_memory(c, mode, 1, few).activations / 2 * B * (L / few);
 }
 
-// MiB of the plan *p for B x L tokens, `extra` bytes included. If it exceeds `available` MiB by so much that its size
-// in bytes might overflow, *p is zero and the result is a lower bound above `available`.
-static double plan_mib(MemoryPlan *p, const Config *c, Mode mode, int B, int L, size_t extra, double available) {
+// Tokens of a segment that this rank has. Splits with fewer chunks than ranks are tried, too.
+static int64_t part_length(const Demand *d) {
+    const int64_t count = split_part(&d->split, 0, d->split.cp_rank).count;
+    return count > 0 ? count : 1;
+}
+
+static bool too_many_tokens(const Demand *d) {
+    return (double)d->B * (double)part_length(d) * d->config->num_heads > INT32_MAX;
+}
+
+// Bytes beside the model, in main memory, and in the backend's memory.
+static double host_bytes(const Demand *d) {
+    return d->host + d->host_per_token * d->B * (double)part_length(d) +
+           segments_host_bytes(d->config, d->mode, d->B, &d->split);
+}
+static double extra_bytes(const Demand *d) {
+    const double device = d->states + segments_device_bytes(d->config, d->mode, d->B, &d->split);
+    return megalodon_on_gpu() ? device : device + host_bytes(d);
+}
+
+// MiB of the plan *p and what is beside it. If it exceeds `available` MiB by so much that its size in bytes might
+// overflow, *p is zero and the result is a lower bound above `available`.
+static double plan_mib(MemoryPlan *p, const Demand *d, double available) {
     *p = (MemoryPlan){0};
-    const double least = least_activations(c, mode, B, L) / MIB;
+    const double least = least_activations(d->config, d->mode, d->B, (double)part_length(d)) / MIB;
     if (least > available) return least;
-    if ((double)B * L * c->num_heads > INT32_MAX) return 2 * available;
-    *p = megalodon_memory(c, mode, B, L);
+    if (too_many_tokens(d)) return 2 * available;
+    *p = megalodon_memory(d->config, d->mode, d->B, (int)part_length(d));
     if (p->params == 0) return 2 * available; // megalodon_memory itself ran out of memory
-    return ((double)plan_total(p) + (double)extra) / MIB;
+    return ((double)plan_total(p) + extra_bytes(d)) / MIB;
+}
+
+static double available_mib(void) { return (double)megalodon_available_memory(ranks.local_size) / MIB; }
+
+static bool fits(Demand d, Mode mode, int B, int64_t length, int64_t segment_len) {
+    MemoryPlan plan;
+    const double available = available_mib();
+    d.mode = mode, d.B = B, d.split.length = length, d.split.segment_len = segment_len;
+    return plan_mib(&plan, &d, available) <= available;
+}
+
+// Needs grow with the length of a segment, apart from the states in main memory, which are few. So this searches by
+// bisection for the largest number of chunks that fits, and takes the largest valid one below it.
+int64_t longest_segment(const Demand *d) {
+    const int64_t L = d->split.length, C = d->split.chunk_size;
+    int64_t least = d->split.cp_size, most = (L - 1) / C + 1; // chunks
+    if (fits(*d, d->mode, d->B, L, L)) return L;
+    if (least >= most || !fits(*d, d->mode, d->B, L, least * C)) return 0;
+    while (most - least > 1) {
+        const int64_t middle = least + (most - least) / 2;
+        *(fits(*d, d->mode, d->B, L, middle * C) ? &least : &most) = middle;
+    }
+    for (Split s = d->split; least >= s.cp_size; least--) {
+        s.segment_len = least * C;
+        if (split_error(&s) == NULL) return s.segment_len;
+    }
+    return 0;
 }
 
 // Names the largest item of a plan and what makes it smaller.
-static void name_largest(const MemoryPlan *p, Mode mode, size_t extra, const char **item, const char **remedy) {
-    const size_t fixed = p->params + p->grads + p->moments;
+static void name_largest(const MemoryPlan *p, Mode mode, double extra, const char **item, const char **remedy) {
+    const double fixed = (double)(p->params + p->grads + p->moments);
+    const double activations = (double)p->activations, scratch = (double)p->scratch;
     *item = mode == MEGALODON_INFER ? "the parameters" : "parameters, gradients and moments";
     *remedy = "a smaller model (--seq-len and --batch-size do not change them)";
-    if (fixed >= p->activations && fixed >= p->scratch && fixed >= extra) return;
-    if (p->activations >= p->scratch && p->activations >= extra) {
+    if (fixed >= activations && fixed >= scratch && fixed >= extra) return;
+    if (activations >= scratch && activations >= extra) {
         *item = "activations", *remedy = "a smaller --batch-size or --seq-len, or --recompute";
-    } else if (p->scratch >= extra) {
+    } else if (scratch >= extra) {
         *item = "scratch", *remedy = "a smaller --batch-size, --seq-len or --chunk-size, or fewer --threads";
     } else {
         *item = "states and buffers",
@@ -44,13 +92,21 @@ static void name_largest(const MemoryPlan *p, Mode mode, size_t extra, const cha
     }
 }
 
-// Writes to help what would fit instead: the same batch with --recompute, or else half, a quarter, .. of the batch,
-// then of the length, also with --recompute; or what is too large even for one token.
-static void suggest(char help[224], const Config *c, Mode mode, int B, int L, size_t extra, double available) {
+// Writes to help what would fit instead: the same batch in segments; or with --recompute, or else half, a quarter, ..
+// of the batch, then of the length, also with --recompute; or what is too large even for one token.
+static void suggest(char help[224], const Demand *demand) {
     MemoryPlan plan;
     const char *largest, *remedy;
-    const Mode less = mode == MEGALODON_TRAIN ? MEGALODON_RECOMPUTE : mode;
-    if (less != mode && plan_mib(&plan, c, less, B, L, extra, available) <= available) {
+    Demand d = *demand;
+    const Mode mode = d.mode, less = mode == MEGALODON_TRAIN ? MEGALODON_RECOMPUTE : mode;
+    const int64_t segment_len = d.segments ? longest_segment(&d) : 0;
+    int B = d.B;
+    int64_t L = d.split.length, N = d.split.segment_len;
+    if (segment_len > 0) {
+        snprintf(help, 224, "What fits: the same with --segment-len %lld", (long long)segment_len);
+        return;
+    }
+    if (less != mode && fits(d, less, B, L, N)) {
         snprintf(help, 224, "What fits: the same with --recompute");
         return;
     }
@@ -59,41 +115,48 @@ static void suggest(char help[224], const Config *c, Mode mode, int B, int L, si
             B /= 2;
         else
             L /= 2;
-        if (plan_mib(&plan, c, less, B, L, extra, available) > available) continue;
-        const bool plain = plan_mib(&plan, c, mode, B, L, extra, available) <= available;
-        snprintf(help, 224, "What fits: a batch of %d x %d tokens%s", B, L, plain ? "" : " with --recompute");
+        if (!fits(d, less, B, L, N)) continue;
+        snprintf(help, 224, "What fits: a batch of %d x %lld tokens%s", B, (long long)L,
+                 fits(d, mode, B, L, N) ? "" : " with --recompute");
         return;
     }
-    plan_mib(&plan, c, less, 1, 1, extra, INFINITY);
-    name_largest(&plan, mode, extra, &largest, &remedy);
+    d.mode = less, d.B = 1, d.split.length = d.split.segment_len = 1, d.split.cp_size = 1, d.split.cp_rank = 0;
+    plan_mib(&plan, &d, INFINITY);
+    name_largest(&plan, mode, extra_bytes(&d), &largest, &remedy);
     snprintf(help, 224, "Even 1 x 1 tokens do not fit, mostly because of %s: use %s", largest, remedy);
 }
 
-MemoryPlan check_memory(const Config *c, Mode mode, int B, int L, size_t states, size_t host) {
-    const size_t extra = states + (megalodon_on_gpu() ? 0 : host);
-    const size_t host_available = megalodon_on_gpu() ? host_memory(ranks.local_size, 0) : SIZE_MAX;
-    if (host > host_available)
-        fatal("buffers for %d x %d tokens in main memory need %zu MiB; %zu MiB are available%s: use a smaller "
-              "--batch-size, --seq-len or --grad-accum",
-              B, L, host >> 20, host_available >> 20, host_memory_limit());
-    const double available = (double)megalodon_available_memory(ranks.local_size) / MIB;
+MemoryPlan check_memory(const Demand *d, double *extra) {
+    const double host_available = megalodon_on_gpu() ? (double)host_memory(ranks.local_size, 0) : INFINITY;
+    const long long L = d->split.length, N = part_length(d);
+    char size[96];
+    snprintf(size, sizeof size, N < L ? "%d x %lld tokens in segments of %lld" : "%d x %lld tokens", d->B, L, N);
+    if (host_bytes(d) > host_available)
+        fatal("buffers for %s in main memory need %.0f MiB; %.0f MiB are available%s: use a smaller --batch-size, "
+              "--seq-len or --grad-accum%s",
+              size, host_bytes(d) / MIB, host_available / MIB, host_memory_limit(),
+              N < L ? ", or a larger --segment-len" : "");
+    const double available = available_mib();
     const char *limit = megalodon_on_gpu() ? "" : host_memory_limit();
     MemoryPlan plan;
-    const double need = plan_mib(&plan, c, mode, B, L, extra, available);
+    const double need = plan_mib(&plan, d, available);
+    if (extra != NULL) *extra = extra_bytes(d) + (megalodon_on_gpu() ? host_bytes(d) : 0);
     if (need <= available) return plan;
     if (available == 0)
         fatal("%s: its threads reserve more address space than ulimit -v or -d leaves; raise that limit, use fewer "
               "--threads, or build with NO_BLAS=1",
               megalodon_backend());
     char help[224], items[192] = "";
-    suggest(help, c, mode, B, L, extra, available);
+    suggest(help, d);
     if (plan.params > 0)
         snprintf(items, sizeof items,
                  " (parameters, gradients and moments %.0f, activations %.0f, scratch %.0f, states and buffers %.0f)",
                  (double)(plan.params + plan.grads + plan.moments) / MIB, (double)plan.activations / MIB,
-                 (double)plan.scratch / MIB, (double)extra / MIB);
-    if ((double)B * L * c->num_heads > INT32_MAX)
-        fatal("%d x %d tokens: --batch-size x --seq-len x --num-heads must be below 2^31. %s", B, L, help);
-    fatal("%d x %d tokens need %.0f MiB or more%s; %.0f MiB are available%s for %s. %s", B, L, need, items, available,
-          limit, megalodon_backend(), help);
+                 (double)plan.scratch / MIB, extra_bytes(d) / MIB);
+    if (too_many_tokens(d))
+        fatal("%s: --batch-size x --seq-len x --num-heads, or with --segment-len that instead of --seq-len, must be "
+              "below 2^31. %s",
+              size, help);
+    fatal("%s need %.0f MiB or more%s; %.0f MiB are available%s for %s. %s", size, need, items, available, limit,
+          megalodon_backend(), help);
 }

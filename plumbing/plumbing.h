@@ -4,8 +4,8 @@
 // Functions with a parameter `err` (ST_ERR bytes) return false, 0 or NULL instead and put the message there.
 //
 // Layers: a file calls only files that stand before it in this list (tests/test_layering.sh checks it):
-//     json safetensors system params state megalodon outputs options config log ranks tokenizer sampler memory data
-//     layout checkpoint state_file dump run
+//     json safetensors system params state megalodon outputs options config log split ranks tokenizer sampler data
+//     layout checkpoint state_file dump segments memory run
 // megalodon is the backend, megalodon.c or megalodon.cu. compare.c is a program of its own, which uses json and
 // safetensors.
 #pragma once
@@ -174,6 +174,33 @@ void log_replace(const char *path); // renames path.tmp, which stays open, to pa
 bool log_write(FILE *file, const LogRow *row);
 
 // ----------------------------------------------------------------------------
+// split.c: how a sequence is divided into consecutive segments, and each segment among the chunk-parallel ranks
+
+typedef struct {
+    int64_t length;      // tokens of a sequence
+    int64_t segment_len; // tokens of a segment, whole chunks; the last segment may have fewer
+    int chunk_size;
+    int cp_size, cp_rank; // number of chunk-parallel ranks, and the number of this one
+} Split;
+
+typedef struct {
+    int64_t first, count; // index in the sequence of its first token, and number of tokens
+} TokenRange;
+
+Split split_none(int64_t length, int chunk_size); // one segment, one rank
+int64_t split_segments(const Split *split);       // number of segments
+// The tokens of a segment that chunk-parallel rank r has: whole chunks, apart from the end of the sequence.
+TokenRange split_part(const Split *split, int64_t segment, int r);
+// The tokens of a sequence that this rank has lie segment after segment: the number of those before a segment, and of
+// all of them. A batch of B sequences is (segments, B, tokens of the segment), so that segment i of all of them starts
+// at element B * split_offset(i).
+int64_t split_offset(const Split *split, int64_t segment);
+int64_t split_own(const Split *split);
+// NULL if segment_len is valid: whole chunks, and at least one chunk of every segment for each rank. Otherwise a
+// message.
+const char *split_error(const Split *split);
+
+// ----------------------------------------------------------------------------
 // ranks.c: processes ("ranks") that train one model together, over MPI. Data-parallel ranks have different sequences of
 // a batch. Chunk-parallel ranks share each sequence: every one has consecutive chunks of it. Every rank holds all
 // parameters, and updates one shard of them (ZeRO-1), for which alone it holds AdamW's moments. A program without MPI,
@@ -193,8 +220,6 @@ typedef struct {
     int cp_rank;         // number of this one
     int num_rows;        // sequences of a batch that this rank has
     int first_row;       // index of the first one in the batch
-    int64_t *lengths;    // (cp_size) tokens of a sequence that each chunk-parallel rank has
-    int64_t first_token; // index of this rank's first token in a sequence
     int64_t collectives; // collective operations of steps and validations so far
     int64_t bytes_sent;  // bytes that this rank has contributed to them
 } Ranks;
@@ -206,7 +231,8 @@ void ranks_start(void);
 // Divides B sequences of L tokens in chunks of C among dp_size = size / cp_size data-parallel and cp_size
 // chunk-parallel ranks: equal numbers of sequences, and whole chunks, at least one for each rank. Usage error where
 // that is impossible.
-void ranks_split(int cp_size, int B, int L, int C);
+void ranks_split(int cp_size, int B, int64_t L, int C);
+double ranks_min(double value);        // all-reduce: the minimum over all ranks
 bool ranks_agree(uint64_t number);     // have all ranks the same number? If not, at least one rank gets false
 void ranks_sum(double *values, int n); // all-reduce: the sum over all ranks
 // All-gather among the chunk-parallel ranks of a sequence: all (cp_size, bytes) gets every rank's `local` (bytes). Both
@@ -267,13 +293,6 @@ int sample_token(const real *logits, int V, const Sampling *how, double random);
 size_t sample_bytes(int V); // memory that sample_token keeps allocated
 
 // ----------------------------------------------------------------------------
-// memory.c: the memory plan
-
-// Returns the plan for a model of B x L tokens. Fatal, with the MiB needed and with what would fit, unless the model,
-// `states` bytes in the backend's memory and `host` bytes of buffers in main memory fit in what is available.
-MemoryPlan check_memory(const Config *config, Mode mode, int B, int L, size_t states, size_t host);
-
-// ----------------------------------------------------------------------------
 // data.c: token files, mapped into memory, and the rows that training and validation read
 
 typedef enum {
@@ -331,7 +350,7 @@ typedef struct {
     Tokens tokens;
     uint64_t seed;
     int rows;            // of a step, of all ranks together
-    int L;               // tokens of a row
+    int64_t L;           // tokens of a row
     int eot;             // token that ends a document; -1: none
     bool carry;          // a row continues where it ended in the step before
     Document *documents; // (count) in order, or shuffled if eot and carry; each has 2 tokens or more
@@ -340,23 +359,24 @@ typedef struct {
     int64_t step;        // next step of places
     int64_t pass;        // next pass over the documents
     size_t next;         // index of the document that is taken next
-    // The part that this rank reads: rows first_row .. first_row + num_rows - 1 of every batch_size rows, and of each
-    // row the tokens first_token .. first_token + num_tokens - 1.
-    int batch_size, first_row, num_rows, first_token, num_tokens;
+    // The part that this rank reads: rows first_row .. first_row + num_rows - 1 of every batch_size rows, and its tokens
+    // of each of their segments.
+    int batch_size, first_row, num_rows;
+    Split split;
 } Reader;
 
 // Fatal if there are too few tokens for `purpose`, which messages name. The rank's part is everything at first; the
-// caller may then set the last five fields.
-Reader reader_new(const Tokens *t, const char *purpose, uint64_t seed, int rows, int L, int eot, bool carry);
+// caller may then set the last four fields.
+Reader reader_new(const Tokens *t, const char *purpose, uint64_t seed, int rows, int64_t L, int eot, bool carry);
 void reader_free(Reader *reader);
 size_t reader_bytes(const Reader *reader); // memory that it has allocated, a copy of the file included
-// Reads this rank's part of a step: inputs and targets (its rows, num_tokens). fresh (its rows): the row starts from a
-// fresh state. With eot and carry, steps must not decrease.
+// Reads this rank's part of a step: inputs and targets (batches, segments, num_rows, its tokens of the segment). fresh
+// (its rows): the row starts from a fresh state. With eot and carry, steps must not decrease.
 void reader_step(Reader *reader, int64_t step, int32_t *inputs, int32_t *targets, bool *fresh);
 
 // Validation: up to B consecutive windows of L tokens from the cursor on, which is zero at first; each document starts
 // with its first window. Without documents an incomplete last window is left out. Returns the number of windows of all
-// ranks.
+// ranks. inputs and targets are one batch, as in reader_step.
 typedef struct {
     size_t document; // index of the current document
     size_t window;   // index of the next window in it
@@ -398,12 +418,77 @@ void state_copy(const State *from, int i, State *to, int j, const Config *config
 // ----------------------------------------------------------------------------
 // dump.c: --dump
 
-// Writes inputs, activations, logits, loss and gradients of the last forward and backward pass, of all ranks. inputs
-// and targets (B,L) are this rank's.
-bool write_dump(const char *path, Model *model, const Config *config, const int32_t *inputs, const int32_t *targets,
-                int B, int L, double loss, char *err);
-size_t dump_bytes(const Config *config, int B, int L); // memory that write_dump takes
-bool is_dump(const char *path);                        // returns whether the file is a dump
+// A dump in the making: inputs, activations, logits, loss and gradients of one step, of all ranks. Every rank calls
+// these functions; rank 0 writes. After a failure the remaining calls write nothing, and dump_finish returns false.
+typedef struct Dump Dump;
+Dump *dump_new(const char *path, Model *model, const Config *config, const Split *split);
+// After the backward pass of a segment: writes its rows of all activations. inputs, targets: of the segment.
+void dump_segment(Dump *dump, int64_t segment, const int32_t *inputs, const int32_t *targets);
+// Writes loss and gradients, and completes the file. Frees the dump.
+bool dump_finish(Dump *dump, double loss, char *err);
+double dump_bytes(const Config *config);           // memory that a dump takes
+double dump_bytes_per_token(const Config *config); // and for each token of a segment, times this rank's sequences
+bool is_dump(const char *path);                    // returns whether the file is a dump
+
+// ----------------------------------------------------------------------------
+// segments.c: forward and backward passes over sequences of any length, a segment at a time
+
+typedef struct {
+    Model *model;
+    const Config *config;
+    int B; // sequences of this rank
+    Split split;
+    int64_t num_segments;
+    State *state;     // of the segment that runs; NULL with one segment
+    StateGrad *grad;  // gradient w.r.t. its outgoing state; NULL with one segment, or without a backward pass
+    char *kept;       // (num_segments + 1, bytes of a state) in main memory: the states between segments
+    int64_t *lengths; // (cp_size) tokens of the present segment that each chunk-parallel rank has
+    bool parallel;    // chunk parallelism is on, with these lengths
+} Segments;
+
+// Memory beside the model that a split needs: in the backend's memory, and in main memory.
+double segments_device_bytes(const Config *config, Mode mode, int B, const Split *split);
+double segments_host_bytes(const Config *config, Mode mode, int B, const Split *split);
+void segments_open(Segments *s, Model *model, const Config *config, Mode mode, int B, const Split *split);
+void segments_close(Segments *s);
+void segments_pause_ranks(Segments *s); // turns chunk parallelism off until the next pass
+
+// Sum of the losses in nats of the first `rows` sequences, from fresh states; *counted gets the number of targets that
+// this rank has counted. inputs and targets are a batch as split_offset() describes it.
+double segments_loss(Segments *s, const int32_t *inputs, const int32_t *targets, int rows, int64_t *counted);
+
+// A forward and backward pass over B sequences.
+typedef struct {
+    const int32_t *inputs, *targets; // a batch as split_offset() describes it
+    State *carried;    // the state from which the sequences continue, replaced by that after them; or NULL
+    DropoutKey key;    // its last two fields are set here
+    double grad_scale; // the gradient is that of grad_scale times the sum of the losses
+    void (*on_grad_ready)(Model *model, int bucket); // or NULL; called in the last backward pass only
+    Dump *dump;                                      // gets each segment after its backward pass; or NULL
+} Pass;
+// Adds the gradients to GRADS. Returns the sum of this rank's losses in nats.
+double segments_train(Segments *s, const Pass *pass);
+
+// ----------------------------------------------------------------------------
+// memory.c: the memory plan
+
+// What a program is going to allocate for a model.
+typedef struct {
+    const Config *config;
+    Mode mode;
+    int B;                 // sequences of this rank
+    Split split;           // of each sequence; the model is allocated for one segment
+    double states;         // bytes in the backend's memory beside the model and what segments need
+    double host;           // bytes in main memory, likewise
+    double host_per_token; // bytes in main memory for each token of a segment
+    bool segments;         // the program has the option --segment-len
+} Demand;
+
+// Returns the plan for the model. Fatal, with the MiB needed and with what would fit, unless all of the demand fits in
+// what is available. *extra, unless NULL, gets the bytes beside the model.
+MemoryPlan check_memory(const Demand *demand, double *extra);
+// The longest segment_len that fits, the length of a sequence if that fits; 0 if none does.
+int64_t longest_segment(const Demand *demand);
 
 // ----------------------------------------------------------------------------
 // run.c: a run's directory, DIR. It has a file `lock`, the kept options in options.txt, and checkpoints step-XXXXXXXX/

@@ -116,6 +116,13 @@ void ranks_sum(double *values, int n) {
     MPI_Allreduce(MPI_IN_PLACE, values, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
 }
 
+double ranks_min(double value) {
+    if (ranks.size == 1) return value;
+    count_collective(sizeof value);
+    MPI_Allreduce(MPI_IN_PLACE, &value, 1, MPI_DOUBLE, MPI_MIN, MPI_COMM_WORLD);
+    return value;
+}
+
 void ranks_all_gather(void *context, const void *local, void *all, size_t bytes) {
     (void)context;
     count_collective(bytes);
@@ -266,6 +273,7 @@ void ranks_start(void) {
 }
 static void make_groups(void) {}
 void ranks_sum(double *values, int n) { (void)values, (void)n; }
+double ranks_min(double value) { return value; }
 void ranks_all_gather(void *context, const void *local, void *all, size_t bytes) {
     (void)context, memcpy(all, local, bytes);
 }
@@ -286,8 +294,8 @@ void ranks_read(Model *model, Buffer buffer, size_t first, size_t n, real *dst) 
 // ----------------------------------------------------------------------------
 // the same for one rank and for many
 
-void ranks_split(int cp_size, int B, int L, int C) {
-    const int chunks = (L - 1) / C + 1;
+void ranks_split(int cp_size, int B, int64_t L, int C) {
+    const int64_t chunks = (L - 1) / C + 1;
     if (ranks.size % cp_size != 0)
         usage_error("--chunk-parallel %d does not divide the number of processes, %d", cp_size, ranks.size);
     ranks.cp_size = cp_size, ranks.dp_size = ranks.size / cp_size;
@@ -296,15 +304,9 @@ void ranks_split(int cp_size, int B, int L, int C) {
         usage_error("--batch-size %d cannot be divided evenly among %d data-parallel ranks: give a multiple of %d", B,
                     ranks.dp_size, ranks.dp_size);
     if (chunks < cp_size)
-        usage_error("--chunk-parallel %d: --seq-len %d has %d chunk%s of %d tokens, and each process needs one",
-                    cp_size, L, chunks, chunks > 1 ? "s" : "", C);
+        usage_error("--chunk-parallel %d: --seq-len %lld has %lld chunk%s of %d tokens, and each process needs one",
+                    cp_size, (long long)L, (long long)chunks, chunks > 1 ? "s" : "", C);
     ranks.num_rows = B / ranks.dp_size, ranks.first_row = ranks.num_rows * ranks.dp_rank;
-    ranks.lengths = allocate((size_t)cp_size, sizeof *ranks.lengths);
-    for (int64_t p = 0; p < cp_size; p++) {
-        const int64_t from = p * chunks / cp_size * C, to = (p + 1) * chunks / cp_size * C;
-        ranks.lengths[p] = (to < L ? to : L) - from;
-        if (p == ranks.cp_rank) ranks.first_token = from;
-    }
     make_groups();
 }
 

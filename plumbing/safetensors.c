@@ -354,7 +354,14 @@ bool st_create(StWriter *w, const char *path, const char *config, StTensor *tens
     length = (uint64_t)ftello(w->file) - sizeof length;
     rewind(w->file);
     fwrite(&length, sizeof length, 1, w->file);
-    if (fseeko(w->file, 0, SEEK_END) != 0 || ferror(w->file)) return give_up(w, err, strerror(errno));
+    w->start = length + sizeof length;
+    if (ferror(w->file)) return give_up(w, err, strerror(errno));
+    return st_seek(w, 0, err);
+}
+
+bool st_seek(StWriter *w, uint64_t position, char *err) {
+    if (w->file == NULL) return false;
+    if (fseeko(w->file, (off_t)(w->start + position), SEEK_SET) != 0) return give_up(w, err, strerror(errno));
     return true;
 }
 

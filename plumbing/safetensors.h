@@ -47,6 +47,7 @@ typedef struct {
     FILE *file;       // NULL once finished, failed or aborted
     const char *path; // as passed to st_create; must stay until st_finish
     char tmp[4096];   // path + ".tmp", the name until st_finish
+    uint64_t start;   // position of the data in the file, bytes
     uint64_t left;    // bytes of data that are still to be written
 } StWriter;
 
@@ -54,8 +55,10 @@ typedef struct {
 // failure of this or of the next functions removes the temporary file and leaves an older file at path unchanged. Later
 // calls return false and keep the first message in err, so one check at the end suffices.
 bool st_create(StWriter *w, const char *path, const char *config, StTensor *tensors, int count, char *err);
-// Writes data of the tensors, in their order, in parts of any size.
+// Writes data of the tensors, in their order, in parts of any size. Every byte must be written once.
 bool st_write(StWriter *w, const void *data, size_t bytes, char *err);
+// The next st_write begins at this position: bytes from the start of all data, as StTensor.begin.
+bool st_seek(StWriter *w, uint64_t position, char *err);
 // Checks that all data have been written; flushes, syncs and renames the file, and syncs its directory.
 bool st_finish(StWriter *w, char *err);
 void st_abort(StWriter *w);

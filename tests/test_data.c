@@ -485,18 +485,19 @@ static void check_parts(const char *name, int eot, bool carry) {
             Reader mine = reader_new(&t, "a test", 4, ROWS, L, eot, carry);
             bool fresh_here[ROWS];
             mine.batch_size = ROWS / ACCUM, mine.num_rows = 2, mine.first_row = 2 * group;
-            mine.first_token = part * FIRST, mine.num_tokens = part == 0 ? FIRST : L - FIRST;
+            mine.split = (Split){L, L, FIRST, 2, part};
+            const TokenRange own = split_part(&mine.split, 0, part);
             for (int step = 50; step < 60; step++) {
                 reader_step(&mine, step, other, unused, fresh_here);
                 reader_free(&r);
                 r = reader_new(&t, "a test", 4, ROWS, L, eot, carry);
                 reader_step(&r, step, inputs, targets, fresh);
                 for (int n = 0; n < 2 * ACCUM; n++) {
-                    const int row = n / 2 * (ROWS / ACCUM) + 2 * group + n % 2, at = row * L + mine.first_token;
-                    const size_t size = (size_t)mine.num_tokens * sizeof *inputs;
+                    const int row = n / 2 * (ROWS / ACCUM) + 2 * group + n % 2, at = row * L + (int)own.first;
+                    const size_t size = (size_t)own.count * sizeof *inputs;
                     right &= fresh_here[n] == fresh[row];
-                    right &= memcmp(other + n * mine.num_tokens, inputs + at, size) == 0;
-                    right &= memcmp(unused + n * mine.num_tokens, targets + at, size) == 0;
+                    right &= memcmp(other + n * own.count, inputs + at, size) == 0;
+                    right &= memcmp(unused + n * own.count, targets + at, size) == 0;
                 }
             }
             reader_free(&mine);
@@ -567,7 +568,8 @@ static void test_carried_documents(void) {
     reader_step(&r, 1000000, inputs, targets, fresh);
     const double took = seconds() - start;
     printf("    a million steps of %d rows, each a document: %.2f s\n", ROWS, took);
-    check_true("carried documents: a late step is reached within seconds", took < 20); // allows for a slow build and a busy machine
+    check_true("carried documents: a late step is reached within seconds",
+               took < 20); // allows for a slow build and a busy machine
     reader_free(&r);
 }
 

@@ -125,7 +125,9 @@ static void run_config(const char *path, const uint8_t *bytes, size_t size) {
         char *again = config_to_json(&c);
         demand(config_from_json(&back, again, err) && config_equal(&c, &back));
         free(again);
-        if (c.num_layers <= 64) check_memory(&c, MEGALODON_TRAIN, 2, 3, 0, 0);
+        const Demand demand = {
+            .config = &c, .mode = MEGALODON_TRAIN, .B = 2, .split = split_none(3, c.chunk_size), .segments = true};
+        if (c.num_layers <= 64) check_memory(&demand, NULL);
     }
     free(text);
 }

@@ -1,0 +1,46 @@
+// How a sequence is divided: into consecutive segments, and each segment among the chunk-parallel ranks.
+#include "plumbing.h"
+
+Split split_none(int64_t length, int chunk_size) {
+    return (Split){.length = length, .segment_len = length, .chunk_size = chunk_size, .cp_size = 1};
+}
+
+int64_t split_segments(const Split *s) { return (s->length - 1) / s->segment_len + 1; }
+
+// Rank r of n has the chunks r K/n to (r + 1) K/n - 1 of the segment's K chunks, rounded down.
+TokenRange split_part(const Split *s, int64_t segment, int r) {
+    const int64_t start = segment * s->segment_len, left = s->length - start;
+    const int64_t count = left < s->segment_len ? left : s->segment_len, C = s->chunk_size,
+                  chunks = (count - 1) / C + 1;
+    const int64_t from = r * chunks / s->cp_size * C, to = (r + 1) * chunks / s->cp_size * C;
+    return (TokenRange){start + from, (to < count ? to : count) - from};
+}
+
+// All segments before another one have the full length.
+int64_t split_offset(const Split *s, int64_t segment) { return segment * split_part(s, 0, s->cp_rank).count; }
+
+int64_t split_own(const Split *s) {
+    const int64_t last = split_segments(s) - 1;
+    return split_offset(s, last) + split_part(s, last, s->cp_rank).count;
+}
+
+const char *split_error(const Split *s) {
+    static char text[200];
+    const int64_t C = s->chunk_size, last = s->length - (split_segments(s) - 1) * s->segment_len;
+    if (s->segment_len >= s->length) return NULL;
+    if (s->segment_len % C != 0)
+        snprintf(text, sizeof text, "--segment-len %lld is no multiple of --chunk-size %d", (long long)s->segment_len,
+                 s->chunk_size);
+    else if (s->segment_len / C < s->cp_size)
+        snprintf(text, sizeof text,
+                 "--segment-len %lld has %lld chunks of %d tokens; each of %d chunk-parallel ranks needs one",
+                 (long long)s->segment_len, (long long)(s->segment_len / C), s->chunk_size, s->cp_size);
+    else if ((last - 1) / C + 1 < s->cp_size)
+        snprintf(text, sizeof text,
+                 "--segment-len %lld leaves a last segment of %lld chunks of --seq-len %lld; each of %d chunk-parallel "
+                 "ranks needs one",
+                 (long long)s->segment_len, (long long)((last - 1) / C + 1), (long long)s->length, s->cp_size);
+    else
+        return NULL;
+    return text;
+}
