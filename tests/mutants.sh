@@ -71,8 +71,16 @@ timestep_norm_combine: + delta * delta * n * more / (n + more)  =>
 timestep_norm_combine: m += delta * more / (n + more)  =>  m += delta * more / n
 timestep_norm_combine: (double)cp->lengths[k]  =>  (double)cp->lengths[0]
 timestep_norm_combine: end.mean[i] = m  =>  end.mean[i] = start.mean[i]
-timestep_norm_combine_backward: k = cp->cp_rank + 1  =>  k = cp->cp_rank
-timestep_norm_combine_backward: dstate[i] = 0  =>  dstate[i] = dstate[0]
+timestep_norm_combine_backward: if (k == cp->cp_rank)  =>  if (k == 0)
+timestep_norm_combine_backward: double sum = dstate[i]  =>  double sum = 0
+timestep_norm_combine_backward: if (end) end[i] = sum  =>  if (end) end[i] = dstate[i]
+timestep_norm_layer_backward: dstate->sums + layer * sums : NULL  =>  dstate->sums : NULL
+timestep_norm_layer_backward: later = combined(m, whole, sums * sizeof *later)  =>  later = combined(m, NULL, sums * sizeof *later)
+timestep_norm_layer_backward: timestep_norm_combine_backward(later, whole, all  =>  timestep_norm_combine_backward(later, NULL, all
+cema_layer_backward: dstate->h + layer * modes : NULL  =>  dstate->h : NULL
+cema_layer_backward: cema_combine(dh, whole, all  =>  cema_combine(dh, NULL, all
+mega_backward: s->dxt, dstate, s->dema  =>  s->dxt, NULL, s->dema
+megalodon_backward: m->grads.final_norm_bias, dstate, s->dxt  =>  m->grads.final_norm_bias, NULL, s->dxt
 cema_reduce: L - 1 - t0 - t  =>  t0 + t
 cema_reduce: q_re * c.g_im[u] + q_im * c.g_re[u]  =>  q_re * c.g_im[u]
 cema_reduce: q_im = -q_im  =>  q_im = q_im
@@ -95,7 +103,9 @@ buffer_copy: src + (from - first)  =>  src
 buffer_copy: at += held[s++].count  =>  s++
 megalodon_backward: m->on_grad_ready(m, l + 1)  =>  m->on_grad_ready(m, l)
 megalodon_backward: if (m->on_grad_ready) m->on_grad_ready(m, 0)  =>
-mask_of: + (uint64_t)m->cp_start)  =>  )
+mask_of: (uint64_t)(m->dropout_key.start + m->cp_start)  =>  (uint64_t)m->dropout_key.start
+mask_of: (uint64_t)(m->dropout_key.start + m->cp_start)  =>  (uint64_t)m->cp_start
+mask_of: length = (uint64_t)m->dropout_key.length  =>  length = 0
 mask_of: ? (uint64_t)m->cp_length :  =>  ? (uint64_t)m->dims.L :
 mask_of_attention: num_heads - 1)  =>  num_heads)
 cema_coeffs_forward: 2 * PI * (n + 1) / N  =>  2 * PI * n / N
@@ -272,7 +282,9 @@ attention_chunk_backward: dot /= sum  =>  dot /= 1
 attention_backward: dscores = scores + (size_t)threads * QUERY_TILE * C  =>  dscores = scores
 read_past: (int)(counts[b] % m->dims.C)  =>  0
 read_past: (int)(counts[b] % m->dims.C)  =>  (int)counts[b]
-cema_layer_backward: dh = memset(combined(m, bytes), 0, bytes)  =>  dh = memset(combined(m, bytes), 64, bytes)
+cema_layer_backward: dh = combined(m, whole, modes  =>  dh = combined(m, NULL, modes
+combined: if (!start) memory_clear  =>  if (0) memory_clear
+combined: if (start) memory_copy  =>  if (0) memory_copy
 mega_forward: if (!residual) add(a->y, x  =>  if (0) add(a->y, x
 nffn_forward: if (!residual) add(out, x  =>  if (0) add(out, x
 nffn_forward: mask.p > 0 || c->rescale_nffn ? NULL : x  =>  mask.p > 0 ? NULL : x

@@ -1,5 +1,5 @@
 // Chunk parallelism: the parts of a sequence on several ranks, each a model in its own thread, against the whole
-// sequence on one: logits, gradients, states, dropout. ZeRO-1: an update by two ranks with a shard each, against one
+// sequence on one: logits, gradients, states, dropout; also in two segments, with the gradient of the state between. ZeRO-1: an update by two ranks with a shard each, against one
 // rank. Built for double and for float.
 #include <pthread.h> // defines: pthread_cond_wait, pthread_create
 #include "check.h"
@@ -22,16 +22,19 @@ enum { B = 2, MAX_RANKS = 4, MAX_L = 240, STEPS = 2 };
 static size_t size; // of all parameters
 static int32_t tokens[STEPS][B * MAX_L], targets[STEPS][B * MAX_L];
 
-// One rank's two steps. The second continues from the state after the first.
+// One rank's two steps. The second continues from the state after the first. They are two batches, or the two segments
+// of one sequence, through which the gradient flows back.
 typedef struct {
     ChunkParallel cp;
     Mode mode;
+    int segments; // 1: the second step's gradient reaches the first
     int start, L; // first token and number of tokens of this rank's part
     int whole;    // tokens of the whole sequence
     double loss;
     real *logits; // (B,L,V) of the last step
     real *grads;  // of all parameters
     State *state;
+    StateGrad *dstate; // with segments: the gradient w.r.t. the state before the first one
 } Run;
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -70,17 +73,22 @@ static void *run_rank(void *context) {
     megalodon_write(m, PARAMS, 0, size, params);
     r->logits = malloc((size_t)B * r->L * config.vocab_size * sizeof(real)), r->grads = malloc(size * sizeof(real));
     r->state = state_new(&config, B, 1);
+    r->dstate = r->segments ? state_grad_new(&config, B) : NULL;
     int ok = megalodon_chunk_parallel(m, &r->cp);
-    for (int step = 0; step < STEPS && ok; step++) {
+    // step -1: with segments, a forward pass of step 0, for the state before step 1; step 1 is then followed by step 0
+    for (int i = r->segments ? -1 : 0; i < STEPS && ok; i++) {
+        int step = i < 0 || !r->segments ? i < 0 ? 0 : i : STEPS - 1 - i;
         const DropoutKey draw = {.seed = 3, .step = step, .row = 5};
         for (int b = 0; b < B; b++) {
             memcpy(in + b * r->L, tokens[step] + b * r->whole + r->start, (size_t)r->L * sizeof *in);
             memcpy(out + b * r->L, targets[step] + b * r->whole + r->start, (size_t)r->L * sizeof *out);
+            if (r->segments && step == 0) state_reset(r->state, b);
         }
         megalodon_dropout(m, &draw);
         megalodon_forward(m, r->state, in, B, r->L);
+        if (i < 0) continue;
         r->loss += megalodon_loss(m, out, 0.3, &counted, NULL);
-        megalodon_backward(m, NULL);
+        megalodon_backward(m, r->dstate);
     }
     megalodon_logits(m, 0, (size_t)B * r->L, r->logits);
     megalodon_read(m, GRADS, 0, size, r->grads);
@@ -88,17 +96,17 @@ static void *run_rank(void *context) {
     return NULL;
 }
 
-static void run_free(Run *r) { free(r->logits), free(r->grads), state_free(r->state); }
+static void run_free(Run *r) { free(r->logits), free(r->grads), state_free(r->state), state_grad_free(r->dstate); }
 
-static void test_ranks(int ranks, const int64_t *lengths, Mode mode) {
-    Run whole = {.mode = mode, .cp = {.cp_size = 1}}, runs[MAX_RANKS];
+static void test_ranks(int ranks, const int64_t *lengths, Mode mode, int segments) {
+    Run whole = {.mode = mode, .segments = segments, .cp = {.cp_size = 1}}, runs[MAX_RANKS];
     pthread_t threads[MAX_RANKS];
     char name[64];
     for (int r = 0; r < ranks; r++) whole.L += (int)lengths[r];
     whole.whole = whole.L;
     run_rank(&whole);
     for (int r = 0, start = 0; r < ranks; start += (int)lengths[r++]) {
-        runs[r] = (Run){.mode = mode, .start = start, .L = (int)lengths[r], .whole = whole.L};
+        runs[r] = (Run){.mode = mode, .segments = segments, .start = start, .L = (int)lengths[r], .whole = whole.L};
         runs[r].cp = (ChunkParallel){r, ranks, lengths, gather, &runs[r]};
         pthread_create(&threads[r], NULL, run_rank, &runs[r]);
     }
@@ -115,8 +123,8 @@ static void test_ranks(int ranks, const int64_t *lengths, Mode mode) {
         for (size_t i = 0; i < size; i++) grads[i] += runs[r].grads[i];
         loss += runs[r].loss;
     }
-    snprintf(name, sizeof name, "%d ranks, %d tokens%s: loss", ranks, whole.L,
-             mode == MEGALODON_RECOMPUTE ? ", recomputing" : "");
+    snprintf(name, sizeof name, "%d ranks, %d tokens%s%s: loss", ranks, whole.L,
+             mode == MEGALODON_RECOMPUTE ? ", recomputing" : "", segments ? ", 2 segments" : "");
     check(name, &loss, &whole.loss, 1, ROUNDING);
     check_real("  logits", logits, whole.logits, (size_t)B * whole.L * V, ROUNDING);
     int count;
@@ -130,6 +138,9 @@ static void test_ranks(int ranks, const int64_t *lengths, Mode mode) {
         check("  state: mean", runs[r].state->mean, whole.state->mean, norms, ROUNDING);
         check("  state: m2", runs[r].state->m2, whole.state->m2, norms, ROUNDING);
         check_real("  state: h", runs[r].state->h, whole.state->h, h, ROUNDING);
+        if (!segments) continue;
+        check("  gradient of the state: U, V, W", runs[r].dstate->sums, whole.dstate->sums, 3 * norms, ROUNDING);
+        check_real("  gradient of the state: h", runs[r].dstate->h, whole.dstate->h, h, ROUNDING);
     }
     for (int r = 0; r < ranks; r++) run_free(&runs[r]);
     run_free(&whole), free(logits), free(grads), free(tensors);
@@ -251,9 +262,11 @@ int main(void) {
             targets[step][i] = i % 5 == 3 ? -1 : (int32_t)((random_real(9, i) + 1) / 2 * config.vocab_size);
         }
     }
-    test_ranks(2, (const int64_t[]){8, 16}, MEGALODON_TRAIN);
-    test_ranks(3, (const int64_t[]){16, 72, 8}, MEGALODON_RECOMPUTE);
-    test_ranks(4, (const int64_t[]){8, 8, 136, 80}, MEGALODON_TRAIN);
+    test_ranks(2, (const int64_t[]){8, 16}, MEGALODON_TRAIN, 0);
+    test_ranks(3, (const int64_t[]){16, 72, 8}, MEGALODON_RECOMPUTE, 0);
+    test_ranks(4, (const int64_t[]){8, 8, 136, 80}, MEGALODON_TRAIN, 0);
+    test_ranks(2, (const int64_t[]){16, 8}, MEGALODON_TRAIN, 1);
+    test_ranks(3, (const int64_t[]){8, 72, 16}, MEGALODON_RECOMPUTE, 1);
     test_shards();
     test_shard_sizes();
     test_grad_ready();
