@@ -528,12 +528,12 @@ static void keep_state(Model *m, const State *state) {
     }
 }
 
-// Reads from the state how many tokens each sequence's unfinished chunk has.
+// Reads from the state how many tokens each sequence's unfinished chunk has: none where all chunks are whole.
 static void read_past(Model *m, const State *state) {
     size_t B = (size_t)m->dims.B;
     int64_t *counts = (int64_t *)calloc(B, sizeof *counts);
     assert(counts);
-    if (state) memory_copy(counts, state->count, B * sizeof *counts);
+    if (state && state->k) memory_copy(counts, state->count, B * sizeof *counts);
     for (size_t b = 0; b < B; b++) m->past[b] = (int)(counts[b] % m->dims.C);
     free(counts);
 }

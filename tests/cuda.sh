@@ -180,6 +180,8 @@ cpu_against_gpu "  all three dropouts, --recompute" $odd --seq-len 61 $dropouts 
 cpu_against_gpu "  --grad-accum 2" $odd --seq-len 61 --grad-accum 2
 cpu_against_gpu "  --carry-state, 3x46" $odd --seq-len 46 --carry-state
 cpu_against_gpu "  --carry-state, --grad-accum 2, dropout" $odd --seq-len 46 --carry-state --grad-accum 2 $dropouts
+cpu_against_gpu "  --segment-len 23" $odd --seq-len 61 --segment-len 23
+cpu_against_gpu "  --segment-len 46, dropouts, --recompute" $odd --seq-len 61 --segment-len 46 $dropouts --recompute
 cpu_against_gpu "  --eot 10: ignored targets" $odd --seq-len 61 --eot 10
 cpu_against_gpu "  --share-emb --no-norm-affine, no swiglu" --model-dim 60 --num-layers 2 --share-emb --no-norm-affine --no-swiglu --norm-num-groups 4 --batch-size 2 --seq-len 100
 cpu_against_gpu "one head of value_dim 2048, 2x150" --model-dim 64 --num-layers 1 --value-dim 2048 --batch-size 2 --seq-len 150
@@ -187,6 +189,7 @@ if [ -z "$small" ]; then
     cpu_against_gpu "enwik8, 2x300" --preset enwik8 --batch-size 2 --seq-len 300
     cpu_against_gpu "enwik8, 2x300, dropout, --recompute" --preset enwik8 --batch-size 2 --seq-len 300 --dropout 0.1 --hidden-dropout 0.1 --attention-dropout 0.1 --recompute
     cpu_against_gpu "mega200M, two layers, V 256, 2x2500" --preset mega200M --num-layers 2 --vocab-size 256 --batch-size 2 --seq-len 2500
+    cpu_against_gpu "  in segments of 2048: 1x5000" --preset mega200M --num-layers 2 --vocab-size 256 --batch-size 1 --seq-len 5000 --segment-len 2048
     cpu_against_gpu "mega1.3B, one layer, V 256, 1x2100" --preset mega1.3B --num-layers 1 --vocab-size 256 --batch-size 1 --seq-len 2100
 fi
 if [ -n "$fixtures" ]; then
