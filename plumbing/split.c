@@ -26,20 +26,20 @@ int64_t split_own(const Split *s) {
 
 const char *split_error(const Split *s) {
     static char text[200];
-    const int64_t C = s->chunk_size, last = s->length - (split_segments(s) - 1) * s->segment_len;
-    if (s->segment_len >= s->length) return NULL;
-    if (s->segment_len % C != 0)
-        snprintf(text, sizeof text, "--segment-len %lld is no multiple of --chunk-size %d", (long long)s->segment_len,
-                 s->chunk_size);
-    else if (s->segment_len / C < s->cp_size)
+    const long long L = s->length, N = s->segment_len, C = s->chunk_size;
+    const long long last = L - (split_segments(s) - 1) * N, last_chunks = (last - 1) / C + 1;
+    if (N >= L) return NULL;
+    if (N % C != 0)
+        snprintf(text, sizeof text, "--segment-len %lld is no multiple of --chunk-size %lld", N, C);
+    else if (N / C < s->cp_size)
         snprintf(text, sizeof text,
-                 "--segment-len %lld has %lld chunks of %d tokens; each of %d chunk-parallel ranks needs one",
-                 (long long)s->segment_len, (long long)(s->segment_len / C), s->chunk_size, s->cp_size);
-    else if ((last - 1) / C + 1 < s->cp_size)
+                 "--segment-len %lld has %lld chunks of %lld tokens; each of %d chunk-parallel ranks needs one", N,
+                 N / C, C, s->cp_size);
+    else if (last_chunks < s->cp_size)
         snprintf(text, sizeof text,
                  "--segment-len %lld leaves a last segment of %lld chunks of --seq-len %lld; each of %d chunk-parallel "
                  "ranks needs one",
-                 (long long)s->segment_len, (long long)((last - 1) / C + 1), (long long)s->length, s->cp_size);
+                 N, last_chunks, L, s->cp_size);
     else
         return NULL;
     return text;
