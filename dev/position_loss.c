@@ -1,8 +1,8 @@
 // The loss of a model by position in long texts, with the state carried through the whole text and without:
 //     make build/position_loss          (build/gpu/position_loss for a GPU)
 //     build/position_loss --model out --data a.txt,b.txt --tokens 1048576 --fresh 2048,32768
-// Each reading predicts the token after each of the first N tokens of every text; the texts are the rows of a batch. The
-// first reading carries the state from token 0 to the end. --fresh K adds a reading that resets the state every K
+// Each reading predicts the token after each of the first N tokens of every text; the texts are the rows of a batch.
+// The first reading carries the state from token 0 to the end. --fresh K adds a reading that resets the state every K
 // tokens. --reset-norm K and --reset-cema K reset only a part of the state, TimestepNorm's running moments or CEMA's h,
 // to show which part a change of the loss depends on.
 // Output: CSV with a row for each reading, text and range of positions: [0,1024), [1024,2048), [2048,4096), ...
