@@ -20,7 +20,10 @@ def load(path):
     """({(variant, reset, every, text, end): {seed: loss}}, [ends], [lengths])."""
     table = {}
     with open(path, newline="") as f:
-        for row in csv.DictReader(f):
+        rows = csv.DictReader(f)
+        if "variant" not in (rows.fieldnames or []):
+            sys.exit(f"error: {path}: is not a table of dev/experiments/context.py")
+        for row in rows:
             key = row["variant"], row["reset"], int(row["every"]), row["text"], int(row["end"])
             table.setdefault(key, {})[row["seed"]] = float(row["loss"])
     ends = sorted({key[4] for key in table})
