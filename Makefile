@@ -214,6 +214,10 @@ build/gpu/test_cuda build/gpu/test_cuda_fp32: %: %.o build/cpu_layers.o build/li
 	$(GPU_LINK)
 build/gpu/bench_cuda: build/gpu/bench_cuda.o build/library.a
 	$(GPU_LINK)
+build/gpu/position_loss: build/position_loss.o build/gpu/megalodon.o build/library.a
+	$(GPU_LINK)
+build/gpu/position_loss_fp32: build/position_loss.o build/gpu/megalodon_fp32.o build/library.a
+	$(GPU_LINK)
 
 # The layers of megalodon.c as cpu_*, for tests/test_cuda.cu. The header is generated from megalodon.c.
 build/cpu_layers.h: tests/cpu_layers.sh megalodon.c
@@ -296,7 +300,7 @@ $(addprefix build/,$(FLOAT_TESTS)): %: %.o build/library.a
 $(addprefix build/double/,$(DOUBLE_TESTS)): %: %.o build/double/library.a
 	$(LINK)
 
-test-programs: $(PROGRAMS) $(TESTS) $(if $(MPI),build/double/train)
+test-programs: $(PROGRAMS) $(TESTS) build/position_loss $(if $(MPI),build/double/train)
 
 test: test-programs
 	@sh tests/run.sh $(TESTS) $(sort $(wildcard tests/test_*.sh))
@@ -334,10 +338,10 @@ test-mutants:
 
 # ---------------------------------------------------------------- benchmark
 
-build/bench.o: dev/bench.c build/flags
+build/bench.o build/position_loss.o: build/%.o: dev/%.c build/flags
 	$(CC) $(ALL_CFLAGS) -MMD -MP -c $< -o $@
 
-build/bench: build/bench.o build/library.a
+build/bench build/position_loss: %: %.o build/library.a
 	$(LINK)
 
 # A training step and its parts beside what this machine can do. ARGS="--preset mega200M --decode", for example.
