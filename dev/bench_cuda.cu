@@ -1,6 +1,7 @@
 // Times a training step on a GPU and its parts, next to what this GPU can do: a large copy, a large matrix product.
 //     build/gpu/bench_cuda --preset mega200M --batch-size 8 --seq-len 2048
-// --decode times one more token of --batch-size texts (default 1). --plain uses the plain kernels.
+// --decode times one more token of --batch-size texts (default 1). --read N times the reading of a prompt of N tokens,
+// in forward passes of --seq-len tokens (2048, as in ./sample). --plain uses the plain kernels.
 // megalodon.cu is included, since its layers are static. Parts are timed on the buffers of a real step, all layers one
 // after another. The last line compares the sum of the parts with the step. Each round times every line once, so that a
 // GPU that slows down does so for all of them.
@@ -13,7 +14,7 @@
 #include <vector>
 
 static const char *preset = "enwik8";
-static int batch_size, seq_len = 512, repeats = 20, brief, decoding, plain;
+static int batch_size, seq_len, prompt_len, repeats = 20, brief, decoding, plain;
 
 static void stop(int status, const char *what, const char *which) {
     fprintf(stderr, "error: %s%s\n", what, which);
@@ -23,7 +24,10 @@ static void stop(int status, const char *what, const char *which) {
 static void read_options(int argc, char **argv) { // plumbing.h is C
     for (int i = 1; i < argc; i++) {
         const std::string flag = argv[i];
-        int *number = flag == "--batch-size" ? &batch_size : flag == "--seq-len" ? &seq_len : &repeats;
+        int *number = flag == "--batch-size" ? &batch_size
+                      : flag == "--seq-len"  ? &seq_len
+                      : flag == "--read"     ? &prompt_len
+                                             : &repeats;
         if (flag == "--brief") {
             brief = 1;
         } else if (flag == "--decode") {
@@ -31,15 +35,17 @@ static void read_options(int argc, char **argv) { // plumbing.h is C
         } else if (flag == "--plain") {
             plain = 1;
         } else if (i + 1 == argc || (number == &repeats && flag != "--repeats" && flag != "--preset")) {
-            stop(2, "flags: --preset NAME --batch-size N --seq-len N --repeats N --brief --decode --plain, not ",
+            stop(2,
+                 "flags: --preset NAME --batch-size N --seq-len N --repeats N --brief --decode --read N --plain, not ",
                  argv[i]);
         } else if (flag == "--preset") {
             preset = argv[++i];
-        } else if ((*number = atoi(argv[++i])) < 1 || *number > 1 << 20) {
+        } else if ((*number = atoi(argv[++i])) < 1 || *number > (number == &prompt_len ? 1 << 30 : 1 << 20)) {
             stop(2, "too small, too large or no number: ", argv[i]);
         }
     }
-    if (batch_size == 0) batch_size = decoding ? 1 : 64;
+    if (batch_size == 0) batch_size = decoding || prompt_len > 0 ? 1 : 64;
+    if (seq_len == 0) seq_len = prompt_len > 0 ? 2048 : 512;
     if ((int64_t)batch_size * seq_len > 1 << 28) stop(2, "--batch-size times --seq-len is at most 2^28", "");
 }
 
@@ -357,6 +363,39 @@ static void bench_decode(void) {
     state_free(state);
 }
 
+// ----------------------------------------------------------------------------
+// reading a prompt: passes over a state, then the logits of the last token on the host
+
+static void read_prompt(State *state, int length) {
+    static std::vector<float> logits((size_t)B * V);
+    for (int b = 0; b < B; b++) state_reset(state, b);
+    for (int t = 0, n; t < length; t += n) {
+        n = min_int(L, length - t);
+        megalodon_forward(m, state, tokens.data(), B, n);
+        if (t + n == length) megalodon_logits(m, (size_t)n - 1, 1, logits.data());
+    }
+}
+
+static void bench_read(void) {
+    std::vector<double> ms;
+    State *state = state_new(&m->config, B, 0);
+    if (state == NULL) stop(1, "out of GPU memory for the state: ", "a smaller --batch-size may help");
+    read_prompt(state, min_int(prompt_len, 2 * L)); // warm-up
+    for (int round = 0; round < repeats; round++) {
+        const auto start = std::chrono::steady_clock::now();
+        read_prompt(state, prompt_len);
+        const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - start;
+        ms.push_back(time.count());
+    }
+    std::sort(ms.begin(), ms.end());
+    const double median = ms[ms.size() / 2];
+    printf("%s\nreading %d x %d tokens, %s, in passes of %d, median of %d: %.3f ms, %.0f tokens/s; peak memory %.0f "
+           "MiB\n",
+           megalodon_backend(), B, prompt_len, preset, L, repeats, median, 1e3 * B * prompt_len / median,
+           (double)megalodon_peak_memory() / 1048576);
+    state_free(state);
+}
+
 static void print_lines(double step, double product_rate, double copy_rate) {
     double sum = 0;
     printf("\n%-28s %9s %7s %15s %16s %13s\n", "part, all layers", "us", "share", "it must do", "so it does",
@@ -387,7 +426,7 @@ int main(int argc, char **argv) {
     Z = c->z_dim, E = c->value_dim, C = c->chunk_size, F = c->ffn_hidden_dim, G = c->norm_num_groups, V = c->vocab_size;
     eps = c->norm_eps, d = dims_of(c, B, L);
     const double available = (double)megalodon_available_memory(1);
-    const Mode mode = decoding ? MEGALODON_INFER : MEGALODON_TRAIN;
+    const Mode mode = decoding || prompt_len > 0 ? MEGALODON_INFER : MEGALODON_TRAIN;
     const MemoryPlan p = megalodon_memory(c, mode, B, L);
     m = megalodon_new(c, mode, B, L);
     if (m == NULL) stop(1, "out of GPU memory for the model: ", "a smaller --batch-size may help");
@@ -402,8 +441,8 @@ int main(int argc, char **argv) {
         megalodon_philox(words, 1, STREAM_DATA, 0, 0, (uint32_t)i);
         tokens.push_back((int32_t)(words[0] % V)), targets.push_back((int32_t)(words[1] % V));
     }
-    if (decoding) {
-        bench_decode();
+    if (decoding || prompt_len > 0) {
+        decoding ? bench_decode() : bench_read();
         megalodon_free(m);
         return 0;
     }

@@ -59,6 +59,23 @@ refused "is also what is read" make_tokenizer.py "$tmp/b.txt" "$tmp/a.txt" --tex
 refused "is also what is read" jax_bridge.py to-jax "$tmp/model.safetensors" "$tmp/model.safetensors"
 refused "exists and is not a safetensors file" jax_bridge.py from-jax "$tmp/model.safetensors" "$tmp/a.txt"
 refused "exists and is not a table of this program" bench_length.py --csv "$tmp/a.txt"
+refused "exists and is not a table of this program" bench_context.py --length 64 --csv "$tmp/a.txt"
+
+# Two lengths on the CPU. The second one needs segments, and the program that reads prompts is missing.
+context() { # length, models
+    $python dev/bench_context.py --preset demo --train ./train --bench "$tmp/none" --segment-len 64 --csv "$tmp/context.csv" \
+        --commit abc --length "$1" --models "$2"
+}
+context 64 megalodon.c > "$tmp/err" 2>&1 && context 128 megalodon.c,megalodon.c-whole >> "$tmp/err" 2>&1 &&
+    context 128 megalodon.c >> "$tmp/err" 2>&1 && [ "$(wc -l < "$tmp/context.csv")" -eq 6 ] &&
+    grep -q '^megalodon.c,training,64,[0-9.]*,[0-9.]*,[0-9]*,,.*,abc$' "$tmp/context.csv" &&
+    grep -q '^megalodon.c,training,128,[0-9.]*,[0-9.]*,[0-9]*,segments of 64 tokens,' "$tmp/context.csv" &&
+    grep -q '^megalodon.c-whole,training,128,[0-9.]*,[0-9.]*,[0-9]*,,' "$tmp/context.csv" &&
+    grep -q '^megalodon.c,prompt,64,,,,failed: .*none' "$tmp/context.csv" &&
+    grep -q '^megalodon.c,prompt,128,,,,"failed, as at 64 tokens"' "$tmp/context.csv"
+verdict $? "bench_context.py reads the log of ./train, and keeps the rows that it has"
+$python dev/plot_context.py --table "$tmp/context.csv" > "$tmp/err" 2>&1 && grep -q '^| 128 | .* ms, .* GiB | .* ms, .* GiB |$' "$tmp/err"
+verdict $? "  plot_context.py prints them as a table"
 
 if $python -c 'import numpy' 2> /dev/null; then
     $python dev/make_bin.py "$tmp/new.bin" "$tmp/a.txt" "$tmp/b.txt" --eot 256 > "$tmp/err" 2>&1 && grep -q -e "--vocab-size 257 --eot 256" "$tmp/err" &&
