@@ -37,6 +37,7 @@ FIELDS = ["model", "what", "length", "ms", "tokens_per_s", "peak_mib", "note", "
 LONGEST_STEP = 60  # seconds, of other models
 LONG_STEP = 20     # seconds; a step that takes longer is not repeated
 LOSS_ROWS = 8192   # tokens whose logits exist at a time
+PASS = 16384       # tokens that megalodon.c reads of a prompt at a time, as ./sample_cuda does
 PROMPT_ROWS = 65536  # tokens in a linear layer of Llama at a time, while it reads a prompt
 CHECKPOINTING = "activation checkpointing"
 # Sizes of each model: about 220 million parameters beside the preset mega200M; small beside demo, for a CPU.
@@ -530,8 +531,9 @@ class Case:
         args, long = self.args, self.expected > LONG_STEP
         steps = 1 if long else max(1, min(10, int(6 / self.expected)))
         if self.what == "prompt":
-            command = [args.bench, "--read", str(args.length), "--preset", args.preset, "--repeats", str(steps)]
-            note = "in passes of 2048 tokens"
+            command = [args.bench, "--read", str(args.length), "--preset", args.preset, "--repeats", str(steps),
+                       "--seq-len", str(PASS)]
+            note = f"in passes of {PASS} tokens"
         else:
             batch, log = os.path.join(folder, "batch.safetensors"), os.path.join(folder, "log.csv")
             if not os.path.exists(batch):

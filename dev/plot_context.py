@@ -106,7 +106,7 @@ def plot(series, out):
     styles = [Line2D([], [], color="black", linestyle=style, label=what) for what, style in TASKS.items()]
     styles.append(Line2D([], [], color="black", marker="x", linestyle="", markeredgewidth=2,
                          label="beyond: does not fit, or\nmore than a minute"))
-    axes[0].legend(handles=styles, fontsize=8, loc="lower right")
+    axes[0].legend(handles=styles, fontsize=8, loc="lower left")
     fig.tight_layout()
     fig.savefig(out)
 

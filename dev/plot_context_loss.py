@@ -128,8 +128,9 @@ def plot(table, ends, lengths, out):
             ax.set_xticklabels([short(end) for end in ends], fontsize=8)
             ax.set_xlabel("position: the range of tokens that ends here")
             ax.grid(alpha=0.3)
-            ax.legend(fontsize=8)
-    fig.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    fig.tight_layout(rect=(0, 0.04, 1, 1))
+    fig.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=9, frameon=False)
     fig.savefig(out)
 
 
