@@ -1,4 +1,4 @@
-// ./sample: generates text with a trained model. Reads the prompt in forward passes of up to PREFILL tokens, then
+// ./sample: generates text with a trained model. Reads the prompt in forward passes of up to pass_len tokens, then
 // decodes token by token; the state has constant size. Several samples are the rows of one batch. With --score it reads
 // a file of any length the same way and prints how well the model predicts it.
 #include <errno.h>    // defines: errno
@@ -10,7 +10,8 @@
 #include <sys/stat.h> // defines: fstat
 #include "plumbing/plumbing.h"
 
-enum { PREFILL = 2048 }; // maximum number of tokens in a forward pass, all rows together
+enum { MIN_PASS = 2048, MAX_PASS = 16384 };
+static size_t pass_len = MIN_PASS; // maximum number of tokens in a forward pass, all rows together; see plan_memory
 
 static const char *model_path, *prompt, *prompt_path, *score_path, *state_in, *state_out, *tokenizer_path;
 static int num_tokens = 256, num_samples = 1, threads, eot = -1, bos = -1;
@@ -29,7 +30,7 @@ static Option options[] = {
     {OPT_INT, "bos", &bos, -1, MAX_DIM,
      .help = "begin texts with this token instead (with a tokenizer, no prompt and no --eot: 1); -1: none"},
     {OPT_INT, "num-tokens", &num_tokens, 0, INT32_MAX, .help = "number of tokens to write"},
-    {OPT_INT, "num-samples", &num_samples, 1, PREFILL,
+    {OPT_INT, "num-samples", &num_samples, 1, MIN_PASS,
      .help = "number of samples, generated as one batch; each under a line '---- sample 2 of 8'"},
     {OPT_REAL, "temperature", &sampling.temperature, 0, 100,
      .help = "divides the logits; 0: always the most likely token"},
@@ -88,7 +89,7 @@ static void copy_text(const Texts *from, int i, Texts *to, int j, const Config *
 
 // All rows read the same n tokens.
 static void read_tokens(Model *model, const Config *c, Texts *t, const int32_t *tokens, size_t n) {
-    const size_t B = (size_t)t->state->B, V = (size_t)c->vocab_size, max = PREFILL / (size_t)num_samples;
+    const size_t B = (size_t)t->state->B, V = (size_t)c->vocab_size, max = pass_len / (size_t)num_samples;
     int32_t *rows = allocate(B * max, sizeof *rows);
     for (size_t i = 0, L; i < n; i += L) {
         L = n - i < max ? n - i : max;
@@ -116,7 +117,7 @@ static void plan_memory(const Config *c, size_t text) {
     const size_t written = samples > 1 ? samples * (size_t)num_tokens * sizeof(int32_t) : 0;
     const size_t vocabulary = tokenizer_path ? 32 * V : 0; // pieces and their hash table
     const size_t prompts = text + (text + 2) * sizeof(int32_t) + (tokenizer_path ? tokenizer_encode_bytes(text) : 0);
-    const size_t others = sample_bytes(c->vocab_size) + vocabulary + 4 * PREFILL * sizeof(real);
+    const size_t others = sample_bytes(c->vocab_size) + vocabulary + 4 * MAX_PASS * sizeof(real);
     const double mib = 1048576, memory = (double)megalodon_available_memory(1) / mib;
     const double available = memory > 0 ? memory : INFINITY; // if there is none, check_memory prints the reason
     if ((double)states / mib > available)
@@ -135,12 +136,17 @@ static void plan_memory(const Config *c, size_t text) {
               : prompt_path ? "prompt-file"
                             : "prompt",
               text, (double)prompts / mib, available);
-    const Demand demand = {.config = c,
-                           .mode = MEGALODON_INFER,
-                           .B = num_samples,
-                           .split = split_none(PREFILL / num_samples, c->chunk_size),
-                           .states = (double)states,
-                           .host = (double)(written + prompts + others)};
+    Demand demand = {.config = c,
+                     .mode = MEGALODON_INFER,
+                     .B = num_samples,
+                     .split = split_none(MAX_PASS / num_samples, c->chunk_size),
+                     .states = (double)states,
+                     .host = (double)(written + prompts + others)};
+    if (megalodon_on_gpu() && (text > MIN_PASS || score_path)) { // a GPU needs long passes to be busy
+        const size_t longest = (size_t)longest_segment(&demand) * samples;
+        pass_len = longest > MIN_PASS ? longest : MIN_PASS;
+    }
+    demand.split = split_none((int64_t)(pass_len / samples), c->chunk_size);
     check_memory(&demand, NULL);
 }
 
@@ -334,10 +340,10 @@ static void add_scores(Scores *scores, Model *model, const Config *c, const Toke
                        int32_t start, size_t n) {
     State *state = state_new(c, 1, 0);
     if (!state) fatal("out of memory for the state");
-    int32_t *tokens = allocate(PREFILL, sizeof *tokens), *targets = allocate(PREFILL, sizeof *targets);
-    real *losses = allocate(PREFILL, sizeof *losses);
-    for (size_t i = 0; i < n; i += PREFILL) {
-        const int L = n - i < PREFILL ? (int)(n - i) : PREFILL;
+    int32_t *tokens = allocate(pass_len, sizeof *tokens), *targets = allocate(pass_len, sizeof *targets);
+    real *losses = allocate(pass_len, sizeof *losses);
+    for (size_t i = 0; i < n; i += pass_len) {
+        const int L = (int)(n - i < pass_len ? n - i : pass_len);
         int64_t counted;
         for (int t = 0; t < L; t++) {
             tokens[t] = scored_token(file, encoded, start, i + (size_t)t);
@@ -428,8 +434,8 @@ static void check_inputs(const Config *c, const StFile *model) {
         claim_input("state-in", state_in);
         const int rows = state_rows(state_in, err);
         if (rows == 0) fatal("--state-in %s", err);
-        if (rows > PREFILL)
-            fatal("--state-in %s: has %d samples; at most %d can be continued", state_in, rows, PREFILL);
+        if (rows > MIN_PASS)
+            fatal("--state-in %s: has %d samples; at most %d can be continued", state_in, rows, MIN_PASS);
         if (option_given(options, &num_samples) && num_samples != rows)
             usage_error("--num-samples %d contradicts --state-in %s, which has %d", num_samples, state_in, rows);
         num_samples = rows;
@@ -498,7 +504,7 @@ int main(int argc, char **argv) {
     // from here on a signal ends the text, so that its state is written; a second one ends the program at once
     const struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
     if (state_out) sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
-    Model *model = megalodon_new(&config, MEGALODON_INFER, num_samples, PREFILL / num_samples);
+    Model *model = megalodon_new(&config, MEGALODON_INFER, num_samples, (int)pass_len / num_samples);
     if (!model) fatal("out of memory for the model");
     checkpoint_load(&file, model, &config);
 
