@@ -45,6 +45,15 @@ for capability in 80 86 90; do
         ./compare "$tmp/cpu" "$tmp/fast.$capability" --tolerance 4e-2; } > "$tmp/log" 2>&1
     verdict $? "compute capability $capability: a training step in bfloat16, every tensor against the CPU's within 4e-2"
 done
+for segment in 16 48 80; do
+    { step MEGALODON_PLAIN=0 train_fp32 gpu --segment-len $segment && ./compare "$tmp/cpu" "$tmp/gpu"; } > "$tmp/log" 2>&1
+    verdict $? "segments of $segment tokens in float32, every tensor against the CPU's whole sequence"
+    for plain in 0 1; do
+        { step MEGALODON_PLAIN=$plain train gpu --segment-len $segment &&
+            ./compare "$tmp/cpu" "$tmp/gpu" --tolerance 4e-2; } > "$tmp/log" 2>&1
+        verdict $? "  in bfloat16, MEGALODON_PLAIN=$plain: within 4e-2"
+    done
+done
 cmp "$tmp/fast.86" "$tmp/fast.90" > "$tmp/log" 2>&1
 verdict $? "the same bits with 99 KB and with 227 KB of shared memory"
 { step MEGALODON_PLAIN=1 train plain && grep -q '^backend .*, bfloat16, plain kernels' "$tmp/log" &&
