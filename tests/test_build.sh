@@ -13,6 +13,7 @@ verdict() { # STATUS TEXT
     if [ "$1" -ne 0 ]; then tail -n 4 "$tmp/out" | cut -c 1-300 | sed 's/^/      /'; fi
 }
 cp -R Makefile ./*.c ./*.cu ./*.h plumbing kernels tests "$tmp"
+mkdir "$tmp/dev" && cp dev/*.c dev/*.cu "$tmp/dev"
 cd "$tmp" || exit 1
 
 plan() { ${MAKE:-make} -n "$@" > out 2>&1; } # the commands, which are not run
