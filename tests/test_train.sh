@@ -226,7 +226,7 @@ head -c 1500 tokens.bin > short.bin
 refused 1 "short.bin: its header says 400 tokens" --data short.bin
 : > empty
 refused 1 "empty: empty" --data empty
-refused 1 "What fits: the same with --segment-len [0-9]" --preset demo --batch-size 65536 --seq-len 1000
+refused 1 "What fits: the same with --segment-len " --preset demo --batch-size 65536 --seq-len 1000
 refused 1 "below 2^31" --batch-size 65536 --seq-len 1200 --num-heads 32 --z-dim 64 --value-dim 32
 echo '{"model_dim": 8, "depth": 3}' > bad.json
 refused 1 "--config bad.json: byte" --config bad.json
