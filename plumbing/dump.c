@@ -56,8 +56,13 @@ static const char *activation(const Config *c, int i, int *layer) {
     return last ? "final_norm" : megalodon_activation_name(i % n);
 }
 
+// Elements for each token. A dump is laid out before the first forward pass, so the model is not asked.
+static int activation_width(const Config *c, int layer, const char *name) {
+    return layer < 0 ? c->model_dim : megalodon_activation_width(c, name);
+}
+
 // The tensors of a dump of the whole batch, B x L tokens; *size gets the number of gradients.
-static Layout dump_layout(Model *m, const Config *c, int B, int64_t L, size_t *size) {
+static Layout dump_layout(const Config *c, int B, int64_t L, size_t *size) {
     Layout a = {0};
     int count;
     add_rows(&a, ST_I32, B, L, 0, "input.", "tokens");
@@ -66,7 +71,7 @@ static Layout dump_layout(Model *m, const Config *c, int B, int64_t L, size_t *s
         char prefix[64] = "act.";
         const char *name = activation(c, i, &layer);
         if (layer >= 0) snprintf(prefix, sizeof prefix, "act.layers.%d.", layer);
-        add_rows(&a, REAL, B, L, megalodon_activation(m, layer, name, NULL), prefix, name);
+        add_rows(&a, REAL, B, L, activation_width(c, layer, name), prefix, name);
     }
     add_rows(&a, REAL, B, L, c->vocab_size, "act.", "logits");
     layout_add(&a, 0, REAL, 1, "", "loss")->shape[0] = 1;
@@ -93,7 +98,7 @@ struct Dump {
 Dump *dump_new(const char *path, Model *m, const Config *c, const Split *split) {
     Dump *d = allocate(1, sizeof *d);
     d->model = m, d->config = c, d->split = *split;
-    d->layout = dump_layout(m, c, ranks.num_rows * ranks.dp_size, split->length, &d->size);
+    d->layout = dump_layout(c, ranks.num_rows * ranks.dp_size, split->length, &d->size);
     const size_t part = (size_t)ranks.num_rows * (size_t)split_part(split, 0, split->cp_rank).count;
     const size_t activation = part * widest_activation(c);
     d->values = allocate(activation > PART ? activation : PART, sizeof *d->values);
@@ -134,7 +139,7 @@ void dump_segment(Dump *d, int64_t segment, const int32_t *inputs, const int32_t
     put_rows(d, t++, segment, targets, sizeof *targets);
     for (int i = 0, layer; i < num_activations(d->config); i++) {
         const char *name = activation(d->config, i, &layer);
-        const size_t width = (size_t)megalodon_activation(d->model, layer, name, NULL);
+        const size_t width = (size_t)activation_width(d->config, layer, name);
         megalodon_activation(d->model, layer, name, d->values);
         put_rows(d, t++, segment, d->values, width * sizeof *d->values);
     }
