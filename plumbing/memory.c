@@ -57,20 +57,26 @@ static bool fits(Demand d, Mode mode, int B, int64_t length, int64_t segment_len
     return plan_mib(&plan, &d, available) <= available;
 }
 
-// Needs grow with the length of a segment, apart from the states in main memory, which are few. So this searches by
-// bisection for the largest number of chunks that fits, and takes the largest valid one below it.
+// Activations grow with the length of a segment, and the states between segments with their number, so that the lengths
+// that fit are an interval. This tries ever shorter ones, by a sixteenth each time, until one fits; then it searches by
+// bisection between that and the one before, and takes the largest valid length up to there.
 int64_t longest_segment(const Demand *d) {
-    const int64_t L = d->split.length, C = d->split.chunk_size;
-    int64_t least = d->split.cp_size, most = (L - 1) / C + 1; // chunks
+    const int64_t L = d->split.length, C = d->split.chunk_size, fewest = d->split.cp_size; // chunks
+    int64_t most = (L - 1) / C + 1, least;
     if (fits(*d, d->mode, d->B, L, L)) return L;
-    if (least >= most || !fits(*d, d->mode, d->B, L, least * C)) return 0;
+    for (;; most = least) {
+        if (most <= fewest) return 0;
+        least = most - most / 16 - 1;
+        if (least < fewest) least = fewest;
+        if (fits(*d, d->mode, d->B, L, least * C)) break;
+    }
     while (most - least > 1) {
         const int64_t middle = least + (most - least) / 2;
         *(fits(*d, d->mode, d->B, L, middle * C) ? &least : &most) = middle;
     }
-    for (Split s = d->split; least >= s.cp_size; least--) {
+    for (Split s = d->split; least >= fewest; least--) {
         s.segment_len = least * C;
-        if (split_error(&s) == NULL) return s.segment_len;
+        if (split_error(&s) == NULL) return fits(*d, d->mode, d->B, L, s.segment_len) ? s.segment_len : 0;
     }
     return 0;
 }
