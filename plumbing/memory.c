@@ -22,8 +22,10 @@ static int64_t part_length(const Demand *d) {
     return count > 0 ? count : 1;
 }
 
+// The backends count in int: tokens of a pass times heads, and tokens rounded up to whole chunks.
 static bool too_many_tokens(const Demand *d) {
-    return (double)d->B * (double)part_length(d) * d->config->num_heads > INT32_MAX;
+    const double tokens = (double)part_length(d);
+    return tokens > 1 << 28 || d->B * tokens * d->config->num_heads > INT32_MAX;
 }
 
 // Bytes beside the model, in main memory, and in the backend's memory.
@@ -134,14 +136,17 @@ static void suggest(char help[224], const Demand *demand) {
 
 MemoryPlan check_memory(const Demand *d, double *extra) {
     const double host_available = megalodon_on_gpu() ? (double)host_memory(ranks.local_size, 0) : INFINITY;
-    const long long L = d->split.length, N = part_length(d);
-    char size[96];
-    snprintf(size, sizeof size, N < L ? "%d x %lld tokens in segments of %lld" : "%d x %lld tokens", d->B, L, N);
+    const Split *split = &d->split;
+    const bool segments = split_segments(split) > 1;
+    char size[128], among[48] = "", of[48] = "";
+    if (split->cp_size > 1) snprintf(among, sizeof among, " among %d chunk-parallel ranks", split->cp_size);
+    if (segments) snprintf(of, sizeof of, " in segments of %lld", (long long)split->segment_len);
+    snprintf(size, sizeof size, "%d x %lld tokens%s%s", d->B, (long long)split->length, among, of);
     if (host_bytes(d) > host_available)
         fatal("buffers for %s in main memory need %.0f MiB; %.0f MiB are available%s: use a smaller --batch-size, "
               "--seq-len or --grad-accum%s",
               size, host_bytes(d) / MIB, host_available / MIB, host_memory_limit(),
-              N < L ? ", or a larger --segment-len" : "");
+              segments ? ", or a larger --segment-len" : "");
     const double available = available_mib();
     const char *limit = megalodon_on_gpu() ? "" : host_memory_limit();
     MemoryPlan plan;
@@ -160,9 +165,8 @@ MemoryPlan check_memory(const Demand *d, double *extra) {
                  (double)(plan.params + plan.grads + plan.moments) / MIB, (double)plan.activations / MIB,
                  (double)plan.scratch / MIB, extra_bytes(d) / MIB);
     if (too_many_tokens(d))
-        fatal("%s: --batch-size x --seq-len x --num-heads, or with --segment-len that instead of --seq-len, must be "
-              "below 2^31. %s",
-              size, help);
+        fatal("%s: --batch-size x --seq-len x --num-heads must be below 2^31, and --seq-len at most 2^28%s. %s",
+              size, d->segments ? "; with --segment-len, that counts instead of --seq-len" : "", help);
     fatal("%s need %.0f MiB or more%s; %.0f MiB are available%s for %s. %s", size, need, items, available, limit,
           megalodon_backend(), help);
 }
