@@ -296,7 +296,7 @@ $(addprefix build/,$(FLOAT_TESTS)): %: %.o build/library.a
 $(addprefix build/double/,$(DOUBLE_TESTS)): %: %.o build/double/library.a
 	$(LINK)
 
-test-programs: $(PROGRAMS) $(TESTS) $(if $(MPI),build/double/train)
+test-programs: $(PROGRAMS) $(TESTS) build/double/train
 
 test: test-programs
 	@sh tests/run.sh $(TESTS) $(sort $(wildcard tests/test_*.sh))
