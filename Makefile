@@ -300,7 +300,7 @@ $(addprefix build/,$(FLOAT_TESTS)): %: %.o build/library.a
 $(addprefix build/double/,$(DOUBLE_TESTS)): %: %.o build/double/library.a
 	$(LINK)
 
-test-programs: $(PROGRAMS) $(TESTS) build/position_loss $(if $(MPI),build/double/train)
+test-programs: $(PROGRAMS) $(TESTS) build/position_loss build/double/train
 
 test: test-programs
 	@sh tests/run.sh $(TESTS) $(sort $(wildcard tests/test_*.sh))

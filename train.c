@@ -211,7 +211,8 @@ static void check_resumed_settings(void) {
 static int64_t parse_segment_len(void) {
     char *end;
     const long long number = strtoll(s.segment_len, &end, 10);
-    return *end == 0 && end > s.segment_len ? number : 0;
+    const bool digit = *s.segment_len >= '0' && *s.segment_len <= '9'; // no white space, which options.txt would get
+    return digit && *end == 0 ? number : 0;
 }
 
 // Checks the options as far as they alone show an error.

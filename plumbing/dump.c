@@ -56,6 +56,7 @@ static const char *activation(const Config *c, int i, int *layer) {
     return last ? "final_norm" : megalodon_activation_name(i % n);
 }
 
+// Elements for each token. A dump is laid out before the first forward pass, so the model is not asked.
 static int activation_width(const Config *c, int layer, const char *name) {
     return layer < 0 ? c->model_dim : megalodon_activation_width(c, name);
 }

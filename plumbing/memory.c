@@ -22,8 +22,10 @@ static int64_t part_length(const Demand *d) {
     return count > 0 ? count : 1;
 }
 
+// The backends count in int: tokens of a pass times heads, and tokens rounded up to whole chunks.
 static bool too_many_tokens(const Demand *d) {
-    return (double)d->B * (double)part_length(d) * d->config->num_heads > INT32_MAX;
+    const double tokens = (double)part_length(d);
+    return tokens > 1 << 28 || d->B * tokens * d->config->num_heads > INT32_MAX;
 }
 
 // Bytes beside the model, in main memory, and in the backend's memory.
@@ -57,20 +59,26 @@ static bool fits(Demand d, Mode mode, int B, int64_t length, int64_t segment_len
     return plan_mib(&plan, &d, available) <= available;
 }
 
-// Needs grow with the length of a segment, apart from the states in main memory, which are few. So this searches by
-// bisection for the largest number of chunks that fits, and takes the largest valid one below it.
+// Activations grow with the length of a segment, and the states between segments with their number, so that the lengths
+// that fit are an interval. This tries ever shorter ones, by a sixteenth each time, until one fits; then it searches by
+// bisection between that and the one before, and takes the largest valid length up to there.
 int64_t longest_segment(const Demand *d) {
-    const int64_t L = d->split.length, C = d->split.chunk_size;
-    int64_t least = d->split.cp_size, most = (L - 1) / C + 1; // chunks
+    const int64_t L = d->split.length, C = d->split.chunk_size, fewest = d->split.cp_size; // chunks
+    int64_t most = (L - 1) / C + 1, least;
     if (fits(*d, d->mode, d->B, L, L)) return L;
-    if (least >= most || !fits(*d, d->mode, d->B, L, least * C)) return 0;
+    for (;; most = least) {
+        if (most <= fewest) return 0;
+        least = most - most / 16 - 1;
+        if (least < fewest) least = fewest;
+        if (fits(*d, d->mode, d->B, L, least * C)) break;
+    }
     while (most - least > 1) {
         const int64_t middle = least + (most - least) / 2;
         *(fits(*d, d->mode, d->B, L, middle * C) ? &least : &most) = middle;
     }
-    for (Split s = d->split; least >= s.cp_size; least--) {
+    for (Split s = d->split; least >= fewest; least--) {
         s.segment_len = least * C;
-        if (split_error(&s) == NULL) return s.segment_len;
+        if (split_error(&s) == NULL) return fits(*d, d->mode, d->B, L, s.segment_len) ? s.segment_len : 0;
     }
     return 0;
 }
@@ -128,14 +136,17 @@ static void suggest(char help[224], const Demand *demand) {
 
 MemoryPlan check_memory(const Demand *d, double *extra) {
     const double host_available = megalodon_on_gpu() ? (double)host_memory(ranks.local_size, 0) : INFINITY;
-    const long long L = d->split.length, N = part_length(d);
-    char size[96];
-    snprintf(size, sizeof size, N < L ? "%d x %lld tokens in segments of %lld" : "%d x %lld tokens", d->B, L, N);
+    const Split *split = &d->split;
+    const bool segments = split_segments(split) > 1;
+    char size[128], among[48] = "", of[48] = "";
+    if (split->cp_size > 1) snprintf(among, sizeof among, " among %d chunk-parallel ranks", split->cp_size);
+    if (segments) snprintf(of, sizeof of, " in segments of %lld", (long long)split->segment_len);
+    snprintf(size, sizeof size, "%d x %lld tokens%s%s", d->B, (long long)split->length, among, of);
     if (host_bytes(d) > host_available)
         fatal("buffers for %s in main memory need %.0f MiB; %.0f MiB are available%s: use a smaller --batch-size, "
               "--seq-len or --grad-accum%s",
               size, host_bytes(d) / MIB, host_available / MIB, host_memory_limit(),
-              N < L ? ", or a larger --segment-len" : "");
+              segments ? ", or a larger --segment-len" : "");
     const double available = available_mib();
     const char *limit = megalodon_on_gpu() ? "" : host_memory_limit();
     MemoryPlan plan;
@@ -154,9 +165,8 @@ MemoryPlan check_memory(const Demand *d, double *extra) {
                  (double)(plan.params + plan.grads + plan.moments) / MIB, (double)plan.activations / MIB,
                  (double)plan.scratch / MIB, extra_bytes(d) / MIB);
     if (too_many_tokens(d))
-        fatal("%s: --batch-size x --seq-len x --num-heads, or with --segment-len that instead of --seq-len, must be "
-              "below 2^31. %s",
-              size, help);
+        fatal("%s: --batch-size x --seq-len x --num-heads must be below 2^31, and --seq-len at most 2^28%s. %s", size,
+              d->segments ? "; with --segment-len, that counts instead of --seq-len" : "", help);
     fatal("%s need %.0f MiB or more%s; %.0f MiB are available%s for %s. %s", size, need, items, available, limit,
           megalodon_backend(), help);
 }

@@ -1,5 +1,5 @@
 // Data files: format, fingerprint, truncation. Rows of training and validation: their starts, their targets, documents,
-// carried streams.
+// carried streams. How sequences are divided into segments and among ranks.
 #include <sys/wait.h> // defines: waitpid
 #include <unistd.h>   // defines: dup2, fork, truncate, unlink
 #include "../plumbing/plumbing.h"
@@ -474,9 +474,107 @@ static void open_reader(const void *argument) {
     reader_new(&t, "training", 1, a->rows, a->length, a->eot, true);
 }
 
-// One reader of everything against readers of the parts of 6 ranks: 3 data-parallel x 2 chunk-parallel.
-static void check_parts(const char *name, int eot, bool carry) {
-    enum { ROWS = 12, ACCUM = 2, FIRST = 4 };
+// ----------------------------------------------------------------------------
+// segments, and the chunk-parallel ranks' parts of them
+
+// For every combination of length, segment and number of ranks: the parts of all segments and ranks, one after another,
+// are the sequence. They begin at whole chunks. The number of a rank's tokens before a segment, and in all, is right.
+static void test_split(void) {
+    enum { CHUNK = 4, LONG = 53, RANKS = 9 };
+    int covered = 1, whole = 1, offsets = 1, even = 1, first_longest = 1, combinations = 0;
+    for (int64_t length = 1; length <= LONG; length++) {
+        for (int64_t segment_len = CHUNK; segment_len < length + CHUNK; segment_len += CHUNK) {
+            for (int size = 1; size <= RANKS; size++) {
+                Split s = {length, segment_len < length ? segment_len : length, CHUNK, size, 0};
+                const int64_t chunks = (length - 1) / CHUNK + 1;
+                int64_t next = 0, before[RANKS] = {0};
+                if (split_error(&s) != NULL || chunks < size) continue;
+                combinations++;
+                for (int64_t i = 0; i < split_segments(&s); i++) {
+                    int64_t least = INT64_MAX, most = 0; // chunks of a rank
+                    for (int r = 0; r < size; r++) {
+                        const TokenRange part = split_part(&s, i, r);
+                        s.cp_rank = r;
+                        covered &= part.first == next && part.count > 0;
+                        whole &= part.first % CHUNK == 0;
+                        offsets &= split_offset(&s, i) == before[r];
+                        first_longest &= part.count <= split_part(&s, 0, r).count;
+                        next += part.count, before[r] += part.count;
+                        const int64_t n = (part.count - 1) / CHUNK + 1;
+                        least = n < least ? n : least, most = n > most ? n : most;
+                    }
+                    covered &= next == (i + 1) * s.segment_len || next == length;
+                    even &= most - least <= 1;
+                }
+                covered &= next == length;
+                for (s.cp_rank = 0; s.cp_rank < size; s.cp_rank++) offsets &= split_own(&s) == before[s.cp_rank];
+            }
+        }
+    }
+    printf("    %d lengths, segments and numbers of ranks\n", combinations);
+    check_true("split: segments and parts cover a sequence once, in order", covered && combinations > 1000);
+    check_true("split: parts begin at whole chunks", whole);
+    check_true("split: tokens before each segment, and of a rank", offsets);
+    check_true("split: ranks have equally many chunks of a segment, or one more", even);
+    check_true("split: no part is longer than that of the first segment", first_longest);
+
+    const int64_t length = ((int64_t)1 << 40) + 3, segment_len = 1 << 20;
+    Split s = {length, segment_len, 64, 4, 3};
+    const TokenRange last = split_part(&s, split_segments(&s) - 1, 3);
+    check_true("split: a sequence of 2^40 tokens and 3",
+               split_segments(&s) == (1 << 20) + 1 && split_offset(&s, 1 << 20) == (int64_t)1 << 38 &&
+                   split_part(&s, 1 << 19, 1).first == ((int64_t)1 << 39) + segment_len / 4 &&
+                   last.first + last.count == length);
+    s = split_none(1000, 64);
+    check_true("split: none is one segment of everything", split_segments(&s) == 1 && split_own(&s) == 1000 &&
+                                                               split_part(&s, 0, 0).count == 1000 &&
+                                                               split_error(&s) == NULL);
+}
+
+static void refuse_split(Split s, const char *text) {
+    const char *said = split_error(&s);
+    const bool ok = text == NULL ? said == NULL : said != NULL && strcmp(said, text) == 0;
+    char line[96];
+    snprintf(line, sizeof line, "%s: %d tokens in segments of %d, %d ranks", text == NULL ? "accepted" : "refused",
+             (int)s.length, (int)s.segment_len, s.cp_size);
+    check_true(line, ok);
+    if (!ok) printf("    said '%s', expected '%s'\n", said == NULL ? "" : said, text == NULL ? "" : text);
+}
+
+static void test_split_errors(void) {
+    refuse_split((Split){100, 20, 8, 1, 0}, "--segment-len 20 is no multiple of --chunk-size 8");
+    refuse_split((Split){100, 4, 8, 1, 0}, "--segment-len 4 is no multiple of --chunk-size 8");
+    refuse_split((Split){100, 8, 8, 1, 0}, NULL);
+    refuse_split((Split){100, 100, 8, 1, 0}, NULL); // the whole sequence need not be whole chunks
+    refuse_split((Split){100, 8, 8, 2, 1},
+                 "--segment-len 8 has 1 chunk of 8 tokens; each of 2 chunk-parallel ranks needs one");
+    refuse_split((Split){100, 24, 8, 4, 0},
+                 "--segment-len 24 has 3 chunks of 8 tokens; each of 4 chunk-parallel ranks needs one");
+    refuse_split((Split){100, 96, 8, 2, 0}, "--segment-len 96 leaves a last segment of 1 chunk of --seq-len 100; each "
+                                            "of 2 chunk-parallel ranks needs one");
+    refuse_split((Split){100, 80, 8, 4, 0}, "--segment-len 80 leaves a last segment of 3 chunks of --seq-len 100; each "
+                                            "of 4 chunk-parallel ranks needs one");
+    refuse_split((Split){100, 72, 8, 4, 0}, NULL); // the last segment has 3 chunks and a half
+    refuse_split((Split){96, 48, 8, 6, 5}, NULL);
+}
+
+// Whether row n of 2 rows of the batch that starts at element `batch` of other and unused, which lies as (segments, 2,
+// tokens of this rank), has this rank's tokens of a row of inputs and targets.
+static int has_parts(const Split *s, int64_t batch, int n, int row) {
+    int right = 1;
+    for (int64_t i = 0; i < split_segments(s); i++) {
+        const TokenRange part = split_part(s, i, s->cp_rank);
+        const int64_t here = batch + 2 * split_offset(s, i) + n * part.count, there = row * L + part.first;
+        right &= memcmp(other + here, inputs + there, (size_t)part.count * sizeof *inputs) == 0;
+        right &= memcmp(unused + here, targets + there, (size_t)part.count * sizeof *targets) == 0;
+    }
+    return right;
+}
+
+// One reader of everything against readers of the parts of 6 ranks, 3 data-parallel x 2 chunk-parallel, with sequences
+// of L tokens in segments of this length.
+static void check_parts(const char *name, int eot, bool carry, int segment_len, int chunk_size) {
+    enum { ROWS = 12, ACCUM = 2 };
     int right = 1;
     Tokens t = numbered(N, eot < 0 ? 0 : 25);
     Reader r = reader_new(&t, "a test", 4, ROWS, L, eot, carry);
@@ -485,19 +583,17 @@ static void check_parts(const char *name, int eot, bool carry) {
             Reader mine = reader_new(&t, "a test", 4, ROWS, L, eot, carry);
             bool fresh_here[ROWS];
             mine.batch_size = ROWS / ACCUM, mine.num_rows = 2, mine.first_row = 2 * group;
-            mine.split = (Split){L, L, FIRST, 2, part};
-            const TokenRange own = split_part(&mine.split, 0, part);
+            mine.split = (Split){L, segment_len, chunk_size, 2, part};
+            const int64_t own = split_own(&mine.split);
             for (int step = 50; step < 60; step++) {
                 reader_step(&mine, step, other, unused, fresh_here);
                 reader_free(&r);
                 r = reader_new(&t, "a test", 4, ROWS, L, eot, carry);
                 reader_step(&r, step, inputs, targets, fresh);
                 for (int n = 0; n < 2 * ACCUM; n++) {
-                    const int row = n / 2 * (ROWS / ACCUM) + 2 * group + n % 2, at = row * L + (int)own.first;
-                    const size_t size = (size_t)own.count * sizeof *inputs;
+                    const int row = n / 2 * (ROWS / ACCUM) + 2 * group + n % 2;
                     right &= fresh_here[n] == fresh[row];
-                    right &= memcmp(other + n * own.count, inputs + at, size) == 0;
-                    right &= memcmp(unused + n * own.count, targets + at, size) == 0;
+                    right &= has_parts(&mine.split, n / 2 * 2 * own, n % 2, row);
                 }
             }
             reader_free(&mine);
@@ -505,6 +601,31 @@ static void check_parts(const char *name, int eot, bool carry) {
     }
     reader_free(&r);
     check_true(name, right);
+}
+
+// The same for validation, with an incomplete last batch.
+static void check_window_parts(const char *name, int eot, int segment_len, int chunk_size) {
+    enum { ROWS = 6 };
+    int right = 1, batches = 0, incomplete = 0;
+    Tokens t = numbered(200, eot < 0 ? 0 : 25);
+    for (int group = 0; group < 3; group++) {
+        for (int part = 0; part < 2; part++) {
+            Reader all = reader_new(&t, "a test", 4, ROWS, L, eot, false);
+            Reader mine = reader_new(&t, "a test", 4, ROWS, L, eot, false);
+            Cursor at = {0}, mine_at = {0};
+            mine.num_rows = 2, mine.first_row = 2 * group;
+            mine.split = (Split){L, segment_len, chunk_size, 2, part};
+            for (int count = ROWS; count > 0;) {
+                count = read_windows(&all, &at, ROWS, inputs, targets);
+                right &= read_windows(&mine, &mine_at, ROWS, other, unused) == count;
+                for (int n = 0; n < 2 && 2 * group + n < count; n++)
+                    right &= has_parts(&mine.split, 0, n, 2 * group + n);
+                batches++, incomplete += count > 0 && count < ROWS;
+            }
+            reader_free(&all), reader_free(&mine);
+        }
+    }
+    check_true(name, right && incomplete == 6 && batches > 2 * incomplete);
 }
 
 // Carried documents: a row reads a document from start to end, and each document is started once before any is started
@@ -614,10 +735,19 @@ static void test_cut_documents(void) {
 }
 
 static void test_readers(void) {
-    check_parts("parts: rows anywhere, the same for all processes", -1, false);
-    check_parts("parts: streams, the same for all processes", -1, true);
-    check_parts("parts: documents in rows, the same for all processes", 0, false);
-    check_parts("parts: carried documents, the same for all processes", 0, true);
+    static const struct {
+        int segment_len, chunk_size;
+    } cases[] = {{L, 4}, {4, 1}, {6, 2}, {2, 1}}; // the last segment of 4 has 2 tokens, that of 6 has 4
+    for (int i = 0; i < 4; i++) {
+        const int segment_len = cases[i].segment_len, chunk_size = cases[i].chunk_size;
+        printf("    segments of %d of %d tokens\n", segment_len, L);
+        check_parts("parts: rows anywhere, the same for all ranks", -1, false, segment_len, chunk_size);
+        check_parts("parts: streams, the same for all ranks", -1, true, segment_len, chunk_size);
+        check_parts("parts: documents in rows, the same for all ranks", 0, false, segment_len, chunk_size);
+        check_parts("parts: carried documents, the same for all ranks", 0, true, segment_len, chunk_size);
+        check_window_parts("parts: validation windows, the same for all ranks", -1, segment_len, chunk_size);
+        check_window_parts("parts: windows of documents, the same for all ranks", 0, segment_len, chunk_size);
+    }
     check_refused("refused: a text too short for its streams", open_reader, &(Asked){40, 4, 10, -1},
                   "build/test_data.bytes: 40 tokens for training, but --carry-state divides them into 4 streams "
                   "(--batch-size x --grad-accum) of --seq-len 10 or more, which needs 41");
@@ -636,6 +766,8 @@ int main(void) {
     test_cut_documents();
     test_carried_documents();
     test_streams();
+    test_split();
+    test_split_errors();
     test_readers();
     unlink(path);
     return check_done();

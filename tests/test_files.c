@@ -261,6 +261,51 @@ static void test_refusals(void) {
     check(!write_tensor(folder, "x", ST_F64, 0, &f, 8) && strstr(err, "not a regular file"), "not written: %s", err);
 }
 
+// Whether two files have the same bytes.
+static bool same_bytes(const char *a, const char *b) {
+    FILE *x = fopen(a, "rb"), *y = fopen(b, "rb");
+    int c = 0, d = 0;
+    while (x != NULL && y != NULL && c != EOF && c == d) c = fgetc(x), d = fgetc(y);
+    const bool same = x != NULL && y != NULL && c == d;
+    if (x != NULL) fclose(x);
+    if (y != NULL) fclose(y);
+    return same;
+}
+
+// Two tensors whose data are written out of order, against the same in order.
+static void test_seek(void) {
+    static float x[2000], y[3000];
+    StTensor t[2] = {{.name = "x", .type = ST_F32, .ndim = 2, .shape = {1000, 2}},
+                     {.name = "y", .type = ST_F32, .ndim = 2, .shape = {1500, 2}}};
+    StWriter w;
+    for (int i = 0; i < 2000; i++) x[i] = (float)i;
+    for (int i = 0; i < 3000; i++) y[i] = -(float)i;
+    st_create(&w, file_b, NULL, t, 2, err), st_write(&w, x, sizeof x, err), st_write(&w, y, sizeof y, err);
+    check(st_finish(&w, err), "two tensors, written in order");
+
+    bool ok = st_create(&w, file_a, NULL, t, 2, err) && st_seek(&w, t[1].begin + 4 * 1000, err);
+    ok = ok && st_write(&w, y + 1000, 4 * 1000, err) && st_write(&w, y + 2000, 4 * 1000, err); // to the end
+    ok = ok && st_seek(&w, t[0].begin, err) && st_write(&w, x, 4 * 7, err);
+    ok = ok && st_seek(&w, t[1].begin, err) && st_write(&w, y, 4 * 1000, err);
+    check(ok && access(file_a, F_OK) == 0 && w.left == 4 * 1993, "  out of order, incomplete");
+    ok = ok && st_seek(&w, t[0].begin + 4 * 7, err) && st_write(&w, x + 7, 4 * 1993, err) && st_finish(&w, err);
+    check(ok && same_bytes(file_a, file_b), "  out of order: the same file");
+
+    ok = st_create(&w, file_a, NULL, t, 2, err) && st_seek(&w, t[1].begin, err) && st_write(&w, y, sizeof y, err);
+    check(ok && !st_finish(&w, err) && strstr(err, "incomplete"), "  without the first tensor: refused: %s", err);
+    check(access(w.tmp, F_OK) != 0 && same_bytes(file_a, file_b), "    the older file stays, the other one does not");
+    check(!st_seek(&w, 0, err) && !st_write(&w, x, 4, err) && strstr(err, "incomplete"),
+          "    later calls fail and keep the first message");
+
+    ok = st_create(&w, file_a, NULL, t, 2, err) && st_write(&w, x, sizeof x, err) && st_write(&w, y, sizeof y, err);
+    ok = ok && st_seek(&w, 0, err);
+    check(ok && !st_write(&w, x, 4, err) && strstr(err, "more data"), "  a byte twice: refused: %s", err);
+    check(!st_seek(&w, 0, err) && !st_finish(&w, err) && access(w.tmp, F_OK) != 0 && strstr(err, "more data"),
+          "    later calls fail and keep the first message");
+    ok = st_create(&w, file_a, NULL, t, 2, err);
+    check(ok && !st_seek(&w, UINT64_MAX / 2, err) && strstr(err, "cannot write"), "  an impossible position: %s", err);
+}
+
 // The last two of 750 million numbers in a sparse file of 3 GB.
 static void test_large(void) {
     static const char header[] = "{" ENTRY("x", "F32", "750000000", "0", "3000000000") "}";
@@ -469,6 +514,7 @@ int main(int argc, char **argv) {
     test_f16();
     test_other_types();
     test_refusals();
+    test_seek();
     test_large();
     if (argc > 1) test_compares(argv[1]);
     unlink(file_a);

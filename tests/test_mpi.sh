@@ -67,16 +67,20 @@ killed() { # PROGRAM, which resumes the killed run
 
 # ---------------------------------------------------------------- every split: one step, then twenty
 
-sent() { # PROGRAM RANKS CP_SIZE STEPS ROWS SEQ_LEN NODE_SIZE: collectives and bytes must be those of dev/notes/parallel.md
-    run "$1" "$2" "$3" $model --data text --batch-size $(($5 * $2 / $3)) --seq-len "$6" --val-every 0 --steps "$4" --dump counted.st || return 1
+# PROGRAM RANKS CP_SIZE STEPS ROWS SEQ_LEN NODE_SIZE [SEGMENT_LEN]: collectives and bytes must be those of dev/notes/parallel.md.
+# With T segments there are 2 T - 1 forward passes and T backward passes; gradients are sent once a step.
+sent() {
+    run "$1" "$2" "$3" $model --data text --batch-size $(($5 * $2 / $3)) --seq-len "$6" --val-every 0 --steps "$4" --dump counted.st \
+        --segment-len "${8:-$6}" || return 1
     size=$(sed -n 's/^parameters *//p' run.out)
-    set -- "$@" $(awk -v P="$2" -v K="$3" -v S="$4" -v B="$5" -v R="$7" -v size="$size" 'BEGIN {
+    set -- "$1" "$2" "$3" "$4" "$5" "$6" "$7" $(awk -v P="$2" -v K="$3" -v S="$4" -v B="$5" -v R="$7" -v size="$size" -v T=$((($6 - 1) / ${8:-$6} + 1)) 'BEGIN {
         D = 12; N = 3; G = 3; layers = 2; V = 256; F = P / R; buckets = layers + 2
         m = part(V * D) + layers * part((size - 2 * V * D - 2 * D) / layers) + part(V * D + 2 * D)
         messages = 2; bytes = 32
         if (R > 1) { messages += buckets + 1; bytes += (size + F * m) * 4 }
         if (F > 1) { messages += 2 * buckets; bytes += (F + 1) * m * 4 }
-        if (K > 1) { messages += 2 * (2 * layers + 1); bytes += (layers + 1) * 5 * B * G * 8 + layers * 2 * B * 2 * N * D * 4 }
+        passes = 3 * T - 1
+        if (K > 1) { messages += passes * (2 * layers + 1); bytes += (layers + 1) * (passes * 2 + T) * B * G * 8 + layers * passes * B * 2 * N * D * 4 }
         print 2 + S * messages, 32 + S * bytes }
         function part(n) { n = int((n + P - 1) / P) + 3; return n - n % 4 }')
     echo "expected $8 collective operations, $9 bytes" && grep "rank 0:" run.out
@@ -134,6 +138,58 @@ check "first step, 11 chunks among 4, recomputing, double" same_dump 1e-11 "$dou
 check "first step, 11 chunks among 2, recomputing, double" same_dump 1e-11 "$double" 4 2 $long
 check "a dump's batch among 4" same_dump 1e-11 "$double" 4 2 $model --chunk-size 32 --share-emb --batch one.st
 
+
+# ---------------------------------------------------------------- segments, of which every rank has a part
+
+in_segments() { # N OPTIONS OF same_dump...
+    n=$1
+    shift
+    same_dump "$@" --segment-len "$n" && grep -q "segments of $n," run.out
+}
+segmented() { # NAME SPLITS SEGMENT_LEN OPTIONS...: one.st is that of one process with whole sequences
+    text=$1 splits=$2 n=$3
+    shift 3
+    run "$double" 1 1 "$@" --steps 1 --dump one.st
+    for split in $splits; do
+        check "segments of $n, $split, double, $text" in_segments "$n" 1e-11 "$double" "${split%/*}" "${split#*/}" "$@"
+    done
+}
+# 44 tokens are 6 chunks: three segments of 2 chunks; two of 3, whose ranks have 1 and 2; 36 tokens: the last one has 2
+segmented "dropout, documents, two batches" "2/1 2/2 4/2" 16 $all
+segmented "the same, recomputing" "2/2 4/2" 24 $all --recompute
+segmented "a shorter last segment" "2/2" 24 $all --seq-len 36
+segmented "tied output weights" "4/4" 32 $model --data text --batch-size 2 --seq-len 60 --share-emb
+# 15 chunks of 5 ranks: rank 2 must not have more of the last 7 chunks than of the first 8
+segmented "5 ranks and a shorter last segment" "5/5" 64 $model --data text --batch-size 1 --seq-len 120
+run "$train" 1 1 $small --steps 1 --dump one.st
+check "segments of 16, 4/2, float" in_segments 16 1e-5 "$train" 4 2 $small
+run "$train" 1 1 $all --steps 4 --val-every 2 --val-batches 0 --out whole --log one.csv
+for split in 2/2 4/2 2/1; do
+    check "four steps in segments of 16, $split" run "$train" "${split%/*}" "${split#*/}" $all --segment-len 16 --steps 4 --val-every 2 \
+        --val-batches 0 --out segments --overwrite --log many.csv
+    check "  give the same losses, norms and validation losses" close many.csv one.csv
+done
+run "$train" 1 1 $carry --steps 6 --save-every 3 --out whole --overwrite --log one.csv
+check "carried states in segments of 16, 4/2" run "$train" 4 2 $carry --segment-len 16 --steps 6 --save-every 3 --out segments --overwrite --log many.csv
+check "  give the same losses and norms" close many.csv one.csv
+check "  and the same states" "$compare" whole/step-00000006/state-1.safetensors segments/step-00000006/state-1.safetensors --tolerance 1e-4
+rm -r segments/step-00000006
+check "  resumed by one process" run "$train" 1 1 --resume segments --threads 1
+check "    in segments of 16" grep -q "segments of 16," run.out
+check "    give the same log" close many.csv one.csv
+check "--segment-len auto, 2/2: whole sequences fit" run "$train" 2 2 $small --segment-len auto --steps 1 --out auto
+check "  options.txt has their length" grep -q '^segment-len 44$' auto/options.txt
+if ! grep -q __asan_init "$train" && (ulimit -v 2000000 && "$train" --help > run.out 2>&1); then
+    # rank 1 alone has too little address space for whole sequences: both take the segments that fit there
+    auto="$model --num-layers 1 --chunk-size 512 --data text --eot 10 --batch-size 2 --seq-len 65536 --val-every 0 --segment-len auto --steps 0"
+    for kib in $(seq 200000 30000 2000000); do
+        timeout 60 mpirun -n 1 "$train" $auto --out auto --overwrite : \
+            -n 1 sh -c 'ulimit -v $0 && exec "$@"' "$kib" "$train" $auto --out auto --overwrite > run.out 2>&1 && break
+    done
+    n=$(sed -n 's/^segment-len //p' auto/options.txt)
+    check "--segment-len auto, ulimit -v $kib for one of two ranks: $n, the same for both" grep -q "segments of $n," run.out
+fi
+
 logged="--steps 20 --save-every 10 --val-every 5"
 run "$train" 1 1 $all $logged --out one --log one.csv
 for split in 2/2 3/1 4/2; do
@@ -173,6 +229,9 @@ check "collectives and bytes, 3 data-parallel ranks" sent "$train" 3 1 2 2 40 1
 check "collectives and bytes, 2 data-parallel x 2 chunk-parallel ranks" sent "$train" 4 2 3 2 40 1
 check "collectives and bytes, 4 chunk-parallel ranks" sent "$train" 4 4 2 3 40 1
 check "  of sequences five times as long" sent "$train" 4 4 2 3 200 1
+check "collectives and bytes in 3 segments, 3 data-parallel ranks" sent "$train" 3 1 2 2 40 1 16
+check "collectives and bytes in 3 segments, 2 data-parallel x 2 chunk-parallel ranks" sent "$train" 4 2 3 2 48 1 16
+check "collectives and bytes in 4 segments, 4 chunk-parallel ranks" sent "$train" 4 4 2 3 128 1 32
 
 # ---------------------------------------------------------------- refusals: one message, status, no waiting
 
@@ -186,6 +245,11 @@ refused() { # STATUS TEXT PROCESSES OPTIONS...
 }
 check "refused: --chunk-parallel that does not divide the number of ranks" refused 2 "--chunk-parallel 2 does not divide" 3 --chunk-parallel 2
 check "refused: too few chunks" refused 2 "--seq-len 20 has 3 chunks" 4 --chunk-parallel 4 --seq-len 20
+check "refused: too few chunks in a segment" refused 2 "--segment-len 24 has 3 chunks of 8 tokens; each of 4 chunk-parallel ranks needs one" \
+    4 --chunk-parallel 4 --segment-len 24
+check "refused: too few chunks in the last segment" refused 2 \
+    "--segment-len 40 leaves a last segment of 1 chunk of --seq-len 44; each of 2 chunk-parallel ranks needs one" 2 --chunk-parallel 2 --segment-len 40
+check "refused: segments of different lengths" refused 1 "has other settings" 2 --segment-len 8 : -n 1 "$train" $small --segment-len 16
 check "refused: a batch that cannot be divided" refused 2 "--batch-size 7 cannot be divided" 2 --batch-size 7
 check "refused: an unknown option" refused 2 "'--lrr'" 3 --lrr 1
 check "refused: no such file" refused 1 "nowhere: No such file" 2 --data nowhere

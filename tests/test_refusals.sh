@@ -49,6 +49,8 @@ refused 2 "--lr x" --resume A --lr x
 refused 2 "--schedule step" --resume A --schedule step
 refused 2 "--eot 256" --resume A --eot 256
 refused 2 "--model-dim contradicts" --resume A --model-dim 32
+refused 2 "--segment-len 24 is no multiple of --chunk-size 16" --resume A --segment-len 24 --steps 6
+refused 2 "--segment-len 8 is no multiple of --chunk-size 16" --resume C --segment-len 8 --steps 6
 refused 1 "--log nowhere/log: " --resume A --log nowhere/log --steps 6
 refused 1 "--log folder: cannot write: not a regular file" --resume A --log folder --steps 6
 refused 1 "--log notes: exists and is not a log of ./train" --resume A --log notes --steps 6
@@ -104,6 +106,19 @@ refused 2 "--out '': not the name" $small --steps 2 --out ''
 refused 2 "--log '': not the name" $small --steps 2 --out new --log ''
 refused 1 "--out folder: holds files but no run" $small --steps 2 --out folder
 refused 1 "--out folder: holds files but no run" $small --steps 2 --out folder --overwrite
+for value in 0 -16 +16 ' 16' 16.5 16x 1e3 auto16 '' ' '; do
+    refused 2 "--segment-len $value: it is a number of tokens, or auto" $small --steps 2 --segment-len "$value" --out new
+done
+refused 2 "--segment-len needs a value" $small --steps 2 --out new --segment-len
+refused 2 "--segment-len 1 is no multiple of --chunk-size 16" $small --steps 2 --segment-len 1 --out new
+refused 2 "--segment-len 40 is no multiple of --chunk-size 16" $small --seq-len 64 --steps 2 --segment-len 40 --out A --overwrite
+refused 2 "--segment-len 40 is no multiple of --chunk-size 16" $small --seq-len 64 --segment-len 40 --eval
+refused 1 "65536 x 9000 tokens in segments of 64 need" $small --batch-size 65536 --seq-len 9000 --segment-len 64 --cema-ndim 64 --out new
+refused 1 "1 x 300000000 tokens: --batch-size x --seq-len x --num-heads must be below 2^31, and --seq-len at most 2^28" \
+    $small --eot 10 --batch-size 1 --seq-len 300000000 --out new
+refused 1 "in segments of 299999984: --batch-size x --seq-len x --num-heads must be below 2^31, and --seq-len at most 2^28" \
+    $small --eot 10 --batch-size 1 --seq-len 4000000000 --segment-len 299999984 --out new
+refused 1 "--log notes: exists and is not a log of ./train" $small --segment-len auto --steps 2 --out new --log notes
 refused 2 "--eval does not go with" $small --eval --out new
 refused 2 "--dump: with --steps 0" $small --steps 0 --dump dump
 refused 1 "MiB" $small --batch-size 65536 --seq-len 9000 --out new
@@ -145,6 +160,10 @@ if (ulimit -v 2000000 && "$train" --help > ../out 2>&1) && ! ldd "$train" 2> /de
     check "  needs $(sed -n 's/^memory.*states and/states and/p' ../quiet.out) MiB" grep -q 'states and buffers [5-9][0-9]' ../quiet.out
     check "a run that samples with a chunk of 15000 tokens" planned $big --chunk-size 15000 --value-dim 512 --out P2
     check "a dump" planned $big --batch-size 16 --seq-len 512 --value-dim 512 --dump large.st
+    cat text text text text > large_text
+    segments="--data large_text --chunk-size 64 --seq-len 1024 --segment-len 64 --batch-size 16 --grad-accum 2 --cema-ndim 64 --model-dim 256"
+    check "a dump in segments, with carried states" planned $big $segments --carry-state --dump large.st
+    check "  needs $(sed -n 's/^memory.*states and/states and/p' ../quiet.out) MiB" grep -q 'states and buffers [4-9][0-9]' ../quiet.out
 else
     echo "skipped: the memory plan against the peak (sanitizers take memory of their own)"
 fi
