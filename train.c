@@ -94,8 +94,7 @@ static Option options[] = {
     {OPT_INT64, "seed", &s.seed, 0, (double)INT64_MAX, .help = "of initial values, data order, dropout and samples"},
     {OPT_SWITCH, "recompute", &s.recompute, .help = "keep only the inputs of layers: less memory, more time"},
     {OPT_TEXT, "segment-len", &s.segment_len, .arg = "N",
-     .help = "process sequences in segments of N tokens, with the same gradients: memory for N tokens at any --seq-len; "
-             "auto: the most that fits"},
+     .help = "process sequences in segments of N tokens: same gradients, less memory; auto: the most that fits"},
 
     {OPT_HEADING, .help = "Reports", .kept = true},
     {OPT_INT64, "print-every", &s.print_every, 1, 1e9, .help = "steps between progress lines"},
