@@ -144,11 +144,11 @@ typedef struct {
     const char *dump_path; // likewise for --dump, in all ranks
     Model *model;
     State *sample_state; // of one row; NULL if no samples are written
-    Segments segments;
-    FILE *log;         // NULL: no log
-    int64_t step;      // number of updates done
-    bool nothing_left; // the resumed run has done all its steps
-    bool failed;       // the log or the dump could not be written
+    Segments segments;   // passes over sequences, in one segment or in several
+    FILE *log;           // NULL: no log
+    int64_t step;        // number of updates done
+    bool nothing_left;   // the resumed run has done all its steps
+    bool failed;         // the log or the dump could not be written
 } Run;
 
 static volatile sig_atomic_t stop_signal; // number of the signal that asked to stop; 0: none

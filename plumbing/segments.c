@@ -17,7 +17,7 @@
 // Activations exist for one segment only. The cost is one more forward pass of all segments but the last. States wait
 // in main memory, so that the backend's memory does not depend on the length of the sequence.
 #include <stdlib.h> // defines: free
-#include <string.h> // defines: memset
+#include <unistd.h> // defines: isatty
 #include "plumbing.h"
 
 // ----------------------------------------------------------------------------
@@ -77,6 +77,22 @@ static void share(Segments *s, int64_t segment) {
 // ----------------------------------------------------------------------------
 // passes
 
+// Long passes show on a terminal, once a second, which segment is next; "" removes that line.
+static void show_progress(const Segments *s, const char *pass, int64_t segment) {
+    static double last;
+    static bool shown;
+    if (s->num_segments == 1 || ranks.rank > 0 || !isatty(STDERR_FILENO)) return;
+    if (*pass == 0) {
+        if (shown) fprintf(stderr, "\r%60s\r", "");
+        shown = false;
+    } else if (seconds() - last > 1) {
+        if (last > 0)
+            shown = fprintf(stderr, "\r%s: segment %lld of %lld ", pass, (long long)segment + 1,
+                            (long long)s->num_segments) > 0;
+        last = seconds();
+    }
+}
+
 static void forward(Segments *s, State *state, int64_t segment, const int32_t *inputs, int rows) {
     share(s, segment);
     megalodon_forward(s->model, state, inputs + s->B * split_offset(&s->split, segment), rows,
@@ -98,10 +114,12 @@ double segments_loss(Segments *s, const int32_t *inputs, const int32_t *targets,
     *counted = 0;
     for (int64_t i = 0; i < s->num_segments; i++) {
         int64_t some;
+        show_progress(s, "loss", i);
         forward(s, state, i, inputs, rows);
         sum += megalodon_loss(s->model, targets + s->B * split_offset(&s->split, i), 0, &some, NULL);
         *counted += some;
     }
+    show_progress(s, "", 0);
     return sum;
 }
 
@@ -122,6 +140,7 @@ double segments_train(Segments *s, const Pass *p) {
     double sum = 0;
     // pass 1: the state before each segment
     for (int64_t i = 0; i <= last && last > 0; i++) {
+        show_progress(s, "pass 1 of 2", i);
         if (i > 0) forward_train(s, p, state, i - 1);
         state_read(state, 0, state->bytes, kept_state(s, i));
     }
@@ -130,6 +149,7 @@ double segments_train(Segments *s, const Pass *p) {
     for (int64_t i = last; i >= 0; i--) {
         const int64_t at = s->B * split_offset(&s->split, i);
         int64_t counted;
+        show_progress(s, "pass 2 of 2, backwards", i);
         if (i < last) state_write(state, 0, state->bytes, kept_state(s, i));
         forward_train(s, p, state, i);
         if (i == last && last > 0) state_read(state, 0, state->bytes, kept_state(s, last + 1));
@@ -138,6 +158,7 @@ double segments_train(Segments *s, const Pass *p) {
         megalodon_backward(s->model, s->grad);
         if (p->dump != NULL) dump_segment(p->dump, i, p->inputs + at, p->targets + at);
     }
+    show_progress(s, "", 0);
     megalodon_dropout(s->model, NULL);
     if (p->carried != NULL && last > 0) state_write(p->carried, 0, p->carried->bytes, kept_state(s, last + 1));
     return sum;

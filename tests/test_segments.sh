@@ -145,6 +145,16 @@ plan16=$plan peak16=$peak
 check "262144 tokens in segments of 1024" measure 262144 --segment-len 1024
 # 245760 tokens more: 1.9 MiB for inputs and targets. 240 segments more: 0.1 MiB for states of 448 bytes.
 check "  the plan, $plan MiB, is $plan16 and 2.0 for tokens and states" within "$(difference "$plan16" "$plan")" 1.8 2.2
+# A step of several seconds on a terminal, which python3 provides, names the segments; elsewhere nothing is on stderr.
+slow="--data long --batch-size 1 --seq-len 24576 --segment-len 1024 --steps 1 --val-every 0 --threads 1 --dump step"
+check "a long step, whose standard error is a file" eval '"$train" $slow > out.txt 2> err.txt && [ ! -s err.txt ]'
+if command -v python3 > /dev/null && awk '/^step  / { slow = $(NF - 4) > 4000 } END { exit !slow }' out.txt; then
+    check "  a terminal: names the present segment" eval 'python3 -c "import pty, sys; pty.spawn(sys.argv[1:])" "$train" $slow > out.txt &&
+        grep -q "pass 2 of 2, backwards: segment [0-9]* of 24" out.txt'
+else
+    echo "skipped: on a terminal (no python3, or the step took less than four seconds)"
+fi
+
 if grep -q __asan_init "$train" || ! (ulimit -v 2000000 && "$train" --help > out.txt 2>&1); then
     echo "skipped: peak memory and ulimit -v (AddressSanitizer takes memory of its own)"
 else
