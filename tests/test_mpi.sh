@@ -97,6 +97,11 @@ if [ -n "$other" ]; then
         for split in 2/1 4/2 4/4; do
             check "first step, $split, ${options#"$model --data text "}" same_dump 1e-5 "$other" "${split%/*}" "${split#*/}" $options
         done
+        case $options in "$long") segment=160 ;; *) segment=16 ;; esac # 160 tokens: 4 chunks, then 13 tokens of one
+        for split in 2/1 4/2; do
+            case $split$segment in 4/2160) continue ;; esac # the last segment has one chunk
+            check "  $split, segments of $segment" same_dump 1e-5 "$other" "${split%/*}" "${split#*/}" $options --segment-len $segment
+        done
         case $options in "$all") splits="2/2 4/1 4/2 4/4" ;; *) splits= ;; esac
         for split in $splits; do
             machines=2
