@@ -427,8 +427,7 @@ static Demand memory_demand(const Run *run) {
     const Config *c = &run->config;
     const Data *d = &run->data;
     const double V = c->vocab_size, rows = (double)d->B * s.grad_accum;
-    // inputs, targets, fresh; on the rank's whole part of the sequences
-    const double batch = rows * ((double)split_own(&d->split) * 2 * sizeof(int32_t) + sizeof(bool));
+    const double fresh = rows * sizeof(bool);
     // one of these buffers exists at a time: a sample's, the largest tensor's initial values, a dump's
     const double sample = writes_samples() ? V * sizeof(real) + (double)sample_bytes(c->vocab_size) : 0;
     const double initial = s.init || s.resume ? 0 : V * c->model_dim * sizeof(real);
@@ -439,7 +438,8 @@ static Demand memory_demand(const Run *run) {
         .B = d->B,
         .split = d->split,
         .states = run_state_bytes(c, num_carried_states()) + (writes_samples() ? (double)state_bytes(c, 1, 0) : 0),
-        .host = batch + (double)reader_bytes(&d->train) + (double)reader_bytes(&d->val) + buffer,
+        .host = fresh + (double)reader_bytes(&d->train) + (double)reader_bytes(&d->val) + buffer,
+        .batch_per_token = s.grad_accum * 2.0 * sizeof(int32_t), // inputs and targets
         .host_per_token = s.dump ? dump_bytes_per_token(c) : 0,
         .segments = true,
     };

@@ -476,12 +476,13 @@ double segments_train(Segments *s, const Pass *pass);
 typedef struct {
     const Config *config;
     Mode mode;
-    int B;                 // sequences of this rank
-    Split split;           // of each sequence; the model is allocated for one segment
-    double states;         // bytes in the backend's memory beside the model and what segments need
-    double host;           // bytes in main memory, likewise
-    double host_per_token; // bytes in main memory for each token of a segment
-    bool segments;         // the program has the option --segment-len
+    int B;                  // sequences of this rank
+    Split split;            // of each sequence; the model is allocated for one segment
+    double states;          // bytes in the backend's memory beside the model and what segments need
+    double host;            // bytes in main memory, likewise
+    double batch_per_token; // bytes in main memory for each token of this rank's sequences
+    double host_per_token;  // bytes in main memory for each token of a segment
+    bool segments;          // the program has the option --segment-len
 } Demand;
 
 // Returns the plan for the model. Fatal, with the MiB needed and with what would fit, unless all of the demand fits in

@@ -155,6 +155,13 @@ else
     echo "skipped: on a terminal (no python3, or the step took less than four seconds)"
 fi
 
+# Each of the three sequences takes terabytes of main memory for its tokens, whatever the segments
+huge="$model --data text --eot 10 --batch-size 3 --seq-len 1000000000000 --val-every 0 --steps 0 --out huge"
+for n in 64 auto 1000000000000; do
+    check "sequences whose tokens do not fit, --segment-len $n" fails quiet $huge --segment-len $n
+    check "  the message names fewer tokens that fit" grep -q 'What fits: a batch of 1 x [1-9][0-9]* tokens$' quiet.out
+done
+
 if grep -q __asan_init "$train" || ! (ulimit -v 2000000 && "$train" --help > out.txt 2>&1); then
     echo "skipped: peak memory and ulimit -v (AddressSanitizer takes memory of its own)"
 else
