@@ -54,6 +54,10 @@ step "dropout" $drop
 step "dropout, two batches, recomputing" $drop --batch-size 2 --grad-accum 2 --recompute
 step "documents" --eot 10
 step "other parameters" --no-swiglu --rescale-nffn --scale-emb --share-emb --no-norm-affine
+# A dump is written 256 tokens at a time: rows of 600 tokens in three parts, those of 296 in two
+"$double" --threads 1 $small --batch-size 2 --seq-len 600 --steps 1 --dump whole.st > run.out 2>&1
+check "600 tokens: segments of 296, every tensor to 1e-11, double" equal "$double" 1e-11 296 $small --batch-size 2 --seq-len 600 --steps 1
+"$train" --threads 1 $small --steps 1 --dump whole.st > run.out 2>&1
 check "with another seed the dumps differ" fails equal "$train" 1e-5 8 $small --seed 2 --steps 1
 
 "$train" --threads 1 $small --eot 10 --steps 1 --dump batch.st > run.out 2>&1
