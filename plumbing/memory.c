@@ -31,8 +31,7 @@ static bool too_many_tokens(const Demand *d) {
 // Bytes beside the model, in main memory, and in the backend's memory.
 static double host_bytes(const Demand *d) {
     return d->host + d->batch_per_token * d->B * (double)split_own(&d->split) +
-           d->host_per_token * d->B * (double)part_length(d) +
-           segments_host_bytes(d->config, d->mode, d->B, &d->split);
+           d->host_per_token * d->B * (double)part_length(d) + segments_host_bytes(d->config, d->mode, d->B, &d->split);
 }
 static double extra_bytes(const Demand *d) {
     const double device = d->states + segments_device_bytes(d->config, d->mode, d->B, &d->split);

@@ -558,6 +558,29 @@ static void test_split_errors(void) {
     refuse_split((Split){96, 48, 8, 6, 5}, NULL);
 }
 
+// Memory for k = 4, 5, .. of 41 chunks: longest_segment must choose a length that 4 ranks can share, in which the last
+// segment has 4 chunks, too. Segments of 10 chunks leave one.
+static void test_longest_segment(void) {
+    Config config = *find_preset("demo");
+    const int C = config.chunk_size;
+    int chosen = 0;
+    bool valid = true;
+    for (int k = 4; k <= 40; k++) {
+        const MemoryPlan p = megalodon_memory(&config, MEGALODON_TRAIN, 16, (k + 3) / 4 * C);
+        Demand d = {
+            .config = &config, .mode = MEGALODON_TRAIN, .B = 16, .split = split_none(41 * C, C), .segments = true};
+        d.split.cp_size = 4;
+        d.states = (double)megalodon_available_memory(1) -
+                   (double)(p.params + p.grads + p.moments + p.activations + p.scratch) - (1 << 20);
+        d.split.segment_len = longest_segment(&d);
+        if (d.split.segment_len == 0) continue;
+        valid &= d.split.segment_len <= 41 * C && split_error(&d.split) == NULL;
+        chosen += d.split.segment_len < 41 * C;
+    }
+    printf("    %d of 37 lengths chosen\n", chosen);
+    check_true("longest segment: each of 4 ranks has a chunk of every segment", valid && chosen > 0);
+}
+
 // Whether row n of 2 rows of the batch that starts at element `batch` of other and unused, which lies as (segments, 2,
 // tokens of this rank), has this rank's tokens of a row of inputs and targets.
 static int has_parts(const Split *s, int64_t batch, int n, int row) {
@@ -768,6 +791,7 @@ int main(void) {
     test_streams();
     test_split();
     test_split_errors();
+    test_longest_segment();
     test_readers();
     unlink(path);
     return check_done();

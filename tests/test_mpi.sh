@@ -174,6 +174,13 @@ for split in 2/2 4/2 2/1; do
         --val-batches 0 --out segments --overwrite --log many.csv
     check "  give the same losses, norms and validation losses" close many.csv one.csv
 done
+# rank 0 samples alone; then the ranks share segments again
+run "$train" 1 1 $small --seq-len 48 --steps 3 --val-every 2 --out whole --overwrite --log one.csv
+for n in 48 16; do
+    check "a sample after each step, 2/2, segments of $n" run "$train" 2 2 $small --seq-len 48 --segment-len $n --steps 3 --val-every 2 --sample-every 1 \
+        --out segments --overwrite --log many.csv
+    check "  give the same losses, norms and validation losses" close many.csv one.csv
+done
 run "$train" 1 1 $carry --steps 6 --save-every 3 --out whole --overwrite --log one.csv
 check "carried states in segments of 16, 4/2" run "$train" 4 2 $carry --segment-len 16 --steps 6 --save-every 3 --out segments --overwrite --log many.csv
 check "  give the same losses and norms" close many.csv one.csv

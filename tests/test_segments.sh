@@ -54,6 +54,10 @@ step "dropout" $drop
 step "dropout, two batches, recomputing" $drop --batch-size 2 --grad-accum 2 --recompute
 step "documents" --eot 10
 step "other parameters" --no-swiglu --rescale-nffn --scale-emb --share-emb --no-norm-affine
+# A dump is written 256 tokens at a time: rows of 600 tokens in three parts, those of 296 in two
+"$double" --threads 1 $small --batch-size 2 --seq-len 600 --steps 1 --dump whole.st > run.out 2>&1
+check "600 tokens: segments of 296, every tensor to 1e-11, double" equal "$double" 1e-11 296 $small --batch-size 2 --seq-len 600 --steps 1
+"$train" --threads 1 $small --steps 1 --dump whole.st > run.out 2>&1
 check "with another seed the dumps differ" fails equal "$train" 1e-5 8 $small --seed 2 --steps 1
 
 "$train" --threads 1 $small --eot 10 --steps 1 --dump batch.st > run.out 2>&1
@@ -145,6 +149,17 @@ plan16=$plan peak16=$peak
 check "262144 tokens in segments of 1024" measure 262144 --segment-len 1024
 # 245760 tokens more: 1.9 MiB for inputs and targets. 240 segments more: 0.1 MiB for states of 448 bytes.
 check "  the plan, $plan MiB, is $plan16 and 2.0 for tokens and states" within "$(difference "$plan16" "$plan")" 1.8 2.2
+# States of 4 layers x 16 channels x 16 complex numbers of 8 bytes and a few moments: 8.2 KiB a sequence
+states() { quiet $model --num-layers 4 --cema-ndim 16 --data text --val-every 0 --steps 1 --dump measured.st "$@" &&
+    mib=$(sed -n 's/^memory.*states and buffers \([0-9.]*\).*/\1/p' quiet.out); }
+check "1024 segments of one sequence" states --batch-size 1 --seq-len 8192 --segment-len 8
+mib8=$mib
+check "  512 segments" states --batch-size 1 --seq-len 8192 --segment-len 16
+check "    the plan has 512 states, 4.1 MiB, less" within "$(difference "$mib" "$mib8")" 4 4.4
+check "two segments of 512 sequences" states --batch-size 512 --seq-len 16 --segment-len 8
+mib8=$mib
+check "  whole sequences" states --batch-size 512 --seq-len 16
+check "    the plan has four states and a gradient of a state, 20.6 MiB, less" within "$(difference "$mib" "$mib8")" 20 21.2
 # A step of several seconds on a terminal, which python3 provides, names the segments; elsewhere nothing is on stderr.
 slow="--data long --batch-size 1 --seq-len 24576 --segment-len 1024 --steps 1 --val-every 0 --threads 1 --dump step"
 check "a long step, whose standard error is a file" eval '"$train" $slow > out.txt 2> err.txt && [ ! -s err.txt ]'
