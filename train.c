@@ -361,6 +361,9 @@ static Data open_data(const Config *c) {
     d.B = ranks.num_rows;
     d.split = split_none(s.seq_len, c->chunk_size);
     d.split.cp_size = ranks.cp_size, d.split.cp_rank = ranks.cp_rank;
+    // A run in whole sequences, of which auto has recorded the length, goes on in whole sequences with any --seq-len.
+    const bool kept = s.resume && s.segment_len && !option_given(options, &s.segment_len);
+    if (kept && parse_segment_len() >= recorded.seq_len) s.segment_len = NULL;
     if (s.segment_len && strcmp(s.segment_len, "auto") != 0) {
         const int64_t N = parse_segment_len();
         d.split.segment_len = N < s.seq_len ? N : s.seq_len;

@@ -205,6 +205,8 @@ else
     check "    the same model and moments, bit for bit" same auto/step-00000002 resumed/step-00000002
     check "  without a limit: the whole sequence" eval 'quiet $auto --segment-len auto --steps 0 --out free &&
         grep -q "^segment-len 65536$" free/options.txt && ! grep -q segments quiet.out'
+    check "  resumed with a longer --seq-len: whole sequences, too" eval 'quiet --resume free --seq-len 66000 --steps 1 &&
+        ! grep -q segments quiet.out'
     check "a model too large for segments" fails limited $auto --model-dim 8192 --segment-len auto --steps 0 --out refused
     check "  is told so" grep -q 'mostly because of parameters, gradients and moments: use a smaller model' quiet.out
 
