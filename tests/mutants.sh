@@ -244,7 +244,7 @@ nffn_forward: gate_forward(s->hidden, a->f3, a->f1  =>  gate_forward(s->hidden, 
 nffn_backward: linear_backward(du, c->swiglu  =>  linear_backward(du, 0
 block_forward: m->acts_layer = layer  =>  m->acts_layer = 0
 block_again: m->acts_layer == layer  =>  m->acts_layer >= 0
-block_backward: s->dx, s->dy, s->dx  =>  s->dx, s->dy, NULL
+block_backward: dstate, s->dy, s->dx  =>  dstate, s->dy, NULL
 embedding_scale: sqrt(c->model_dim)  =>  1
 megalodon_forward: parallel ? m->cp_length : L  =>  parallel ? m->cp_length : 1
 megalodon_forward: parallel ? m->cp_length : L  =>  L
