@@ -105,8 +105,8 @@ extern const Preset megalodon_presets[NUM_PRESETS]; // in plumbing/params.c
 // One layer's parameters. Tensors that the configuration does not have are NULL: rmsnorm_weight, norm_weight and
 // norm_bias without norm_affine, alpha without rescale_nffn, fc3 without swiglu.
 typedef struct {
-    real *gamma, *beta;                    // (2,Z) scale and shift of q (row 0) and k (row 1)
-    real *timenorm_weight, *timenorm_bias; // (D)
+    real *gamma, *beta; // (2,Z) scale and shift of q (row 0) and k (row 1)
+    real *timenorm_weight, *timenorm_bias;                                // (D)
     real *cema_alpha, *cema_delta, *cema_theta, *cema_gamma, *cema_omega; // (D,N) (D,N) (D) (D,N,2) (D)
     real *rmsnorm_weight;                                                 // (D)
     real *wv, *wv_bias, *wz, *wz_bias, *wr, *wr_bias, *wh1, *wh1_bias;    // (out,D) and (out)
@@ -314,7 +314,8 @@ State state_point(void *memory, const Config *config, int B, int whole_chunks);
 State *state_new(const Config *config, int B, int whole_chunks);
 void state_free(State *state);
 void state_reset(State *state, int row); // sets one row to the state before the first token
-void state_read(const State *state, size_t first, size_t bytes, void *dst); // `first` counts bytes, here and below
+// Copy bytes first .. first + bytes - 1 of the state's memory. On a GPU, src and dst may also be device memory.
+void state_read(const State *state, size_t first, size_t bytes, void *dst);
 void state_write(State *state, size_t first, size_t bytes, const void *src);
 
 // The gradient of the loss with respect to a state, for training on a sequence in segments (plumbing/segments.c). A
@@ -326,10 +327,10 @@ void state_write(State *state, size_t first, size_t bytes, const void *src);
 // W and mean V are nearly equal where the mean is large.
 typedef struct {
     int B;
-    size_t bytes, modes; // of memory; 2*N*D
-    void *memory;        // one allocation of the backend, which both of the following point into
-    double *sums;        // (num_layers+1, B, G, 3) U, V, W of each TimestepNorm
-    real *h;             // (num_layers, B, 2, N, D) dL/dh
+    size_t bytes; // of memory
+    void *memory; // one allocation of the backend, which both of the following point into
+    double *sums; // (num_layers+1, B, G, 3) U, V, W of each TimestepNorm
+    real *h;      // (num_layers, B, 2, N, D) dL/dh
 } StateGrad;
 
 size_t state_grad_bytes(const Config *config, int B);

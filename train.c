@@ -206,6 +206,8 @@ static void check_resumed_settings(void) {
                     s.batch_size, s.grad_accum, s.resume, recorded.batch_size, recorded.grad_accum);
 }
 
+static bool segment_len_is_auto(void) { return s.segment_len && strcmp(s.segment_len, "auto") == 0; }
+
 // The number of --segment-len; 0 if it is none.
 static int64_t parse_segment_len(void) {
     char *end;
@@ -233,7 +235,7 @@ static void check_settings(void) {
     if (s.batch && (s.eval || s.data || s.val_data || s.eot >= 0 || s.carry_state))
         usage_error("--batch does not go with --data, --val-data, --eval, --eot, --carry-state");
     if (s.dump && s.steps == 0) usage_error("--dump: with --steps 0 there is no step to dump");
-    if (s.segment_len && strcmp(s.segment_len, "auto") != 0 && parse_segment_len() < 1)
+    if (s.segment_len && !segment_len_is_auto() && parse_segment_len() < 1)
         usage_error("--segment-len %s: it is a number of tokens, or auto", s.segment_len);
     if (!s.eval && s.resume) check_resumed_settings();
     if (s.threads > 0) megalodon_threads(s.threads);
@@ -361,10 +363,7 @@ static Data open_data(const Config *c) {
     d.B = ranks.num_rows;
     d.split = split_none(s.seq_len, c->chunk_size);
     d.split.cp_size = ranks.cp_size, d.split.cp_rank = ranks.cp_rank;
-    // A run in whole sequences, of which auto has recorded the length, goes on in whole sequences with any --seq-len.
-    const bool kept = s.resume && s.segment_len && !option_given(options, &s.segment_len);
-    if (kept && parse_segment_len() >= recorded.seq_len) s.segment_len = NULL;
-    if (s.segment_len && strcmp(s.segment_len, "auto") != 0) {
+    if (s.segment_len && !segment_len_is_auto()) {
         const int64_t N = parse_segment_len();
         d.split.segment_len = N < s.seq_len ? N : s.seq_len;
         if (split_error(&d.split) != NULL) usage_error("%s", split_error(&d.split));
@@ -448,16 +447,18 @@ static Demand memory_demand(const Run *run) {
     };
 }
 
-// With --segment-len auto, chooses the longest segments that fit on all ranks. options.txt gets the number, so that a
-// resumed run has the same rounding.
+// Replaces --segment-len auto by the longest segments that fit on all ranks, or by none if whole sequences do.
+// options.txt gets the number, so that a resumed run has the same rounding.
 static void choose_segment_len(Run *run) {
     static char text[24];
     Split *split = &run->data.split;
-    if (s.segment_len == NULL || strcmp(s.segment_len, "auto") != 0) return;
+    if (!segment_len_is_auto()) return;
     const Demand demand = memory_demand(run);
     const int64_t longest = (int64_t)ranks_min((double)longest_segment(&demand));
-    if (longest > 0) split->segment_len = longest; // otherwise check_memory says what is missing
-    snprintf(text, sizeof text, "%lld", (long long)split->segment_len);
+    s.segment_len = NULL;
+    if (longest == 0 || longest == split->length) return; // if nothing fits, check_memory says what is missing
+    split->segment_len = longest;
+    snprintf(text, sizeof text, "%lld", (long long)longest);
     s.segment_len = text;
 }
 

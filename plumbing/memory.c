@@ -50,13 +50,17 @@ static double plan_mib(MemoryPlan *p, const Demand *d, double available) {
     return ((double)plan_total(p) + extra_bytes(d)) / MIB;
 }
 
+// Main memory for what host_bytes() counts, where the model is elsewhere.
+static double host_available(void) {
+    return megalodon_on_gpu() ? (double)host_memory(ranks.local_size, 0) : INFINITY;
+}
 static double available_mib(void) { return (double)megalodon_available_memory(ranks.local_size) / MIB; }
 
 static bool fits(Demand d, Mode mode, int B, int64_t length, int64_t segment_len) {
     MemoryPlan plan;
     const double available = available_mib();
     d.mode = mode, d.B = B, d.split.length = length, d.split.segment_len = segment_len;
-    return plan_mib(&plan, &d, available) <= available;
+    return host_bytes(&d) <= host_available() && plan_mib(&plan, &d, available) <= available;
 }
 
 // Activations grow with the length of a segment, and the states between segments with their number, so that the lengths
@@ -135,17 +139,16 @@ static void suggest(char help[224], const Demand *demand) {
 }
 
 MemoryPlan check_memory(const Demand *d, double *extra) {
-    const double host_available = megalodon_on_gpu() ? (double)host_memory(ranks.local_size, 0) : INFINITY;
     const Split *split = &d->split;
     const bool segments = split_segments(split) > 1;
     char size[128], among[48] = "", of[48] = "";
     if (split->cp_size > 1) snprintf(among, sizeof among, " among %d chunk-parallel ranks", split->cp_size);
     if (segments) snprintf(of, sizeof of, " in segments of %lld", (long long)split->segment_len);
     snprintf(size, sizeof size, "%d x %lld tokens%s%s", d->B, (long long)split->length, among, of);
-    if (host_bytes(d) > host_available)
+    if (host_bytes(d) > host_available())
         fatal("buffers for %s in main memory need %.0f MiB; %.0f MiB are available%s: use a smaller --batch-size, "
               "--seq-len or --grad-accum%s",
-              size, host_bytes(d) / MIB, host_available / MIB, host_memory_limit(),
+              size, host_bytes(d) / MIB, host_available() / MIB, host_memory_limit(),
               segments ? ", or a larger --segment-len" : "");
     const double available = available_mib();
     const char *limit = megalodon_on_gpu() ? "" : host_memory_limit();

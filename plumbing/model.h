@@ -121,20 +121,13 @@ enum { NUM_ACTIVATION_ROWS = sizeof activation_table / sizeof activation_table[0
 
 static int width_of(const Dims *d, char letter) {
     switch (letter) {
-    case 'D':
-        return d->D;
-    case 'Z':
-        return d->Z;
-    case 'E':
-        return d->E;
-    case 'F':
-        return d->F;
-    case 'G':
-        return d->G;
-    case 'H':
-        return d->H;
-    default:
-        return 1;
+    case 'D': return d->D;
+    case 'Z': return d->Z;
+    case 'E': return d->E;
+    case 'F': return d->F;
+    case 'G': return d->G;
+    case 'H': return d->H;
+    default: return 1;
     }
 }
 
@@ -476,9 +469,9 @@ void state_write(State *s, size_t first, size_t bytes, const void *src) {
 
 // TimestepNorm's sums come first, then CEMA's dL/dh. memory NULL: only computes the sizes.
 static StateGrad state_grad_point(void *memory, const Config *c, int B) {
-    size_t modes = (size_t)2 * c->cema_ndim * c->model_dim;
     size_t sums = (size_t)(c->num_layers + 1) * B * c->norm_num_groups * 3 * sizeof(double);
-    StateGrad g = {B, sums + (size_t)c->num_layers * B * modes * sizeof(real), modes, memory, NULL, NULL};
+    size_t h = (size_t)c->num_layers * B * 2 * c->cema_ndim * c->model_dim * sizeof(real);
+    StateGrad g = {B, sums + h, memory, NULL, NULL};
     if (memory) g.sums = (double *)memory, g.h = (real *)(void *)((char *)memory + sums);
     return g;
 }
@@ -621,8 +614,11 @@ static void *all_gather(Model *m, size_t bytes) {
 // Memory for the combined result, after the gathered ones. It starts as a copy of `start`; NULL: as zeros.
 static void *combined(Model *m, const void *start, size_t bytes) {
     void *memory = m->exchange + ((size_t)m->cp.cp_size + 1) * bytes;
-    if (start) memory_copy(memory, start, bytes);
-    if (!start) memory_clear(memory, bytes);
+    if (start) {
+        memory_copy(memory, start, bytes);
+    } else {
+        memory_clear(memory, bytes);
+    }
     return memory;
 }
 

@@ -441,7 +441,7 @@ typedef struct {
     int64_t num_segments;
     State *state;     // of the segment that runs; NULL with one segment
     StateGrad *grad;  // gradient w.r.t. its outgoing state; NULL with one segment, or without a backward pass
-    char *kept;       // (num_segments + 1, bytes of a state) in main memory: the states between segments
+    char *kept;       // (num_segments, bytes of a state) in main memory: the state before each segment
     int64_t *lengths; // (cp_size) tokens of the present segment that each chunk-parallel rank has
     bool parallel;    // chunk parallelism is on, with these lengths
 } Segments;

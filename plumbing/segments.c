@@ -30,7 +30,7 @@ double segments_device_bytes(const Config *c, Mode mode, int B, const Split *spl
 
 double segments_host_bytes(const Config *c, Mode mode, int B, const Split *split) {
     const int64_t n = split_segments(split);
-    return n == 1 || mode == MEGALODON_INFER ? 0 : (double)(n + 1) * (double)state_bytes(c, B, 1);
+    return n == 1 || mode == MEGALODON_INFER ? 0 : (double)n * (double)state_bytes(c, B, 1);
 }
 
 void segments_open(Segments *s, Model *model, const Config *c, Mode mode, int B, const Split *split) {
@@ -42,7 +42,7 @@ void segments_open(Segments *s, Model *model, const Config *c, Mode mode, int B,
     if (mode == MEGALODON_INFER) return;
     s->grad = state_grad_new(c, B);
     if (s->grad == NULL) fatal("out of memory for the gradient of a state");
-    s->kept = allocate((size_t)s->num_segments + 1, s->state->bytes);
+    s->kept = allocate((size_t)s->num_segments, s->state->bytes);
 }
 
 void segments_close(Segments *s) {
@@ -77,12 +77,12 @@ static void share(Segments *s, int64_t segment) {
 // ----------------------------------------------------------------------------
 // passes
 
-// Long passes show on a terminal, once a second, which segment is next; "" removes that line.
+// Long passes show on a terminal, once a second, which segment is next. pass NULL: removes that line.
 static void show_progress(const Segments *s, const char *pass, int64_t segment) {
     static double last;
     static bool shown;
     if (s->num_segments == 1 || ranks.rank > 0 || !isatty(STDERR_FILENO)) return;
-    if (*pass == 0) {
+    if (pass == NULL) {
         if (shown) fprintf(stderr, "\r%60s\r", "");
         shown = false;
     } else if (seconds() - last > 1) {
@@ -99,31 +99,24 @@ static void forward(Segments *s, State *state, int64_t segment, const int32_t *i
                       (int)split_part(&s->split, segment, s->split.cp_rank).count);
 }
 
-// The state that the first segment starts from, of `rows` sequences: fresh, or a copy of `carried`.
-static State *first_state(Segments *s, State *carried, int rows) {
-    if (s->state == NULL) return carried;
-    *s->state = state_point(s->state->memory, s->config, rows, 1);
-    for (int b = 0; b < rows && carried == NULL; b++) state_reset(s->state, b);
-    if (carried != NULL) state_write(s->state, 0, carried->bytes, carried->memory);
-    return s->state;
-}
-
 double segments_loss(Segments *s, const int32_t *inputs, const int32_t *targets, int rows, int64_t *counted) {
-    State *state = first_state(s, NULL, rows);
+    State first = {0}; // of the first `rows` sequences, in the memory of s->state
+    if (s->state != NULL) first = state_point(s->state->memory, s->config, rows, 1);
+    for (int b = 0; b < first.B; b++) state_reset(&first, b);
     double sum = 0;
     *counted = 0;
     for (int64_t i = 0; i < s->num_segments; i++) {
         int64_t some;
         show_progress(s, "loss", i);
-        forward(s, state, i, inputs, rows);
+        forward(s, s->state != NULL ? &first : NULL, i, inputs, rows);
         sum += megalodon_loss(s->model, targets + s->B * split_offset(&s->split, i), 0, &some, NULL);
         *counted += some;
     }
-    show_progress(s, "", 0);
+    show_progress(s, NULL, 0);
     return sum;
 }
 
-// The memory of the state before a segment; for the number of segments: that after the last one.
+// The memory of the state before a segment.
 static char *kept_state(Segments *s, int64_t segment) { return s->kept + (size_t)segment * s->state->bytes; }
 
 // Forward pass of a segment with the dropout masks of its place in the sequence.
@@ -134,32 +127,37 @@ static void forward_train(Segments *s, const Pass *p, State *state, int64_t segm
     forward(s, state, segment, p->inputs, s->B);
 }
 
+// Pass 1: the state before each segment.
+static void keep_states(Segments *s, const Pass *p) {
+    for (int b = 0; b < s->B && p->carried == NULL; b++) state_reset(s->state, b);
+    if (p->carried != NULL) state_write(s->state, 0, s->state->bytes, p->carried->memory);
+    for (int64_t i = 0; i < s->num_segments; i++) {
+        show_progress(s, "pass 1 of 2", i);
+        if (i > 0) forward_train(s, p, s->state, i - 1);
+        state_read(s->state, 0, s->state->bytes, kept_state(s, i));
+    }
+}
+
 double segments_train(Segments *s, const Pass *p) {
     const int64_t last = s->num_segments - 1;
-    State *state = first_state(s, p->carried, s->B);
+    State *state = last > 0 ? s->state : p->carried;
     double sum = 0;
-    // pass 1: the state before each segment
-    for (int64_t i = 0; i <= last && last > 0; i++) {
-        show_progress(s, "pass 1 of 2", i);
-        if (i > 0) forward_train(s, p, state, i - 1);
-        state_read(state, 0, state->bytes, kept_state(s, i));
-    }
+    if (last > 0) keep_states(s, p);
     if (last > 0) state_grad_zero(s->grad); // no loss depends on the state after the last segment
-    // pass 2: from the last segment to the first. s->grad: in: dL/d(state after the segment); out: before it
+    // Pass 2: from the last segment to the first. s->grad: in: dL/d(state after the segment); out: before it
     for (int64_t i = last; i >= 0; i--) {
         const int64_t at = s->B * split_offset(&s->split, i);
         int64_t counted;
         show_progress(s, "pass 2 of 2, backwards", i);
         if (i < last) state_write(state, 0, state->bytes, kept_state(s, i));
         forward_train(s, p, state, i);
-        if (i == last && last > 0) state_read(state, 0, state->bytes, kept_state(s, last + 1));
+        if (i == last && last > 0 && p->carried != NULL) state_write(p->carried, 0, state->bytes, state->memory);
         sum += megalodon_loss(s->model, p->targets + at, p->grad_scale, &counted, NULL);
         megalodon_on_grad_ready(s->model, i == 0 ? p->on_grad_ready : NULL);
         megalodon_backward(s->model, s->grad);
         if (p->dump != NULL) dump_segment(p->dump, i, p->inputs + at, p->targets + at);
     }
-    show_progress(s, "", 0);
+    show_progress(s, NULL, 0);
     megalodon_dropout(s->model, NULL);
-    if (p->carried != NULL && last > 0) state_write(p->carried, 0, p->carried->bytes, kept_state(s, last + 1));
     return sum;
 }

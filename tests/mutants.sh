@@ -283,8 +283,8 @@ attention_backward: dscores = scores + (size_t)threads * QUERY_TILE * C  =>  dsc
 read_past: (int)(counts[b] % m->dims.C)  =>  0
 read_past: (int)(counts[b] % m->dims.C)  =>  (int)counts[b]
 cema_layer_backward: dh = combined(m, whole, modes  =>  dh = combined(m, NULL, modes
-combined: if (!start) memory_clear  =>  if (0) memory_clear
-combined: if (start) memory_copy  =>  if (0) memory_copy
+combined: memory_clear(memory, bytes)  =>  (void)0
+combined: memory_copy(memory, start, bytes)  =>  (void)0
 mega_forward: if (!residual) add(a->y, x  =>  if (0) add(a->y, x
 nffn_forward: if (!residual) add(out, x  =>  if (0) add(out, x
 nffn_forward: mask.p > 0 || c->rescale_nffn ? NULL : x  =>  mask.p > 0 ? NULL : x
