@@ -47,6 +47,15 @@ typedef struct {
     int step, batch, nq, nk, h;
 } RunTile;
 
+#ifdef HOPPER_KERNELS // attention_hopper.cuh
+static bool attention_hopper_supports(const int *past, Mask mask, Dims d);
+static size_t attention_hopper_scores(Dims d);
+static void attention_hopper_forward(floatX *o, float *lse, floatX *scores, const floatX *q, const floatX *k,
+                                     const floatX *v, Dims d);
+static void attention_hopper_backward(floatX *dq, floatX *dk, floatX *dv, floatX *scores, const floatX *dout,
+                                      const float *lse, const floatX *q, const floatX *k, const floatX *v, Dims d);
+#endif
+
 static int run_count(Dims d) { return d.L % d.C == 0 ? 1 : ceil_div(d.L, d.C); }
 static Run run_number(int i, Dims d) {
     if (d.L % d.C == 0) return Run{0, d.C, d.B * (d.L / d.C), d.C};
@@ -70,7 +79,11 @@ static bool attention_fast_supports(const int *past, Dims d) {
 // Elements of the scores that exist at a time; 0 if no call is supported.
 static size_t attention_fast_scores(Dims d) {
     if (!attention_fast_supports(NULL, d)) return 0;
-    return min_int(chunks_at_once(d), d.B * ceil_div(d.L, d.C)) * chunk_scores(d);
+    size_t most = min_int(chunks_at_once(d), d.B * ceil_div(d.L, d.C)) * chunk_scores(d);
+#ifdef HOPPER_KERNELS
+    if (attention_hopper_scores(d) > most) most = attention_hopper_scores(d);
+#endif
+    return most;
 }
 
 // The row of query i of the tile, and the mask's index of its first key.
@@ -173,10 +186,9 @@ static void attention_fast_tile(floatX *o, float *lse, floatX *scores, const flo
     matmul_fast_batched(o, d.E, e, P, V, nq, dv, nk, 0, tile.batch);
 }
 
-static void attention_fast_forward(floatX *o, float *lse, float *cache_k, float *cache_v, floatX *scores,
-                                   const floatX *q, const floatX *k, const floatX *v, const int *past, Mask mask,
-                                   Dims d) {
-    (void)past; // all 0
+static void attention_runs(floatX *o, float *lse, floatX *scores, const floatX *q, const floatX *k, const floatX *v,
+                           Mask mask, Dims d) {
+    HOPPER(attention_hopper_supports(NULL, mask, d), attention_hopper_forward(o, lse, scores, q, k, v, d));
     int dz = d.Z / d.H, dv = d.E / d.H;
     for (int r = 0; r < run_count(d); r++) {
         Run run = run_number(r, d);
@@ -194,6 +206,13 @@ static void attention_fast_forward(floatX *o, float *lse, float *cache_k, float 
             }
         }
     }
+}
+
+static void attention_fast_forward(floatX *o, float *lse, float *cache_k, float *cache_v, floatX *scores,
+                                   const floatX *q, const floatX *k, const floatX *v, const int *past, Mask mask,
+                                   Dims d) {
+    (void)past; // all 0
+    attention_runs(o, lse, scores, q, k, v, mask, d);
     int left = d.L % d.C; // tokens of an unfinished last chunk
     for (int b = 0; cache_k && b < d.B; b++) cache_chunk(cache_k, cache_v, k, v, b, d.L - left, 0, left, d);
 }
@@ -222,6 +241,8 @@ static void attention_fast_tile_backward(RunTensors a, const float *lse, RunTile
 static void attention_fast_backward(floatX *dq, floatX *dk, floatX *dv_out, floatX *scores, const floatX *dout,
                                     const float *lse, const floatX *q, const floatX *k, const floatX *v, Mask mask,
                                     Dims d) {
+    HOPPER(attention_hopper_supports(NULL, mask, d),
+           attention_hopper_backward(dq, dk, dv_out, scores, dout, lse, q, k, v, d));
     int dz = d.Z / d.H, dv = d.E / d.H;
     floatX *dscores = scores + attention_fast_scores(d);
     for (int r = 0; r < run_count(d); r++) {

@@ -318,7 +318,7 @@ static __device__ uint32_t *box_word(floatX *box, int r, int j) {
 }
 
 // Writes words (2,8), rows r and r + 8, through the next of the consumer's boxes.
-static __device__ void write_box(const Shared *s, int consumer, int *box, const uint32_t words[16],
+static __device__ const floatX *write_box(const Shared *s, int consumer, int *box, const uint32_t words[16],
                                  const CUtensorMap *map, int column, int row, int layer) {
     floatX *to = s->boxes + (consumer * OUT_BOXES + *box) * OUT_BOX;
     int r = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
@@ -330,6 +330,19 @@ static __device__ void write_box(const Shared *s, int consumer, int *box, const 
     fence_for_copy_engine();
     consumer_sync(consumer);
     if (threadIdx.x % 128 == 0) store_box(map, to, column, row, layer);
+    return to;
+}
+
+// Parts of sums over rows: each warp leaves those of 16 rows of a box, a thread those of two columns. sums (R/16,D).
+static __device__ void sum_columns(float *sums, const floatX *box, int row, int column, int D) {
+    int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, c = column + 2 * lane;
+    float2 sum = make_float2(0, 0);
+#pragma unroll
+    for (int r = 16 * warp; r < 16 * warp + 16; r++) {
+        float2 x = unpack(*(const uint32_t *)(box + r * BOX + (lane / 4 ^ r % 8) * 8 + lane % 4 * 2));
+        sum.x += x.x, sum.y += x.y;
+    }
+    if (c < D) *(float2 *)(sums + (size_t)(row / 16 + warp) * D + c) = sum;
 }
 
 template <int A_T, int B_T, class E>
@@ -342,35 +355,38 @@ static __device__ void consume(const Product *p, const Shared *s, const E &e, in
         multiply_tile<A_T, B_T>(d, s, &ring, t.end - t.begin, consumer);
         int piece = p->column_pieces ? piece_of(p, t.n) : 0, first = piece > 0 ? p->end[piece - 1] : 0;
         int row = (2 * t.m + s->block) * TILE_M + consumer * 64, column = (t.n - first) * TILE_N;
-        float2 of_rows = e.rows(t, row + r, row + r + 8);
+        int c = column + lane % 4 * 2; // this thread's first column
+        typename E::Rows rows = e.begin(d, t, row + r, c);
 #pragma unroll
         for (int g = 0; g < TILE_N / BOX; g++) {
-            const int boxes = E::INPUTS ? 2 / (E::INPUTS ? E::INPUTS : 1) : 1; // groups in a slot
-            floatX *in = s->slots + ring.slot * SLOT + (E::INPUTS == 1 ? g % 2 : 0) * TILE_M * BOX;
+            const int boxes = E::INPUTS == 1 ? 2 : 1; // groups of columns in a slot
+            floatX *in = s->slots + ring.slot * SLOT + g % boxes * TILE_M * BOX;
             uint32_t words[E::OUTPUTS][16];
             if (E::INPUTS && g % boxes == 0) barrier_wait(s->full + ring.slot, ring.round & 1);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                int c = column + g * BOX + j * 8 + lane % 4 * 2;
-                float2 of_columns = e.columns(piece, c);
+                float2 of_columns = e.columns(piece, c + g * BOX + 8 * j);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    float2 x = make_float2(d[4 * (8 * g + j) + 2 * half], d[4 * (8 * g + j) + 2 * half + 1]);
+                    const float *x = d + 4 * (8 * g + j) + 2 * half;
                     float2 inputs[E::INPUTS + 1], outputs[E::OUTPUTS];
 #pragma unroll
                     for (int k = 0; k < E::INPUTS; k++)
                         inputs[k] = unpack(*box_word(in + k * TILE_M * BOX, consumer * 64 + r + 8 * half, j));
-                    e.apply(outputs, x, inputs, half ? of_rows.y : of_rows.x, of_columns, row + r + 8 * half, c);
+                    e.apply(outputs, make_float2(x[0], x[1]), inputs, of_columns, &rows, half, c + g * BOX + 8 * j);
 #pragma unroll
                     for (int k = 0; k < E::OUTPUTS; k++) words[k][8 * half + j] = pack(outputs[k].x, outputs[k].y);
                 }
             }
             if (E::INPUTS && g % boxes == boxes - 1) release(s, ring.slot), ring_next(&ring);
 #pragma unroll
-            for (int k = 0; k < E::OUTPUTS; k++)
-                write_box(s, consumer, &box, words[k], &p->outputs[p->column_pieces ? piece : k], column + g * BOX, row,
-                          t.layer);
+            for (int k = 0; k < E::OUTPUTS; k++) {
+                const floatX *written = write_box(s, consumer, &box, words[k], &p->outputs[p->column_pieces ? piece : k],
+                                                  column + g * BOX, row, t.layer);
+                if (k == E::SUMMED) sum_columns(e.sums, written, row, column + g * BOX, e.columns_of_sums);
+            }
         }
+        e.end(&rows, t);
     }
     if (threadIdx.x % 128 == 0) wait_stores_read<0>();
 }
@@ -404,25 +420,95 @@ static __global__ __cluster_dims__(2) __launch_bounds__(HOPPER_THREADS, 1) void 
 }
 
 // ----------------------------------------------------------------------------
-// epilogues: INPUTS matrices read, OUTPUTS written, both with the layout of the result
+// epilogues: INPUTS matrices read, OUTPUTS written, all with the layout of the result
 //
-// apply(): outputs of two neighbours of row `row`, columns c and c + 1, from their products x and inputs; rows() and
-// columns() fetch what is needed once for a row or column.
+// begin()    before the tile is worked on: what the thread's rows r and r + 8 need (Rows)
+// columns()  what columns c and c + 1 need
+// apply()    the outputs of two neighbours, columns c and c + 1 of row r + 8 half, from their product x and the inputs
+// end()      after the tile: what the rows leave
+// SUMMED     the output whose sums over rows are left in sums (R/16,D); -1: none
 
-struct Plain { // C = A B + bias
+struct NoRows {};
+struct Epilogue { // what most epilogues do not need
+    typedef NoRows Rows;
+    enum { SUMMED = -1, columns_of_sums = 0 };
+    static constexpr float *sums = NULL;
+    __device__ NoRows begin(const float *, ClusterTile, int, int) const { return NoRows(); }
+    __device__ float2 columns(int, int) const { return make_float2(0, 0); }
+    template <class R> __device__ void end(const R *, ClusterTile) const {}
+};
+
+static __device__ float sigmoid_fast(float x) { return __fdividef(1, 1 + __expf(-x)); }
+static __device__ float2 rounded_pair(float2 x) { return unpack(pack(x.x, x.y)); }
+
+// out = product + bias
+struct Plain : Epilogue {
     enum { INPUTS = 0, OUTPUTS = 1 };
-    const floatX *bias[MAX_PIECES];
-    __device__ float2 rows(ClusterTile, int, int) const { return make_float2(0, 0); }
-    __device__ float2 columns(int piece, int c) const {
-        return bias[piece] ? unpack(*(const uint32_t *)(bias[piece] + c)) : make_float2(0, 0);
+    const floatX *bias; // or NULL
+    __device__ float2 columns(int, int c) const {
+        return bias ? unpack(*(const uint32_t *)(bias + c)) : make_float2(0, 0);
     }
-    __device__ void apply(float2 *out, float2 x, const float2 *, float, float2 b, int, int) const {
+    __device__ void apply(float2 *out, float2 x, const float2 *, float2 b, NoRows *, int, int) const {
         out[0] = make_float2(x.x + b.x, x.y + b.y);
+    }
+};
+
+// pre = product + bias, out = silu(pre)
+struct Silu : Epilogue {
+    enum { INPUTS = 0, OUTPUTS = 2 };
+    const floatX *bias; // or NULL
+    int D;
+    __device__ float2 columns(int, int c) const {
+        return bias && c < D ? unpack(*(const uint32_t *)(bias + c)) : make_float2(0, 0);
+    }
+    __device__ void apply(float2 *out, float2 x, const float2 *, float2 b, NoRows *, int, int) const {
+        out[0] = x = rounded_pair(make_float2(x.x + b.x, x.y + b.y));
+        out[1] = make_float2(x.x * sigmoid_fast(x.x), x.y * sigmoid_fast(x.y));
+    }
+};
+
+// The product is the gradient d w.r.t. silu(x), x the input. With s = sigmoid(x): dx = d s (1 + x (1 - s)), and x s.
+struct SiluBackward : Epilogue {
+    enum { INPUTS = 1, OUTPUTS = 2 };
+    static __device__ void one(float *dx, float *out, float d, float x) {
+        float s = sigmoid_fast(x);
+        *dx = d * (s * (1 + x * (1 - s))), *out = x * s;
+    }
+    __device__ void apply(float2 *out, float2 d, const float2 *x, float2, NoRows *, int, int) const {
+        one(&out[0].x, &out[1].x, d.x, x[0].x), one(&out[0].y, &out[1].y, d.y, x[0].y);
+    }
+};
+
+// The product is the gradient d w.r.t. a silu(b), a and b the inputs. With s = sigmoid(b): da = d b s,
+// db = d a s (1 + b (1 - s)), and a b s. The sums of db over rows are the gradient of a bias in b.
+struct GateBackward : Epilogue {
+    enum { INPUTS = 2, OUTPUTS = 3, SUMMED = 1 };
+    float *sums;
+    int columns_of_sums;
+    static __device__ void one(float *da, float *db, float *out, float d, float a, float b) {
+        float s = sigmoid_fast(b), silu = b * s;
+        *da = d * silu, *db = d * (a * (s * (1 + b * (1 - s)))), *out = a * silu;
+    }
+    __device__ void apply(float2 *out, float2 d, const float2 *x, float2, NoRows *, int, int) const {
+        one(&out[0].x, &out[1].x, &out[2].x, d.x, x[0].x, x[1].x);
+        one(&out[0].y, &out[1].y, &out[2].y, d.y, x[0].y, x[1].y);
     }
 };
 
 // ----------------------------------------------------------------------------
 // host: tensor maps and launches
+
+// Was this program compiled for sm_90a, and not only for others?
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+static __device__ int hopper_code = 1;
+#else
+static __device__ int hopper_code;
+#endif
+static int has_hopper_code(void) {
+    int has = 0;
+    cudaCheck(cudaMemcpyFromSymbol(&has, hopper_code, sizeof has));
+    return has;
+}
 
 typedef CUresult (*EncodeTiled)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                                 const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,

@@ -10,6 +10,8 @@ replaces plain functions of megalodon.cu, which call it in a line FAST(supported
     norms.cuh          rmsnorm_*, layernorm_*: rows in registers; sum_rows of biases
     qk.cuh             qk_layer_*: norm, affine map and rotation in one kernel
     attention.cuh      attention_*: all chunks in one batch, softmax on vectors
+    hopper.cuh         products whose result is worked on while it is in registers; for Hopper GPUs
+    attention_hopper.cuh  attention_* with them
     loss.cuh           cross_entropy: softmax on vectors
     decode.cuh         megalodon_forward for one token: seven kernels for each layer (gemv.cuh)
 */
@@ -24,6 +26,10 @@ replaces plain functions of megalodon.cu, which call it in a line FAST(supported
 #include "norms.cuh"
 #include "qk.cuh"
 #include "attention.cuh"
+#ifdef HOPPER_KERNELS
+#include "hopper.cuh"
+#include "attention_hopper.cuh"
+#endif
 #include "loss.cuh"
 #include "gemv.cuh"
 
@@ -34,6 +40,9 @@ static size_t fast_workspace(Dims d) {
     const size_t sizes[] = {timestep_norm_fast_workspace(d), cema_fast_workspace(d), norms_fast_workspace(d),
                             qk_fast_workspace(d), decode_workspace(d)};
     size_t max = 0;
+#ifdef HOPPER_KERNELS
+    max = attention_hopper_workspace(d);
+#endif
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) max = sizes[i] > max ? sizes[i] : max;
     return max;
 }

@@ -4,10 +4,22 @@
 
 enum { BLAS_WORKSPACE = 1 << 25 }; // bytes of cuBLAS's workspace
 
+// HOPPER(supported, call): if the GPU is a Hopper (compute capability 9.0) and one of its own kernels supports this case,
+// returns by calling it.
+#if defined FAST_KERNELS && defined __CUDACC__ && CUDART_VERSION >= 12050
+#define HOPPER_KERNELS
+#define HOPPER(supported, call)                                                                                        \
+    if (gpu.hopper && (supported)) return call
+static int has_hopper_code(void);
+#else
+#define HOPPER(supported, call)
+#endif
+
 static struct {
     int open;          // the fields below are set
     int devices;       // GPUs of this machine
     int plain;         // no kernel of kernels/ is used: there are none, or MEGALODON_PLAIN is set
+    int hopper;        // kernels for compute capability 9.0 can be used
     int has_pdl;       // supports programmatic dependent launch (compute capability 9.0 or more)
     size_t max_shared; // bytes of shared memory that a thread block can have
     char name[300];    // for megalodon_backend()
@@ -111,6 +123,9 @@ static int backend_open(int allocate) {
     gpu.plain = 1;
 #endif
     gpu.has_pdl = properties.major >= 9;
+#ifdef HOPPER_KERNELS
+    gpu.hopper = properties.major == 9 && has_hopper_code();
+#endif
     gpu.max_shared = (size_t)shared;
     snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s%s", properties.name, properties.major, properties.minor,
              sizeof(floatX) == 4 ? "float32" : "bfloat16", gpu.plain ? ", plain kernels" : "");

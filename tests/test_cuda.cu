@@ -973,6 +973,11 @@ static void test_attention(void) {
         attention_case(2, 5, 8, 3, 2, 3, p, 0), attention_case(2, 16, 8, 1, 4, 8, p, 0);
         attention_case(3, 19, 8, 3, 2, 3, p, 0);
         attention_case(1, 23, 8, 1, 8, 8, p, 2), attention_case(1, 16, 8, 2, 4, 8, p, 2); // at the start of a chunk
+        if (gpu.hopper) { // several chunks, heads, parts of a tile, unfinished chunks
+            attention_case(2, 1024, 512, 1, 64, 256, p, 0), attention_case(1, 2348, 2048, 1, 256, 2048, p, 0);
+            attention_case(3, 600, 256, 2, 40, 264, p, 0), attention_case(1, 900, 1032, 2, 128, 512, p, 0);
+            attention_case(1, 700, 296, 1, 256, 512, p, 2);
+        }
         if (!odd_shapes) continue;
         attention_case(1, 7, 7, 1, 3, 5, p, 0), attention_case(2, 33, 11, 2, 3, 5, p, 0);
         attention_case(1, 700, 1030, 1, 4, 3, p, 0), attention_case(2, 30, 12, 1, 8, 8, p, 0);
