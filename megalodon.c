@@ -948,6 +948,39 @@ static void gate_backward(real *out, real *da, real *db, const real *dout, const
 }
 
 // ----------------------------------------------------------------------------
+// a linear map together with the silu or gate next to it, which one kernel of a GPU computes at once
+
+// pre = inp W' + bias, out = silu(pre); inp (R,K), pre, out (R,M)
+static void linear_silu_forward(real *out, real *pre, const real *inp, const real *weight, const real *bias, int R,
+                                int K, int M) {
+    linear_forward(pre, NULL, inp, weight, bias, R, K, M);
+    silu_forward(out, pre, (size_t)R * M);
+}
+
+// forward: y = out W',    out = dropout(silu(pre));    out, pre (R,K), y (R,M)
+// dpre from dy, and out again, which the gradient w.r.t. W needs.
+static void linear_silu_backward(real *out, real *dpre, const real *dy, const real *weight, const real *pre, Mask mask,
+                                 int R, int K, int M) {
+    size_t n = (size_t)R * K;
+    linear_backward_input(dpre, 0, dy, weight, R, K, M);
+    dropout(dpre, dpre, mask, n);
+    silu_backward(out, dpre, dpre, pre, n);
+    dropout(out, out, mask, n);
+}
+
+// forward: y = out W',    out = dropout(a silu(b));    out, a, b (R,K), y (R,M)
+// da and db from dy, out again, and dbias (K) += sum over rows of db; dbias NULL: no bias in b.
+static void linear_gate_backward(real *out, real *da, real *db, real *dbias, const real *dy, const real *weight,
+                                 const real *a, const real *b, Mask mask, int R, int K, int M) {
+    size_t n = (size_t)R * K;
+    linear_backward_input(da, 0, dy, weight, R, K, M);
+    dropout(da, da, mask, n);
+    gate_backward(out, da, db, da, a, b, n);
+    dropout(out, out, mask, n);
+    if (dbias) sum_rows(dbias, db, NULL, NULL, NULL, R, K, 1);
+}
+
+// ----------------------------------------------------------------------------
 // attention inside a chunk. Query i of a head sees the keys j <= i of its chunk:
 //
 //     S_ij = q_i . k_j        P_ij = e^(S_ij)/sum_j e^(S_ij)        o_i = sum_j P_ij v_j
@@ -1346,8 +1379,7 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, in ? in->count : NULL, d,
                      c->norm_eps);
     // v = silu(xt Wv' + bv)
-    linear_forward(a->v_pre, NULL, a->xt, w->wv, w->wv_bias, R, D, E);
-    silu_forward(s->v, a->v_pre, (size_t)R * E);
+    linear_silu_forward(s->v, a->v_pre, a->xt, w->wv, w->wv_bias, R, D, E);
     // o = attention(q, k, v)
     attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->q, s->k, s->v, in ? m->past : NULL,
                       mask_of_attention(m, layer), d, m->threads);
@@ -1382,13 +1414,10 @@ static void mega_backward(Model *m, int layer, real *dx, StateGrad *dstate, cons
     const Mask gated_mask = mask_of(m, layer, DROP_GATED, c->hidden_dropout, E);
     const real *dsum = mega_mask.p > 0 ? s->dxt : dy; // gradient w.r.t. the sum of the two products
     dropout(s->dxt, dy, mega_mask, (size_t)R * D);
-    linear_backward_input(s->do_, 0, dsum, w->wh2, R, E, D);
-    dropout(s->do_, s->do_, gated_mask, (size_t)R * E);
-    gate_backward(s->gated, s->do_, s->dr_pre, s->do_, a->o, a->r_pre, (size_t)R * E);
-    dropout(s->gated, s->gated, gated_mask, (size_t)R * E);
+    linear_gate_backward(s->gated, s->do_, s->dr_pre, dw->wr_bias, dsum, w->wh2, a->o, a->r_pre, gated_mask, R, E, D);
     linear_backward_weight(dw->wh2, NULL, dsum, s->gated, R, E, D);
     linear_backward(s->dmx, 0, dw->wh1, dw->wh1_bias, dsum, a->mx, w->wh1, R, D, D);
-    linear_backward(s->dmx, 1, dw->wr, dw->wr_bias, s->dr_pre, a->mx, w->wr, R, D, E);
+    linear_backward(s->dmx, 1, dw->wr, NULL, s->dr_pre, a->mx, w->wr, R, D, E);
 
     // forward: o = attention(q, k, v),    v = silu(v_pre),    q, k from z = mx Wz' + bz
     silu_forward(s->v, a->v_pre, (size_t)R * E);
@@ -1423,12 +1452,12 @@ static void nffn_forward(Model *m, int layer, real *out, const real *x) {
 
     // u = LayerNorm(y),    hidden = silu(u W1') [* (u W3')]
     layernorm_forward(a->u, a->ffn_mean, a->ffn_rstd, a->y, w->norm_weight, w->norm_bias, R, D, c->norm_eps);
-    linear_forward(a->f1, NULL, a->u, w->fc1, NULL, R, D, F);
     if (c->swiglu) {
+        linear_forward(a->f1, NULL, a->u, w->fc1, NULL, R, D, F);
         linear_forward(a->f3, NULL, a->u, w->fc3, NULL, R, D, F);
         gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
     } else {
-        silu_forward(s->hidden, a->f1, (size_t)R * F);
+        linear_silu_forward(s->hidden, a->f1, a->u, w->fc1, NULL, R, D, F);
     }
     dropout(s->hidden, s->hidden, mask_of(m, layer, DROP_HIDDEN, c->hidden_dropout, F), (size_t)R * F);
     // out = [alpha *] hidden W2' + x
@@ -1460,17 +1489,14 @@ static void nffn_backward(Model *m, int layer, real *dy, const real *dout) {
     }
     dropout(s->dmx, df2, nffn_mask, (size_t)R * D);
     if (nffn_mask.p > 0) df2 = s->dmx;
-    linear_backward_input(s->dhidden, 0, df2, w->fc2, R, F, D);
-    dropout(s->dhidden, s->dhidden, hidden_mask, (size_t)R * F);
     // forward: hidden = dropout(silu(f1) [* f3]),    f1 = u W1',    f3 = u W3',    u = LayerNorm(y)
     real *du = s->dxt;
-    if (c->swiglu) { // dhidden becomes df3
-        gate_backward(s->hidden, s->dhidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F);
-        linear_backward(du, 0, dw->fc3, NULL, s->dhidden, a->u, w->fc3, R, D, F);
+    if (c->swiglu) {
+        linear_gate_backward(s->hidden, s->df3, s->df1, NULL, df2, w->fc2, a->f3, a->f1, hidden_mask, R, F, D);
+        linear_backward(du, 0, dw->fc3, NULL, s->df3, a->u, w->fc3, R, D, F);
     } else {
-        silu_backward(s->hidden, s->df1, s->dhidden, a->f1, (size_t)R * F);
+        linear_silu_backward(s->hidden, s->df1, df2, w->fc2, a->f1, hidden_mask, R, F, D);
     }
-    dropout(s->hidden, s->hidden, hidden_mask, (size_t)R * F);
     linear_backward_weight(dw->fc2, NULL, df2, s->hidden, R, F, D);
     linear_backward(du, c->swiglu, dw->fc1, NULL, s->df1, a->u, w->fc1, R, D, F);
     layernorm_backward(dy, dw->norm_weight, dw->norm_bias, du, a->y, w->norm_weight, a->ffn_mean, a->ffn_rstd, R, D);

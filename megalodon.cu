@@ -1210,6 +1210,44 @@ static void gate_backward(floatX *out, floatX *da, floatX *db, const floatX *dou
 }
 
 // ----------------------------------------------------------------------------
+// a linear map together with the silu or gate next to it
+
+// pre = inp W' + bias, out = silu(pre); inp (R,K), pre, out (R,M)
+static void linear_silu_forward(floatX *out, floatX *pre, const floatX *inp, const floatX *weight, const floatX *bias,
+                                int R, int K, int M) {
+    HOPPER(linear_hopper_supports(R, K, M), linear_silu_hopper_forward(out, pre, inp, weight, bias, R, K, M));
+    linear_forward(pre, NULL, inp, weight, bias, R, K, M);
+    silu_forward(out, pre, (size_t)R * M);
+}
+
+// forward: y = out W',    out = dropout(silu(pre));    out, pre (R,K), y (R,M)
+// dpre from dy, and out again, which the gradient w.r.t. W needs.
+static void linear_silu_backward(floatX *out, floatX *dpre, const floatX *dy, const floatX *weight, const floatX *pre,
+                                 Mask mask, int R, int K, int M) {
+    HOPPER(linear_hopper_supports(R, K, M) && mask.p == 0,
+           linear_silu_hopper_backward(out, dpre, dy, weight, pre, R, K, M));
+    size_t n = (size_t)R * K;
+    linear_backward_input(dpre, 0, dy, weight, R, K, M);
+    dropout(dpre, dpre, mask, n);
+    silu_backward(out, dpre, dpre, pre, n);
+    dropout(out, out, mask, n);
+}
+
+// forward: y = out W',    out = dropout(a silu(b));    out, a, b (R,K), y (R,M)
+// da and db from dy, out again, and dbias (K) += sum over rows of db; dbias NULL: no bias in b.
+static void linear_gate_backward(floatX *out, floatX *da, floatX *db, float *dbias, const floatX *dy,
+                                 const floatX *weight, const floatX *a, const floatX *b, Mask mask, int R, int K, int M) {
+    HOPPER(linear_hopper_supports(R, K, M) && mask.p == 0,
+           linear_gate_hopper_backward(out, da, db, dbias, dy, weight, a, b, R, K, M));
+    size_t n = (size_t)R * K;
+    linear_backward_input(da, 0, dy, weight, R, K, M);
+    dropout(da, da, mask, n);
+    gate_backward(out, da, db, da, a, b, n);
+    dropout(out, out, mask, n);
+    if (dbias) sum_rows(dbias, db, NULL, NULL, NULL, 1, R, K, 1);
+}
+
+// ----------------------------------------------------------------------------
 // attention of one head inside chunks:
 //     S_ij = q_i . k_j for j <= i        P = softmax over j        o_i = sum_j P_ij v_j
 // Scores are computed for QUERY_TILE queries at a time, against the keys up to the last of them, so that few products
@@ -1675,8 +1713,7 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, in ? in->count : NULL, d,
                      c->norm_eps);
     // v = silu(xt Wv' + bv), o = attention(q, k, v)
-    linear_forward(a->v_pre, NULL, a->xt, rounded(m, w->wv), rounded(m, w->wv_bias), R, d.D, d.E);
-    silu_forward(s->v, a->v_pre, (size_t)R * d.E);
+    linear_silu_forward(s->v, a->v_pre, a->xt, rounded(m, w->wv), rounded(m, w->wv_bias), R, d.D, d.E);
     attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->q, s->k, s->v, in ? m->past : NULL,
                       mask_of_attention(m, layer), d);
     // y = (mx Wh1' + bh1) + (o * r) Wh2' + x, r = silu(mx Wr' + br)
@@ -1709,13 +1746,11 @@ static void mega_backward(Model *m, int layer, floatX *dx, StateGrad *dstate, co
     const Mask gated_mask = mask_of(m, layer, DROP_GATED, c->hidden_dropout, d.E);
     const floatX *dsum = mega_mask.p > 0 ? s->dxt : dy; // gradient w.r.t. the sum inside the dropout
     dropout(s->dxt, dy, mega_mask, (size_t)R * d.D);
-    linear_backward_input(s->do_, 0, dsum, rounded(m, w->wh2), R, d.E, d.D);
-    dropout(s->do_, s->do_, gated_mask, (size_t)R * d.E);
-    gate_backward(s->gated, s->do_, s->dr_pre, s->do_, a->o, a->r_pre, (size_t)R * d.E);
-    dropout(s->gated, s->gated, gated_mask, (size_t)R * d.E);
+    linear_gate_backward(s->gated, s->do_, s->dr_pre, dw->wr_bias, dsum, rounded(m, w->wh2), a->o, a->r_pre, gated_mask,
+                         R, d.E, d.D);
     linear_backward_weight(dw->wh2, NULL, dsum, s->gated, R, d.E, d.D);
     linear_backward(s->dmx, 0, dw->wh1, dw->wh1_bias, dsum, a->mx, rounded(m, w->wh1), R, d.D, d.D);
-    linear_backward(s->dmx, 1, dw->wr, dw->wr_bias, s->dr_pre, a->mx, rounded(m, w->wr), R, d.D, d.E);
+    linear_backward(s->dmx, 1, dw->wr, NULL, s->dr_pre, a->mx, rounded(m, w->wr), R, d.D, d.E);
     // o = attention(q, k, v), from q, k and v, which are computed again
     silu_forward(s->v, a->v_pre, (size_t)R * d.E);
     qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, NULL, d, c->norm_eps);
@@ -1748,12 +1783,12 @@ static void nffn_forward(Model *m, int layer, floatX *out, const floatX *x) {
     int R = m->dims.B * m->dims.L, D = m->dims.D, F = m->dims.F;
 
     layernorm_forward(a->u, a->ffn_mean, a->ffn_rstd, a->y, w->norm_weight, w->norm_bias, R, D, c->norm_eps);
-    linear_forward(a->f1, NULL, a->u, rounded(m, w->fc1), NULL, R, D, F);
     if (c->swiglu) {
+        linear_forward(a->f1, NULL, a->u, rounded(m, w->fc1), NULL, R, D, F);
         linear_forward(a->f3, NULL, a->u, rounded(m, w->fc3), NULL, R, D, F);
         gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
     } else {
-        silu_forward(s->hidden, a->f1, (size_t)R * F);
+        linear_silu_forward(s->hidden, a->f1, a->u, rounded(m, w->fc1), NULL, R, D, F);
     }
     dropout(s->hidden, s->hidden, mask_of(m, layer, DROP_HIDDEN, c->hidden_dropout, F), (size_t)R * F);
     Mask mask = mask_of(m, layer, DROP_NFFN, c->dropout, D);
@@ -1784,17 +1819,14 @@ static void nffn_backward(Model *m, int layer, floatX *dy, const floatX *dout) {
     }
     dropout(s->dmx, df2, nffn_mask, (size_t)R * D);
     if (nffn_mask.p > 0) df2 = s->dmx;
-    linear_backward_input(s->dhidden, 0, df2, rounded(m, w->fc2), R, F, D);
     // hidden = dropout(silu(u W1') [* (u W3')])
-    dropout(s->dhidden, s->dhidden, hidden_mask, (size_t)R * F);
     floatX *du = s->dxt;
-    if (c->swiglu) { // dhidden becomes df3
-        gate_backward(s->hidden, s->dhidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F);
-        linear_backward(du, 0, dw->fc3, NULL, s->dhidden, a->u, rounded(m, w->fc3), R, D, F);
+    if (c->swiglu) {
+        linear_gate_backward(s->hidden, s->df3, s->df1, NULL, df2, rounded(m, w->fc2), a->f3, a->f1, hidden_mask, R, F, D);
+        linear_backward(du, 0, dw->fc3, NULL, s->df3, a->u, rounded(m, w->fc3), R, D, F);
     } else {
-        silu_backward(s->hidden, s->df1, s->dhidden, a->f1, (size_t)R * F);
+        linear_silu_backward(s->hidden, s->df1, df2, rounded(m, w->fc2), a->f1, hidden_mask, R, F, D);
     }
-    dropout(s->hidden, s->hidden, hidden_mask, (size_t)R * F);
     linear_backward_weight(dw->fc2, NULL, df2, s->hidden, R, F, D);
     linear_backward(du, c->swiglu, dw->fc1, NULL, s->df1, a->u, rounded(m, w->fc1), R, D, F);
     // u = LayerNorm(y)

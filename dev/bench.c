@@ -226,15 +226,15 @@ static void run_ffn_forward(void) {
 }
 static void run_ffn_dx(void) {
     EACH_LAYER {
-        LAYER linear_backward_input(s->dhidden, 0, s->dx, w->fc2, R, F, D);
-        if (c->swiglu) linear_backward_input(s->dxt, 0, s->dhidden, w->fc3, R, D, F);
+        LAYER linear_backward_input(s->df3, 0, s->dx, w->fc2, R, F, D);
+        if (c->swiglu) linear_backward_input(s->dxt, 0, s->df3, w->fc3, R, D, F);
         linear_backward_input(s->dxt, c->swiglu, s->df1, w->fc1, R, D, F);
     }
 }
 static void run_ffn_dw(void) {
     EACH_LAYER {
         LAYER linear_backward_weight(dw->fc2, NULL, s->dx, s->hidden, R, F, D);
-        if (c->swiglu) linear_backward_weight(dw->fc3, NULL, s->dhidden, a->u, R, D, F);
+        if (c->swiglu) linear_backward_weight(dw->fc3, NULL, s->df3, a->u, R, D, F);
         linear_backward_weight(dw->fc1, NULL, s->df1, a->u, R, D, F);
     }
 }
@@ -270,8 +270,8 @@ static void run_gates(void) {
         silu_backward(NULL, s->v, s->dv, a->v_pre, (size_t)R * E);
         gate_backward(s->gated, s->v, s->dr_pre, s->do_, a->o, a->r_pre, (size_t)R * E);
         if (c->swiglu) gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
-        if (c->swiglu) gate_backward(NULL, s->hidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F);
-        if (!c->swiglu) silu_backward(s->hidden, s->df1, s->dhidden, a->f1, (size_t)R * F);
+        if (c->swiglu) gate_backward(NULL, s->hidden, s->df1, s->df3, a->f3, a->f1, (size_t)R * F);
+        if (!c->swiglu) silu_backward(s->hidden, s->df1, s->df3, a->f1, (size_t)R * F);
     }
 }
 // The masks of the forward pass, of the gradients, and of what the backward pass recomputes.

@@ -163,10 +163,9 @@ static void backward_weight(const char *name, float *dw, float *dbias, const flo
          [=] { linear_backward_weight(dw, dbias, dout, inp, R, K, M); });
 }
 
-static void list_qkv(const LayerActs *a, const LayerParams *w, const char *again) {
+static void list_qk(const LayerActs *a, const LayerParams *w, const char *again) {
     part(std::string("q, k") + again, 0, acts(3 * Z),
          [=] { qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, NULL, d, eps); });
-    part(std::string("silu of v") + again, 0, acts(2 * E), [=] { silu_forward(s->v, a->v_pre, (size_t)R * E); });
 }
 
 static void list_forward(int l, double states) {
@@ -181,8 +180,10 @@ static void list_forward(int l, double states) {
          [=] { cema_forward(a->ema, a->h, NULL, a->xt, &m->coeffs[l], w->cema_omega, NULL, d); });
     part("RMSNorm", 0, acts(2 * D), [=] { rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, eps); });
     forward("wz", a->z, NULL, a->mx, w->wz, w->wz_bias, D, Z);
-    forward("wv", a->v_pre, NULL, a->xt, w->wv, w->wv_bias, D, E);
-    list_qkv(a, w, "");
+    part("wv, silu", linear(D, E), 0, [=] {
+        linear_silu_forward(s->v, a->v_pre, a->xt, rounded(m, w->wv), rounded(m, w->wv_bias), R, D, E);
+    });
+    list_qk(a, w, "");
     part("attention", attention(Z + E), 0,
          [=] { attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->q, s->k, s->v, NULL, Mask{}, d); });
     forward("wr", a->r_pre, NULL, a->mx, w->wr, w->wr_bias, D, E);
@@ -191,25 +192,29 @@ static void list_forward(int l, double states) {
     forward("wh2", a->y, a->y, s->gated, w->wh2, NULL, E, D);
     part("LayerNorm", 0, acts(2 * D),
          [=] { layernorm_forward(a->u, a->ffn_mean, a->ffn_rstd, a->y, w->norm_weight, w->norm_bias, R, D, eps); });
-    forward("fc1", a->f1, NULL, a->u, w->fc1, NULL, D, F);
-    if (w->fc3) forward("fc3", a->f3, NULL, a->u, w->fc3, NULL, D, F);
-    part(w->fc3 ? "gate of fc3" : "silu of fc1", 0, acts(w->fc3 ? 3 * F : 2 * F), [=] {
-        if (w->fc3) gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
-        if (!w->fc3) silu_forward(s->hidden, a->f1, (size_t)R * F);
-    });
+    if (w->fc3) {
+        forward("fc1", a->f1, NULL, a->u, w->fc1, NULL, D, F);
+        forward("fc3", a->f3, NULL, a->u, w->fc3, NULL, D, F);
+        part("gate of fc3", 0, acts(3 * F), [=] { gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F); });
+    } else {
+        part("fc1, silu", linear(D, F), 0,
+             [=] { linear_silu_forward(s->hidden, a->f1, a->u, rounded(m, w->fc1), NULL, R, D, F); });
+    }
     forward("fc2", m->x[l + 1], x, s->hidden, w->fc2, NULL, F, D);
 }
 
 static void list_backward(int l, double states) {
     const LayerParams *w = &m->params.layers[l], *dw = &m->grads.layers[l];
     const LayerActs *a = &m->acts[l];
-    backward_input("fc2", s->dhidden, 0, s->dx, w->fc2, F, D);
-    part(w->fc3 ? "gate of fc3 backward" : "silu of fc1 backward", 0, acts(w->fc3 ? 6 * F : 4 * F), [=] {
-        if (w->fc3) gate_backward(s->hidden, s->dhidden, s->df1, s->dhidden, a->f3, a->f1, (size_t)R * F);
-        if (!w->fc3) silu_backward(s->hidden, s->df1, s->dhidden, a->f1, (size_t)R * F);
+    part(w->fc3 ? "fc2 dinp, gate backward" : "fc2 dinp, silu backward", linear(F, D), 0, [=] {
+        if (w->fc3)
+            linear_gate_backward(s->hidden, s->df3, s->df1, NULL, s->dx, rounded(m, w->fc2), a->f3, a->f1, Mask{}, R, F,
+                                 D);
+        else
+            linear_silu_backward(s->hidden, s->df1, s->dx, rounded(m, w->fc2), a->f1, Mask{}, R, F, D);
     });
-    if (w->fc3) backward_input("fc3", s->dxt, 0, s->dhidden, w->fc3, D, F);
-    if (w->fc3) backward_weight("fc3", dw->fc3, NULL, s->dhidden, a->u, D, F);
+    if (w->fc3) backward_input("fc3", s->dxt, 0, s->df3, w->fc3, D, F);
+    if (w->fc3) backward_weight("fc3", dw->fc3, NULL, s->df3, a->u, D, F);
     backward_weight("fc2", dw->fc2, NULL, s->dx, s->hidden, F, D);
     backward_input("fc1", s->dxt, w->fc3 != NULL, s->df1, w->fc1, D, F);
     backward_weight("fc1", dw->fc1, NULL, s->df1, a->u, D, F);
@@ -217,15 +222,17 @@ static void list_backward(int l, double states) {
         layernorm_backward(s->dy, dw->norm_weight, dw->norm_bias, s->dxt, a->y, w->norm_weight, a->ffn_mean,
                            a->ffn_rstd, R, D);
     });
-    backward_input("wh2", s->do_, 0, s->dy, w->wh2, E, D);
-    part("gate backward", 0, acts(6 * E),
-         [=] { gate_backward(s->gated, s->dv, s->dr_pre, s->do_, a->o, a->r_pre, (size_t)R * E); });
+    part("wh2 dinp, gate backward", linear(E, D), 0, [=] {
+        linear_gate_backward(s->gated, s->do_, s->dr_pre, dw->wr_bias, s->dy, rounded(m, w->wh2), a->o, a->r_pre, Mask{},
+                             R, E, D);
+    });
     backward_weight("wh2", dw->wh2, NULL, s->dy, s->gated, E, D);
     backward_input("wh1", s->dmx, 0, s->dy, w->wh1, D, D);
     backward_weight("wh1", dw->wh1, dw->wh1_bias, s->dy, a->mx, D, D);
     backward_input("wr", s->dmx, 1, s->dr_pre, w->wr, D, E);
-    backward_weight("wr", dw->wr, dw->wr_bias, s->dr_pre, a->mx, D, E);
-    list_qkv(a, w, " again");
+    backward_weight("wr", dw->wr, NULL, s->dr_pre, a->mx, D, E);
+    list_qk(a, w, " again");
+    part("silu of v again", 0, acts(2 * E), [=] { silu_forward(s->v, a->v_pre, (size_t)R * E); });
     part("attention backward", 2 * attention(Z + E), 0,
          [=] { attention_backward(s->dq, s->dk, s->dv, s->scores, s->do_, a->lse, s->q, s->k, s->v, Mask{}, d); });
     part("q, k backward", 0, acts(4 * Z), [=] {

@@ -383,7 +383,7 @@ static __device__ void consume(const Product *p, const Shared *s, const E &e, in
             for (int k = 0; k < E::OUTPUTS; k++) {
                 const floatX *written = write_box(s, consumer, &box, words[k], &p->outputs[p->column_pieces ? piece : k],
                                                   column + g * BOX, row, t.layer);
-                if (k == E::SUMMED) sum_columns(e.sums, written, row, column + g * BOX, e.columns_of_sums);
+                if (k == E::SUMMED && e.sums) sum_columns(e.sums, written, row, column + g * BOX, e.columns_of_sums);
             }
         }
         e.end(&rows, t);
@@ -438,9 +438,6 @@ struct Epilogue { // what most epilogues do not need
     template <class R> __device__ void end(const R *, ClusterTile) const {}
 };
 
-static __device__ float sigmoid_fast(float x) { return __fdividef(1, 1 + __expf(-x)); }
-static __device__ float2 rounded_pair(float2 x) { return unpack(pack(x.x, x.y)); }
-
 // out = product + bias
 struct Plain : Epilogue {
     enum { INPUTS = 0, OUTPUTS = 1 };
@@ -450,48 +447,6 @@ struct Plain : Epilogue {
     }
     __device__ void apply(float2 *out, float2 x, const float2 *, float2 b, NoRows *, int, int) const {
         out[0] = make_float2(x.x + b.x, x.y + b.y);
-    }
-};
-
-// pre = product + bias, out = silu(pre)
-struct Silu : Epilogue {
-    enum { INPUTS = 0, OUTPUTS = 2 };
-    const floatX *bias; // or NULL
-    int D;
-    __device__ float2 columns(int, int c) const {
-        return bias && c < D ? unpack(*(const uint32_t *)(bias + c)) : make_float2(0, 0);
-    }
-    __device__ void apply(float2 *out, float2 x, const float2 *, float2 b, NoRows *, int, int) const {
-        out[0] = x = rounded_pair(make_float2(x.x + b.x, x.y + b.y));
-        out[1] = make_float2(x.x * sigmoid_fast(x.x), x.y * sigmoid_fast(x.y));
-    }
-};
-
-// The product is the gradient d w.r.t. silu(x), x the input. With s = sigmoid(x): dx = d s (1 + x (1 - s)), and x s.
-struct SiluBackward : Epilogue {
-    enum { INPUTS = 1, OUTPUTS = 2 };
-    static __device__ void one(float *dx, float *out, float d, float x) {
-        float s = sigmoid_fast(x);
-        *dx = d * (s * (1 + x * (1 - s))), *out = x * s;
-    }
-    __device__ void apply(float2 *out, float2 d, const float2 *x, float2, NoRows *, int, int) const {
-        one(&out[0].x, &out[1].x, d.x, x[0].x), one(&out[0].y, &out[1].y, d.y, x[0].y);
-    }
-};
-
-// The product is the gradient d w.r.t. a silu(b), a and b the inputs. With s = sigmoid(b): da = d b s,
-// db = d a s (1 + b (1 - s)), and a b s. The sums of db over rows are the gradient of a bias in b.
-struct GateBackward : Epilogue {
-    enum { INPUTS = 2, OUTPUTS = 3, SUMMED = 1 };
-    float *sums;
-    int columns_of_sums;
-    static __device__ void one(float *da, float *db, float *out, float d, float a, float b) {
-        float s = sigmoid_fast(b), silu = b * s;
-        *da = d * silu, *db = d * (a * (s * (1 + b * (1 - s)))), *out = a * silu;
-    }
-    __device__ void apply(float2 *out, float2 d, const float2 *x, float2, NoRows *, int, int) const {
-        one(&out[0].x, &out[1].x, &out[2].x, d.x, x[0].x, x[1].x);
-        one(&out[0].y, &out[1].y, &out[2].y, d.y, x[0].y, x[1].y);
     }
 };
 

@@ -11,6 +11,7 @@ replaces plain functions of megalodon.cu, which call it in a line FAST(supported
     qk.cuh             qk_layer_*: norm, affine map and rotation in one kernel
     attention.cuh      attention_*: all chunks in one batch, softmax on vectors
     hopper.cuh         products whose result is worked on while it is in registers; for Hopper GPUs
+    linear_hopper.cuh  linear_silu_* and linear_gate_* with them
     attention_hopper.cuh  attention_* with them
     loss.cuh           cross_entropy: softmax on vectors
     decode.cuh         megalodon_forward for one token: seven kernels for each layer (gemv.cuh)
@@ -28,6 +29,7 @@ replaces plain functions of megalodon.cu, which call it in a line FAST(supported
 #include "attention.cuh"
 #ifdef HOPPER_KERNELS
 #include "hopper.cuh"
+#include "linear_hopper.cuh"
 #include "attention_hopper.cuh"
 #endif
 #include "loss.cuh"
@@ -41,7 +43,8 @@ static size_t fast_workspace(Dims d) {
                             qk_fast_workspace(d), decode_workspace(d)};
     size_t max = 0;
 #ifdef HOPPER_KERNELS
-    max = attention_hopper_workspace(d);
+    const size_t attention = attention_hopper_workspace(d), linear = linear_hopper_workspace(d);
+    max = attention > linear ? attention : linear;
 #endif
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) max = sizes[i] > max ? sizes[i] : max;
     return max;

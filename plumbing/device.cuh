@@ -9,7 +9,7 @@ enum { BLAS_WORKSPACE = 1 << 25 }; // bytes of cuBLAS's workspace
 #if defined FAST_KERNELS && defined __CUDACC__ && CUDART_VERSION >= 12050
 #define HOPPER_KERNELS
 #define HOPPER(supported, call)                                                                                        \
-    if (gpu.hopper && (supported)) return call
+    if (gpu.hopper && !gpu.plain && (supported)) return call
 static int has_hopper_code(void);
 #else
 #define HOPPER(supported, call)

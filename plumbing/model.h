@@ -152,7 +152,7 @@ typedef struct {
     Coeffs dcoeffs;
     // used by the FFN sub-layer, in the same memory as those of the attention sub-layer
     floatX *hidden;        // (B,L,F)
-    floatX *dhidden, *df1; // (B,L,F)
+    floatX *df1, *df3; // (B,L,F)
     char *workspace;       // (workspace_size()) bytes that one layer function uses while it runs
 } Scratch;
 
@@ -300,7 +300,7 @@ static void take_scratch(Model *m, Arena *arena, Dims d) {
     size_t end = arena->used;
     arena->used = start;
     s->hidden = take_floatX(arena, R * d.F);
-    if (backward) s->dhidden = take_floatX(arena, R * d.F), s->df1 = take_floatX(arena, R * d.F);
+    if (backward) s->df1 = take_floatX(arena, R * d.F), s->df3 = take_floatX(arena, R * d.F);
     if (arena->used < end) arena->used = end;
     s->logits = take_floatX(arena, rows * d.V);
     s->workspace = (char *)take(arena, workspace_size(m, d), 1);

@@ -748,6 +748,44 @@ static void test_linear(void) {
     linear_case(3, 1024, 256), linear_case(2, 1024, 2560), linear_case(3, 2048, 1024); // mega200M's
 }
 
+// pre = inp W' + bias, out = silu(pre), and the backward passes of y = out W' through silu and through a gate. The
+// Hopper kernels need many rows, and no dropout.
+static void linear_silu_case(int R, int K, int M, int with_bias, double p) {
+    begin(sizes(1, R, max_int(K, M)), "linear with silu or gate, R %d K %d M %d%s%s", R, K, M, with_bias ? ", bias" : "",
+          p > 0 ? ", dropout" : "");
+    Acts inp = acts((size_t)R * K, 1, 0), weight = acts((size_t)M * K, 1 / sqrt((double)K), 0), bias = {};
+    Acts pre = acts_out((size_t)R * M), out = acts_out(pre.n);
+    if (with_bias) bias = acts(M, 1, 0);
+    cpu_linear_silu_forward(out.host, pre.host, inp.host, weight.host, bias.host, R, K, M);
+    linear_silu_forward(out.device, pre.device, inp.device, weight.device, bias.device, R, K, M);
+    compare("pre", pre, FORWARD), compare("out", out, FORWARD);
+
+    Mask mask = mask_from(p, 77);
+    Acts dy = acts(pre.n, 1, 0.1), x = acts(inp.n, 2, 0), dx = acts_out(inp.n), again = acts_out(inp.n);
+    cpu_linear_silu_backward(again.host, dx.host, dy.host, weight.host, x.host, mask, R, K, M);
+    linear_silu_backward(again.device, dx.device, dy.device, weight.device, x.device, mask, R, K, M);
+    compare("dpre", dx, BACKWARD), compare("silu again", again, FORWARD);
+
+    Acts a = acts(inp.n, 1, 0), da = acts_out(inp.n), db = acts_out(inp.n), gated = acts_out(inp.n);
+    Floats dbias = {};
+    if (with_bias) dbias = floats(K, 1, 0);
+    cpu_linear_gate_backward(gated.host, da.host, db.host, dbias.host, dy.host, weight.host, a.host, x.host, mask, R, K,
+                             M);
+    linear_gate_backward(gated.device, da.device, db.device, dbias.device, dy.device, weight.device, a.device, x.device,
+                         mask, R, K, M);
+    compare("da", da, BACKWARD), compare("db", db, BACKWARD), compare("gate again", gated, FORWARD);
+    if (with_bias) compare("dbias", dbias, BACKWARD);
+    finish();
+}
+static void test_linear_silu(void) {
+    for (int with_bias = 0; with_bias < 2; with_bias++) {
+        linear_silu_case(7, 13, 11, with_bias, 0), linear_silu_case(64, 16, 24, with_bias, 0.3);
+        linear_silu_case(300, 9, 5, with_bias, 0.3), linear_silu_case(2048, 72, 40, with_bias, 0.3);
+        linear_silu_case(2048, 64, 256, with_bias, 0), linear_silu_case(2121, 264, 328, with_bias, 0);
+        if (gpu.hopper) linear_silu_case(4100, 520, 1096, with_bias, 0);
+    }
+}
+
 // The affine map alone.
 static void qk_case(int R, int Z, int dz) {
     begin(sizes(1, R, Z), "qk, R %d Z %d dz %d", R, Z, dz);
@@ -1761,6 +1799,7 @@ int main(int argc, char **argv) {
         {"rmsnorm", test_rmsnorm, PLAIN | FAST | DISPATCH},
         {"linear", test_linear, PLAIN | FAST},
         {"qk", test_qk, PLAIN | FAST | DISPATCH},
+        {"linear with silu or gate", test_linear_silu, PLAIN | FAST | DISPATCH},
         {"gates", test_gates, PLAIN | FAST},
         {"far gates", test_far_gates, PLAIN | FAST},
         {"attention", test_attention, PLAIN | FAST | DISPATCH},
