@@ -152,6 +152,11 @@ static __device__ void load_box_for_cluster(void *dst, const CUtensorMap *map, u
                  "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(layer), "h"((uint16_t)3)
                  : "memory");
 }
+static __device__ void prefetch_box(const CUtensorMap *map, int column, int row, int layer) { // to the L2 cache
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(column), "r"(row),
+                 "r"(layer)
+                 : "memory");
+}
 static __device__ void store_box(const CUtensorMap *map, const void *src, int column, int row, int layer) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];\n"
                  "cp.async.bulk.commit_group;" ::"l"(map),
@@ -276,6 +281,10 @@ template <int A_T, int B_T, int INPUTS> static __device__ void produce(const Pro
         for (int step = t.begin; step < t.end; step++, ring_next(&ring)) {
             barrier_wait(s->empty + ring.slot, (ring.round & 1) ^ 1);
             load_step<A_T, B_T>(p, s, ring.slot, t, step);
+            int i = step - t.begin; // what the epilogue reads comes from memory while steps are multiplied
+            if (INPUTS > 0 && i < INPUTS * TILE_N / BOX)
+                prefetch_box(&p->inputs[i % (INPUTS + !INPUTS)], t.n * TILE_N + i / (INPUTS + !INPUTS) * BOX,
+                             (2 * t.m + s->block) * TILE_M, t.layer);
         }
         if constexpr (INPUTS > 0) {
             for (int j = 0; j < 2 * INPUTS; j++, ring_next(&ring)) {
