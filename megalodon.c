@@ -961,22 +961,20 @@ static void linear_silu_forward(real *out, real *pre, const real *inp, const rea
 // dpre from dy, and out again, which the gradient w.r.t. W needs.
 static void linear_silu_backward(real *out, real *dpre, const real *dy, const real *weight, const real *pre, Mask mask,
                                  int R, int K, int M) {
-    size_t n = (size_t)R * K;
     linear_backward_input(dpre, 0, dy, weight, R, K, M);
-    dropout(dpre, dpre, mask, n);
-    silu_backward(out, dpre, dpre, pre, n);
-    dropout(out, out, mask, n);
+    dropout(dpre, dpre, mask, (size_t)R * K);
+    silu_backward(out, dpre, dpre, pre, (size_t)R * K);
+    dropout(out, out, mask, (size_t)R * K);
 }
 
 // forward: y = out W',    out = dropout(a silu(b));    out, a, b (R,K), y (R,M)
 // da and db from dy, out again, and dbias (K) += sum over rows of db; dbias NULL: no bias in b.
 static void linear_gate_backward(real *out, real *da, real *db, real *dbias, const real *dy, const real *weight,
                                  const real *a, const real *b, Mask mask, int R, int K, int M) {
-    size_t n = (size_t)R * K;
     linear_backward_input(da, 0, dy, weight, R, K, M);
-    dropout(da, da, mask, n);
-    gate_backward(out, da, db, da, a, b, n);
-    dropout(out, out, mask, n);
+    dropout(da, da, mask, (size_t)R * K);
+    gate_backward(out, da, db, da, a, b, (size_t)R * K);
+    dropout(out, out, mask, (size_t)R * K);
     if (dbias) sum_rows(dbias, db, NULL, NULL, NULL, R, K, 1);
 }
 

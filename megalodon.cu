@@ -13,7 +13,7 @@ How to read it
 - Arguments differ from those of megalodon.c in few functions: matmul() calls cuBLAS, sum_rows() can scale,
   embedding_backward() needs V, attention_forward() and _backward() do not choose their threads, and one call of
   attention_chunk_forward() or _backward() is for several sequences.
-- Faster versions are in kernels/, one idea a file. A plain function hands over to one in a line that begins with FAST.
+- Faster versions are in kernels/, one idea a file. A plain function hands over to one in a line FAST or HOPPER.
   `make cuda PLAIN=1` builds without kernels/. MEGALODON_PLAIN=1 in the environment turns them off at run time.
 
 Numbers
@@ -84,10 +84,8 @@ static __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 extern "C" {
 #include "plumbing/model.h"
 }
-#include "plumbing/device.cuh"
 
 static const double PI = 3.14159265358979323846;
-
 // Thread blocks of `threads` threads for n elements.
 static unsigned blocks_for(size_t n, int threads) { return (unsigned)((n + (size_t)threads - 1) / (size_t)threads); }
 
@@ -96,6 +94,8 @@ static __device__ size_t thread_index(void) { return (size_t)blockIdx.x * blockD
 static __device__ size_t grid_threads(void) { return (size_t)gridDim.x * blockDim.x; }
 // A grid for n elements. With more than MAX_BLOCKS thread blocks a thread has several elements.
 #define ELEMENT_GRID(n) ((n) / THREADS < MAX_BLOCKS ? (unsigned)((n) / THREADS + 1) : (unsigned)MAX_BLOCKS), THREADS
+
+#include "plumbing/device.cuh"
 
 // ----------------------------------------------------------------------------
 // device functions that several kernels use
@@ -1226,24 +1226,23 @@ static void linear_silu_backward(floatX *out, floatX *dpre, const floatX *dy, co
                                  Mask mask, int R, int K, int M) {
     HOPPER(linear_hopper_supports(R, K, M) && mask.p == 0,
            linear_silu_hopper_backward(out, dpre, dy, weight, pre, R, K, M));
-    size_t n = (size_t)R * K;
     linear_backward_input(dpre, 0, dy, weight, R, K, M);
-    dropout(dpre, dpre, mask, n);
-    silu_backward(out, dpre, dpre, pre, n);
-    dropout(out, out, mask, n);
+    dropout(dpre, dpre, mask, (size_t)R * K);
+    silu_backward(out, dpre, dpre, pre, (size_t)R * K);
+    dropout(out, out, mask, (size_t)R * K);
 }
 
 // forward: y = out W',    out = dropout(a silu(b));    out, a, b (R,K), y (R,M)
-// da and db from dy, out again, and dbias (K) += sum over rows of db; dbias NULL: no bias in b.
+// da and db from dy, out again, and dbias (K) += sum over rows of db, if not NULL.
 static void linear_gate_backward(floatX *out, floatX *da, floatX *db, float *dbias, const floatX *dy,
-                                 const floatX *weight, const floatX *a, const floatX *b, Mask mask, int R, int K, int M) {
+                                 const floatX *weight, const floatX *a, const floatX *b, Mask mask, int R, int K,
+                                 int M) {
     HOPPER(linear_hopper_supports(R, K, M) && mask.p == 0,
            linear_gate_hopper_backward(out, da, db, dbias, dy, weight, a, b, R, K, M));
-    size_t n = (size_t)R * K;
     linear_backward_input(da, 0, dy, weight, R, K, M);
-    dropout(da, da, mask, n);
-    gate_backward(out, da, db, da, a, b, n);
-    dropout(out, out, mask, n);
+    dropout(da, da, mask, (size_t)R * K);
+    gate_backward(out, da, db, da, a, b, (size_t)R * K);
+    dropout(out, out, mask, (size_t)R * K);
     if (dbias) sum_rows(dbias, db, NULL, NULL, NULL, 1, R, K, 1);
 }
 
@@ -1252,18 +1251,7 @@ static void linear_gate_backward(floatX *out, floatX *da, floatX *db, float *dbi
 //     S_ij = q_i . k_j for j <= i        P = softmax over j        o_i = sum_j P_ij v_j
 // Scores are computed for QUERY_TILE queries at a time, against the keys up to the last of them, so that few products
 // are above the diagonal. The same chunk of all sequences is one batch of matrix products. Of P only lse_i = log sum_j
-// e^(S_ij) is kept. S, P and their gradients are stored as floatX; the softmax is computed in float.
-//
-//              keys of the chunk                      C = 4 tiles: the first tile of queries needs 1/4 of the row,
-//     queries  +-----+                                the last one all of it. Scores above the diagonal are computed
-//              | S 0 |                                only inside the last square of each tile.
-//              +-----+-----+                          Heads are wide here (dv = 2048 in mega200M), so a fused kernel
-//              |   S 1     |                          that keeps o in registers does not fit. S of one tile is small
-//              +-----------+-----+                    enough to stay in the L2 cache between the two products.
-//              |      S 2        |
-//              +-----------------+-----+
-//              |         S 3           |
-//              +-----------------------+
+// e^(S_ij) is kept. S, P and their gradients are stored as floatX. attention.cuh has a drawing of the tiles.
 
 // A tile of queries: nq consecutive queries of head h, in each of `batch` sequences from sequence b0 on. The first of
 // them is token t. They see nk keys, of which the last nq are at their own positions.
@@ -1369,22 +1357,6 @@ static void attention_chunk_backward(AttentionTensors a, const float *lse, Query
 // Elements of one tile's scores, and the number of sequences whose tiles are computed at once.
 static size_t tile_scores(int C) { return (size_t)min_int(QUERY_TILE, C) * C; }
 static int tile_batch(Dims d) { return min_int(d.B, max_int(1, (int)(SCORES / tile_scores(d.C)))); }
-
-// Mapping of both kernels: a thread has an element.
-static __global__ void to_float_kernel(float *out, const floatX *inp, size_t n) {
-    size_t i = thread_index();
-    if (i < n) out[i] = to_float(inp[i]);
-}
-static __global__ void to_floatX_kernel(floatX *out, const float *inp, size_t n) {
-    size_t i = thread_index();
-    if (i < n) out[i] = to_floatX(inp[i]);
-}
-static void copy_to_float(float *out, const floatX *inp, size_t n) {
-    if (n > 0) to_float_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
-}
-static void copy_to_floatX(floatX *out, const float *inp, size_t n) {
-    if (n > 0) to_floatX_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
-}
 
 // Copies the keys and values of n tokens of row b, from token t on, into the cache, from position `at` on.
 static void cache_chunk(float *cache_k, float *cache_v, const floatX *k, const floatX *v, int b, int t, int at, int n,
@@ -1822,7 +1794,8 @@ static void nffn_backward(Model *m, int layer, floatX *dy, const floatX *dout) {
     // hidden = dropout(silu(u W1') [* (u W3')])
     floatX *du = s->dxt;
     if (c->swiglu) {
-        linear_gate_backward(s->hidden, s->df3, s->df1, NULL, df2, rounded(m, w->fc2), a->f3, a->f1, hidden_mask, R, F, D);
+        linear_gate_backward(s->hidden, s->df3, s->df1, NULL, df2, rounded(m, w->fc2), a->f3, a->f1, hidden_mask, R, F,
+                             D);
         linear_backward(du, 0, dw->fc3, NULL, s->df3, a->u, rounded(m, w->fc3), R, D, F);
     } else {
         linear_silu_backward(s->hidden, s->df1, df2, rounded(m, w->fc2), a->f1, hidden_mask, R, F, D);

@@ -180,9 +180,8 @@ static void list_forward(int l, double states) {
          [=] { cema_forward(a->ema, a->h, NULL, a->xt, &m->coeffs[l], w->cema_omega, NULL, d); });
     part("RMSNorm", 0, acts(2 * D), [=] { rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, eps); });
     forward("wz", a->z, NULL, a->mx, w->wz, w->wz_bias, D, Z);
-    part("wv, silu", linear(D, E), 0, [=] {
-        linear_silu_forward(s->v, a->v_pre, a->xt, rounded(m, w->wv), rounded(m, w->wv_bias), R, D, E);
-    });
+    part("wv, silu", linear(D, E), 0,
+         [=] { linear_silu_forward(s->v, a->v_pre, a->xt, rounded(m, w->wv), rounded(m, w->wv_bias), R, D, E); });
     list_qk(a, w, "");
     part("attention", attention(Z + E), 0,
          [=] { attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->q, s->k, s->v, NULL, Mask{}, d); });
@@ -223,8 +222,8 @@ static void list_backward(int l, double states) {
                            a->ffn_rstd, R, D);
     });
     part("wh2 dinp, gate backward", linear(E, D), 0, [=] {
-        linear_gate_backward(s->gated, s->do_, s->dr_pre, dw->wr_bias, s->dy, rounded(m, w->wh2), a->o, a->r_pre, Mask{},
-                             R, E, D);
+        linear_gate_backward(s->gated, s->do_, s->dr_pre, dw->wr_bias, s->dy, rounded(m, w->wh2), a->o, a->r_pre,
+                             Mask{}, R, E, D);
     });
     backward_weight("wh2", dw->wh2, NULL, s->dy, s->gated, E, D);
     backward_input("wh1", s->dmx, 0, s->dy, w->wh1, D, D);

@@ -1,10 +1,10 @@
 /*
 attention_hopper.cuh: attention of whole chunks as five products of hopper.cuh, instead of those of attention.cuh.
 
-The idea: scores are computed for whole chunks, and only those tiles of 256 x 256 that are not wholly above the diagonal.
-The softmax is part of the products where it can be: a product's epilogue has a tile of 256 keys in registers, from which
-it leaves e^(S - m), and for each row the maximum m and the sum. The probabilities need the maximum of the whole row. One
-kernel then scales the tiles of a row:
+The idea: scores are computed for whole chunks, but only in tiles of 256 x 256 that are not wholly above the diagonal.
+The softmax is part of the products where it can be. A product's epilogue has a tile of 256 keys in registers, from
+which it leaves e^(S - m), and for each row the maximum m and the sum. The probabilities need the maximum of the whole
+row, so a kernel of its own scales the tiles of a row:
 
     keys      256    256    256                    forward
     queries +------+                               1. S = q k', left as e^(S - m_tile), m_tile, sum_tile
@@ -28,8 +28,8 @@ enum { HOPPER_SCORES = 1 << 25 }; // elements of the score matrices that exist a
 static int hopper_chunks(Dims d) { return max_int((int)(HOPPER_SCORES / ((int64_t)d.C * d.C)), 1); }
 
 static bool attention_hopper_supports(const int *past, Mask mask, Dims d) {
-    return attention_fast_supports(past, d) && min_int(d.C, d.L) >= 256 && d.E / d.H >= 256 &&
-           d.E / d.H % VEC == 0 && d.Z / d.H % VEC == 0 && mask.p == 0;
+    return attention_fast_supports(past, d) && min_int(d.C, d.L) >= 256 && d.E / d.H >= 256 && d.E / d.H % VEC == 0 &&
+           d.Z / d.H % VEC == 0 && mask.p == 0;
 }
 
 static size_t attention_hopper_scores(Dims d) {
@@ -121,7 +121,8 @@ struct ProbabilitiesEpilogue : Epilogue {
     __device__ TwoRows begin(const float *, ClusterTile t, int row, int) const {
         TwoRows rows = {row, {0, 0}, {0, 0}};
         for (int half = 0; half < 2; half++) {
-            if (row + 8 * half < part.run.n) rows.value[half] = lse[part_row(&part, t.layer, row + 8 * half) * H + part.h];
+            if (row + 8 * half < part.run.n)
+                rows.value[half] = lse[part_row(&part, t.layer, row + 8 * half) * H + part.h];
         }
         return rows;
     }
@@ -249,9 +250,7 @@ static void attention_hopper_forward(floatX *o, float *lse, floatX *scores, cons
                 e.part = part, e.tiles = tiles, e.C = d.C;
                 part_product(P, Q, flip(K), part.run.n, dz, &part, BELOW, P, e);
                 attention_scale_kernel<<<PART_GRID(part)>>>(scores, lse, tiles, part, d.C, d.H);
-                Plain plain;
-                plain.bias = NULL;
-                part_product(O, P, V, dv, part.run.n, &part, UP_TO_ROW, P, plain);
+                part_product(O, P, V, dv, part.run.n, &part, UP_TO_ROW, P, Plain());
             }
         }
     }
@@ -268,7 +267,8 @@ static void attention_hopper_backward(floatX *dq, floatX *dk, floatX *dv_out, fl
             for (int h = 0; h < d.H; h++) {
                 HopperPart part = hopper_part(run, first, h, d);
                 Matrix Q = part_rows(&part, q, d.Z, dz), K = part_rows(&part, k, d.Z, dz), P = square(scores, d.C);
-                Matrix V = part_rows(&part, v, d.E, dv), dO = part_rows(&part, dout, d.E, dv), dS = square(dscores, d.C);
+                Matrix V = part_rows(&part, v, d.E, dv), dO = part_rows(&part, dout, d.E, dv),
+                       dS = square(dscores, d.C);
                 int n = part.run.n;
                 ProbabilitiesEpilogue probabilities;
                 probabilities.part = part, probabilities.lse = lse, probabilities.H = d.H;
@@ -277,11 +277,9 @@ static void attention_hopper_backward(floatX *dq, floatX *dk, floatX *dv_out, fl
                 weighted.part = part, weighted.tiles = tiles, weighted.C = d.C;
                 part_product(dS, dO, flip(V), n, dv, &part, BELOW, P, weighted);
                 attention_subtract_kernel<<<PART_GRID(part)>>>(dscores, scores, tiles, part, d.C);
-                Plain plain;
-                plain.bias = NULL;
-                part_product(part_rows(&part, dq, d.Z, dz), dS, K, dz, n, &part, UP_TO_ROW, P, plain);
-                part_product(part_rows(&part, dk, d.Z, dz), flip(dS), Q, dz, n, &part, FROM_ROW, P, plain);
-                part_product(part_rows(&part, dv_out, d.E, dv), flip(P), dO, dv, n, &part, FROM_ROW, P, plain);
+                part_product(part_rows(&part, dq, d.Z, dz), dS, K, dz, n, &part, UP_TO_ROW, P, Plain());
+                part_product(part_rows(&part, dk, d.Z, dz), flip(dS), Q, dz, n, &part, FROM_ROW, P, Plain());
+                part_product(part_rows(&part, dv_out, d.E, dv), flip(P), dO, dv, n, &part, FROM_ROW, P, Plain());
             }
         }
     }

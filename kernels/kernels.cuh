@@ -1,6 +1,6 @@
 /*
 kernels.cuh: the list of the fast kernels. megalodon.cu includes it in bfloat16 builds, unless PLAIN=1. Each file
-replaces plain functions of megalodon.cu, which call it in a line FAST(supported, call):
+replaces plain functions of megalodon.cu, which call it in a line FAST(supported, call), or HOPPER(supported, call):
 
     matmul.cuh         linear_*: cuBLASLt, which adds biases and residuals in the same kernel
     elementwise.cuh    silu_*, gate_*: a thread loads 16 bytes with one instruction
@@ -10,7 +10,7 @@ replaces plain functions of megalodon.cu, which call it in a line FAST(supported
     norms.cuh          rmsnorm_*, layernorm_*: rows in registers; sum_rows of biases
     qk.cuh             qk_layer_*: norm, affine map and rotation in one kernel
     attention.cuh      attention_*: all chunks in one batch, softmax on vectors
-    hopper.cuh         products whose result is worked on while it is in registers; for Hopper GPUs
+    hopper.cuh         for Hopper GPUs: products whose result is worked on while it is in registers (wgmma.cuh)
     linear_hopper.cuh  linear_silu_* and linear_gate_* with them
     attention_hopper.cuh  attention_* with them
     loss.cuh           cross_entropy: softmax on vectors

@@ -27,7 +27,7 @@ struct Silu : Epilogue {
     enum { INPUTS = 0, OUTPUTS = 2 };
     const floatX *bias; // or NULL
     int D;
-    __device__ float2 columns(int, int c) const {
+    __device__ float2 columns(int c) const {
         return bias && c < D ? unpack(*(const uint32_t *)(bias + c)) : make_float2(0, 0);
     }
     __device__ void apply(float2 *out, float2 x, const float2 *, float2 b, NoRows *, int, int) const {

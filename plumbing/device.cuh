@@ -75,6 +75,22 @@ static void *workspace(size_t bytes) {
     return gpu.workspace;
 }
 
+// floatX and float. Mapping of both kernels: a thread has an element.
+static __global__ void to_float_kernel(float *out, const floatX *inp, size_t n) {
+    size_t i = thread_index();
+    if (i < n) out[i] = to_float(inp[i]);
+}
+static __global__ void to_floatX_kernel(floatX *out, const float *inp, size_t n) {
+    size_t i = thread_index();
+    if (i < n) out[i] = to_floatX(inp[i]);
+}
+static void copy_to_float(float *out, const floatX *inp, size_t n) {
+    if (n > 0) to_float_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
+}
+static void copy_to_floatX(floatX *out, const float *inp, size_t n) {
+    if (n > 0) to_floatX_kernel<<<blocks_for(n, THREADS), THREADS>>>(out, inp, n);
+}
+
 // The token counts of a state are in device memory, so that in decoding the host does not wait for the device.
 // Formula: count (B) += L. Mapping: a thread block has a sequence.
 static __global__ void advance_kernel(int64_t *count, int64_t L) { count[blockIdx.x] += L; }
@@ -185,7 +201,6 @@ static size_t timestep_norm_workspace(Dims d);
 static size_t cema_workspace(Dims d);
 static size_t attention_workspace(Dims d);
 static size_t embedding_workspace(Dims d);
-static void copy_to_floatX(floatX *out, const float *inp, size_t n);
 #ifdef FAST_KERNELS
 static size_t attention_fast_scores(Dims d);
 static size_t fast_workspace(Dims d);

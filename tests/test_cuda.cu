@@ -751,8 +751,8 @@ static void test_linear(void) {
 // pre = inp W' + bias, out = silu(pre), and the backward passes of y = out W' through silu and through a gate. The
 // Hopper kernels need many rows, and no dropout.
 static void linear_silu_case(int R, int K, int M, int with_bias, double p) {
-    begin(sizes(1, R, max_int(K, M)), "linear with silu or gate, R %d K %d M %d%s%s", R, K, M, with_bias ? ", bias" : "",
-          p > 0 ? ", dropout" : "");
+    begin(sizes(1, R, max_int(K, M)), "linear with silu or gate, R %d K %d M %d%s%s", R, K, M,
+          with_bias ? ", bias" : "", p > 0 ? ", dropout" : "");
     Acts inp = acts((size_t)R * K, 1, 0), weight = acts((size_t)M * K, 1 / sqrt((double)K), 0), bias = {};
     Acts pre = acts_out((size_t)R * M), out = acts_out(pre.n);
     if (with_bias) bias = acts(M, 1, 0);
