@@ -212,15 +212,17 @@ mask_of: m->dropout_on ? p : 0  =>  p
 mask_of: mask.step = (uint32_t)m->dropout_key.step  =>  mask.step = 0
 mask_of: (uint64_t)m->dropout_key.row *  =>  0 *
 mega_backward: const real *dsum = mega_mask.p > 0 ? s->dxt : dy  =>  const real *dsum = dy
-mega_backward: dropout(s->do_, s->do_, gated_mask  =>  dropout(s->v, s->v, gated_mask
-mega_backward: dropout(s->gated, s->gated, gated_mask  =>  dropout(s->v, s->v, gated_mask
+linear_gate_backward: dropout(da, da, mask  =>  dropout(da, da, (Mask){.p = 0}
+linear_gate_backward: dropout(out, out, mask  =>  dropout(out, out, (Mask){.p = 0}
+linear_gate_backward: if (dbias) sum_rows  =>  if (0) sum_rows
+mega_backward: s->dr_pre, dw->wr_bias, dsum  =>  s->dr_pre, NULL, dsum
 mega_backward: dropout(s->dmx, s->dmx,  =>  dropout(s->v, s->v,
 timestep_norm_layer_backward: m->has_before ? m->before.count : NULL  =>  NULL
 nffn_forward: add(out, x  =>  add(out, a->y
 nffn_forward: dropout(f2, f2  =>  dropout(a->u, a->u
 nffn_backward: if (nffn_mask.p > 0) df2  =>  if (nffn_mask.p > 1) df2
-nffn_backward: dropout(s->dhidden, s->dhidden  =>  dropout(s->df1, s->df1
-nffn_backward: dropout(s->hidden, s->hidden  =>  dropout(s->df1, s->df1
+linear_silu_backward: dropout(dpre, dpre, mask  =>  dropout(dpre, dpre, (Mask){.p = 0}
+linear_silu_backward: dropout(out, out, mask  =>  dropout(out, out, (Mask){.p = 0}
 keep_state: memory_copy(s->memory, state->memory, s->bytes)  =>  memory_copy(s->memory, state->memory, 8)
 keep_state: m->has_before = state != NULL ||  =>  m->has_before =
 megalodon_forward: dropout(m->x[0], m->x[0]  =>  dropout(m->x[1], m->x[0]
@@ -232,7 +234,8 @@ megalodon_zero_grad: i < m->num_params  =>  i < 1
 state_reset: s->count + row  =>  s->count
 state_reset: s->mean + i * s->G  =>  s->mean + i
 state_reset: s->h + i * s->modes  =>  s->h + i
-mega_forward: linear_forward(a->v_pre, NULL, a->xt  =>  linear_forward(a->v_pre, NULL, a->mx
+mega_forward: linear_silu_forward(s->v, a->v_pre, a->xt  =>  linear_silu_forward(s->v, a->v_pre, a->mx
+linear_silu_forward: silu_forward(out, pre  =>  silu_forward(out, inp
 mega_forward: linear_forward(a->r_pre, NULL, a->mx  =>  linear_forward(a->r_pre, NULL, a->xt
 mega_forward: m->rope, in ? in->count : NULL  =>  m->rope, NULL
 mega_backward: linear_backward(s->dmx, 1, dw->wr  =>  linear_backward(s->dmx, 0, dw->wr
