@@ -48,7 +48,7 @@ typedef struct {
 } RunTile;
 
 #ifdef HOPPER_KERNELS // attention_hopper.cuh
-static bool attention_hopper_supports(const int *past, Mask mask, Dims d);
+static bool attention_hopper_supports(Mask mask, Dims d);
 static size_t attention_hopper_scores(Dims d);
 static void attention_hopper_forward(floatX *o, float *lse, floatX *scores, const floatX *q, const floatX *k,
                                      const floatX *v, Dims d);
@@ -188,7 +188,7 @@ static void attention_fast_tile(floatX *o, float *lse, floatX *scores, const flo
 
 static void attention_runs(floatX *o, float *lse, floatX *scores, const floatX *q, const floatX *k, const floatX *v,
                            Mask mask, Dims d) {
-    HOPPER(attention_hopper_supports(NULL, mask, d), attention_hopper_forward(o, lse, scores, q, k, v, d));
+    HOPPER(attention_hopper_supports(mask, d), attention_hopper_forward(o, lse, scores, q, k, v, d));
     int dz = d.Z / d.H, dv = d.E / d.H;
     for (int r = 0; r < run_count(d); r++) {
         Run run = run_number(r, d);
@@ -241,7 +241,7 @@ static void attention_fast_tile_backward(RunTensors a, const float *lse, RunTile
 static void attention_fast_backward(floatX *dq, floatX *dk, floatX *dv_out, floatX *scores, const floatX *dout,
                                     const float *lse, const floatX *q, const floatX *k, const floatX *v, Mask mask,
                                     Dims d) {
-    HOPPER(attention_hopper_supports(NULL, mask, d),
+    HOPPER(attention_hopper_supports(mask, d),
            attention_hopper_backward(dq, dk, dv_out, scores, dout, lse, q, k, v, d));
     int dz = d.Z / d.H, dv = d.E / d.H;
     floatX *dscores = scores + attention_fast_scores(d);

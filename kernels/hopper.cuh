@@ -1,8 +1,8 @@
 /*
 hopper.cuh: matrix products of Hopper GPUs (compute capability 9.0) whose result is worked on before it is written.
 
-The idea: cuBLAS writes a product, and a second kernel reads it to apply silu, a gate or a softmax. Here the kernel that
-computes a tile of the product applies them while the tile is in registers. Such a function of a tile is an *epilogue*.
+The idea: cuBLAS writes a product, and a second kernel reads it to apply silu, a gate or a softmax. Here one kernel does
+both: it applies them to a tile of the product while the tile is in registers. What it applies is the *epilogue*.
 
     A cluster of two thread blocks has 256 x 256 of the result, each block 128 x 256. Along K it goes in steps of 64:
 
@@ -15,7 +15,7 @@ computes a tile of the product applies them while the tile is in registers. Such
       +----+        +----------------+
       |  1 | 128    |  thread block  |          The steps go through a ring of STAGES slots in shared memory. The
       |    |        |       1        |          producer fills a slot when it is empty; the consumers empty a slot when
-      +----+        +----------------+          it is full. The producer so runs ahead, into the next tile, too.
+      +----+        +----------------+          it is full. So the producer runs ahead, into the next tile, too.
 
 What an epilogue reads (say r of the gate o silu(r)) goes through the same ring, in boxes of 128 x 64 elements, after
 the tile's last step. What it writes goes through boxes of 64 x 64 in shared memory, from which the copy engine stores.
@@ -141,15 +141,22 @@ static __device__ void load_step(const Product *p, const Shared *s, int slot, Cl
     }
 }
 
-// Two boxes of what an epilogue reads.
+// Where box i of what an epilogue reads comes from: the inputs take turns, for each group of BOX columns.
+typedef struct {
+    const CUtensorMap *map;
+    int column, row;
+} InputBox;
+template <int INPUTS> static __device__ InputBox input_box(const Product *p, const Shared *s, ClusterTile t, int i) {
+    return InputBox{&p->inputs[i % INPUTS], t.n * TILE_N + i / INPUTS * BOX, (2 * t.m + s->block) * TILE_M};
+}
+
+// Two boxes to a slot.
 template <int INPUTS>
 static __device__ void load_inputs(const Product *p, const Shared *s, int slot, ClusterTile t, int i) {
     barrier_expect(s->full + slot, 2 * TILE_M * BOX * (int)sizeof(floatX));
-#pragma unroll
     for (int j = 0; j < 2; j++) {
-        int group = (2 * i + j) / INPUTS, row = (2 * t.m + s->block) * TILE_M;
-        load_box(s->slots + slot * SLOT + j * TILE_M * BOX, &p->inputs[(2 * i + j) % INPUTS], s->full + slot,
-                 t.n * TILE_N + group * BOX, row, t.layer);
+        InputBox box = input_box<INPUTS>(p, s, t, 2 * i + j);
+        load_box(s->slots + slot * SLOT + j * TILE_M * BOX, box.map, s->full + slot, box.column, box.row, t.layer);
     }
 }
 
@@ -160,13 +167,13 @@ template <int A_T, int B_T, int INPUTS> static __device__ void produce(const Pro
         for (int step = t.begin; step < t.end; step++, ring_next(&ring)) {
             barrier_wait(s->empty + ring.slot, (ring.round & 1) ^ 1);
             load_step<A_T, B_T>(p, s, ring.slot, t, step);
-            int i = step - t.begin; // what the epilogue reads comes from memory while steps are multiplied
-            if (INPUTS > 0 && i < INPUTS * TILE_N / BOX)
-                prefetch_box(&p->inputs[i % (INPUTS + !INPUTS)], t.n * TILE_N + i / (INPUTS + !INPUTS) * BOX,
-                             (2 * t.m + s->block) * TILE_M, t.layer);
+            if constexpr (INPUTS > 0) { // they come from memory while steps are multiplied
+                InputBox box = input_box<INPUTS>(p, s, t, step - t.begin);
+                if (step - t.begin < INPUTS * TILE_N / BOX) prefetch_box(box.map, box.column, box.row, t.layer);
+            }
         }
         if constexpr (INPUTS > 0) {
-            for (int j = 0; j < 2 * INPUTS; j++, ring_next(&ring)) {
+            for (int j = 0; j < INPUTS * TILE_N / BOX / 2; j++, ring_next(&ring)) {
                 barrier_wait(s->empty + ring.slot, (ring.round & 1) ^ 1);
                 load_inputs<INPUTS>(p, s, ring.slot, t, j);
             }
@@ -281,7 +288,8 @@ static __device__ void consume(const Product *p, const Shared *s, const E &e, in
 
 // Mapping: see the drawing above. The registers that the producer does not need go to the consumers.
 template <int A_T, int B_T, class E>
-static __global__ __launch_bounds__(HOPPER_THREADS, 1) void hopper_kernel(const __grid_constant__ Product p, const E e) {
+static __global__ __launch_bounds__(HOPPER_THREADS, 1) void hopper_kernel(const __grid_constant__ Product p,
+                                                                          const E e) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ char shared[];
     Shared s;
@@ -386,13 +394,15 @@ static Product product(Matrix A, Matrix B, int M, int N, int K, int batch, Causa
     return p;
 }
 
-static CUtensorMap output_map(const floatX *at, int M, int N, int ld, int batch, int64_t stride) {
-    return tensor_map(at, M, N, ld, batch, stride, 64);
+// What an epilogue reads and writes: `batch` layers of (M,N).
+static CUtensorMap input_map(Matrix m, int M, int N, int batch) {
+    return tensor_map(m.at, M, N, m.ld, batch, m.stride, TILE_M);
 }
-static CUtensorMap input_map(const floatX *at, int M, int N, int ld, int batch, int64_t stride) {
-    return tensor_map(at, M, N, ld, batch, stride, TILE_M);
+static CUtensorMap output_map(Matrix m, int M, int N, int batch) {
+    return tensor_map(m.at, M, N, m.ld, batch, m.stride, 64);
 }
 
+// A_T: A is transposed; B_T: B is not, so that its rows are not along K.
 template <int A_T, int B_T, class E> static void hopper_launch(const Product *p, const E &e) {
     static int clusters; // that the GPU runs at a time
     cudaLaunchConfig_t config = {};
@@ -408,13 +418,4 @@ template <int A_T, int B_T, class E> static void hopper_launch(const Product *p,
     }
     config.gridDim = dim3(2 * min_int(clusters, tile_count(p)));
     cudaCheck(cudaLaunchKernelEx(&config, hopper_kernel<A_T, B_T, E>, *p, e));
-}
-
-template <class E> static void hopper_matmul(Matrix A, Matrix B, const Product *p, const E &e) {
-    if (A.transposed && !B.transposed)
-        hopper_launch<1, 1>(p, e);
-    else if (!A.transposed && !B.transposed)
-        hopper_launch<0, 1>(p, e);
-    else
-        hopper_launch<0, 0>(p, e);
 }

@@ -70,7 +70,7 @@ struct GateBackward : Epilogue {
 static void linear_silu_hopper_forward(floatX *out, floatX *pre, const floatX *inp, const floatX *weight,
                                        const floatX *bias, int R, int K, int M) {
     Product p = product(matrix(inp, K), transposed(weight, K), R, M, K, 1, ALL);
-    p.outputs[0] = output_map(pre, R, M, M, 1, 0), p.outputs[1] = output_map(out, R, M, M, 1, 0);
+    p.outputs[0] = output_map(matrix(pre, M), R, M, 1), p.outputs[1] = output_map(matrix(out, M), R, M, 1);
     Silu e;
     e.bias = bias, e.D = M;
     hopper_launch<0, 0>(&p, e);
@@ -79,21 +79,23 @@ static void linear_silu_hopper_forward(floatX *out, floatX *pre, const floatX *i
 static void linear_silu_hopper_backward(floatX *out, floatX *dpre, const floatX *dy, const floatX *weight,
                                         const floatX *pre, int R, int K, int M) {
     Product p = product(matrix(dy, M), matrix(weight, K), R, K, M, 1, ALL);
-    p.inputs[0] = input_map(pre, R, K, K, 1, 0);
-    p.outputs[0] = output_map(dpre, R, K, K, 1, 0), p.outputs[1] = output_map(out, R, K, K, 1, 0);
+    p.inputs[0] = input_map(matrix(pre, K), R, K, 1);
+    p.outputs[0] = output_map(matrix(dpre, K), R, K, 1), p.outputs[1] = output_map(matrix(out, K), R, K, 1);
     hopper_launch<0, 1>(&p, SiluBackward());
 }
 
 // Rows of sums that GateBackward leaves.
 static int gate_sums(int R) { return ceil_div(R, 2 * TILE_M) * 2 * TILE_M / 16; }
-static size_t linear_hopper_workspace(Dims d) { return (size_t)gate_sums(d.B * d.L) * d.E * sizeof(float); }
+static size_t linear_hopper_workspace(Dims d) {
+    return gpu.hopper ? (size_t)gate_sums(d.B * d.L) * d.E * sizeof(float) : 0;
+}
 
 static void linear_gate_hopper_backward(floatX *out, floatX *da, floatX *db, float *dbias, const floatX *dy,
                                         const floatX *weight, const floatX *a, const floatX *b, int R, int K, int M) {
     Product p = product(matrix(dy, M), matrix(weight, K), R, K, M, 1, ALL);
-    p.inputs[0] = input_map(a, R, K, K, 1, 0), p.inputs[1] = input_map(b, R, K, K, 1, 0);
-    p.outputs[0] = output_map(da, R, K, K, 1, 0), p.outputs[1] = output_map(db, R, K, K, 1, 0);
-    p.outputs[2] = output_map(out, R, K, K, 1, 0);
+    p.inputs[0] = input_map(matrix(a, K), R, K, 1), p.inputs[1] = input_map(matrix(b, K), R, K, 1);
+    p.outputs[0] = output_map(matrix(da, K), R, K, 1), p.outputs[1] = output_map(matrix(db, K), R, K, 1);
+    p.outputs[2] = output_map(matrix(out, K), R, K, 1);
     GateBackward e;
     e.sums = dbias ? (float *)workspace((size_t)gate_sums(R) * K * sizeof(float)) : NULL, e.columns_of_sums = K;
     hopper_launch<0, 1>(&p, e);

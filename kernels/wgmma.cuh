@@ -1,7 +1,7 @@
 /*
 wgmma.cuh: the instructions of Hopper GPUs that hopper.cuh uses, as functions: barriers in shared memory (mbarrier),
-the copy engine, which moves boxes of a matrix (cp.async.bulk.tensor), and the tensor cores of a warpgroup (wgmma). The
-names in brackets are those of the PTX ISA, which describes them.
+the copy engine (TMA), which moves boxes of a matrix (cp.async.bulk.tensor), and the tensor cores of a warpgroup
+(wgmma). The names in brackets are those of the PTX ISA, which describes them.
 
 A barrier counts arrivals, and the bytes that the copy engine still has to bring. When both are complete, its phase is
 over, and the next one begins; phases have parities 0, 1, 0, ... A fresh barrier is in phase 0, and the phase before it,
@@ -43,7 +43,7 @@ static __device__ void consumer_sync(int consumer) { // the 128 threads of a con
     asm volatile("bar.sync %0, 128;" ::"r"(1 + consumer) : "memory");
 }
 
-// Loads the box at (column, row, layer) to shared memory of this thread block, or of all those in the mask.
+// Loads the box at (column, row, layer) to shared memory of this thread block, or of both of the cluster.
 static __device__ void load_box(void *dst, const CUtensorMap *map, uint64_t *barrier, int column, int row, int layer) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
@@ -87,7 +87,7 @@ template <int LEFT> static __device__ void products_wait(void) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
-// d (64,256) = A (64,16) B (16,256), added to d if `add`. A_T, B_T: rows of the box in shared memory are not along K.
+// d (64,256) = A (64,16) B (16,256), added to d if `add`. A_T, B_T: a row of the box in shared memory is not along K.
 // A thread has rows warp 16 + lane/4 (+ 8) and columns 8 j + lane%4 2 (+ 1), as d[4 j + {0, 1}] (d[4 j + {2, 3}]).
 template <int A_T, int B_T> static __device__ void multiply_add(float d[128], uint64_t a, uint64_t b, int add) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"

@@ -151,9 +151,9 @@ typedef struct {
     floatX *do_, *dr_pre, *dv; // (B,L,E)
     Coeffs dcoeffs;
     // used by the FFN sub-layer, in the same memory as those of the attention sub-layer
-    floatX *hidden;        // (B,L,F)
+    floatX *hidden;    // (B,L,F)
     floatX *df1, *df3; // (B,L,F)
-    char *workspace;       // (workspace_size()) bytes that one layer function uses while it runs
+    char *workspace;   // (workspace_size()) bytes that one layer function uses while it runs
 } Scratch;
 
 struct Model {

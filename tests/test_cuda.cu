@@ -1032,16 +1032,14 @@ static void test_attention(void) {
     if (!odd_shapes) attention_case(1, 65 * 512, 512, 1, 8, 8, 0, 0);
 }
 
-// Three tokens. Scores 0, and 2^28 twice, whose log-sum-exp rounds to themselves: they must share the probability, and
-// the first value must not count. Then a score that overflows to -infinity, which must not pass for a probability of 0.
-static void test_far_attention(void) {
-    enum { L = 3 };
-    const int dz = odd_shapes ? 2 : 8, C = odd_shapes ? L : 8;
+// Scores 0 for the first key, and 2^28 for the others, whose log-sum-exp rounds to themselves: they must share the
+// probability, and the first value must not count. Then a score that overflows to -infinity, which must not pass for a
+// probability of 0.
+static void far_attention_case(int L, int C, int dz, int dv) {
     for (int overflow = 0; overflow < 2; overflow++) {
-        const int dv = odd_shapes ? 1 : 8;
         Dims d = sizes(1, L, 1);
         d.C = C, d.Z = dz, d.E = dv;
-        begin(d, "attention, %s", overflow ? "a score that overflows" : "equal scores of 2^28");
+        begin(d, "attention, L %d, %s", L, overflow ? "a score that overflows" : "equal scores of 2^28");
         SUPPORTS(attention_fast_supports(NULL, d));
         const Model m = training();
         float *q = random_numbers(L * dz, 0, 0), *k = random_numbers(L * dz, 0, 0), *v = random_numbers(L * dv, 0, 1);
@@ -1065,6 +1063,21 @@ static void test_far_attention(void) {
         finish();
     }
 }
+static void test_far_attention(void) {
+    if (odd_shapes) far_attention_case(3, 3, 2, 1);
+    if (!odd_shapes) far_attention_case(3, 8, 8, 8);
+    if (gpu.hopper) far_attention_case(300, 512, 8, 256);
+}
+
+#ifdef HOPPER_KERNELS
+static void test_hopper(void) {
+    int major = 0;
+    begin(sizes(1, 1, 1), "kernels for Hopper GPUs");
+    cudaCheck(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    check_true("used if this is one", gpu.hopper == (major == 9));
+    finish();
+}
+#endif
 
 static void layernorm_case(int R, int D, int affine, double size = 1) {
     begin(sizes(1, R, D), "layernorm, R %d D %d%s, x %g", R, D, affine ? "" : ", no affine", size);
@@ -1811,6 +1824,9 @@ int main(int argc, char **argv) {
         {"far output_loss", test_far_loss, PLAIN | FAST | DISPATCH},
         {"optimizer", test_optimizer, PLAIN},
         {"far optimizer", test_far_optimizer, PLAIN},
+#ifdef HOPPER_KERNELS
+        {"hopper", test_hopper, FAST},
+#endif
 #ifdef FAST_KERNELS
         {"sum_parts_fast", test_sum_parts_fast, FAST},
         {"decode_norm", test_decode_norm, FAST},
