@@ -19,9 +19,12 @@ windows() { # TOKENS
         sed -n 's/^val loss \([0-9.]*\) .*/\1/p'
 }
 near() { awk -v a="$1" -v b="$2" 'BEGIN { exit !(a > 0 && (a - b) * (a - b) < 1e-10 * b * b) }'; }
-different() { ! near "$1" "$2"; }
+# mawk finds NaN neither greater nor less than any number, so only digits are taken for a number.
+different() {
+    awk -v a="$1" -v b="$2" 'BEGIN { exit !((a b) !~ /[^0-9.]/ && a + 0 > 0 && b + 0 > 0 && (a - b) ^ 2 >= 1e-10 * b ^ 2) }'
+}
 same_readings() { # FILE FILE: the same rows, with losses that agree to 1e-5
-    paste -d, "$1" "$2" | awk -F, 'NR > 1 && ($5 != $12 || ($6 - $13) ^ 2 > 1e-10 * $6 ^ 2) { bad = 1 }
+    paste -d, "$1" "$2" | awk -F, 'NR > 1 && ($5 != $12 || ($6 $13) ~ /[^0-9.]/ || !($6 + 0 > 0 && ($6 - $13) ^ 2 <= 1e-10 * $6 ^ 2)) { bad = 1 }
         END { exit bad || NR < 2 }'
 }
 read_texts() { "$position_loss" --threads 1 --model run --data a.txt,b.txt --tokens 4096 "$@"; }
