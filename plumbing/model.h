@@ -218,7 +218,7 @@ static void params_written(Model *m, size_t first, size_t n); // called after el
 static int backend_open(int allocate); // before a model is planned (0) or allocated (1); returns 0 if out of memory
 static int backend_threads(void);      // see Model.threads
 static void begin_layers(Model *m);    // called before a public function runs layers
-// Seconds of one of PRODUCTS products of two matrices (side,side); 0 if out of memory.
+// Seconds of a product of two matrices (side,side), measured PRODUCTS times; 0 if out of memory.
 static double product_seconds(int side);
 static void read_floatX(real *dst, const floatX *src, size_t n); // copies to host memory
 static void block_again(Model *m, int layer); // computes a block's activations, unless they are in memory

@@ -18,8 +18,17 @@ static void test_counts(void) {
 // Operations of matrix products, counted by hand. A sequence of 10 tokens in chunks of 4 has 10 + 10 + 3 = 23 pairs of a
 // query and a key.
 static void test_operations(void) {
-    Config c = {.num_layers = 2, .model_dim = 6, .z_dim = 4, .value_dim = 8, .num_heads = 2, .ffn_hidden_dim = 5,
-                .cema_ndim = 3, .chunk_size = 4, .vocab_size = 11, .norm_num_groups = 2, .swiglu = 1};
+    Config c = {.num_layers = 2,
+                .model_dim = 6,
+                .z_dim = 4,
+                .value_dim = 8,
+                .num_heads = 2,
+                .ffn_hidden_dim = 5,
+                .cema_ndim = 3,
+                .chunk_size = 4,
+                .vocab_size = 11,
+                .norm_num_groups = 2,
+                .swiglu = 1};
     const ForwardOperations gated = megalodon_forward_operations(&c, 10);
     const double step = megalodon_step_operations(&c, 10);
     // a token and layer: wz 6 x 4, wv, wr and wh2 6 x 8 each, wh1 6 x 6: 204 multiply-adds

@@ -191,6 +191,19 @@ check "a model that diverges in its last steps" fails quiet $small --out nan2 --
 check "  is not saved either" [ "$(steps_in nan2)" = "" ]
 check "    and says so" grep -q 'error: step 3: the model has diverged.* in nan2 no checkpoint was saved before' quiet.out
 
+# Byte 126 stands once, in step 4 of the first stream. Its embedding of 3e38, times 4, is infinite, and so is the state.
+{ head -c 53 text; printf '~'; tail -c +55 text; } > rare
+rare="--data rare --batch-size 2 --seq-len 16 --carry-state --val-every 0 --warmup 3"
+check "a model that has learnt that byte 126 is rare, so that its samples lack it" quiet $small --scale-emb --steps 100 --lr 0.02 --out rare1
+model=rare1/step-00000100/model.safetensors
+header=$(od -An -tu8 -N8 $model | tr -d ' ')
+embedding=$(head -c $((8 + header)) $model | tail -c +9 | sed -n 's/.*"embed.weight":{[^}]*"data_offsets":\[\([0-9]*\),.*/\1/p')
+i=0; while [ $i -lt 16 ]; do printf '\346\261\141\177'; i=$((i + 1)); done |
+    dd of=$model bs=1 conv=notrunc seek=$((8 + header + embedding + 126 * 16 * 4)) 2> /dev/null
+check "a step whose state is not finite, with --carry-state" quiet --init $model $rare --steps 7 --out rare2 --log rare.csv
+check "  is skipped" grep -q '^step *4/7 .* | not finite: skipped, 1 so far' quiet.out
+check "  and the next one is finite" [ "$(grep -c '^step *[5-7]/7 .*loss [0-9]' quiet.out)-$(grep -c 'not finite' quiet.out)" = 3-1 ]
+
 # ---------------------------------------------------------------- what is refused
 
 refused 2 "'--learning-rate'" --learning-rate 1
