@@ -275,11 +275,13 @@ build/emulated/train_fp32: $(EMULATED_TRAIN) build/emulated/megalodon_fp32.o bui
 build/emulated/plumbing/peers.o: BASE_CXXFLAGS += -iquote plumbing $(filter -I%,$(MPI))
 build/emulated/plumbing/peers.o: plumbing/peers.h plumbing/plumbing.h
 build/emulated/train build/emulated/train_fp32: BASE_LIBS += $(filter-out -I%,$(MPI))
-$(EMULATED) build/emulated/train build/emulated/train_fp32:
+build/emulated/sample_fp32: build/sample.o build/emulated/megalodon_fp32.o build/library.a
+EMULATED_PROGRAMS = $(addprefix build/emulated/,train train_fp32 sample_fp32)
+$(EMULATED) $(EMULATED_PROGRAMS):
 	$(CXX) $(ALL_CXXFLAGS) $(LDFLAGS) $^ -rdynamic $(OMP) $(ALL_LIBS) -o $@
 
-test-emulated: $(EMULATED) build/emulated/train build/emulated/train_fp32 train compare
-	@sh tests/run.sh $(EMULATED) tests/limits_emulated.sh tests/mpi_emulated.sh
+test-emulated: $(EMULATED) $(EMULATED_PROGRAMS) $(PROGRAMS)
+	@sh tests/run.sh $(EMULATED) tests/limits_emulated.sh tests/sample_emulated.sh tests/mpi_emulated.sh
 
 # Shared memory of every kernel of megalodon.cu, for all presets, and whether it fits 99, 163, 227 KB. Needs no GPU.
 shared-memory: build/emulated/test_cuda build/emulated/test_cuda_fp32

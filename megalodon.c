@@ -1709,6 +1709,23 @@ size_t megalodon_available_memory(int processes) {
     return host_memory(processes, (size_t)threads_here() * THREAD_BYTES);
 }
 
+// The fastest of PRODUCTS products.
+static double product_seconds(int side) {
+    size_t n = (size_t)side * side;
+    double least = INFINITY;
+    real *A = backend_open(1) ? memory_new(3 * n * sizeof *A) : NULL;
+    if (!A) return 0;
+    real *B = A + n, *C = B + n;
+    for (size_t i = 0; i < 2 * n; i++) A[i] = (real)(i % 7) * (real)0.1;
+    for (int i = 0; i < PRODUCTS; i++) {
+        double start = seconds();
+        matmul(C, side, NULL, matrix(A, side), transposed(B, side), NULL, side, side, side);
+        least = fmin(least, seconds() - start);
+    }
+    memory_free(A, 3 * n * sizeof *A);
+    return least;
+}
+
 size_t megalodon_peak_memory(void) { // of the whole program
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);

@@ -210,6 +210,19 @@ size_t host_memory(int processes, size_t reserved);
 // Index of this process on its machine as its MPI launcher numbers it, 0 without one. In plumbing/system.c.
 int local_rank(void);
 
+double seconds(void); // of a monotonic clock. In plumbing/system.c
+
+// Operations of the matrix products in a forward pass over a sequence of L tokens, 2 for each multiply-add. In attention
+// only the causal half of each chunk counts.
+typedef struct {
+    double projections; // by wz, wv, wr, wh1 and wh2
+    double attention;   // queries by keys, probabilities by values
+    double ffn, output;
+} ForwardOperations;
+ForwardOperations megalodon_forward_operations(const Config *config, int64_t L);
+// The same of a forward and a backward pass together. The backward pass has twice as many as the forward pass.
+double megalodon_step_operations(const Config *config, int64_t L);
+
 // ----------------------------------------------------------------------------
 // random numbers: Philox4x32-10 (Salmon et al., 2011), counter based, so that every backend and every rank draws
 // the same: ten rounds of two 32x32 -> 64 bit products turn a counter, under the key `seed`, into four numbers
@@ -416,6 +429,7 @@ void megalodon_threads(int threads);              // number of threads that the 
 int megalodon_on_gpu(void);                       // 1: models and states are in device memory, 0: in main memory
 size_t megalodon_available_memory(int processes); // bytes of the backend's memory for each process on this machine
 size_t megalodon_peak_memory(void);  // bytes of the backend's memory that this program has used at most so far
+double megalodon_product_rate(void); // operations/s of a large matrix product, measured in about 0.1 s; 0: no memory
 const char *megalodon_backend(void); // one line that names the backend, e.g. "CPU, float32, 2 threads, BLAS"
 
 #endif

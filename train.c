@@ -149,6 +149,7 @@ typedef struct {
     int64_t step;        // number of updates done
     bool nothing_left;   // the resumed run has done all its steps
     bool failed;         // the log or the dump could not be written
+    double product_rate; // operations/s of a large matrix product, of all ranks together; 0: unknown
 } Run;
 
 static volatile sig_atomic_t stop_signal; // number of the signal that asked to stop; 0: none
@@ -507,6 +508,7 @@ static void allocate_batches(Data *d, const Config *c) {
 
 static void create_model(Run *run) {
     Data *d = &run->data;
+    if (!s.eval && s.steps > 0) run->product_rate = ranks.size * megalodon_product_rate(); // takes memory for a moment
     allocate_batches(d, &run->config);
     run->model = megalodon_new(&run->config, run->mode, d->B, (int)split_part(&d->split, 0, ranks.cp_rank).count);
     if (writes_samples()) run->sample_state = state_new(&run->config, 1, 0);
@@ -683,11 +685,18 @@ typedef struct {
     double lr;        // learning rate
     double seconds;   // duration
     double speed;     // tokens/s, ignored targets included
+    double share;     // of the step's duration that its matrix products alone would take at run->product_rate; or 0
     bool finite;      // loss and grad_norm are; otherwise the update is skipped
     bool stop;        // a rank has received a signal, or failed to write
 } Step;
 
 static double tokens_per_step(void) { return (double)s.batch_size * (double)s.seq_len * s.grad_accum; }
+
+// The least seconds of a step: its matrix products without anything else, and without what is computed again.
+static double floor_seconds(const Run *run) {
+    const double sequences = (double)s.batch_size * s.grad_accum;
+    return sequences * megalodon_step_operations(&run->config, s.seq_len) / run->product_rate;
+}
 
 // Accumulates the gradients of the mean loss over the targets of all batches and ranks. Returns this rank's part of
 // that loss. dump, unless NULL, gets the last batch.
@@ -759,6 +768,7 @@ static Step train_step(Run *run) {
     run->step++;
     step.seconds = seconds() - start;
     step.speed = tokens_per_step() / step.seconds;
+    if (run->product_rate > 0) step.share = floor_seconds(run) / step.seconds;
     return step;
 }
 
@@ -768,6 +778,7 @@ static void print_step(const Run *run, const Step *step, int64_t skipped) {
            (long long)s.steps, step->loss, step->grad_norm, step->lr, step->seconds * 1e3, step->speed / 1e3);
     if (s.eot >= 0 || s.carry_state) printf(" | %.0f%% ignored", 100 - 100 * run->data.num_targets / tokens_per_step());
     if (!step->finite) printf(" | not finite: skipped, %lld so far", (long long)skipped);
+    if (step->share > 0) printf(" | %.1f%% of floor", 100 * step->share);
     printf("\n");
 }
 

@@ -296,35 +296,19 @@ static void run_grad_norm(void) { sink += megalodon_grad_norm(m); }
 static void run_zero_grad(void) { megalodon_zero_grad(m); }
 static void run_update(void) { megalodon_update(m, &adamw, 1e-6, 1, 0); }
 
-// Multiply-adds per token of the matrix products in the forward pass. Attention counts the causal half of a chunk.
-static double attention_macs(const Config *c, int L) {
-    const double whole = L / c->chunk_size, rest = L % c->chunk_size, C = c->chunk_size;
-    return (whole * C * (C + 1) / 2 + rest * (rest + 1) / 2) / L * (c->z_dim + c->value_dim) * c->num_layers;
-}
-static double projection_macs(const Config *c) {
-    return (double)c->num_layers * c->model_dim * (3.0 * c->value_dim + c->z_dim + c->model_dim);
-}
-static double ffn_macs(const Config *c) {
-    return (double)c->num_layers * c->model_dim * c->ffn_hidden_dim * (2 + c->swiglu);
-}
-static double output_macs(const Config *c) { return (double)c->vocab_size * c->model_dim; }
-// FLOP per token of a step: 2 per multiply-add, and the backward pass has twice as many as the forward pass.
-static double step_flop(const Config *c, int L) {
-    return 6 * (attention_macs(c, L) + projection_macs(c) + ffn_macs(c) + output_macs(c));
-}
-
 static void bench_step(void) {
     const Config *c = &config;
     const double R = (double)batch_size * seq_len, l = c->num_layers, b = sizeof(real), D = c->model_dim;
     const double E = c->value_dim, Z = c->z_dim, F = c->ffn_hidden_dim, P = (double)m->num_params;
-    const double attention = 2 * R * attention_macs(c, seq_len), output = 2 * R * output_macs(c);
-    const double projections = 2 * R * projection_macs(c), ffn = 2 * R * ffn_macs(c), gates = c->swiglu ? 3 : 2;
+    const ForwardOperations of = megalodon_forward_operations(c, seq_len); // of a sequence
+    const double attention = batch_size * of.attention, output = batch_size * of.output;
+    const double projections = batch_size * of.projections, ffn = batch_size * of.ffn, gates = c->swiglu ? 3 : 2;
     enum { STEP = NUM_RATES, FIRST_PART, MAX_PARTS = 40 };
     Part parts[MAX_PARTS] = {
         rates[MATMUL],
         rates[COPY],
         rates[READ],
-        {"step", run_step, R * step_flop(c, seq_len), 0, 0, 0},
+        {"step", run_step, batch_size * megalodon_step_operations(c, seq_len), 0, 0, 0},
         {"TimestepNorm forward", run_timestep_norm_forward, 0, b * R * l * 2 * D, 0, 0},
         {"TimestepNorm backward", run_timestep_norm_backward, 0, b * R * l * 5 * D, 0, 0},
         {"CEMA forward", run_cema_forward, 0, b * R * l * 2 * D, 0, 0},

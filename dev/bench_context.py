@@ -48,7 +48,6 @@ SIZES = {
         "megalodon-jax": {"num_layers": 12, "num_heads": 1, "z_dim": 256, "value_dim": 2048, "ffn_hidden_dim": 2560,
                           "cema_ndim": 16, "chunk_size": 2048, "norm_num_groups": 32, "swiglu": False},
         "mamba-2": {"num_hidden_layers": 24, "state_size": 128},
-        "gated-deltanet": {"num_hidden_layers": 12, "num_heads": 3, "head_dim": 256, "intermediate_size": 2176},
     },
     "demo": {
         "vocab": 256, "dim": 128,
@@ -56,7 +55,6 @@ SIZES = {
         "megalodon-jax": {"num_layers": 4, "num_heads": 1, "z_dim": 64, "value_dim": 256, "ffn_hidden_dim": 256,
                           "cema_ndim": 8, "chunk_size": 64, "norm_num_groups": 16, "swiglu": True},
         "mamba-2": {"num_hidden_layers": 2, "state_size": 16},
-        "gated-deltanet": {"num_hidden_layers": 2, "num_heads": 2, "head_dim": 32, "intermediate_size": 256},
     },
 }
 
@@ -315,37 +313,35 @@ def run_llama(what, length, size, checkpointing):
     report(measure(lambda: read(parts), torch_synchronize), torch_peak(), parameters, name)
 
 
-def run_fla(name, what, length, size, checkpointing):
-    """Models of flash-linear-attention."""
+def run_mamba2(what, length, size, checkpointing):
+    """Mamba-2 of flash-linear-attention."""
     import importlib.machinery
     import types
     import torch
-    if name == "mamba-2":
-        # mamba_ssm's Triton kernels, without its __init__.py, which imports compiled extensions of Mamba-1
-        spec = importlib.machinery.PathFinder.find_spec("mamba_ssm")
-        if spec is None:
-            raise ImportError("No module named 'mamba_ssm'")
-        package = sys.modules["mamba_ssm"] = types.ModuleType("mamba_ssm")
-        package.__path__ = list(spec.submodule_search_locations)
-        import fla.layers.mamba2
-        from fla.models.mamba2 import Mamba2Config as Config, Mamba2ForCausalLM as Model
-        scan = fla.layers.mamba2.mamba_chunk_scan_combined
+    # mamba_ssm's Triton kernels, without its __init__.py, which imports compiled extensions of Mamba-1
+    spec = importlib.machinery.PathFinder.find_spec("mamba_ssm")
+    if spec is None:
+        raise ImportError("No module named 'mamba_ssm'")
+    package = sys.modules["mamba_ssm"] = types.ModuleType("mamba_ssm")
+    package.__path__ = list(spec.submodule_search_locations)
+    import fla.layers.mamba2
+    from fla.models.mamba2 import Mamba2Config, Mamba2ForCausalLM
+    scan = fla.layers.mamba2.mamba_chunk_scan_combined
 
-        def dense_scan(x, dt, A, B, C, **options):
-            return scan(x.contiguous(), dt.contiguous(), A, B.contiguous(), C.contiguous(), **options)
+    def dense_scan(x, dt, A, B, C, **options):
+        return scan(x.contiguous(), dt.contiguous(), A, B.contiguous(), C.contiguous(), **options)
 
-        # The kernels' offsets have 32 bits. Views of wider arrays exceed them at half the length that copies allow.
-        if length * 5 * size["dim"] >= 2**31:
-            fla.layers.mamba2.mamba_chunk_scan_combined = dense_scan
-    else:
-        from fla.models.gated_deltanet import GatedDeltaNetConfig as Config, GatedDeltaNetForCausalLM as Model
+    # The kernels' offsets have 32 bits. Views of wider arrays exceed them at half the length that copies allow.
+    if length * 5 * size["dim"] >= 2**31:
+        fla.layers.mamba2.mamba_chunk_scan_combined = dense_scan
     wait_for_turn()
     torch.manual_seed(0)
     device = torch_device()
     torch.set_float32_matmul_precision("high")
-    config = Config(vocab_size=size["vocab"], hidden_size=size["dim"], fuse_cross_entropy=False, **size[name])
+    config = Mamba2Config(vocab_size=size["vocab"], hidden_size=size["dim"], fuse_cross_entropy=False,
+                          **size["mamba-2"])
     with torch.device(device):
-        model = Model(config)
+        model = Mamba2ForCausalLM(config)
         tokens = torch.randint(0, size["vocab"], (length + 1,))
     parameters = sum(p.numel() for p in model.parameters())
     tokens, targets = tokens[:-1][None], tokens[1:]
@@ -445,8 +441,7 @@ def run_jax(what, length, size, checkpointing):
 PEERS = {
     "llama": run_llama,
     "megalodon-jax": run_jax,
-    "mamba-2": lambda *a: run_fla("mamba-2", *a),
-    "gated-deltanet": lambda *a: run_fla("gated-deltanet", *a),
+    "mamba-2": run_mamba2,
 }
 OURS = ("megalodon.c", "megalodon.c-whole")
 
@@ -654,7 +649,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, required=True, help="tokens of the sequence")
     parser.add_argument("--models", default="megalodon.c,megalodon.c-whole,llama,megalodon-jax,mamba-2",
-                        help="also: gated-deltanet; megalodon.c-whole: without segments")
+                        help="megalodon.c-whole: without segments")
     parser.add_argument("--what", default="prompt,training", help="prompt, training")
     parser.add_argument("--preset", default="mega200M", choices=SIZES, help="demo: small models, to try this program")
     parser.add_argument("--segment-len", type=int, default=16384, help="of megalodon.c, for longer sequences")

@@ -78,14 +78,6 @@ enum { SIDE = 8192 };                         // of the matrices
 static const size_t COPIED = (size_t)1 << 30; // bytes, well beyond the caches
 static floatX *large[2];                      // COPIED bytes each
 
-static __global__ void random_kernel(floatX *dst, size_t n) { // -1..1
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    uint32_t words[4];
-    if (4 * i >= n) return;
-    megalodon_philox(words, 1, 0, 0, 0, (uint32_t)i);
-    for (int k = 0; k < 4; k++) dst[4 * i + k] = to_floatX((float)words[k] * (2.0f / 4294967296.0f) - 1);
-}
-
 static void run_copy(void) { cudaCheck(cudaMemcpyAsync(large[1], large[0], COPIED, cudaMemcpyDeviceToDevice)); }
 static void run_product(void) {
     const floatX *A = large[0], *B = A + (size_t)SIDE * SIDE;
@@ -130,17 +122,11 @@ static void run_step(void) {
     run_update();
 }
 
-// Operations of products: of a linear map; of attention, for `width` numbers of a key and a value, in the causal half.
+// Operations of products: of a linear map, of one layer's attention, and of the whole step.
 static const NormState none = {NULL, NULL, NULL};
 static double linear(double K, double M) { return 2.0 * R * K * M; }
-static double attention(double width) {
-    const double whole = L / C, rest = L % C;
-    return 2.0 * B * (whole * C * (C + 1.0) / 2 + rest * (rest + 1) / 2) * width;
-}
-static double step_operations(void) {
-    const double layer = linear(D, 3.0 * E + Z + D + (2.0 + m->config.swiglu) * F) + attention(Z + E);
-    return 3 * (layers * layer + linear(D, V));
-}
+static double attention(void) { return B * megalodon_forward_operations(&m->config, L).attention / layers; }
+static double step_operations(void) { return B * megalodon_step_operations(&m->config, L); }
 
 // ----------------------------------------------------------------------------
 // parts of a step. The calls are those of mega_*, nffn_* and megalodon_*. But functions that these call in place write
@@ -183,7 +169,7 @@ static void list_forward(int l, double states) {
     part("wv, silu", linear(D, E), 0,
          [=] { linear_silu_forward(s->v, a->v_pre, a->xt, rounded(m, w->wv), rounded(m, w->wv_bias), R, D, E); });
     list_qk(a, w, "");
-    part("attention", attention(Z + E), 0,
+    part("attention", attention(), 0,
          [=] { attention_forward(a->o, a->lse, NULL, NULL, s->scores, s->q, s->k, s->v, NULL, Mask{}, d); });
     forward("wr", a->r_pre, NULL, a->mx, w->wr, w->wr_bias, D, E);
     part("gate", 0, acts(3 * E), [=] { gate_forward(s->gated, a->o, a->r_pre, (size_t)R * E); });
@@ -232,7 +218,7 @@ static void list_backward(int l, double states) {
     backward_weight("wr", dw->wr, NULL, s->dr_pre, a->mx, D, E);
     list_qk(a, w, " again");
     part("silu of v again", 0, acts(2 * E), [=] { silu_forward(s->v, a->v_pre, (size_t)R * E); });
-    part("attention backward", 2 * attention(Z + E), 0,
+    part("attention backward", 2 * attention(), 0,
          [=] { attention_backward(s->dq, s->dk, s->dv, s->scores, s->do_, a->lse, s->q, s->k, s->v, Mask{}, d); });
     part("q, k backward", 0, acts(4 * Z), [=] {
         qk_layer_backward(s->dz, dw->gamma, dw->beta, s->dq, s->dk, s->zn, s->z_rstd, a->z, w->gamma, m->rope, d);

@@ -9,8 +9,8 @@ import csv
 import sys
 
 NAMES = {"megalodon.c": "megalodon.c", "megalodon.c-whole": "megalodon.c, no segments", "llama": "Llama",
-         "megalodon-jax": "megalodon-jax", "mamba-2": "Mamba-2", "gated-deltanet": "Gated DeltaNet"}
-COLORS = dict(zip(NAMES, ("tab:red", "tab:orange", "tab:blue", "tab:green", "tab:purple", "tab:brown")))
+         "megalodon-jax": "megalodon-jax", "mamba-2": "Mamba-2"}
+COLORS = dict(zip(NAMES, ("tab:red", "tab:orange", "tab:blue", "tab:green", "tab:purple")))
 TASKS = {"training": "-", "prompt": "--"}
 
 

@@ -99,7 +99,7 @@ def plot(table, ends, lengths, out):
     import matplotlib.pyplot as plt
 
     books = [book for book in (False, True) if texts_of(table, book)]
-    fig, axes = plt.subplots(len(books), 2, figsize=(11, 4 * len(books)), dpi=110, squeeze=False)
+    fig, axes = plt.subplots(len(books), 2, figsize=(11, 4 * len(books)), dpi=70, squeeze=False)
     for (left, right), book in zip(axes, books):
         texts = texts_of(table, book)
         for i, variant in enumerate(variants_of(table)):

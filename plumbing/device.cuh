@@ -272,6 +272,41 @@ size_t megalodon_available_memory(int processes) {
 
 size_t megalodon_peak_memory(void) { return gpu.peak; }
 
+// Random numbers in -1..1: products of zeros would take less power, and so less time. Mapping: a thread has 4 elements.
+static __global__ void random_kernel(floatX *out, size_t n) {
+    size_t i = thread_index();
+    uint32_t words[4];
+    if (4 * i >= n) return;
+    megalodon_philox(words, 1, 0, 0, 0, (uint32_t)i);
+    for (int k = 0; k < 4; k++) out[4 * i + k] = to_floatX((float)words[k] * (2.0f / 4294967296.0f) - 1);
+}
+
+// The mean of PRODUCTS products that are queued one after another, after one more. Their memory does not count as used.
+static double product_seconds(int side) {
+    const float alpha = 1, beta = 0;
+    double start = 0;
+    if (!backend_open(1)) return 0;
+    size_t n = (size_t)side * side, bytes = 3 * n * sizeof(floatX), peak = gpu.peak;
+    floatX *A = (floatX *)memory_new(bytes);
+    if (A == NULL) return 0;
+    floatX *B = A + n, *C = B + n;
+    random_kernel<<<blocks_for(2 * n / 4, THREADS), THREADS>>>(A, 2 * n);
+    for (int i = -1; i < PRODUCTS; i++) {
+        if (i == 0) {
+            cudaCheck(cudaDeviceSynchronize());
+            start = seconds();
+        }
+        cublasCheck(cublasGemmEx(gpu.blas, CUBLAS_OP_T, CUBLAS_OP_N, side, side, side, &alpha, B, CUBLAS_TYPE, side, A,
+                                 CUBLAS_TYPE, side, &beta, C, CUBLAS_TYPE, side, CUBLAS_COMPUTE_32F,
+                                 CUBLAS_GEMM_DEFAULT));
+    }
+    cudaCheck(cudaDeviceSynchronize());
+    double time = (seconds() - start) / PRODUCTS;
+    memory_free(A, bytes);
+    gpu.peak = peak;
+    return time;
+}
+
 const char *megalodon_backend(void) {
     backend_open(0);
     return gpu.name;

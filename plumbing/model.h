@@ -218,6 +218,8 @@ static void params_written(Model *m, size_t first, size_t n); // called after el
 static int backend_open(int allocate); // before a model is planned (0) or allocated (1); returns 0 if out of memory
 static int backend_threads(void);      // see Model.threads
 static void begin_layers(Model *m);    // called before a public function runs layers
+// Seconds of a product of two matrices (side,side), measured PRODUCTS times; 0 if out of memory.
+static double product_seconds(int side);
 static void read_floatX(real *dst, const floatX *src, size_t n); // copies to host memory
 static void block_again(Model *m, int layer); // computes a block's activations, unless they are in memory
 static void rope_table(real *table, int C, int dz, double base);
@@ -226,7 +228,7 @@ static void cema_coeffs_forward(Coeffs *c, const real *alpha, const real *delta,
 static void qk_layer_forward(floatX *q, floatX *k, floatX *zn, real *z_rstd, const floatX *z, const real *gamma,
                              const real *beta, const real *table, const int64_t *count, Dims d, double eps);
 static void silu_forward(floatX *out, const floatX *inp, size_t n);
-enum { NUM_SUMS = 1024 };
+enum { NUM_SUMS = 1024, PRODUCTS = 3 };
 
 // ----------------------------------------------------------------------------
 // memory
@@ -703,4 +705,20 @@ Model *megalodon_new(const Config *config, Mode mode, int B, int L) {
     }
     rope_table(m->rope, config->chunk_size, config->z_dim / config->num_heads, config->rope_base);
     return m;
+}
+
+// ----------------------------------------------------------------------------
+// the rate of the machine
+
+// Small products do not use the whole machine, so they become larger until the next one would take too long.
+double megalodon_product_rate(void) {
+    const double most_seconds = 0.1;
+    const int largest = megalodon_on_gpu() ? 8192 : 1024;
+    double rate = 0, time = 0;
+    for (int side = 128; side <= largest && 8 * PRODUCTS * time <= most_seconds; side *= 2) {
+        time = product_seconds(side);
+        if (time == 0) break;
+        rate = 2.0 * side * side * side / time;
+    }
+    return rate;
 }

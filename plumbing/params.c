@@ -164,6 +164,25 @@ void megalodon_point(Params *params, real *memory, const Config *config, const T
 }
 
 // ----------------------------------------------------------------------------
+// operations of matrix products
+
+ForwardOperations megalodon_forward_operations(const Config *c, int64_t L) {
+    const double D = c->model_dim, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim, C = c->chunk_size;
+    const double whole = (double)(L / c->chunk_size), rest = (double)(L % c->chunk_size);
+    const double pairs = whole * C * (C + 1) / 2 + rest * (rest + 1) / 2; // of a query and a key that it attends to
+    const double tokens = (double)L, layers = c->num_layers;
+    return (ForwardOperations){.projections = 2 * layers * tokens * D * (3 * E + Z + D),
+                               .attention = 2 * layers * pairs * (Z + E),
+                               .ffn = 2 * layers * tokens * D * F * (c->swiglu ? 3 : 2),
+                               .output = 2 * tokens * D * c->vocab_size};
+}
+
+double megalodon_step_operations(const Config *config, int64_t L) {
+    const ForwardOperations f = megalodon_forward_operations(config, L);
+    return 3 * (f.projections + f.attention + f.ffn + f.output);
+}
+
+// ----------------------------------------------------------------------------
 // initial values
 
 enum { PARALLEL_MIN = 4096 }; // draws up to which one thread makes them

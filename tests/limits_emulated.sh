@@ -78,6 +78,9 @@ verdict $? "plain against fast kernels, every tensor within 4e-2"
 verdict $? "  but not the same bits: these are other kernels"
 { step MEGALODON_PLAIN=0 train off && cmp "$tmp/fast.90" "$tmp/off"; } > "$tmp/log" 2>&1
 verdict $? "MEGALODON_PLAIN=0: fast kernels"
+{ step MEGALODON_PLAIN=0 train off && grep '^step  *1/' "$tmp/log" | awk -F'|' '{ share = $NF + 0 }
+    END { exit !(NR == 1 && $NF ~ /% of floor$/ && share > 0 && share < 100) }'; } > "$tmp/log" 2>&1
+verdict $? "a step's line ends with the share of the floor"
 
 # Heads that need more shared memory than the fast kernels of q and k have.
 wide="--num-layers 1 --num-heads 1 --z-dim 6216"

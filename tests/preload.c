@@ -1,8 +1,10 @@
 // A library for LD_PRELOAD: file systems that lack a call, as network and container mounts do. NO_MMAP=1: regular files
 // cannot be mapped (ENODEV); NO_FOLDER_SYNC=1: folders cannot be synced (ENOTSUP); NO_FLOCK=1: there are no locks (ENOLCK).
-// For tests/test_filesystems.sh.
+// DISK_BYTES=N: a disk on which a file of N bytes leaves no space (ENOSPC). For tests/test_filesystems.sh, test_mpi.sh.
+#define _GNU_SOURCE      // fwrite_unlocked
 #include <errno.h>       // defines: errno
-#include <stdlib.h>      // defines: getenv
+#include <stdio.h>       // defines: FILE, fileno, ftell, fwrite_unlocked
+#include <stdlib.h>      // defines: atol, getenv
 #include <sys/mman.h>    // defines: PROT_EXEC
 #include <sys/stat.h>    // defines: fstat
 #include <sys/syscall.h> // defines: SYS_mmap, SYS_fsync, SYS_flock
@@ -27,4 +29,12 @@ int fsync(int fd) {
 int flock(int fd, int operation) {
     if (getenv("NO_FLOCK")) return errno = ENOLCK, -1;
     return (int)syscall(SYS_flock, fd, operation);
+}
+
+size_t fwrite(const void *data, size_t size, size_t count, FILE *file) {
+    const char *disk = getenv("DISK_BYTES");
+    const int fd = fileno(file);
+    if (disk && fd > STDERR_FILENO && is_kind(fd, S_IFREG) && ftell(file) + (long)(size * count) > atol(disk))
+        return errno = ENOSPC, 0;
+    return fwrite_unlocked(data, size, count, file);
 }

@@ -1,6 +1,7 @@
 # ./train as several ranks under mpirun: every split into data-parallel and chunk-parallel ranks against one process, bytes
 # sent, refusals, and what happens when a rank dies. Run from the repository's root.
 double=$PWD/build/double/train
+preload=$PWD/tests/preload.c
 other=${1:+$PWD/$1} # a program of another backend, to compare with ./train; then only some of the checks run
 . tests/check.sh
 cd "$folder" || exit 1
@@ -271,6 +272,28 @@ check "refused: settings that differ" refused 1 "has other settings" 1 : -n 1 "$
 check "refused: a file that only one rank has" refused 1 "nowhere: No such file" 1 : -n 1 "$train" $small --data nowhere
 "$train" --chunk-parallel 2 > out.txt 2> err.txt
 check "refused: --chunk-parallel without mpirun" grep -q "does not divide the number of processes, 1" err.txt
+
+# ---------------------------------------------------------------- a full disk
+
+if ldd "$train" 2> /dev/null | grep -q 'lib[at]san' || ! ${CC:-cc} -shared -fPIC -o preload.so "$preload" 2> /dev/null; then
+    echo "skipped: a full disk (sanitizers have their own library, or none can be built)"
+else
+    full_disk() { # RANKS CP_SIZE BYTES: a dump onto a disk that is full after so many bytes; sets status
+        timeout 60 mpirun -n "$1" env LD_PRELOAD="$folder/preload.so" DISK_BYTES="$3" \
+            "$train" --chunk-parallel "$2" $small --steps 2 --dump full.st > run.out 2> err.txt
+        status=$?
+    }
+    full_disk 2 2 100000000
+    check "a dump of 2 ranks, on a disk with space" [ $status -eq 0 ]
+    size=$(wc -c < full.st)
+    rm full.st
+    for bytes in 10000 $((size - 1)); do # in the activations, at the last gradient
+        full_disk 2 2 $bytes
+        check "a dump of 2 ranks, of which the disk takes $bytes of $size bytes: status 1" [ $status -eq 1 ]
+        check "  the message says why, once" [ "$(grep -c 'error: --dump full.st.*: No space left on device' err.txt)" -eq 1 ]
+        check "  and no half file stays" eval '[ ! -e full.st ] && [ ! -e full.st.tmp ]'
+    done
+fi
 
 # ---------------------------------------------------------------- a rank dies, or receives a signal
 

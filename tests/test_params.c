@@ -15,6 +15,33 @@ static void test_counts(void) {
     }
 }
 
+// Operations of matrix products, counted by hand. A sequence of 10 tokens in chunks of 4 has 10 + 10 + 3 = 23 pairs of a
+// query and a key.
+static void test_operations(void) {
+    Config c = {.num_layers = 2,
+                .model_dim = 6,
+                .z_dim = 4,
+                .value_dim = 8,
+                .num_heads = 2,
+                .ffn_hidden_dim = 5,
+                .cema_ndim = 3,
+                .chunk_size = 4,
+                .vocab_size = 11,
+                .norm_num_groups = 2,
+                .swiglu = 1};
+    const ForwardOperations gated = megalodon_forward_operations(&c, 10);
+    const double step = megalodon_step_operations(&c, 10);
+    // a token and layer: wz 6 x 4, wv, wr and wh2 6 x 8 each, wh1 6 x 6: 204 multiply-adds
+    check_true("operations of the projections", gated.projections == 2 * 2 * 10 * 204);
+    check_true("operations of attention", gated.attention == 2 * 2 * 23 * (4 + 8));
+    check_true("operations of the FFN with swiglu", gated.ffn == 2 * 2 * 10 * 90);
+    check_true("operations of the output", gated.output == 2 * 10 * 66);
+    check_true("operations of a step", step == 3 * (8160 + 1104 + 3600 + 1320));
+    c.swiglu = 0;
+    check_true("operations of the FFN without swiglu", megalodon_forward_operations(&c, 10).ffn == 2 * 2 * 10 * 60);
+    check_true("operations of a step without swiglu", megalodon_step_operations(&c, 10) == step - 3 * 1200);
+}
+
 // Names and shapes of all tensors of one model, in order.
 static void test_names(void) {
     static const char *const expected[] = {"embed.weight (11,6)",
@@ -167,6 +194,7 @@ static void test_init_modes(void) {
 int main(void) {
     test_init_modes();
     test_counts();
+    test_operations();
     test_names();
     test_philox();
     test_init();

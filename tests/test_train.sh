@@ -48,6 +48,15 @@ check "  checkpoints" same a/step-00000012 b/step-00000012
 check "  logs" same_log a.csv b.csv
 check "another seed" quiet $small --out c --steps 12 --seed 2 --log c.csv
 check "  gives other losses" [ "$(cut -d, -f2 a.csv | tail -n 1)" != "$(cut -d, -f2 c.csv | tail -n 1)" ]
+shares() { # the last column of each step's line, a share of the floor in percent; fails unless there are N in LOW..HIGH
+    awk -F'|' -v n="$1" -v low="$2" -v high="$3" '/^step .*tok\/s/ { lines++; split($NF, w, " ")
+        good += $NF ~ /^ [0-9.]+% of floor$/ && w[1] + 0 > low && w[1] + 0 < high } END { print good, lines; exit !(good == n && lines == n) }' quiet.out
+}
+check "a step's line ends with the share of the floor" shares 12 0 100
+wide="--preset demo --model-dim 64 --data text --batch-size 4 --val-every 0 --grad-accum 2" # about 30 % in one thread
+check "  of a wider model" quiet $wide --steps 3 --warmup 3 --dump share
+check "    a plausible one" shares 3 1 100
+check "  not with --eval" eval 'quiet --init a --data text --batch-size 2 --seq-len 12 --val-batches 2 --eval && ! grep "of floor" quiet.out'
 check "the best by validation is kept" quiet $small --out best --steps 12 --save-every 3 --lr 1 --schedule constant --warmup 10
 check "  beside the newest two" [ "$(steps_in best | wc -w)" -eq 3 ]
 
@@ -135,7 +144,7 @@ check "    is the run's last validation, both without dropout" [ "$(sed -n 's/^v
 
 carry="$small --seq-len 16 --eot 10 --carry-state --val-every 0 --schedule constant"
 check "documents that are carried on" quiet $carry --out carry --steps 12 --save-every 5 --log carry.csv
-check "  the share of ignored positions is said" grep -q 'step .* | [0-9]*% ignored$' quiet.out
+check "  the share of ignored positions is said" grep -q 'step .* | [0-9]*% ignored |' quiet.out
 check "  and how many documents there are" grep -q 'documents   [1-9][0-9]* to train on' quiet.out
 check "  states are saved" [ -f carry/step-00000012/state-0.safetensors ]
 cp carry.csv whole.csv && cp -r carry/step-00000012 carried && rm -r carry/step-00000012
@@ -164,7 +173,7 @@ alone() { # SEQ_LEN: is a step of a stream what its batch would be without a sta
 check "rows that each hold a whole document start fresh" alone 32
 check "parts of documents see the tokens before them" fails alone 8
 check "documents" quiet $small --eot 10 --seq-len 40 --steps 1 --dump docs.safetensors
-check "  a fourth and more is ignored" grep -q 'step .* | [3-9][0-9]% ignored$' quiet.out
+check "  a fourth and more is ignored" grep -q 'step .* | [3-9][0-9]% ignored |' quiet.out
 
 # ---------------------------------------------------------------- steps that are not finite
 
@@ -181,6 +190,19 @@ check "a model that diverges in its last steps" fails quiet $small --out nan2 --
     --weight-decay 1e6 --grad-clip 0 --steps 3
 check "  is not saved either" [ "$(steps_in nan2)" = "" ]
 check "    and says so" grep -q 'error: step 3: the model has diverged.* in nan2 no checkpoint was saved before' quiet.out
+
+# Byte 126 stands once, in step 4 of the first stream. Its embedding of 3e38, times 4, is infinite, and so is the state.
+{ head -c 53 text; printf '~'; tail -c +55 text; } > rare
+rare="--data rare --batch-size 2 --seq-len 16 --carry-state --val-every 0 --warmup 3"
+check "a model that has learnt that byte 126 is rare, so that its samples lack it" quiet $small --scale-emb --steps 100 --lr 0.02 --out rare1
+model=rare1/step-00000100/model.safetensors
+header=$(od -An -tu8 -N8 $model | tr -d ' ')
+embedding=$(head -c $((8 + header)) $model | tail -c +9 | sed -n 's/.*"embed.weight":{[^}]*"data_offsets":\[\([0-9]*\),.*/\1/p')
+i=0; while [ $i -lt 16 ]; do printf '\346\261\141\177'; i=$((i + 1)); done |
+    dd of=$model bs=1 conv=notrunc seek=$((8 + header + embedding + 126 * 16 * 4)) 2> /dev/null
+check "a step whose state is not finite, with --carry-state" quiet --init $model $rare --steps 7 --out rare2 --log rare.csv
+check "  is skipped" grep -q '^step *4/7 .* | not finite: skipped, 1 so far' quiet.out
+check "  and the next one is finite" [ "$(grep -c '^step *[5-7]/7 .*loss [0-9]' quiet.out)-$(grep -c 'not finite' quiet.out)" = 3-1 ]
 
 # ---------------------------------------------------------------- what is refused
 

@@ -10,7 +10,7 @@ loss by position in long texts.
 
 Every variant is trained on the same number of tokens a step and in all. Variants:
     2k, 32k, 512k           sequences of 2,048, 32,768 and 524,288 tokens, each from a fresh state, with exact gradients
-    2k-carry, 32k-carry     sequences that continue from the state of the step before (--carry-state), whose gradients
+    2k-carry                sequences that continue from the state of the step before (--carry-state), whose gradients
                             stop at the start of the sequence
     2k-slow, 512k-slow      like 2k and 512k, but the time constants of CEMA's modes are spread evenly over a
                             logarithmic scale from 4 to 2^18 tokens at the start; the released initial values have 4
@@ -38,7 +38,7 @@ import time
 FOLDER = "build/context"
 STEP_TOKENS = 524288
 LENGTHS = {"2k": 2048, "32k": 32768, "512k": 524288}
-VARIANTS = ["2k", "32k", "512k", "2k-carry", "32k-carry", "2k-slow", "512k-slow"]
+VARIANTS = ["2k", "32k", "512k", "2k-carry", "2k-slow", "512k-slow"]
 DEFAULT = "2k,32k,512k,2k-carry"
 MODEL = ["--preset", "enwik8"]
 COLUMNS = ["variant", "seed", "text", "reset", "every", "start", "end", "loss", "tokens"]
