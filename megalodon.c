@@ -978,6 +978,12 @@ static void linear_gate_backward(real *out, real *da, real *db, real *dbias, con
     if (dbias) sum_rows(dbias, db, NULL, NULL, NULL, R, K, 1);
 }
 
+// forward: out = silu(pre), pre = .. + bias;    dpre from dout, which may be dpre, and dbias (D) += sum over rows of dpre
+static void silu_bias_backward(real *dpre, real *dbias, const real *dout, const real *pre, int R, int D) {
+    silu_backward(NULL, dpre, dout, pre, (size_t)R * D);
+    sum_rows(dbias, dpre, NULL, NULL, NULL, R, D, 1);
+}
+
 // ----------------------------------------------------------------------------
 // attention inside a chunk. Query i of a head sees the keys j <= i of its chunk:
 //
@@ -1429,8 +1435,8 @@ static void mega_backward(Model *m, int layer, real *dx, StateGrad *dstate, cons
     dropout(s->dmx, s->dmx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
     rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, R, D);
     cema_layer_backward(m, layer, s->dxt, dstate, s->dema);
-    silu_backward(NULL, s->dv, s->dv, a->v_pre, (size_t)R * E);
-    linear_backward(s->dxt, 1, dw->wv, dw->wv_bias, s->dv, a->xt, w->wv, R, D, E);
+    silu_bias_backward(s->dv, dw->wv_bias, s->dv, a->v_pre, R, E);
+    linear_backward(s->dxt, 1, dw->wv, NULL, s->dv, a->xt, w->wv, R, D, E);
     const real *const residuals[2] = {dy, residual};
     timestep_norm_layer_backward(m, layer, dx, dw->timenorm_weight, dw->timenorm_bias, dstate, s->dxt, residuals, x,
                                  w->timenorm_weight, a->norm_mean, a->norm_rstd);

@@ -23,8 +23,8 @@ Numbers
   parameters to floatX, which the matrix products read: see rounded().
 - TimestepNorm's moments, and the means and sums of squares of all norms, are double.
 
-Two runs give the same numbers, since there are no atomics. Each sum over rows is divided into parts. One thread block
-sums a part in a fixed order, and a second kernel adds the parts in a fixed order.
+Two runs give the same numbers: there are no atomics. A thread block sums some rows in a fixed order, which makes a part
+of a sum over rows, and a second kernel adds the parts in a fixed order.
 */
 #include <assert.h>
 #include <math.h>
@@ -122,8 +122,7 @@ static __device__ size_t warp_row(void) { return (size_t)blockIdx.x * ROW_WARPS 
 //     input gradient   dx = dy W         matmul(dx, matrix(dy),     matrix(W),     R, K, M)
 //     weight gradient  dW += dy' x       matmul(dW, transposed(dy), matrix(x),     M, K, R)
 
-// An operand in device memory. ld (leading dimension): elements from one stored row to the next. transposed: it is
-// stored as (K,M) or (N,K).
+// An operand in device memory. ld: elements from one stored row to the next. transposed: it is stored as (K,M) or (N,K).
 typedef struct {
     const floatX *at;
     int ld, transposed;
@@ -448,8 +447,7 @@ typedef struct {
     double U, V, W;
 } Sums;
 
-// Formula: the terms of U, V and W for one token. Mapping: a thread has a token and a group. Memory: reads 2 R*D,
-// writes 3 R*G doubles.
+// Formula: the terms of U, V and W for one token. Mapping: a thread has a token and a group. Memory: reads 2 R*D.
 static __global__ void timestep_norm_terms_kernel(Sums *sums, const floatX *dout, const floatX *inp,
                                                   const float *weight, const double *mean, const float *rstd,
                                                   const int64_t *count, Dims d) {
@@ -603,8 +601,7 @@ static void timestep_norm_combine_backward(double *dstate, double *end, const do
 
 // ----------------------------------------------------------------------------
 // CEMA, the complex exponential moving average: h_t = q h_(t-1) + p x_t, y_t = Re sum_n g_n h_t,n + omega x_t for N
-// complex numbers h per channel, see megalodon.c. Coefficients, states and all sums are float; each coefficient is
-// (N,D).
+// complex numbers h per channel, see megalodon.c. Each coefficient is (N,D). All numbers are float.
 
 // Formula: coefficients from parameters, see megalodon.c. Mapping: a thread has one of the N*D.
 static __global__ void cema_coeffs_forward_kernel(Coeffs c, const float *alpha, const float *delta, const float *theta,
@@ -899,8 +896,7 @@ static size_t cema_workspace(Dims d) {
     return cema_states_bytes(d) + (size_t)cema_parts(d) * 5 * d.N * d.D * sizeof(float);
 }
 
-// dcoeffs, whose five arrays are contiguous, is set. dh (B,2,N,D), or NULL: the gradient w.r.t. the outgoing state,
-// replaced by that w.r.t. the incoming one.
+// dcoeffs, whose five arrays are contiguous, is set. dh (B,2,N,D), or NULL: in: dL/d(outgoing state), out: (incoming).
 static void cema_backward(floatX *dinp, Coeffs *dcoeffs, float *domega, float *dh, const floatX *dout,
                           const floatX *inp, const float *h_blocks, const Coeffs *coeffs, const float *omega, Dims d) {
     FAST(cema_fast_supports(d), cema_fast_backward(dinp, dcoeffs, domega, dh, dout, inp, h_blocks, coeffs, omega, d));
@@ -917,8 +913,7 @@ static void cema_backward(floatX *dinp, Coeffs *dcoeffs, float *domega, float *d
 
 // Chunk parallelism: the same three steps, with ranks instead of token blocks. cema_reduce() is step 1: h
 // (B,2,N,D) is the state after these tokens from a zero state; backward, the gradient w.r.t. the state before them if
-// nothing follows. The all-gather is next, then cema_combine(), which is step 2, then cema_forward() or
-// cema_backward().
+// nothing follows. The all-gather is next, then cema_combine(), which is step 2, then cema_forward() or _backward().
 static void cema_reduce(float *h, const floatX *inp, const Coeffs *coeffs, int backward, Dims d) {
     FAST(cema_fast_supports(d), cema_fast_reduce(h, inp, coeffs, backward, d));
     cema_states((float *)workspace(cema_states_bytes(d)), h, NULL, inp, coeffs, backward, d);
@@ -977,7 +972,7 @@ static void rmsnorm_forward(floatX *out, float *rstd, const floatX *inp, const f
     rmsnorm_forward_kernel<<<ROW_GRID(R)>>>(out, rstd, inp, weight, R, D, eps);
 }
 
-// Forward line: y = x rstd (weight + 1). With n = x rstd and a = (weight + 1) dy: dx = rstd (a - n mean(a n)), and
+// Forward line: y = x rstd (weight + 1). With n = x rstd, a = (weight + 1) dy: dx = rstd (a - n mean(a n)), and
 // dweight = sum over rows of dy n.
 // Mapping: a warp has a row. Memory: reads 2 R*D twice (the second time from cache), writes R*D.
 static __global__ void rmsnorm_backward_kernel(floatX *dinp, const floatX *dout, const floatX *inp, const float *weight,
@@ -1246,6 +1241,13 @@ static void linear_gate_backward(floatX *out, floatX *da, floatX *db, float *dbi
     if (dbias) sum_rows(dbias, db, NULL, NULL, NULL, 1, R, K, 1);
 }
 
+// forward: out = silu(pre), pre = .. + bias;    dpre from dout, which may be dpre, and dbias (D) += sum over rows of dpre
+static void silu_bias_backward(floatX *dpre, float *dbias, const floatX *dout, const floatX *pre, int R, int D) {
+    FAST(D % VEC == 0, silu_bias_fast_backward(dpre, dbias, dout, pre, R, D));
+    silu_backward(NULL, dpre, dout, pre, (size_t)R * D);
+    sum_rows(dbias, dpre, NULL, NULL, NULL, 1, R, D, 1);
+}
+
 // ----------------------------------------------------------------------------
 // attention of one head inside chunks:
 //     S_ij = q_i . k_j for j <= i        P = softmax over j        o_i = sum_j P_ij v_j
@@ -1493,8 +1495,7 @@ static void layernorm_backward(floatX *dinp, float *dweight, float *dbias, const
 }
 
 // ----------------------------------------------------------------------------
-// rescale: out = alpha inp, alpha (D). Mapping: a thread has an element of row blockIdx.x. Memory: reads and writes
-// R*D.
+// rescale: out = alpha inp, alpha (D). Mapping: a thread has an element of row blockIdx.x. Memory: reads, writes R*D.
 
 static __global__ void rescale_kernel(floatX *out, const floatX *inp, const float *alpha, int D) {
     int c = channel();
@@ -1735,8 +1736,8 @@ static void mega_backward(Model *m, int layer, floatX *dx, StateGrad *dstate, co
     rmsnorm_backward(s->dema, dw->rmsnorm_weight, s->dmx, a->ema, w->rmsnorm_weight, a->ema_rstd, R, d.D);
     cema_layer_backward(m, layer, s->dxt, dstate, s->dema);
     // v = silu(xt Wv' + bv)
-    silu_backward(NULL, s->dv, s->dv, a->v_pre, (size_t)R * d.E);
-    linear_backward(s->dxt, 1, dw->wv, dw->wv_bias, s->dv, a->xt, rounded(m, w->wv), R, d.D, d.E);
+    silu_bias_backward(s->dv, dw->wv_bias, s->dv, a->v_pre, R, d.E);
+    linear_backward(s->dxt, 1, dw->wv, NULL, s->dv, a->xt, rounded(m, w->wv), R, d.D, d.E);
     // xt = TimestepNorm(x), and both residuals
     const floatX *residuals[2] = {dy, residual};
     timestep_norm_layer_backward(m, layer, dx, dw->timenorm_weight, dw->timenorm_bias, dstate, s->dxt, residuals, x,
@@ -1808,8 +1809,7 @@ static void nffn_backward(Model *m, int layer, floatX *dy, const floatX *dout) {
 
 // ----------------------------------------------------------------------------
 // the block: y = mega(x), out = nffn(y) + x. The second residual skips both sub-layers: the FFN reads y, but x is added
-// to its output. So in the backward pass dout reaches x on three paths: through both sub-layers, through the FFN and
-// mega's own residual, and directly.
+// to its output. So dout reaches x on three paths: through both sub-layers, through the FFN alone, and directly.
 
 static void block_forward(Model *m, int layer, const State *in, State *out) {
     mega_forward(m, layer, in, out, m->x[layer]);

@@ -232,9 +232,10 @@ static void list_backward(int l, double states) {
         cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoeffs, w->cema_alpha,
                              w->cema_delta, w->cema_theta, D, N);
     });
-    part("silu of v backward", 0, acts(3 * E), [=] { silu_backward(NULL, s->do_, s->dv, a->v_pre, (size_t)R * E); });
+    part("silu of v backward, wv's dbias", 0, acts(3 * E),
+         [=] { silu_bias_backward(s->do_, dw->wv_bias, s->dv, a->v_pre, R, E); });
     backward_input("wv", s->dxt, 1, s->dv, w->wv, D, E);
-    backward_weight("wv", dw->wv, dw->wv_bias, s->dv, a->xt, D, E);
+    backward_weight("wv", dw->wv, NULL, s->dv, a->xt, D, E);
     part("TimestepNorm backward", 0, acts(5 * D) + 12.0 * R * G, [=] {
         const floatX *residuals[2] = {s->dy, s->dx};
         timestep_norm_backward(s->dmx, dw->timenorm_weight, dw->timenorm_bias, NULL, s->dxt, residuals, m->x[l],

@@ -47,9 +47,23 @@ template <int W> static __device__ void store(floatX *dst, const float x[W]) {
     *(Vec<W> *)dst = vec;
 }
 
+// VEC floats, in two words of 16 bytes if they begin at a multiple of 16 bytes. Parameters may begin anywhere.
+static __device__ void load_floats(float x[VEC], const float *src) {
+    if ((uintptr_t)src % 16 == 0) {
+        float4 low = *(const float4 *)src, high = *((const float4 *)src + 1);
+        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z,
+        x[7] = high.w;
+        return;
+    }
+    for (int i = 0; i < VEC; i++) x[i] = src[i];
+}
+
 // Sums of squares above LARGE may have overflowed. They are computed again, of numbers times SMALL_UNIT: then squares
 // cannot overflow, and those that matter in such a sum do not underflow.
 static const float LARGE = 1e37f, SMALL_UNIT = 0x1p-80f;
+
+// By the instructions for e^x and 1/x, which err by a few units in the last place of a float.
+static __device__ float sigmoid_fast(float x) { return __fdividef(1, 1 + __expf(-x)); }
 
 // Raises a kernel's limit of dynamic shared memory, if it is too low. The default includes what the kernel declares.
 template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes) {
@@ -94,7 +108,7 @@ static int column_blocks(int W, int R, int D) {
 // Passes: 1. each thread sums its parts. 2. transposed in shared memory, each warp adds the sums of one column.
 static __global__ void sum_parts_fast_kernel(float *out, float *out2, const float *parts, int P, size_t n, size_t n2,
                                              int add) {
-    enum { AT_ONCE = 8 };
+    enum { AT_ONCE = MAX_PARTS / WARP };
     __shared__ float sums[WARP][WARP + 1]; // padded to avoid shared-memory bank conflicts
     size_t c = (size_t)blockIdx.x * WARP + threadIdx.x, stride = n + n2;
     float sum = 0;

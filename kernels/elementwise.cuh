@@ -24,7 +24,7 @@ static __global__ void silu_fast_forward_kernel(floatX *out, const floatX *inp, 
     if (i >= n) return;
     load<VEC>(x, inp + i);
 #pragma unroll
-    for (int k = 0; k < VEC; k++) x[k] *= sigmoid(x[k]);
+    for (int k = 0; k < VEC; k++) x[k] *= sigmoid_fast(x[k]);
     store<VEC>(out + i, x);
 }
 
@@ -43,7 +43,7 @@ static __global__ void silu_fast_backward_kernel(floatX *out, floatX *dinp, cons
     load<VEC>(x, inp + i), load<VEC>(d, dout + i);
 #pragma unroll
     for (int k = 0; k < VEC; k++) {
-        float s = sigmoid(x[k]);
+        float s = sigmoid_fast(x[k]);
         d[k] *= s * (1 + x[k] * (1 - s));
         x[k] *= s;
     }
@@ -62,7 +62,7 @@ static __global__ void gate_fast_forward_kernel(floatX *out, const floatX *a, co
     if (i >= n) return;
     load<VEC>(x, a + i), load<VEC>(y, b + i);
 #pragma unroll
-    for (int k = 0; k < VEC; k++) x[k] *= y[k] * sigmoid(y[k]);
+    for (int k = 0; k < VEC; k++) x[k] *= y[k] * sigmoid_fast(y[k]);
     store<VEC>(out + i, x);
 }
 
@@ -81,7 +81,7 @@ static __global__ void gate_fast_backward_kernel(floatX *out, floatX *da, floatX
     load<VEC>(x, a + i), load<VEC>(y, b + i), load<VEC>(d, dout + i);
 #pragma unroll
     for (int k = 0; k < VEC; k++) {
-        float s = sigmoid(y[k]), silu = y[k] * s, dy = d[k] * (x[k] * (s * (1 + y[k] * (1 - s))));
+        float s = sigmoid_fast(y[k]), silu = y[k] * s, dy = d[k] * (x[k] * (s * (1 + y[k] * (1 - s))));
         x[k] *= silu, d[k] *= silu, y[k] = dy;
     }
     if (out) store<VEC>(out + i, x);

@@ -19,7 +19,6 @@ enum { HOPPER_ROWS = 2048 };
 
 static bool linear_hopper_supports(int R, int K, int M) { return R >= HOPPER_ROWS && K % VEC == 0 && M % VEC == 0; }
 
-static __device__ float sigmoid_fast(float x) { return __fdividef(1, 1 + __expf(-x)); }
 static __device__ float2 rounded_pair(float2 x) { return unpack(pack(x.x, x.y)); }
 
 // pre = product + bias, out = silu(pre)

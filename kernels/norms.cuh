@@ -1,14 +1,22 @@
 /*
 norms.cuh: RMSNorm and LayerNorm with rows in registers, and sums over rows. Replaces rmsnorm_forward() and
-rmsnorm_backward() if they have a weight, layernorm_forward(), layernorm_backward(), and sum_rows() if its x is NULL.
+rmsnorm_backward() if they have a weight, layernorm_forward(), layernorm_backward(), sum_rows() if its x is NULL, and
+silu_bias_backward().
 
 The idea: the plain kernels read a row once for its statistics and again to normalize it, and the backward pass reads
-everything a third time for dweight and dbias. Here a thread block keeps ROWS whole rows in registers, so that x and dy
-are read once. A barrier serves ROWS rows. A thread owns the same columns of all rows: weight is read once, and the sums
-for dweight and dbias stay in registers until the end, when they become one part for each thread block
-(sum_parts_fast()).
+everything a third time for dweight and dbias. Here whole rows are in registers, so that x and dy are read once.
 
-              columns (V vectors of VEC elements for each thread)
+Forward, a warp has a row, and no thread waits for another warp:
+
+              columns (V vectors of VEC elements for each lane)
+            +--------+--------+- - -+--------+
+    row r   | lane 0 | lane 1 |     |        |  1. load  2. sum over the row by shuffles  3. normalize and store
+            +--------+--------+- - -+--------+
+
+Backward, a thread block has ROWS rows, and a barrier serves them all. A thread owns the same columns of all rows: weight
+is read once, and the sums for dweight and dbias stay in registers until the end, when they become one part for each
+thread block (sum_parts_fast()).
+
             +--------+--------+- - -+--------+
     row r   |thread 0|thread 1|     |        |  1. load  2. sum over the row by warps, then in shared memory  3. store
     row r+1 |        |        |     |        |
@@ -23,7 +31,7 @@ Measured: see dev/notes/kernels.md
 enum {
     ROWS = 2,          // rows that a thread block has at a time
     ROW_THREADS = 512, // threads of a thread block, at most
-    MAX_COLUMNS = 2 * ROW_THREADS * VEC
+    MAX_COLUMNS = 16 * WARP * VEC
 };
 
 static int norms_fast_supports(int D) { return D % VEC == 0 && D <= MAX_COLUMNS; }
@@ -113,70 +121,73 @@ static __device__ RowSums block_sum(RowSums sums) {
     return sums;
 }
 
-// Whether the squares of some row overflowed; such a row gets the smaller unit. All threads get the same answer.
-static __device__ bool overflowed(float unit[ROWS], RowSums squares) {
-    bool any = false;
+// ----------------------------------------------------------------------------
+// what a lane owns of a row: V vectors, WARP lanes apart. In the second attempt at a row it is in the smaller unit.
+
+template <int V> static __device__ void load_row(float x[V][VEC], const floatX *row, int attempt, int D) {
 #pragma unroll
-    for (int k = 0; k < ROWS; k++) {
-        if (!(squares.x[k] <= LARGE)) unit[k] = SMALL_UNIT, any = true;
+    for (int u = 0; u < V; u++) {
+        int c = (u * WARP + threadIdx.x) * VEC;
+#pragma unroll
+        for (int i = 0; i < VEC; i++) x[u][i] = 0; // outside of the row
+        if (c < D) load<VEC>(x[u], row + c);
+#pragma unroll
+        for (int i = 0; i < VEC && attempt > 0; i++) x[u][i] *= SMALL_UNIT;
     }
-    return any;
 }
+
+// The kernel with the least V for which a warp has D columns.
+#define ROW_KERNEL(kernel, D)                                                                                          \
+    ((D) <= 1 * WARP * VEC   ? kernel<1>                                                                               \
+     : (D) <= 2 * WARP * VEC ? kernel<2>                                                                               \
+     : (D) <= 4 * WARP * VEC ? kernel<4>                                                                               \
+     : (D) <= 8 * WARP * VEC ? kernel<8>                                                                               \
+                             : kernel<16>)
 
 // ----------------------------------------------------------------------------
 // RMSNorm
 
 // Formula: see rmsnorm_forward() in megalodon.cu; in a smaller unit where squares overflow.
-// Mapping: a thread block has ROWS rows, a thread V vectors of each.
+// Mapping: a warp has a row, a lane V vectors of it.
 // Memory: reads and writes R*D.
 // Passes: 1. load, sum of squares; seldom twice. 2. normalize.
 template <int V>
-static __global__ void __launch_bounds__(ROW_THREADS)
+static __global__ void __launch_bounds__(THREADS)
     rmsnorm_fast_forward_kernel(floatX *out, float *rstd, const floatX *inp, const float *weight, int R, int D,
                                 float eps) {
-    float x[ROWS][V][VEC], w[V][VEC];
-    load_columns<V>(w, weight, 1, 1, D);
-    size_t r = (size_t)blockIdx.x * ROWS;
-    RowSums squares;
-    float unit[ROWS];
-#pragma unroll
-    for (int k = 0; k < ROWS; k++) unit[k] = 1;
+    size_t r = warp_row();
+    float x[V][VEC], w[VEC], squares = 0, unit = 1;
+    if (r >= (size_t)R) return;
     // 1.
-    for (int attempt = 0; attempt < 2; attempt++) {
-        load_rows<V>(x, inp, r, R, D);
-#pragma unroll
-        for (int k = 0; k < ROWS; k++) {
-            squares.x[k] = 0;
-#pragma unroll
-            for (int u = 0; u < V; u++) {
-#pragma unroll
-                for (int i = 0; i < VEC; i++) {
-                    x[k][u][i] *= unit[k];
-                    squares.x[k] += x[k][u][i] * x[k][u][i];
-                }
-            }
-        }
-        squares = block_sum(squares);
-        if (!overflowed(unit, squares)) break;
-    }
-    // 2.
-#pragma unroll
-    for (int k = 0; k < ROWS; k++) {
-        float s = 1 / sqrtf(squares.x[k] / D + eps * unit[k] * unit[k]);
+    for (int attempt = 0; attempt < 2; attempt++, unit = SMALL_UNIT) {
+        load_row<V>(x, inp + r * D, attempt, D);
+        squares = 0;
 #pragma unroll
         for (int u = 0; u < V; u++) {
 #pragma unroll
-            for (int i = 0; i < VEC; i++) x[k][u][i] = x[k][u][i] * s * w[u][i];
+            for (int i = 0; i < VEC; i++) squares += x[u][i] * x[u][i];
         }
-        if (threadIdx.x == 0 && r + k < (size_t)R) rstd[r + k] = s * unit[k];
+        squares = warp_sum(squares);
+        if (squares <= LARGE) break;
     }
-    store_rows<V>(out, x, r, R, D);
+    // 2.
+    float s = 1 / sqrtf(squares / D + eps * unit * unit);
+#pragma unroll
+    for (int u = 0; u < V; u++) {
+        int c = (u * WARP + threadIdx.x) * VEC;
+        if (c >= D) break;
+        load_floats(w, weight + c);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) x[u][i] = x[u][i] * s * (w[i] + 1);
+        store<VEC>(out + r * D + c, x[u]);
+    }
+    if (threadIdx.x == 0) rstd[r] = s * unit;
 }
 
 static void rmsnorm_fast_forward(floatX *out, float *rstd, const floatX *inp, const float *weight, int R, int D,
                                  double eps) {
-    auto kernel = row_vectors(D) == 1 ? rmsnorm_fast_forward_kernel<1> : rmsnorm_fast_forward_kernel<2>;
-    kernel<<<ceil_div(R, ROWS), row_threads(D)>>>(out, rstd, inp, weight, R, D, (float)eps);
+    auto kernel = ROW_KERNEL(rmsnorm_fast_forward_kernel, D);
+    kernel<<<ROW_GRID(R)>>>(out, rstd, inp, weight, R, D, (float)eps);
 }
 
 // Formula: see rmsnorm_backward() in megalodon.cu. Here x becomes n, and dy becomes a.
@@ -235,67 +246,54 @@ static void rmsnorm_fast_backward(floatX *dinp, float *dweight, const floatX *do
 // LayerNorm
 
 // Formula: see layernorm_forward() in megalodon.cu; in a smaller unit where squares overflow.
-// Mapping: a thread block has ROWS rows, a thread V vectors of each.
+// Mapping: a warp has a row, a lane V vectors of it.
 // Memory: reads and writes R*D.
 // Passes: 1. load, mean, sum of squared deviations; seldom twice. 2. normalize.
 template <int V>
-static __global__ void __launch_bounds__(ROW_THREADS)
+static __global__ void __launch_bounds__(THREADS)
     layernorm_fast_forward_kernel(floatX *out, double *mean, float *rstd, const floatX *inp, const float *weight,
                                   const float *bias, int R, int D, float eps) {
-    float x[ROWS][V][VEC], w[V][VEC], b[V][VEC];
-    load_columns<V>(w, weight, 1, 1, D), load_columns<V>(b, bias, 0, 0, D);
-    size_t r = (size_t)blockIdx.x * ROWS;
-    RowSums sum, squares;
-    float unit[ROWS];
-#pragma unroll
-    for (int k = 0; k < ROWS; k++) unit[k] = 1;
+    size_t r = warp_row();
+    float x[V][VEC], w[VEC] = {}, b[VEC] = {}, m, squares, unit = 1;
+    if (r >= (size_t)R) return;
     // 1.
-    for (int attempt = 0; attempt < 2; attempt++) {
-        load_rows<V>(x, inp, r, R, D);
-#pragma unroll
-        for (int k = 0; k < ROWS; k++) {
-            sum.x[k] = squares.x[k] = 0;
-#pragma unroll
-            for (int u = 0; u < V; u++) {
-#pragma unroll
-                for (int i = 0; i < VEC; i++) x[k][u][i] *= unit[k], sum.x[k] += x[k][u][i];
-            }
-        }
-        sum = block_sum(sum);
-#pragma unroll
-        for (int k = 0; k < ROWS; k++) {
-#pragma unroll
-            for (int u = 0; u < V; u++) {
-                bool inside = (int)(u * blockDim.x + threadIdx.x) * VEC < D;
-#pragma unroll
-                for (int i = 0; i < VEC; i++) {
-                    x[k][u][i] -= sum.x[k] / D;
-                    squares.x[k] += inside ? x[k][u][i] * x[k][u][i] : 0;
-                }
-            }
-        }
-        squares = block_sum(squares);
-        if (!overflowed(unit, squares)) break;
-    }
-    // 2.
-#pragma unroll
-    for (int k = 0; k < ROWS; k++) {
-        float s = 1 / sqrtf(squares.x[k] / D + eps * unit[k] * unit[k]);
+    for (int attempt = 0;; attempt++, unit = SMALL_UNIT) {
+        load_row<V>(x, inp + r * D, attempt, D);
+        m = squares = 0;
 #pragma unroll
         for (int u = 0; u < V; u++) {
 #pragma unroll
-            for (int i = 0; i < VEC; i++) x[k][u][i] = x[k][u][i] * s * w[u][i] + b[u][i];
+            for (int i = 0; i < VEC; i++) m += x[u][i];
         }
-        if (threadIdx.x == 0 && r + k < (size_t)R)
-            mean[r + k] = (double)(sum.x[k] / D) / unit[k], rstd[r + k] = s * unit[k];
+        m = warp_sum(m) / D;
+#pragma unroll
+        for (int u = 0; u < V; u++) {
+            if ((int)(u * WARP + threadIdx.x) * VEC >= D) break;
+#pragma unroll
+            for (int i = 0; i < VEC; i++) x[u][i] -= m, squares += x[u][i] * x[u][i];
+        }
+        squares = warp_sum(squares);
+        if (squares <= LARGE || attempt == 1) break;
     }
-    store_rows<V>(out, x, r, R, D);
+    // 2.
+    float s = 1 / sqrtf(squares / D + eps * unit * unit);
+#pragma unroll
+    for (int u = 0; u < V; u++) {
+        int c = (u * WARP + threadIdx.x) * VEC;
+        if (c >= D) break;
+        if (weight) load_floats(w, weight + c);
+        if (bias) load_floats(b, bias + c);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) x[u][i] = x[u][i] * s * (w[i] + 1) + b[i];
+        store<VEC>(out + r * D + c, x[u]);
+    }
+    if (threadIdx.x == 0) mean[r] = (double)m / unit, rstd[r] = s * unit;
 }
 
 static void layernorm_fast_forward(floatX *out, double *mean, float *rstd, const floatX *inp, const float *weight,
                                    const float *bias, int R, int D, double eps) {
-    auto kernel = row_vectors(D) == 1 ? layernorm_fast_forward_kernel<1> : layernorm_fast_forward_kernel<2>;
-    kernel<<<ceil_div(R, ROWS), row_threads(D)>>>(out, mean, rstd, inp, weight, bias, R, D, (float)eps);
+    auto kernel = ROW_KERNEL(layernorm_fast_forward_kernel, D);
+    kernel<<<ROW_GRID(R)>>>(out, mean, rstd, inp, weight, bias, R, D, (float)eps);
 }
 
 // Formula: see layernorm_backward() in megalodon.cu. Here dy becomes a.
@@ -375,4 +373,43 @@ static void sum_rows_wide(float *out, const floatX *dy, int R, int D) {
     float *parts = (float *)workspace((size_t)P * D * sizeof(float));
     sum_rows_wide_kernel<<<column_grid(VEC, blocks, D), THREADS>>>(parts, dy, R, D);
     sum_parts_fast(out, NULL, parts, P, D, 0, 1);
+}
+
+// Formula: dx = dout s (1 + x (1 - s)) with s = sigmoid(x), and its sums over rows. dinp may be dout.
+// Mapping: a thread owns VEC columns, see common.cuh, and has ROWS rows at a time.
+// Memory: reads 2*R*D, writes R*D. parts (gridDim.x * down, D). Passes: 1. this kernel. 2. sum_parts_fast().
+static __global__ void __launch_bounds__(THREADS, 4)
+    silu_bias_kernel(floatX *dinp, float *parts, const floatX *dout, const floatX *inp, int R, int D) {
+    Place p = place<VEC>(D);
+    Vec<VEC> x[ROWS], dy[ROWS];
+    float sum[VEC] = {};
+    if (p.row < 0) return;
+    size_t step = (size_t)gridDim.x * p.down;
+    for (size_t r = (size_t)blockIdx.x * p.down + p.row; r < (size_t)R; r += ROWS * step) {
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) {
+            size_t at = (r + k * step) * D + p.c;
+            if (r + k * step < (size_t)R) x[k] = *(const Vec<VEC> *)(inp + at), dy[k] = *(const Vec<VEC> *)(dout + at);
+        }
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) {
+            if (r + k * step >= (size_t)R) break;
+            float dx[VEC];
+#pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                float a = to_float(x[k].v[i]), s = sigmoid_fast(a);
+                dx[i] = to_float(dy[k].v[i]) * (s * (1 + a * (1 - s)));
+                sum[i] += dx[i];
+            }
+            store<VEC>(dinp + (r + k * step) * D + p.c, dx);
+        }
+    }
+    for (int i = 0; i < VEC; i++) parts[((size_t)blockIdx.x * p.down + p.row) * D + p.c + i] = sum[i];
+}
+
+static void silu_bias_fast_backward(floatX *dinp, float *dbias, const floatX *dout, const floatX *inp, int R, int D) {
+    int blocks = column_blocks(VEC, R, D), P = blocks * threads_down(VEC, D);
+    float *parts = (float *)workspace((size_t)P * D * sizeof(float));
+    silu_bias_kernel<<<column_grid(VEC, blocks, D), THREADS>>>(dinp, parts, dout, inp, R, D);
+    sum_parts_fast(dbias, NULL, parts, P, D, 0, 1);
 }

@@ -241,7 +241,8 @@ mega_forward: m->rope, in ? in->count : NULL  =>  m->rope, NULL
 mega_backward: linear_backward(s->dmx, 1, dw->wr  =>  linear_backward(s->dmx, 0, dw->wr
 mega_backward: linear_backward(s->dxt, 1, dw->wv  =>  linear_backward(s->dxt, 0, dw->wv
 qk_layer_backward: rope_backward(dk, dk  =>  rope_backward(dk, dq
-mega_backward: silu_backward(NULL, s->dv, s->dv, a->v_pre  =>  silu_backward(NULL, s->dv, s->dv, a->r_pre
+mega_backward: silu_bias_backward(s->dv, dw->wv_bias, s->dv, a->v_pre  =>  silu_bias_backward(s->dv, dw->wv_bias, s->dv, a->r_pre
+silu_bias_backward: sum_rows(dbias  =>  if (0) sum_rows(dbias
 mega_backward: residuals[2] = {dy, residual}  =>  residuals[2] = {NULL, residual}
 nffn_forward: gate_forward(s->hidden, a->f3, a->f1  =>  gate_forward(s->hidden, a->f1, a->f3
 nffn_backward: linear_backward(du, c->swiglu  =>  linear_backward(du, 0

@@ -110,6 +110,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return float4{x,
 inline double2 make_double2(double x, double y) { return double2{x, y}; }
 
 inline float __expf(float x) { return expf(x); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __logf(float x) { return logf(x); }
 inline float __uint_as_float(unsigned x) {
     float f;
