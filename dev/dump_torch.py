@@ -1,15 +1,15 @@
-"""Write the tensors of any PyTorch module or JAX function to a file that ./compare reads. dev/notes/compare.md has an
-example.
+"""Write the tensors of any PyTorch module or JAX function to a file that ./compare reads: activations, the gradients with
+respect to them, and the gradients of the parameters. dev/notes/compare.md has an example.
 
-    dump = Dump(module)                        # before the forward pass
-    loss = ...                                 # of module(inputs)
+    dump = Dump(module)                                      # before the forward pass
+    loss = ...                                               # of module(inputs)
     loss.backward()
     dump.write("a.safetensors", loss)
 
-    dump_jax("b.safetensors", function, params, *inputs)     # function(params, *inputs) returns (loss, {name: tensor})
-
-./compare matches tensors by name, so both implementations need the same names: `rename` translates them. This file can
-be copied to another project. It needs numpy, and PyTorch or JAX.
+    dump_jax("b.safetensors", function, params, *inputs)     # the loss is function(tap, params, *inputs), where
+                                                             # y = tap("name", y) marks an activation
+./compare matches tensors by name: `rename` translates those of one implementation. This file can be copied to another
+project. It needs numpy, and PyTorch or JAX.
 """
 
 import json
@@ -38,7 +38,7 @@ def write_safetensors(path, tensors, metadata=None):
 
 
 class Dump:
-    """Records the output of every submodule that returns one tensor, and the gradient of the loss w.r.t. it."""
+    """Records every output of a submodule that is one tensor."""
 
     def __init__(self, module):
         self.module, self.acts = module, {}
@@ -48,27 +48,35 @@ class Dump:
     def record(self, name, output):
         if not hasattr(output, "detach"):
             return
-        calls = sum(known.split("#")[0] == name for known in self.acts)  # a shared submodule is called several times
-        self.acts[name + f"#{calls + 1}" * (calls > 0)] = output
+        calls = sum(known.split("#")[0] == name for known in self.acts)
+        self.acts[name + f"#{calls + 1}" * (calls > 0)] = output  # a shared submodule is called several times
         if output.requires_grad:
             output.retain_grad()
 
     def write(self, path, loss, rename=lambda name: name):
-        """act.*, loss, then grad.* of the activations from the last to the first, then grad.* of the parameters."""
-        tensors = {f"act.{rename(name)}": value for name, value in self.acts.items()} | {"loss": loss}
-        grads = {f"act.{name}": value.grad for name, value in reversed(self.acts.items())}
-        grads |= {name: value.grad for name, value in self.module.named_parameters()}
-        tensors |= {f"grad.{rename(name)}": value for name, value in grads.items() if value is not None}
-        write_safetensors(path, tensors)
+        acts = {rename(name): value for name, value in self.acts.items()}
+        grads = {rename(name): value.grad for name, value in self.module.named_parameters()}
+        write_dump(path, acts, loss, {name: value.grad for name, value in acts.items()}, grads)
 
 
 def dump_jax(path, function, params, *inputs, rename=lambda name: name):
-    """act.*, loss, and grad.* of params, a tree of dictionaries and lists, by their path: {"a": [x]} has a.0."""
+    """params: a tree of dictionaries and lists; {"a": [x]} has the parameter a.0."""
     import jax
 
-    (loss, acts), grads = jax.value_and_grad(function, has_aux=True)(params, *inputs)
-    tensors = {f"act.{rename(name)}": value for name, value in acts.items()} | {"loss": loss}
-    for path_of, value in jax.tree_util.tree_flatten_with_path(grads)[0]:
-        name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path_of)
-        tensors[f"grad.{rename(name)}"] = value
+    acts = {}
+    loss = function(lambda name, value: acts.setdefault(rename(name), value), params, *inputs)
+    zeros = {name: jax.numpy.zeros_like(value) for name, value in acts.items()}  # the gradient w.r.t. a zero that is
+    add = lambda zeros: lambda name, value: value + zeros[rename(name)]          # added to y is that w.r.t. y
+    of_acts, of_params = jax.grad(lambda z, p: function(add(z), p, *inputs), argnums=(0, 1))(zeros, params)
+    grads = {}
+    for keys, value in jax.tree_util.tree_flatten_with_path(of_params)[0]:
+        grads[rename(".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys))] = value
+    write_dump(path, acts, loss, of_acts, grads)
+
+
+def write_dump(path, acts, loss, act_grads, grads):
+    """Gradients of activations come from the last to the first, as the backward pass computes them."""
+    tensors = {f"act.{name}": value for name, value in acts.items()} | {"loss": loss}
+    tensors |= {f"grad.act.{name}": act_grads[name] for name in reversed(acts) if act_grads[name] is not None}
+    tensors |= {f"grad.{name}": value for name, value in grads.items() if value is not None}
     write_safetensors(path, tensors)
