@@ -329,40 +329,39 @@ static int usage(const char *problem, const char *what) {
     return 2;
 }
 
-// If argument *i is the option, returns its value, which may be the next argument, or "" if there is none; *i becomes
-// the last argument that belongs to it. Otherwise returns NULL.
-static const char *option_value(const char *option, int argc, char **argv, int *i) {
+// If `arg` is the option, returns its value: what follows a '=', or the next argument. Otherwise returns NULL.
+static const char *option_value(const char *option, const char *arg, const char *next) {
     const size_t length = strlen(option);
-    const char *arg = argv[*i];
     if (strncmp(arg, option, length) != 0 || (arg[length] != 0 && arg[length] != '=')) return NULL;
-    if (arg[length] == '=') return arg + length + 1;
-    return *i + 1 < argc ? argv[++*i] : "";
+    return arg[length] == '=' ? arg + length + 1 : next;
 }
 
 int main(int argc, char **argv) {
-    const char *paths[2], *value;
+    const char *paths[2];
     int given = 0;
-    for (int i = 1; i < argc; i++) {
+    for (int i = 1; i < argc && argv[i] != NULL; i++) {
+        const char *arg = argv[i], *next = i + 1 < argc ? argv[i + 1] : "", *value;
         char *end = "";
-        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
+        if (strcmp(arg, "--help") == 0 || strcmp(arg, "-h") == 0) {
             fputs(help, stdout);
             return 0;
-        } else if ((value = option_value("--tolerance", argc, argv, &i)) != NULL) {
+        } else if ((value = option_value("--tolerance", arg, next)) != NULL) {
             tolerance = strtod(value, &end);
             if (end == value || *end != 0 || !(tolerance >= 0 && isfinite(tolerance)))
                 return usage("--tolerance needs a number, 0 or more, not ", value[0] != 0 ? value : "nothing");
-        } else if ((value = option_value("--only", argc, argv, &i)) != NULL) {
+        } else if ((value = option_value("--only", arg, next)) != NULL) {
             only = value;
             if (value[0] == 0) return usage("--only needs a name or a pattern, such as 'grad.*'", "");
-        } else if ((value = option_value("--top", argc, argv, &i)) != NULL) {
+        } else if ((value = option_value("--top", arg, next)) != NULL) {
             top = strtol(value, &end, 10);
             if (end == value || *end != 0 || top < 1 || top > 1000000)
                 return usage("--top needs a whole number from 1 to 1000000, not ", value[0] != 0 ? value : "nothing");
-        } else if (argv[i][0] == '-' || given == 2) {
-            return usage(argv[i][0] == '-' ? "unknown option " : "more than two files: ", argv[i]);
+        } else if (arg[0] == '-' || given == 2) {
+            return usage(arg[0] == '-' ? "unknown option " : "more than two files: ", arg);
         } else {
-            paths[given++] = argv[i];
+            paths[given++] = arg;
         }
+        i += value == next;
     }
     if (given < 2) return usage("two files are needed", "");
     const char *no_color = getenv("NO_COLOR");
