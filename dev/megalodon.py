@@ -284,15 +284,15 @@ def dump(config, params, batch, state, cema=cema_forward):
     return tensors | {"grad." + name: value.grad for name, value in params.items()}
 
 
-@torch.no_grad()
 def generate(config, params, prompt, num_tokens):
     """Yields the prompt's tokens, then num_tokens more, each the most likely one. Tokens are bytes."""
     dtype = params["embed.weight"].dtype
     state, inputs = State(config, 1, dtype), list(prompt)
     yield from inputs
     for _ in range(num_tokens):
-        final = megalodon_forward(config, params, torch.tensor([inputs]), state, {})
-        logits = linear_forward(final[0, -1], output_weight(config, params))
+        with torch.no_grad():
+            final = megalodon_forward(config, params, torch.tensor([inputs]), state, {})
+            logits = linear_forward(final[0, -1], output_weight(config, params))
         inputs = [int(logits[:256].argmax())]
         yield inputs[0]
 
@@ -354,6 +354,8 @@ def main():
         parser.error("--batch and --dump need each other")
     dtype = getattr(torch, args.dtype)
     path = model_file(args.model)
+    if args.dump is not None:
+        check_output(args.dump, [args.batch, path], "a safetensors file", is_safetensors)
     config, params = read_model(path, dtype)
     if args.dump is None:
         prompt = args.prompt.encode()
@@ -363,7 +365,6 @@ def main():
             sys.stdout.buffer.write(bytes([token]))
             sys.stdout.buffer.flush()
         return
-    check_output(args.dump, [args.batch, path], "a safetensors file", is_safetensors)
     batch = {name: value for name, value in read_safetensors(args.batch)[1].items() if name.startswith("input.")}
     state = State(config, len(batch["input.tokens"]), dtype)
     cema = cema_convolution if args.convolution else cema_forward
