@@ -42,11 +42,18 @@ CASES = {
     "shared and scaled embedding, rescaled FFN": (1, 35, dict(share_emb=True, scale_emb=True, rescale_nffn=True)),
     "no affine norms, one group": (2, 30, dict(norm_affine=False, norm_num_groups=1, chunk_size=7)),
     "odd sizes, swiglu, no affine norms, rescaled FFN": (
-        2, 29, dict(model_dim=21, norm_num_groups=7, z_dim=10, value_dim=13, ffn_hidden_dim=17, cema_ndim=3, chunk_size=5,
-                    swiglu=True, norm_affine=False, rescale_nffn=True, scale_emb=True)),
+        2, 29, dict(model_dim=21, norm_num_groups=7, z_dim=10, value_dim=13, ffn_hidden_dim=17, cema_ndim=3,
+                    chunk_size=5, swiglu=True, norm_affine=False, rescale_nffn=True, scale_emb=True)),
     "one CEMA mode, other eps and rotary base": (2, 41, dict(cema_ndim=1, norm_eps=1e-3, rope_base=500.0)),
-    "four layers, 150 tokens, two heads": (1, 150, dict(num_layers=4, num_heads=2, cema_ndim=16, chunk_size=64, swiglu=True)),
+    "four layers, 150 tokens, two heads": (
+        1, 150, dict(num_layers=4, num_heads=2, cema_ndim=16, chunk_size=64, swiglu=True)),
 }
+BYTES = dict(vocab_size=256, chunk_size=8, num_heads=2, swiglu=True)
+CEMA = {"recurrence": megalodon.cema_forward, "convolution": megalodon.cema_convolution}
+
+
+def config_of(fields):
+    return argparse.Namespace(**(megalodon.DEFAULTS | BASE | fields))
 
 
 def random_params(config, generator):
@@ -112,7 +119,7 @@ class Checks:
 def check_batches(checks, train, folder, generator):
     init, data, out = (os.path.join(folder, name + ".safetensors") for name in ("init", "batch", "dump"))
     for name, (B, L, fields) in CASES.items():
-        config = argparse.Namespace(**(megalodon.DEFAULTS | BASE | fields))
+        config = config_of(fields)
         params = random_params(config, generator)
         batch = {f"input.{part}": torch.randint(config.vocab_size, (B, L), generator=generator, dtype=torch.int32)
                  for part in ("tokens", "targets")}
@@ -121,16 +128,15 @@ def check_batches(checks, train, folder, generator):
         write_safetensors(data, batch)
         run(train, "--init", init, "--batch", data, "--steps", "1", "--dump", out)
         got = megalodon.read_safetensors(out)[1]
-        for cema in (megalodon.cema_forward, megalodon.cema_convolution):
+        for kind, cema in CEMA.items():
             want = megalodon.dump(config, params, batch, megalodon.State(config, B, torch.float64), cema)
-            kind = "recurrence" if cema is megalodon.cema_forward else "convolution"
             checks.compare(f"{name}, {kind}", got, want)
 
 
 def check_state(checks, train, folder, generator):
     """Three steps with a learning rate of zero, so that the parameters stay. Step 3 continues from steps 1 and 2."""
     init, text = os.path.join(folder, "init.safetensors"), os.path.join(folder, "text")
-    config = argparse.Namespace(**(megalodon.DEFAULTS | BASE | dict(vocab_size=256, chunk_size=8, num_heads=2, swiglu=True)))
+    config = config_of(BYTES)
     params, rows, length, dumps = random_params(config, generator), 2, 16, []
     write_model(init, config, params)
     with open(text, "wb") as file:
@@ -140,26 +146,26 @@ def check_state(checks, train, folder, generator):
         run(train, "--init", init, "--data", text, "--carry-state", "--batch-size", str(rows), "--seq-len", str(length),
             "--steps", str(step), "--lr", "0", "--val-every", "0", "--dump", out)
         dumps.append(megalodon.read_safetensors(out)[1])
-    for cema in (megalodon.cema_forward, megalodon.cema_convolution):
+    for kind, cema in CEMA.items():
         state = megalodon.State(config, rows, torch.float64)
         for step in (0, 1):
             with torch.no_grad():
                 megalodon.megalodon_forward(config, params, dumps[step]["input.tokens"].long(), state, {}, cema)
         batch = {name: value for name, value in dumps[2].items() if name.startswith("input.")}
-        kind = "recurrence" if cema is megalodon.cema_forward else "convolution"
-        checks.compare(f"a state carried over two steps, {kind}", dumps[2], megalodon.dump(config, params, batch, state, cema))
+        want = megalodon.dump(config, params, batch, state, cema)
+        checks.compare(f"a state carried over two steps, {kind}", dumps[2], want)
 
 
 def check_sample(checks, sample, folder, generator):
     init = os.path.join(folder, "init.safetensors")
-    config = argparse.Namespace(**(megalodon.DEFAULTS | BASE | dict(vocab_size=256, chunk_size=8, num_heads=2, swiglu=True)))
+    config = config_of(BYTES)
     write_model(init, config, random_params(config, generator))
     config, params = megalodon.read_model(init, torch.float64)
     for prompt in ("A", "a whole chunk of", "The prompt ends inside the fifth chunk"):
         want = run(sample, "--model", init, "--temperature", "0", "--num-tokens", "100", "--prompt", prompt)
         got = bytes(megalodon.generate(config, params, prompt.encode(), 100))
         checks.verdict(got == want, f"./sample writes the same text after a prompt of {len(prompt)} bytes: "
-                       f"{len(want)} bytes, {len(set(want))} different ones")
+                                    f"{len(want)} bytes, {len(set(want))} different ones")
 
 
 def main():

@@ -1,5 +1,5 @@
-"""Write the tensors of any PyTorch module or JAX function to a file that ./compare reads: activations, the gradients with
-respect to them, and the gradients of the parameters. dev/notes/compare.md has an example.
+"""Write the tensors of any PyTorch module or JAX function to a file that ./compare reads: activations, the gradients
+with respect to them, and the gradients of the parameters. dev/notes/compare.md has an example.
 
     dump = Dump(module)                                      # before the forward pass
     loss = ...                                               # of module(inputs)
@@ -29,9 +29,9 @@ def write_safetensors(path, tensors, metadata=None):
             value = value.float() if str(value.dtype) == "torch.bfloat16" else value
         value = np.asarray(value)
         value = value if value.dtype.name in TYPES else value.astype(np.float32)
-        start = sum(map(len, data))
+        offsets = [sum(map(len, data)), sum(map(len, data)) + value.nbytes]
         data.append(value.tobytes())
-        header[name] = {"dtype": TYPES[value.dtype.name], "shape": value.shape, "data_offsets": [start, start + value.nbytes]}
+        header[name] = {"dtype": TYPES[value.dtype.name], "shape": value.shape, "data_offsets": offsets}
     text = json.dumps(header).encode()
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text + b"".join(data))
@@ -48,15 +48,16 @@ class Dump:
     def record(self, name, output):
         if not hasattr(output, "detach"):
             return
-        calls = sum(known.split("#")[0] == name for known in self.acts)
-        self.acts[name + f"#{calls + 1}" * (calls > 0)] = output  # a shared submodule is called several times
+        calls = sum(known.split("#")[0] == name for known in self.acts)  # a shared submodule is called several times
+        self.acts[name + f"#{calls + 1}" * (calls > 0)] = output, output.detach().clone()  # it may change in place
         if output.requires_grad:
             output.retain_grad()
 
     def write(self, path, loss, rename=lambda name: name):
-        acts = {rename(name): value for name, value in self.acts.items()}
+        acts = {rename(name): value for name, (_, value) in self.acts.items()}
+        of_acts = {rename(name): output.grad for name, (output, _) in self.acts.items()}
         grads = {rename(name): value.grad for name, value in self.module.named_parameters()}
-        write_dump(path, acts, loss, {name: value.grad for name, value in acts.items()}, grads)
+        write_dump(path, acts, loss, of_acts, grads)
 
 
 def dump_jax(path, function, params, *inputs, rename=lambda name: name):

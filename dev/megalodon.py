@@ -1,7 +1,7 @@
 """The Megalodon language model in PyTorch, to be read beside megalodon.c: the same functions in the same order.
 
-    python dev/megalodon.py MODEL --prompt "The " --num-tokens 100     prints the text of ./sample --temperature 0
-    python dev/megalodon.py MODEL --batch BATCH --dump OUT             writes the tensors of ./train --batch BATCH --dump OUT
+    python dev/megalodon.py MODEL --prompt "The " --num-tokens 100     the text of ./sample --temperature 0
+    python dev/megalodon.py MODEL --batch BATCH --dump OUT             the tensors of ./train --batch BATCH --dump OUT
 
 MODEL is a model file, a folder with model.safetensors (and config.json, if the file has no configuration), or a run's
 directory: its newest checkpoint. There are forward passes only. Autograd computes the gradients, so it is a witness for
@@ -74,7 +74,7 @@ def embedding_forward(tokens, embed, scale):
 
 
 def timestep_norm_forward(inp, weight, bias, state, count, G, eps):
-    """inp (B,L,D). Group norm with the moments of all scalars up to and including token t, by Chan's update, in double."""
+    """inp (B,L,D). Group norm with the moments of all scalars up to and including token t: Chan's update, in double."""
     B, L, D = inp.shape
     g = D // G
     mean, m2 = state
@@ -261,8 +261,9 @@ def megalodon_forward(config, params, tokens, state, acts, cema=cema_forward):
         w = {name[len(prefix):]: value for name, value in params.items() if name.startswith(prefix)}
         x = block_forward(config, w, x, layer, state, own, cema)
         acts |= {f"act.{prefix}{name}": value for name, value in own.items()}
-    final, state.norm[-1] = timestep_norm_forward(x, params["output.final_norm.weight"], params["output.final_norm.bias"],
-                                                  state.norm[-1], state.count, config.norm_num_groups, config.norm_eps)
+    weight, bias = params["output.final_norm.weight"], params["output.final_norm.bias"]
+    final, state.norm[-1] = timestep_norm_forward(x, weight, bias, state.norm[-1], state.count, config.norm_num_groups,
+                                                  config.norm_eps)
     state.count += tokens.shape[1]
     acts["act.final_norm"] = final
     return final
@@ -311,7 +312,8 @@ def read_safetensors(path):
     metadata, tensors = header.pop("__metadata__", {}), {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        tensors[name] = torch.frombuffer(bytearray(data[begin:end]), dtype=types[entry["dtype"]]).reshape(entry["shape"])
+        values = torch.frombuffer(bytearray(data[begin:end]), dtype=types[entry["dtype"]])
+        tensors[name] = values.reshape(entry["shape"])
     return metadata, tensors
 
 
