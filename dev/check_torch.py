@@ -18,6 +18,7 @@ The script prints one line per comparison and exits with status 1 if one fails.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -168,6 +169,22 @@ def check_sample(checks, sample, folder, generator):
                                     f"{len(want)} bytes, {len(set(want))} different ones")
 
 
+# Forward functions of megalodon.c without a counterpart: two layers at once, and what states and ranks need.
+ONLY_IN_C = {"linear_silu_forward", "timestep_norm_layer_forward", "cema_layer_forward", "begin_forward"}
+
+
+def check_names(checks):
+    """dev/megalodon.py is read beside megalodon.c, so it has the same functions in the same order."""
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "megalodon.c")) as file:
+        in_c = [name for name in re.findall(r"^(?:static )?void (\w+_forward)\(", file.read(), re.MULTILINE)
+                if name not in ONLY_IN_C]
+    with open(megalodon.__file__) as file:
+        in_python = re.findall(r"^def (\w+_forward)\(", file.read(), re.MULTILINE)
+    only = sorted(set(in_c) ^ set(in_python))
+    checks.verdict(in_c == in_python, f"dev/megalodon.py has the {len(in_c)} forward functions of megalodon.c, in order"
+                                      + (f"; only one of them has {only}" if only else ""))
+
+
 def main():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
@@ -176,6 +193,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of parameters and batches (default: %(default)s)")
     args = parser.parse_args()
     checks, generator = Checks(), torch.Generator().manual_seed(args.seed)
+    check_names(checks)
     with tempfile.TemporaryDirectory() as folder:
         for check, program in ((check_batches, args.train), (check_state, args.train), (check_sample, args.sample)):
             try:

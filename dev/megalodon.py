@@ -199,6 +199,10 @@ def layernorm_forward(inp, weight, bias, eps):
     return n if weight is None else n * (weight + 1) + bias
 
 
+def rescale_forward(inp, alpha):
+    return alpha * inp
+
+
 def output_loss(x, output, targets):
     """logits (B,L,V) and the mean cross-entropy over the positions whose target is not negative."""
     logits = linear_forward(x, output)
@@ -243,7 +247,7 @@ def nffn_forward(config, w, y, x, acts):
     hidden = gate_forward(linear_forward(u, w["nffn.fc3.weight"]), f1) if config.swiglu else silu_forward(f1)
     # out = [alpha *] hidden W2' + x
     f2 = linear_forward(hidden, w["nffn.fc2.weight"])
-    out = (w["nffn.alpha"] * f2 if config.rescale_nffn else f2) + x
+    out = (rescale_forward(f2, w["nffn.alpha"]) if config.rescale_nffn else f2) + x
     acts |= {"nffn.norm": u, "nffn.out": out}
     return out
 
@@ -341,21 +345,8 @@ def read_model(path, dtype):
     return config, {name: tensors[name].to(dtype) for name in megalodon_params(config)}
 
 
-def main():
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--dtype", choices=["float64", "float32"], default="float64", help="(default: %(default)s)")
-    parser.add_argument("--prompt", default="\n", help="the text to continue (default: a line break)")
-    parser.add_argument("--num-tokens", type=int, default=256, help="bytes to write (default: %(default)s)")
-    parser.add_argument("--batch", metavar="FILE", help="a dump, for its input.tokens and input.targets; needs --dump")
-    parser.add_argument("--dump", metavar="FILE", help="write activations, loss and gradients of the batch")
-    parser.add_argument("--convolution", action="store_true", help="compute CEMA as a convolution (for --dump)")
-    args = parser.parse_args()
-    if (args.batch is None) != (args.dump is None):
-        parser.error("--batch and --dump need each other")
-    dtype = getattr(torch, args.dtype)
-    path = model_file(args.model)
+def run(args):
+    path, dtype = model_file(args.model), getattr(torch, args.dtype)
     if args.dump is not None:
         check_output(args.dump, [args.batch, path], "a safetensors file", is_safetensors)
     config, params = read_model(path, dtype)
@@ -371,6 +362,26 @@ def main():
     state = State(config, len(batch["input.tokens"]), dtype)
     cema = cema_convolution if args.convolution else cema_forward
     write_safetensors(args.dump, dump(config, params, batch, state, cema))
+
+
+def main():
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--dtype", choices=["float64", "float32"], default="float64", help="(default: %(default)s)")
+    parser.add_argument("--prompt", default="\n", help="the text to continue (default: a line break)")
+    parser.add_argument("--num-tokens", type=int, default=256, help="bytes to write (default: %(default)s)")
+    parser.add_argument("--batch", metavar="FILE", help="a dump, for its input.tokens and input.targets; needs --dump")
+    parser.add_argument("--dump", metavar="FILE", help="write activations, loss and gradients of the batch")
+    parser.add_argument("--convolution", action="store_true", help="compute CEMA as a convolution (for --dump)")
+    args = parser.parse_args()
+    if (args.batch is None) != (args.dump is None):
+        parser.error("--batch and --dump need each other")
+    try:
+        run(args)
+    except (OSError, ValueError, KeyError, struct.error) as error:  # a file that is missing, or of another kind
+        sys.exit(f"error: {args.model}: {error!r}" if args.batch is None else
+                 f"error: {args.model}, {args.batch}: {error!r}")
 
 
 if __name__ == "__main__":
