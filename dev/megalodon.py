@@ -310,6 +310,8 @@ def read_safetensors(path):
     """(metadata, {name: tensor})"""
     types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
              "I64": torch.int64, "I32": torch.int32}
+    if not is_safetensors(path):
+        sys.exit(f"error: {path}: is not a safetensors file")
     with open(path, "rb") as file:
         length, = struct.unpack("<Q", file.read(8))
         header, data = json.loads(file.read(length)), file.read()
@@ -359,6 +361,8 @@ def run(args):
             sys.stdout.buffer.flush()
         return
     batch = {name: value for name, value in read_safetensors(args.batch)[1].items() if name.startswith("input.")}
+    if set(batch) != {"input.tokens", "input.targets"}:
+        sys.exit(f"error: {args.batch}: has no input.tokens and input.targets; give a dump of ./train")
     state = State(config, len(batch["input.tokens"]), dtype)
     cema = cema_convolution if args.convolution else cema_forward
     write_safetensors(args.dump, dump(config, params, batch, state, cema))
@@ -379,9 +383,8 @@ def main():
         parser.error("--batch and --dump need each other")
     try:
         run(args)
-    except (OSError, ValueError, KeyError, struct.error) as error:  # a file that is missing, or of another kind
-        sys.exit(f"error: {args.model}: {error!r}" if args.batch is None else
-                 f"error: {args.model}, {args.batch}: {error!r}")
+    except OSError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
