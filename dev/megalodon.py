@@ -4,9 +4,10 @@
     python dev/megalodon.py MODEL --batch BATCH --dump OUT             the tensors of ./train --batch BATCH --dump OUT
 
 MODEL is a model file, a folder with model.safetensors (and config.json, if the file has no configuration), or a run's
-directory: its newest checkpoint. There are forward passes only. Autograd computes the gradients, so it is a witness for
-the backward passes of megalodon.c; dev/check_torch.py compares all of them. megalodon.h has the formulas and the
-letters, and megalodon.c explains each layer. Plain loops, no fast paths, no dropout. Needs PyTorch 1.13 or later.
+directory: its newest checkpoint. There are forward passes only. Autograd computes the gradients, which makes them an
+independent check of the backward passes of megalodon.c: dev/check_torch.py compares all of them. megalodon.h has the
+formulas and the letters, and megalodon.c explains each layer. It has plain loops and no dropout, and tokens are bytes
+when it generates text. Needs PyTorch 1.13 or later.
 """
 
 import argparse
