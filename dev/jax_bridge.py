@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from megalodon_jax import MegalodonConfig, MegalodonForCausalLM, load_checkpoint, save_checkpoint
 from megalodon_jax.checkpoint import apply_model_state_dict, model_state_dict
-from outputs import check_output
+from outputs import check_output, is_safetensors
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -156,13 +156,6 @@ def write_checkpoint(path, config, tensors):
     tensors = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in tensors.items()}
     metadata = {"config": json.dumps(fields_from_config(config))}
     save_file(tensors | derived_tensors(config, tensors), path, metadata=metadata)
-
-
-def is_safetensors(path):
-    """Whether the file starts like a safetensors file: the header's length (below 100 MB), then `{`."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    return start[4:] == b"\0\0\0\0{"
 
 
 def to_jax(source, target):

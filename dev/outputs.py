@@ -31,3 +31,9 @@ def check_output(path, inputs, what, is_ours, temporary=None):
 def begins_with(path, start):
     with open(path, "rb") as f:
         return f.read(len(start)) == start
+
+
+def is_safetensors(path):
+    """Whether the file starts like a safetensors file: the header's length (below 100 MB), then `{`."""
+    with open(path, "rb") as f:
+        return f.read(9)[4:] == b"\0\0\0\0{"

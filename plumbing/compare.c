@@ -1,18 +1,21 @@
 // ./compare A B: compares the tensors that two safetensors files share, in the order in which the model computes them,
 // so that the first one over tolerance shows where an error arises. A is the reference.
+#include <fnmatch.h> // defines: fnmatch
 #include <math.h>    // defines: fabs, fmax, isfinite, isnan, sqrtl
 #include <stdbool.h> // defines: bool
-#include <stdlib.h>  // defines: qsort, calloc, strtod, getenv
+#include <stdlib.h>  // defines: qsort, calloc, strtod, strtol, getenv
 #include <string.h>  // defines: strcmp, strncmp, strlen
 #include <unistd.h>  // defines: isatty
 #include "../megalodon.h"
 #include "safetensors.h"
 
-static const char help[] = "usage: ./compare A.safetensors B.safetensors [--tolerance X]\n"
+static const char help[] = "usage: ./compare A.safetensors B.safetensors [--tolerance X] [--only PATTERN] [--top N]\n"
                            "Compares the tensors that A and B share, in data-flow order. A tensor passes\n"
                            "if |A - B| / |A|, L2 norms, is at most 5e-6 (grad.*: 2e-5, train.*: 2e-6), or X;\n"
                            "integers must be equal. NaN fails; so does act.*, grad.* or loss that B lacks.\n"
                            "F64, F32, F16, BF16, I64 and I32 are compared, other types are listed.\n"
+                           "--only 'grad.*'   compares the tensors whose names match; * is any text, ? any character\n"
+                           "--top 10          prints the 10 worst tensors only, by |A - B| / |A|; all are compared\n"
                            "Exit status: 0 all passed, 1 some failed, 2 wrong usage or an unreadable file.\n";
 
 // The order of the data flow. A name belongs to the first entry that it starts with; "*" stands for "layers.i.". Layers
@@ -47,9 +50,14 @@ typedef struct {
     int64_t worst;           // the element that differs most, or the first NaN
     double worst_a, worst_b; // its values
     double tolerance;        // for relative
+    bool measured;           // B has the tensor with the same shape and a type that can be read
     bool passed;
     char note[256]; // replaces the measures if there are none; otherwise ""
 } Row;
+
+static double tolerance = -1; // for all tensors; negative: the default of each kind
+static const char *only;      // pattern of the names to compare; NULL: all
+static long top;              // number of worst tensors to print; 0: all tensors in data-flow order
 
 static const char *red = "", *green = "", *bold = "", *plain = "";
 
@@ -100,6 +108,15 @@ static int by_data_flow(const void *x, const void *y) {
     if (r->layer >= 0 && s->layer >= 0 && r->layer != s->layer) return r->layer < s->layer ? -1 : 1;
     if (r->place != s->place) return r->place < s->place ? -1 : 1;
     return (r->a > s->a) - (r->a < s->a);
+}
+
+// What could not be measured comes first, then NaN, then the largest relative error.
+static int by_error(const void *x, const void *y) {
+    const Row *r = x, *s = y;
+    if (r->measured != s->measured) return r->measured ? 1 : -1;
+    if (isnan(r->relative) != isnan(s->relative)) return isnan(r->relative) ? -1 : 1;
+    if (r->relative != s->relative && !isnan(r->relative)) return r->relative > s->relative ? -1 : 1;
+    return by_data_flow(x, y);
 }
 
 static bool exact(const Row *r) { return st_is_integer(r->a->type) && st_is_integer(r->b->type); }
@@ -184,11 +201,36 @@ typedef struct {
     int unmeasured; // tensors that B lacks or has with another shape or type; they fail, too
 } Counts;
 
-// Compares and prints all rows; returns false if a file cannot be read.
-static bool print_table(StFile *fa, StFile *fb, Row *rows, int count, double tolerance, Counts *n, char *err) {
-    int names = 4, shapes = 8; // widths
-    bool marked = false;
+// Compares a row's tensors if they can be compared. Returns false if a file cannot be read.
+static bool compare_row(StFile *fa, StFile *fb, Row *r, char *err) {
     char shape[200];
+    r->measured = r->b != NULL && readable(r->b) && same_shape(r->a, r->b);
+    r->tolerance = tolerance >= 0 ? tolerance : kinds[r->kind].tolerance;
+    if (r->b == NULL)
+        snprintf(r->note, sizeof r->note, "not in B");
+    else if (!readable(r->b))
+        snprintf(r->note, sizeof r->note, "B has type %s", r->b->dtype);
+    else if (!r->measured)
+        snprintf(r->note, sizeof r->note, "B has shape %s", tuple(shape, r->b, -1));
+    return !r->measured || measure(fa, fb, r, err);
+}
+
+// The mark of the first row that fails. With --top it stands after the table, and names the tensor.
+static void print_first(const Row *r) {
+    printf("%s%sfirst %s%s in data-flow order: ", red, top > 0 ? "" : "<-- ",
+           r->measured ? "over tolerance" : "failure", plain);
+    if (top > 0) printf("%s: ", r->a->name);
+    if (r->measured)
+        printf("%.2g is not <= %.2g\n", shown(r->relative), r->tolerance);
+    else
+        printf("%s\n", r->note);
+}
+
+// Compares all rows and prints them, or the worst ones. Returns false if a file cannot be read.
+static bool print_table(StFile *fa, StFile *fb, Row *rows, int count, Counts *n, char *err) {
+    int names = 4, shapes = 8; // widths
+    char shape[200];
+    const Row *first = NULL; // that fails
     for (const Row *r = rows; r < rows + count; r++) {
         int name = (int)strlen(r->a->name), length = (int)strlen(tuple(shape, r->a, -1));
         names = name > names ? name : names;
@@ -197,28 +239,23 @@ static bool print_table(StFile *fa, StFile *fb, Row *rows, int count, double tol
     printf("%s%-*s  %-*s  max abs   rel L2     cosine  ", bold, names, "name", shapes, "shape");
     printf("%-*s  %14s  %14s%s\n", shapes, "worst at", "A", "B", plain);
     for (Row *r = rows; r < rows + count; r++) {
-        const bool measurable = r->b != NULL && readable(r->b) && same_shape(r->a, r->b);
-        r->tolerance = tolerance >= 0 ? tolerance : kinds[r->kind].tolerance;
-        if (r->b == NULL)
-            snprintf(r->note, sizeof r->note, "not in B");
-        else if (!readable(r->b))
-            snprintf(r->note, sizeof r->note, "B has type %s", r->b->dtype);
-        else if (!measurable)
-            snprintf(r->note, sizeof r->note, "B has shape %s", tuple(shape, r->b, -1));
-        else if (!measure(fa, fb, r, err))
-            return false;
+        if (!compare_row(fa, fb, r, err)) return false;
+        *(r->measured ? &n->compared : &n->unmeasured) += 1;
+        n->failed += r->measured && !r->passed;
+        const bool mark = first == NULL && !r->passed;
+        if (mark) first = r;
+        if (top > 0) continue;
         if (r == rows || r[-1].kind != r->kind) printf("\n");
         print_row(r, names, shapes);
-        *(measurable ? &n->compared : &n->unmeasured) += 1;
-        n->failed += measurable && !r->passed;
-        if (marked || r->passed) continue;
-        printf("%s<-- first %s%s in data-flow order: ", red, measurable ? "over tolerance" : "failure", plain);
-        if (measurable)
-            printf("%.2g is not <= %.2g\n", shown(r->relative), r->tolerance);
-        else
-            printf("%s\n", r->note);
-        marked = true;
+        if (mark) print_first(r);
     }
+    if (top == 0) return true;
+    const Row marked = first != NULL ? *first : (Row){0};
+    qsort(rows, (size_t)count, sizeof *rows, by_error);
+    printf("\n");
+    for (const Row *r = rows; r < rows + count && r < rows + top; r++) print_row(r, names, shapes);
+    qsort(rows, (size_t)count, sizeof *rows, by_data_flow);
+    if (first != NULL) print_first(&marked);
     return true;
 }
 
@@ -228,11 +265,13 @@ static bool in_table(const StTensor *a, const StTensor *b) {
     return readable(a) && (required(kind_of(a->name)) || (b != NULL && readable(b)));
 }
 
+static bool selected(const StTensor *t) { return only == NULL || fnmatch(only, t->name, 0) == 0; }
+
 // Lists the tensors of A that are not in the table, then those of B that A lacks.
 static void list_others(const StFile *fa, const StFile *fb) {
     for (const StTensor *a = fa->tensors; a < fa->tensors + fa->count; a++) {
         const StTensor *b = st_find(fb, a->name);
-        if (in_table(a, b)) continue;
+        if (in_table(a, b) || !selected(a)) continue;
         if (b == NULL)
             printf("not compared, only in %s: %s\n", fa->path, a->name);
         else
@@ -240,7 +279,7 @@ static void list_others(const StFile *fa, const StFile *fb) {
                    readable(a) ? fb->path : fa->path, a->name);
     }
     for (const StTensor *b = fb->tensors; b < fb->tensors + fb->count; b++) {
-        if (st_find(fa, b->name) == NULL) printf("not compared, only in %s: %s\n", fb->path, b->name);
+        if (st_find(fa, b->name) == NULL && selected(b)) printf("not compared, only in %s: %s\n", fb->path, b->name);
     }
 }
 
@@ -259,21 +298,23 @@ static void print_summary(const Row *rows, int count, const Counts *n) {
            n->failed, plain);
     if (n->unmeasured > 0) printf("; %s%d not in B, or with another shape or type there%s", red, n->unmeasured, plain);
     printf("\n");
-    if (n->compared == 0) printf("nothing was compared: the files share no tensor that can be compared\n");
+    if (n->compared == 0)
+        printf("nothing was compared: the files share no tensor that can be compared%s%s\n",
+               only != NULL ? " and whose name matches --only " : "", only != NULL ? only : "");
 }
 
 // Returns the exit status.
-static int compare_files(StFile *fa, StFile *fb, double tolerance, char *err) {
+static int compare_files(StFile *fa, StFile *fb, char *err) {
     Row *rows = calloc((size_t)fa->count + 1, sizeof *rows);
     int count = 0;
     Counts n = {0};
     if (rows == NULL) return snprintf(err, ST_ERR, "out of memory"), 2;
     for (const StTensor *t = fa->tensors; t < fa->tensors + fa->count; t++) {
         const StTensor *other = st_find(fb, t->name);
-        if (in_table(t, other)) rows[count++] = make_row(t, other);
+        if (in_table(t, other) && selected(t)) rows[count++] = make_row(t, other);
     }
     qsort(rows, (size_t)count, sizeof *rows, by_data_flow);
-    const bool read = print_table(fa, fb, rows, count, tolerance, &n, err);
+    const bool read = print_table(fa, fb, rows, count, &n, err);
     if (read) {
         printf("\n");
         list_others(fa, fb);
@@ -288,28 +329,39 @@ static int usage(const char *problem, const char *what) {
     return 2;
 }
 
+// If `arg` is the option, returns its value: what follows a '=', or the next argument. Otherwise returns NULL.
+static const char *option_value(const char *option, const char *arg, const char *next) {
+    const size_t length = strlen(option);
+    if (strncmp(arg, option, length) != 0 || (arg[length] != 0 && arg[length] != '=')) return NULL;
+    return arg[length] == '=' ? arg + length + 1 : next;
+}
+
 int main(int argc, char **argv) {
     const char *paths[2];
-    double tolerance = -1; // the default of each kind
     int given = 0;
-    for (int i = 1; i < argc; i++) {
-        static const char name[] = "--tolerance";
-        const size_t length = sizeof name - 1;
-        const char *value = NULL;
+    for (int i = 1; i < argc && argv[i] != NULL; i++) {
+        const char *arg = argv[i], *next = i + 1 < argc ? argv[i + 1] : "", *value;
         char *end = "";
-        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
+        if (strcmp(arg, "--help") == 0 || strcmp(arg, "-h") == 0) {
             fputs(help, stdout);
             return 0;
-        } else if (strncmp(argv[i], name, length) == 0 && (argv[i][length] == 0 || argv[i][length] == '=')) {
-            value = argv[i][length] == '=' ? argv[i] + length + 1 : i + 1 < argc ? argv[++i] : "nothing";
+        } else if ((value = option_value("--tolerance", arg, next)) != NULL) {
             tolerance = strtod(value, &end);
             if (end == value || *end != 0 || !(tolerance >= 0 && isfinite(tolerance)))
-                return usage("--tolerance needs a number, 0 or more, not ", value);
-        } else if (argv[i][0] == '-' || given == 2) {
-            return usage(argv[i][0] == '-' ? "unknown option " : "more than two files: ", argv[i]);
+                return usage("--tolerance needs a number, 0 or more, not ", value[0] != 0 ? value : "nothing");
+        } else if ((value = option_value("--only", arg, next)) != NULL) {
+            only = value;
+            if (value[0] == 0) return usage("--only needs a name or a pattern, such as 'grad.*'", "");
+        } else if ((value = option_value("--top", arg, next)) != NULL) {
+            top = strtol(value, &end, 10);
+            if (end == value || *end != 0 || top < 1 || top > 1000000)
+                return usage("--top needs a whole number from 1 to 1000000, not ", value[0] != 0 ? value : "nothing");
+        } else if (arg[0] == '-' || given == 2) {
+            return usage(arg[0] == '-' ? "unknown option " : "more than two files: ", arg);
         } else {
-            paths[given++] = argv[i];
+            paths[given++] = arg;
         }
+        i += value == next;
     }
     if (given < 2) return usage("two files are needed", "");
     const char *no_color = getenv("NO_COLOR");
@@ -319,7 +371,7 @@ int main(int argc, char **argv) {
     char err[ST_ERR];
     StFile a = {0}, b = {0};
     bool opened = st_open(&a, paths[0], err) && st_open(&b, paths[1], err);
-    int status = opened ? compare_files(&a, &b, tolerance, err) : 2;
+    int status = opened ? compare_files(&a, &b, err) : 2;
     if ((fflush(stdout) != 0 || ferror(stdout)) && status < 2) {
         snprintf(err, sizeof err, "stdout: the result could not be written");
         status = 2;

@@ -167,7 +167,8 @@ static void test_round_trips(void) {
     check(ok, "I64 that does not fit I32: %s", err);
     check(ok && !st_read(&f, f.tensors, 0, 4, real, ST_F32, err) && strstr(err, "is I64, not F32"), "wrong type: %s",
           err);
-    check(ok && !st_read(&f, f.tensors, 2, 3, narrow, ST_I64, err) && strstr(err, "fewer elements"), "past its end: %s", err);
+    check(ok && !st_read(&f, f.tensors, 2, 3, narrow, ST_I64, err) && strstr(err, "fewer elements"), "past its end: %s",
+          err);
     st_close(&f);
     ok = write_tensor(file_a, "n", ST_I64, 0, i64 + 2, 8) && st_open(&f, file_a, err);
     check(ok && f.tensors->ndim == 0 && st_count(f.tensors) == 1, "a scalar");
@@ -423,6 +424,48 @@ static void test_entries(const char *program, const char *a, const char *b, int 
     }
 }
 
+// Three tensors: "a" differs, "act.b" has another shape, "loss" is equal. --only and --top select what is
+// compared and printed; `first` and `second` are the names at the beginning of the first two rows of the table.
+static void test_selection(const char *program) {
+    static const char *const entries[2] = {
+        ENTRY("loss", "F32", "1", "0", "4") "," ENTRY("a", "F32", "13", "4", "56") "," ENTRY("act.b", "F32", "2", "56",
+                                                                                             "64"),
+        ENTRY("loss", "F32", "1", "0", "4") "," ENTRY("a", "F32", "13", "8", "60") "," ENTRY(
+            "act.b", "F32", "1", "60", "64") "," ENTRY("c", "F32", "1", "4", "8")};
+    static const struct {
+        const char *options, *first, *second, *words, *absent;
+        int status;
+    } cases[] = {
+        {"", "act.b", "loss", "2 tensors compared, 1 passed, 1 failed; 1 not in B", "bla", 1},
+        {"--only a", "a", "", "1 tensors compared, 0 passed, 1 failed\n", "only in", 1},
+        {"--only 'a*'", "act.b", "a", "1 tensors compared, 0 passed, 1 failed; 1 not in B", "loss", 1},
+        {"--only=los?", "loss", "", "1 tensors compared, 1 passed, 0 failed\n", "FAIL", 0},
+        {"--only c", "", "", "only in", "FAIL", 1},
+        {"--only x.y", "", "", "matches --only x.y", "only in", 1},
+        {"--top 1", "act.b", "", "\nfirst failure in data-flow order: act.b: B has shape 1\n", "<--", 1},
+        {"--top=2", "act.b", "a", "2 tensors compared, 1 passed, 1 failed; 1 not in B", "<--", 1},
+        {"--top 9 --only '[!a]*'", "loss", "", "1 tensors compared, 1 passed, 0 failed\n", "first", 0},
+        {"--top 9 --only a --tolerance 1e-5", "a", "", "\nfirst over tolerance in data-flow order: a: ", "loss", 1},
+    };
+    char command[512], output[8192], names[3][40], *line;
+    write_entries(file_a, entries[0]), write_entries(file_b, entries[1]);
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        snprintf(command, sizeof command, "'%s' '%s' '%s' %s 2>&1", program, file_a, file_b, cases[i].options);
+        FILE *pipe = popen(command, "r");
+        output[fread(output, 1, sizeof output - 1, pipe)] = 0;
+        const int got = exit_status(pclose(pipe));
+        const bool says = strstr(output, cases[i].words) && !strstr(output, cases[i].absent);
+        int rows = 0;
+        memset(names, 0, sizeof names);
+        for (line = strtok(output, "\n"); line != NULL && rows < 3; line = strtok(NULL, "\n")) {
+            if (strstr(line, "  ok") || strstr(line, "  FAIL")) sscanf(line, "%39s", names[rows++]);
+        }
+        check(got == cases[i].status && says && strcmp(names[0], cases[i].first) == 0 &&
+                  strcmp(names[1], cases[i].second) == 0,
+              "compare %s: status %d, rows %s %s", cases[i].options, got, names[0], names[1]);
+    }
+}
+
 static void test_types(const char *program) {
     // other types are only listed
     test_entries(
@@ -478,6 +521,7 @@ static void test_compares(const char *program) {
     test_compare(program, "--tolerance 1e-3", "act.logits", one, "act.logits", far, 0, "1 passed");
     test_compare(program, "--tolerance 0", "act.logits", one, "act.logits", near, 1, "first over tolerance");
     test_compare(program, "", "act.logits", one, "act.logits", nan, 1, "nan");
+    test_compare(program, "--top 1", "act.logits", one, "act.logits", nan, 1, "nan is not <= 5e-06");
     test_compare(program, "", "act.logits", nan, "act.logits", nan, 1, "FAIL");
     test_compare(program, "", "act.logits", none, "act.logits", one, 1, "all zero in A, but not in B");
     test_compare(program, "", "act.logits", one, "act.logits", none, 1, "FAIL");
@@ -491,6 +535,12 @@ static void test_compares(const char *program) {
     test_compare(program, "--tolerance=-1", "x", one, "x", one, 2, "usage: ./compare");
     test_compare(program, "--tolerance", "x", one, "x", one, 2, "usage: ./compare");
     test_compare(program, "--tolerances=1", "x", one, "x", one, 2, "unknown option");
+    test_compare(program, "--only", "x", one, "x", one, 2, "--only needs a name or a pattern");
+    test_compare(program, "--only=", "x", one, "x", one, 2, "--only needs a name or a pattern");
+    test_compare(program, "--top", "x", one, "x", one, 2, "--top needs a whole number from 1 to 1000000, not nothing");
+    test_compare(program, "--top=0", "x", one, "x", one, 2, "--top needs a whole number from 1 to 1000000, not 0");
+    test_compare(program, "--top 3.5", "x", one, "x", one, 2, "--top needs a whole number from 1 to 1000000, not 3.5");
+    test_compare(program, "--topmost", "x", one, "x", one, 2, "unknown option");
     test_compare(program, "--help", "x", one, "x", one, 0, "usage: ./compare");
     test_compare(program, "-h", "x", one, "x", one, 0, "usage: ./compare");
     char command[512];
@@ -500,6 +550,7 @@ static void test_compares(const char *program) {
     test_order(program);
     test_extremes(program);
     test_types(program);
+    test_selection(program);
 }
 
 int main(int argc, char **argv) {

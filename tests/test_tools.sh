@@ -18,11 +18,11 @@ verdict() { # status, text
     [ "$1" -eq 0 ] || sed 's/^/      /' "$tmp/err"
 }
 # Stand-ins for the modules that a tool imports: a command must be refused before it uses any of them.
-for module in numpy equinox jax megalodon_jax safetensors; do
+for module in numpy equinox jax matplotlib megalodon_jax safetensors torch; do
     mkdir -p "$tmp/stubs/$module"
     printf 'def __getattr__(name):\n    return type(name, (Exception,), {})\n' > "$tmp/stubs/$module/__init__.py"
 done
-for module in jax/numpy megalodon_jax/checkpoint safetensors/numpy; do cp "$tmp/stubs/numpy/__init__.py" "$tmp/stubs/$module.py"; done
+for module in jax/numpy matplotlib/pyplot megalodon_jax/checkpoint safetensors/numpy; do cp "$tmp/stubs/numpy/__init__.py" "$tmp/stubs/$module.py"; done
 
 # Files of every kind, none of which may change.
 printf 'the first text\n' > "$tmp/a.txt"
@@ -58,6 +58,11 @@ refused "exists and is not a tokenizer.bin" make_tokenizer.py "$tmp/tokenizer.bi
 refused "is also what is read" make_tokenizer.py "$tmp/b.txt" "$tmp/a.txt" --text "$tmp/a.txt"
 refused "is also what is read" jax_bridge.py to-jax "$tmp/model.safetensors" "$tmp/model.safetensors"
 refused "exists and is not a safetensors file" jax_bridge.py from-jax "$tmp/model.safetensors" "$tmp/a.txt"
+refused "is also what is read" megalodon.py "$tmp/model.safetensors" --batch "$tmp/a.txt" --dump "$tmp/model.safetensors"
+refused "is also what is read" megalodon.py "$tmp/model.safetensors" --batch "$tmp/b.txt" --dump "$tmp/hard.bin"
+refused "exists and is not a safetensors file" megalodon.py "$tmp/model.safetensors" --batch "$tmp/b.txt" --dump "$tmp/a.txt"
+refused "exists and is not a PNG image" plot_compare.py "$tmp/a.txt" "$tmp/b.txt"
+refused "b.txt: is not a result of ./compare" plot_compare.py "$tmp/new.png" "$tmp/b.txt"
 refused "exists and is not a table of this program" bench_length.py --csv "$tmp/a.txt"
 refused "exists and is not a table of this program" bench_context.py --length 64 --csv "$tmp/a.txt"
 
