@@ -168,7 +168,8 @@ void megalodon_point(Params *params, real *memory, const Config *config, const T
 
 ForwardOperations megalodon_forward_operations(const Config *c, int64_t L) {
     const double D = c->model_dim, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim, C = c->chunk_size;
-    const double whole = (double)(L / c->chunk_size), rest = (double)(L % c->chunk_size);
+    const int64_t chunks = L / c->chunk_size; // whole ones
+    const double whole = (double)chunks, rest = (double)(L % c->chunk_size);
     const double pairs = whole * C * (C + 1) / 2 + rest * (rest + 1) / 2; // of a query and a key that it attends to
     const double tokens = (double)L, layers = c->num_layers;
     return (ForwardOperations){.projections = 2 * layers * tokens * D * (3 * E + Z + D),
