@@ -85,7 +85,8 @@ check "  without escape sequences" eval '! grep -q "$(printf "\033")" file'
 check "a terminal that cannot replace a line" eval 'TERM=dumb python3 terminal.py 100 "" "$train" $run'
 check "  gets a line for every step" is "$(grep -c '^step .*norm' screen)" 60
 
-on_terminal 100 'left=\x03' "$train" $model --data text --steps 1000000 --val-every 0 --save-every 0 --out stopped > out 2>&1
+# Steps of a few hundredths of a second: the terminal itself writes ^C, which must come while the progress line is shown.
+on_terminal 100 'left=\x03' "$train" $model --batch-size 64 --seq-len 256 --data text --steps 1000000 --val-every 0 --out stopped > out 2>&1
 check "Ctrl-C while the progress line is shown: status 130" is $? 130
 check "  a line for the last step, then where the run was saved" eval 'tail -n 2 screen | head -n 1 | grep -q "^step .* norm" &&
     tail -n 1 screen | grep -q "^stopped at step .*; saved in stopped; continue with --resume stopped"'
@@ -108,7 +109,7 @@ $s --prompt-file prompt --num-tokens 0 --state-out whole.state > out 2>> err
 greedy() { $s --state-in "$1" --temperature 0 2> err; }
 check "  and is written by --state-out" is "$(greedy talk.state)" "$(greedy whole.state)"
 check "on a terminal: Ctrl-C at the prompt, a line, Ctrl-C while it continues, Ctrl-D" \
-    on_terminal 100 '>.$=\x03 C\r\n>.$=1\x202\n 2\r\n[0-9]=\x03 C\r\n>.$=\x04' $s --interactive --num-tokens 100000000
+    on_terminal 100 '>.$=\x03 C\r\n>.$=1\x202\n 2\r\n[0-9]=\x03 \n>.$=\x04' $s --interactive --num-tokens 100000000
 check "  the text goes on after the line" eval 'grep -q "^> 1 2" screen'
 check "  the second line is not written to the end" eval 'sed -n "s/^# read [0-9]* tokens, wrote \([0-9]*\); seed.*/\1/p" screen > n && [ -s n ] && [ "$(cat n)" -lt 100000000 ]'
 
