@@ -29,8 +29,8 @@ typedef struct {
 } Settings;
 
 static Settings s = {
-    .batch_size = 8, .seq_len = 256, .grad_accum = 1, .eot = -1, .seed = 1, .chunk_parallel = 1, .data_format = "auto",
-    .steps = 300, .lr = 3e-3, .schedule = "cosine", .warmup = 20, .lr_init_ratio = 1e-4, .lr_end_ratio = 0.1,
+    .batch_size = 4, .seq_len = 256, .grad_accum = 1, .eot = -1, .seed = 1, .chunk_parallel = 1, .data_format = "auto",
+    .steps = 700, .lr = 3e-3, .schedule = "cosine", .warmup = 20, .lr_init_ratio = 1e-4, .lr_end_ratio = 0.1,
     .adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1}, .grad_clip = 1,
     .val_every = 100, .val_batches = 20, .sample_every = 100, .save_every = 1000,
 };

@@ -89,7 +89,7 @@ draw() { PYTHONPATH="$tmp/drawn" $python dev/plot_log.py "$@" > "$tmp/out" 2> "$
 draw "$tmp/log.png" "$tmp/large.csv" --mean 1 && [ "$(tr '\n' ' ' < "$tmp/out")" = "$tmp/large.csv: training 100 100 99 axis 95.5 194.5 " ]
 verdict $? "plot_log.py: a log without validation; an axis from 100 to 190 beside losses of 1e30, a NaN left out"
 draw "$tmp/log.png" "$tmp/large.csv" "$tmp/small.csv" --label a --label b --mean 1 &&
-    [ "$(sed -n '2,4p' "$tmp/out" | tr '\n' ' ')" = "b: training 3 3 3 b: validation 2 5 1 axis -7.35 198.3 " ]
+    [ "$(sed -n '2,4p' "$tmp/out" | tr '\n' ' ')" = "b: training 3 2 3 b: validation 2 5 1 axis -7.35 198.3 " ]
 verdict $? "  two logs with names, over the older picture; an infinite validation loss left out"
 printf '%s\n1,nan,1,1,1,1,\n' $log > "$tmp/never.csv"
 printf '%s\n1,2,1,1,1,1,\n2,3\n' $log > "$tmp/cut.csv"
