@@ -233,9 +233,8 @@ static bool colored; // --color, and that it is possible
 static const struct {
     double from; // least probability
     const char *code, *range;
-} colors[] = {{0.8, "\033[38;5;35m", "80 % or more"}, {0.5, "\033[38;5;71m", "50 %"},
-              {0.2, "\033[38;5;142m", "20 %"},        {0.05, "\033[38;5;178m", "5 %"},
-              {0.01, "\033[38;5;208m", "1 %"},        {0, "\033[38;5;196m", "less"}};
+} colors[] = {{0.8, "\033[38;5;35m", "80 % or more"}, {0.5, "\033[38;5;71m", "50 %"},  {0.2, "\033[38;5;142m", "20 %"},
+              {0.05, "\033[38;5;178m", "5 %"},        {0.01, "\033[38;5;208m", "1 %"}, {0, "\033[38;5;196m", "less"}};
 static const char plain[] = "\033[0m";
 
 // Selects the colour of the token's probability by the model, without temperature and restrictions. A character's bytes
@@ -558,8 +557,7 @@ static void read_options(int argc, char **argv) {
         usage_error("--interactive reads standard input: --prompt-file needs the name of a file");
     const bool never = strcmp(color, "never") == 0, always = strcmp(color, "always") == 0;
     if (!never && !always && strcmp(color, "auto") != 0) usage_error("--color %s: it is never, always or auto", color);
-    if (!never && (score_path || num_samples > 1))
-        usage_error("--color shows one text: no --score, no --num-samples");
+    if (!never && (score_path || num_samples > 1)) usage_error("--color shows one text: no --score, no --num-samples");
     colored = always || (!never && in_color());
     sampling.eot = eot > 0 ? eot : 0;
     if (threads > 0) megalodon_threads(threads);

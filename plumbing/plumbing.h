@@ -18,8 +18,9 @@
 // ----------------------------------------------------------------------------
 // terminal.c: the terminal, if standard output is one
 
-bool on_terminal(void); // returns whether standard output is a terminal that can replace a line
-bool in_color(void);    // the same, and the environment variable NO_COLOR is not set
+bool on_terminal(void);  // returns whether standard output is a terminal that can replace a line
+void terminal_off(void); // from now on on_terminal() returns false
+bool in_color(void);     // returns whether it is such a terminal and the environment variable NO_COLOR is not set
 // Shows a line that the next call replaces, cut to the terminal's width. Does nothing elsewhere. Before anything else is
 // printed, progress_end() must remove it; fatal() and usage_error() do. A signal handler may call progress_end().
 void progress_line(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -80,8 +80,7 @@ static void share(Segments *s, int64_t segment) {
 static void show_progress(const Segments *s, const char *pass, int64_t segment) {
     static double last;
     if (s->num_segments == 1 || seconds() - last < 1) return;
-    if (last > 0)
-        progress_line("%s: segment %lld of %lld", pass, (long long)segment + 1, (long long)s->num_segments);
+    if (last > 0) progress_line("%s: segment %lld of %lld", pass, (long long)segment + 1, (long long)s->num_segments);
     last = seconds();
 }
 

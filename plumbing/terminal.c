@@ -6,9 +6,13 @@
 #include <unistd.h>    // defines: isatty, write
 #include "plumbing.h"
 
+static bool off;
+
+void terminal_off(void) { off = true; }
+
 bool on_terminal(void) {
     const char *term = getenv("TERM");
-    return isatty(STDOUT_FILENO) && (term == NULL || strcmp(term, "dumb") != 0);
+    return !off && isatty(STDOUT_FILENO) && (term == NULL || strcmp(term, "dumb") != 0);
 }
 
 bool in_color(void) {

@@ -85,6 +85,13 @@ check "  without escape sequences" eval '! grep -q "$(printf "\033")" file'
 check "a terminal that cannot replace a line" eval 'TERM=dumb python3 terminal.py 100 "" "$train" $run'
 check "  gets a line for every step" is "$(grep -c '^step .*norm' screen)" 60
 
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+if mpirun -n 1 "$train" $run > file 2> err && grep -q '^ranks ' file; then
+    check "mpirun, which gives its processes a terminal: a line for every step" is "$(grep -c '^step .*norm' file)" 60
+else
+    echo "skipped: no mpirun, or ./train was built without MPI"
+fi
+
 # Steps of a few hundredths of a second: the terminal itself writes ^C, which must come while the progress line is shown.
 on_terminal 100 'left=\x03' "$train" $model --batch-size 64 --seq-len 256 --data text --steps 1000000 --val-every 0 --out stopped > out 2>&1
 check "Ctrl-C while the progress line is shown: status 130" is $? 130
