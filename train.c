@@ -839,7 +839,7 @@ static double validate(Run *run) {
 // are bytes or there is a tokenizer, otherwise as numbers.
 static void write_sample(Run *run) {
     enum { LENGTH = 256 };
-    const Sampling how = {.temperature = 0.9, .top_p = 0.95};
+    const Sampling how = {.temperature = 0.8, .top_p = 0.95};
     const Data *d = &run->data;
     const Tokenizer *tokenizer = run->tokenizer;
     const int V = run->config.vocab_size;
