@@ -74,7 +74,7 @@ def main():
         if val:
             best = min(val, key=lambda v: v[1])
             ax.plot(*zip(*val), "o", markersize=4, color=line.get_color(), label=f"{label}: validation")
-            ax.annotate(f"{best[1]:.3f}", best, textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8)
+            ax.annotate(f"{best[1]:.3f}", best, textcoords="offset points", xytext=(0, -11), ha="center", fontsize=8)
     values.sort()
     low, high = values[0], values[len(values) * 9 // 10]
     margin = 0.05 * (high - low) or 0.1
