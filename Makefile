@@ -354,7 +354,7 @@ bench: build/bench
 
 demo: $(PROGRAMS)
 	./train --out build/demo --overwrite
-	./sample --model build/demo --prompt "The "
+	./sample --model build/demo --prompt "ROMEO:"
 
 clean:
 	rm -rf build $(PROGRAMS) $(CUDA_PROGRAMS)

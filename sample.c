@@ -1,20 +1,23 @@
 // ./sample: generates text with a trained model. Reads the prompt in forward passes of up to pass_len tokens, then
 // decodes token by token; the state has constant size. Several samples are the rows of one batch. With --score it reads
-// a file of any length the same way and prints how well the model predicts it.
+// a file of any length the same way and prints how well the model predicts it. With --interactive it reads a line and
+// continues the text, again and again.
 #include <errno.h>    // defines: errno
 #include <inttypes.h> // defines: PRId64
-#include <math.h>     // defines: INFINITY, isfinite, log
+#include <math.h>     // defines: INFINITY, exp, fmax, isfinite, log
 #include <signal.h>   // defines: sigaction
 #include <stdlib.h>   // defines: free, realloc
 #include <string.h>   // defines: memcmp, memcpy, strcmp, strlen, strerror
 #include <sys/stat.h> // defines: fstat
+#include <unistd.h>   // defines: isatty
 #include "plumbing/plumbing.h"
 
 enum { MIN_PASS = 2048, MAX_PASS = 16384 };
 static size_t pass_len = MIN_PASS; // maximum number of tokens in a forward pass, all rows together; see plan_memory
 
 static const char *model_path, *prompt, *prompt_path, *score_path, *state_in, *state_out, *tokenizer_path;
-static int num_tokens = 256, num_samples = 1, threads, eot = -1, bos = -1;
+static const char *color = "never";
+static int num_tokens = 256, num_samples = 1, threads, eot = -1, bos = -1, interactive;
 static int64_t seed = 1337;
 static Sampling sampling = {.temperature = 0.8, .top_p = 0.95};
 
@@ -25,6 +28,8 @@ static Option options[] = {
      .help = "tokenizer.bin, for models whose tokens are not bytes"},
     {OPT_TEXT, "prompt", &prompt, .arg = "TEXT", .help = "the text to continue"},
     {OPT_PATH, "prompt-file", &prompt_path, .arg = "FILE", .help = "the same from a file; -: standard input"},
+    {OPT_SWITCH, "interactive", &interactive,
+     .help = "read a line, continue the text, and so on; Ctrl-C stops a continuation, Ctrl-D leaves"},
     {OPT_INT, "eot", &eot, -1, MAX_DIM,
      .help = "token between documents: a text begins with it, and ends when it is drawn; -1: none"},
     {OPT_INT, "bos", &bos, -1, MAX_DIM,
@@ -38,6 +43,8 @@ static Option options[] = {
     {OPT_REAL, "top-p", &sampling.top_p, 0, 1, .help = "of these, only the fewest whose probabilities sum to X"},
     {OPT_REAL, "min-p", &sampling.min_p, 0, 1,
      .help = "of these, only those at least X times as likely as the most likely"},
+    {OPT_TEXT, "color", &color, .arg = "WHEN",
+     .help = "colour text by its probability, from red (unlikely) to green: never, always, auto (on a terminal)"},
     {OPT_INT64, "seed", &seed, 0, (double)INT64_MAX,
      .help = "of the random numbers; the same seed gives the same text"},
     {OPT_PATH, "state-out", &state_out, .arg = "FILE",
@@ -71,10 +78,11 @@ static void on_signal(int number) { stop_signal = number; }
 typedef struct {
     State *state; // of B rows
     real *logits; // (B,V) after the last token of each row
+    bool ended;   // the last row to be generated has drawn the EOT
 } Texts;
 
 static Texts texts_new(const Config *c, int B) {
-    Texts t = {state_new(c, B, 0), allocate((size_t)B * (size_t)c->vocab_size, sizeof *t.logits)};
+    Texts t = {state_new(c, B, 0), allocate((size_t)B * (size_t)c->vocab_size, sizeof *t.logits), false};
     if (!t.state) fatal("out of memory for the state");
     return t;
 }
@@ -211,11 +219,47 @@ static void flush_output(void) {
     if (fflush(stdout) == EOF || ferror(stdout)) fatal("stdout: %s", strerror(errno));
 }
 
+static int last_byte = '\n'; // of the text so far
+
 // first: the token begins a text.
 static void write_token(int32_t token, bool first) {
     size_t length;
     const unsigned char *bytes = tokenizer_piece(tokenizer, token, first, &length);
+    if (length > 0) last_byte = bytes[length - 1];
     if (fwrite(bytes, 1, length, stdout) != length) fatal("stdout: %s", strerror(errno));
+}
+
+static bool colored; // --color, and that it is possible
+static const struct {
+    double from; // least probability
+    const char *code, *range;
+} colors[] = {{0.8, "\033[38;5;35m", "80 % or more"}, {0.5, "\033[38;5;71m", "50 %"},  {0.2, "\033[38;5;142m", "20 %"},
+              {0.05, "\033[38;5;178m", "5 %"},        {0.01, "\033[38;5;208m", "1 %"}, {0, "\033[38;5;196m", "less"}};
+static const char plain[] = "\033[0m";
+
+// Selects the colour of the token's probability by the model, without temperature and restrictions. A character's bytes
+// after the first one keep its colour, because a code between them would destroy it.
+static void set_color(const real *logits, int V, int32_t token) {
+    size_t length, i = 0;
+    const unsigned char *bytes = tokenizer_piece(tokenizer, token, false, &length);
+    double max = logits[0], sum = 0;
+    if (!colored || (length > 0 && (bytes[0] & 0xC0) == 0x80)) return;
+    for (int v = 0; v < V; v++) max = fmax(max, logits[v]);
+    for (int v = 0; v < V; v++) sum += exp(logits[v] - max);
+    while (exp(logits[token] - max) / sum < colors[i].from) i++;
+    fputs(colors[i].code, stdout);
+}
+
+static void end_color(void) {
+    if (colored) fputs(plain, stdout);
+}
+
+static void print_colors(void) {
+    const bool on = colored && isatty(STDERR_FILENO);
+    fputs("# probability of each token: ", stderr);
+    for (size_t i = 0; i < sizeof colors / sizeof *colors; i++)
+        fprintf(stderr, "%s%s%s%s", i > 0 ? ", " : "", on ? colors[i].code : "", colors[i].range, on ? plain : "");
+    fputc('\n', stderr);
 }
 
 // Draws the next token of every row that has not ended. A row's random numbers depend on its number of tokens so far.
@@ -247,11 +291,15 @@ static int64_t decode(Model *model, const Config *c, Texts *t, int32_t *written,
             if (ended[b]) continue;
             ended[b] = tokens[b] == eot;
             active -= ended[b], total += !ended[b];
-            if (!ended[b] && B == 1) write_token(tokens[b], first && i == 0), flush_output();
+            if (!ended[b] && B == 1) {
+                set_color(t->logits, c->vocab_size, tokens[b]);
+                write_token(tokens[b], first && i == 0), flush_output();
+            }
             if (!ended[b] && B > 1) written[(size_t)b * (size_t)num_tokens + counts[b]++] = tokens[b];
             if (ended[b] && sets_aside) copy_text(t, b, &aside, b, c);
         }
-        if (active == 0) break;
+        t->ended = active == 0;
+        if (t->ended) break;
         megalodon_forward(model, t->state, tokens, B, 1);
         megalodon_logits(model, 0, (size_t)B, t->logits);
     }
@@ -260,6 +308,7 @@ static int64_t decode(Model *model, const Config *c, Texts *t, int32_t *written,
     }
     texts_free(&aside);
     free(ended), free(tokens);
+    end_color();
     return total;
 }
 
@@ -283,20 +332,64 @@ static Texts read_prompt(Model *model, const Config *c, const int32_t *tokens, s
     return all;
 }
 
+// Reads more of a single text: n bytes, or the EOT after which the next text begins.
+static size_t read_more(Model *model, const Config *c, Texts *t, const char *bytes, size_t n, bool first) {
+    size_t count = n;
+    int32_t *tokens = tokenizer ? tokenizer_encode(tokenizer, (const unsigned char *)bytes, n, first, &count)
+                                : allocate(n, sizeof *tokens);
+    for (size_t i = 0; i < n && !tokenizer; i++) {
+        tokens[i] = (unsigned char)bytes[i];
+        if (tokens[i] >= c->vocab_size) tokens[i] = '?' < c->vocab_size ? '?' : 0;
+    }
+    read_tokens(model, c, t, tokens, count);
+    free(tokens);
+    return count;
+}
+
+// --interactive: reads lines to the end of standard input and continues the text after each. The state is kept, and the
+// model reads all that the terminal shows but "> ". *read and *wrote get the numbers of tokens. first: no text so far.
+static void converse(Model *model, const Config *c, Texts *t, bool first, size_t *read, int64_t *wrote) {
+    const bool typed = isatty(STDIN_FILENO); // the terminal shows the line itself
+    char *line = NULL;
+    size_t capacity = 0;
+    while (stop_signal == 0 || stop_signal == SIGINT) {
+        const bool stopped = stop_signal != 0; // so the terminal shows ^C
+        stop_signal = 0;
+        if (t->ended) read_tokens(model, c, t, &(int32_t){eot}, 1);
+        if (stopped || last_byte != '\n') putchar('\n');
+        if (typed && on_terminal()) fputs("> ", stdout);
+        flush_output();
+        errno = 0;
+        const ssize_t n = getline(&line, &capacity, stdin);
+        if (n < 0 && errno != EINTR) break;
+        clearerr(stdin);
+        if (n < 0) continue;
+        // An empty line continues the text where it was stopped.
+        if (n > 1 && last_byte != '\n' && !t->ended) *read += read_more(model, c, t, "\n", 1, false);
+        if (n > 1 && !typed) fwrite(line, 1, (size_t)n, stdout);
+        if (n > 1) *read += read_more(model, c, t, line, (size_t)n, first || t->ended), last_byte = '\n';
+        first = false;
+        *wrote += decode(model, c, t, NULL, NULL, false);
+    }
+    free(line);
+}
+
 // Generates and prints the samples: a single one token by token, several after all have ended.
 static void generate(Model *model, const Config *c, const int32_t *tokens, size_t count) {
     char err[ST_ERR];
     const size_t hidden = start_token() >= 0, text = state_in ? SIZE_MAX : hidden; // text: where one begins
     const size_t samples = (size_t)num_samples;
+    const bool prompted = !interactive || prompt || prompt_path; // else the user writes first
     const double start = seconds();
     Texts all = read_prompt(model, c, tokens, count);
     const double read = seconds();
 
     int32_t *written = allocate(samples > 1 ? samples * (size_t)num_tokens : 0, sizeof *written);
     size_t *counts = allocate(samples, sizeof *counts);
-    for (size_t i = hidden; i < count && samples == 1; i++) write_token(tokens[i], i == text);
+    for (size_t i = hidden; i < count && samples == 1 && prompted; i++) write_token(tokens[i], i == text);
     flush_output();
-    const int64_t n = decode(model, c, &all, written, counts, count == text);
+    int64_t n = prompted ? decode(model, c, &all, written, counts, count == text) : 0;
+    if (interactive) converse(model, c, &all, tokenizer && count == text, &count, &n);
     const double end = seconds();
     for (size_t b = 0; b < samples && samples > 1; b++) {
         printf("%s---- sample %zu of %zu\n", b > 0 ? "\n" : "", b + 1, samples);
@@ -306,8 +399,12 @@ static void generate(Model *model, const Config *c, const int32_t *tokens, size_
     }
     flush_output();
     if (state_out && !save_state(state_out, all.state, c, seed, all.logits, err)) fatal("--state-out %s", err);
-    fprintf(stderr, "\n# read %zu tokens, %.0f tokens/s; wrote %" PRId64 ", %.0f tokens/s; seed %" PRId64 "\n", count,
-            (double)count / (read - start + 1e-9), n, (double)n / (end - read + 1e-9), seed);
+    if (interactive)
+        fprintf(stderr, "\n# read %zu tokens, wrote %" PRId64 "; seed %" PRId64 "\n", count, n, seed);
+    else
+        fprintf(stderr, "\n# read %zu tokens, %.0f tokens/s; wrote %" PRId64 ", %.0f tokens/s; seed %" PRId64 "\n",
+                count, (double)count / (read - start + 1e-9), n, (double)n / (end - read + 1e-9), seed);
+    if (colored) print_colors();
     texts_free(&all);
     free(written), free(counts);
 }
@@ -438,6 +535,9 @@ static void check_inputs(const Config *c, const StFile *model) {
             fatal("--state-in %s: has %d samples; at most %d can be continued", state_in, rows, MIN_PASS);
         if (option_given(options, &num_samples) && num_samples != rows)
             usage_error("--num-samples %d contradicts --state-in %s, which has %d", num_samples, state_in, rows);
+        if (rows > 1 && (interactive || colored))
+            usage_error("--state-in %s: has %d samples; --%s continues one text", state_in, rows,
+                        interactive ? "interactive" : "color");
         num_samples = rows;
     }
 }
@@ -451,6 +551,14 @@ static void read_options(int argc, char **argv) {
     if (prompt && prompt_path) usage_error("--prompt and --prompt-file exclude each other");
     if (score_path && (prompt || prompt_path || state_in || state_out || option_given(options, &num_samples)))
         usage_error("--score reads its file only: no prompt, no state, no samples");
+    if (interactive && (score_path || num_samples > 1))
+        usage_error("--interactive continues one text: no --score, no --num-samples");
+    if (interactive && prompt_path && strcmp(prompt_path, "-") == 0)
+        usage_error("--interactive reads standard input: --prompt-file needs the name of a file");
+    const bool never = strcmp(color, "never") == 0, always = strcmp(color, "always") == 0;
+    if (!never && !always && strcmp(color, "auto") != 0) usage_error("--color %s: it is never, always or auto", color);
+    if (!never && (score_path || num_samples > 1)) usage_error("--color shows one text: no --score, no --num-samples");
+    colored = always || (!never && in_color());
     sampling.eot = eot > 0 ? eot : 0;
     if (threads > 0) megalodon_threads(threads);
 }
@@ -501,9 +609,11 @@ int main(int argc, char **argv) {
     size_t count = 0;
     prompt_read(&text, &config);
     int32_t *tokens = score_path ? NULL : prompt_tokens(&text, &config, &count);
-    // from here on a signal ends the text, so that its state is written; a second one ends the program at once
-    const struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
-    if (state_out) sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
+    // from here on a signal ends the text, so that its state is written; a second one ends the program at once, unless
+    // --interactive waits for another line
+    const struct sigaction action = {.sa_handler = on_signal,
+                                     .sa_flags = interactive ? 0 : (int)(SA_RESETHAND | SA_RESTART)};
+    if (state_out || interactive || colored) sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
     Model *model = megalodon_new(&config, MEGALODON_INFER, num_samples, (int)pass_len / num_samples);
     if (!model) fatal("out of memory for the model");
     checkpoint_load(&file, model, &config);

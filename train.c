@@ -1,5 +1,5 @@
 // ./train: trains a Megalodon language model, or only measures one (--eval). Without arguments: a small byte-level
-// model on the text in dev/data/demo.txt.
+// model on the text in dev/data/shakespeare.txt.
 //
 // In this order: settings; the phases of main before the first step; a step; validation, samples and checkpoints; the
 // loop over the steps; main.
@@ -29,10 +29,10 @@ typedef struct {
 } Settings;
 
 static Settings s = {
-    .batch_size = 8, .seq_len = 256, .grad_accum = 1, .eot = -1, .seed = 1, .chunk_parallel = 1, .data_format = "auto",
-    .steps = 300, .lr = 3e-3, .schedule = "cosine", .warmup = 20, .lr_init_ratio = 1e-4, .lr_end_ratio = 0.1,
+    .batch_size = 4, .seq_len = 256, .grad_accum = 1, .eot = -1, .seed = 1, .chunk_parallel = 1, .data_format = "auto",
+    .steps = 700, .lr = 3e-3, .schedule = "cosine", .warmup = 20, .lr_init_ratio = 1e-4, .lr_end_ratio = 0.1,
     .adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1}, .grad_clip = 1,
-    .print_every = 1, .val_every = 100, .val_batches = 20, .save_every = 1000,
+    .val_every = 100, .val_batches = 20, .sample_every = 100, .save_every = 1000,
 };
 static Settings recorded; // those of the run that --resume continues, without the options of this command
 
@@ -65,7 +65,7 @@ static Option options[] = {
     {OPT_TEXT, "init-mode", &s.init_mode, .arg = "NAME", .help = "linear weights: he, gaussian, xavier, bert (he)"},
 
     {OPT_HEADING, .help = "Data", .kept = true},
-    {OPT_PATH, "data", &s.data, .arg = "FILE", .help = "raw bytes, or a .bin token file (dev/data/demo.txt)"},
+    {OPT_PATH, "data", &s.data, .arg = "FILE", .help = "raw bytes, or a .bin token file (dev/data/shakespeare.txt)"},
     {OPT_PATH, "val-data", &s.val_data, .arg = "FILE", .help = "validation data (the last tenth of --data)"},
     {OPT_TEXT, "data-format", &s.data_format, .arg = "NAME",
      .help = "of --data and --val-data: bytes; uint16 tokens without a header; auto: .bin by its header, else bytes"},
@@ -97,7 +97,8 @@ static Option options[] = {
      .help = "process sequences in segments of N tokens: same gradients, less memory; auto: the most that fits"},
 
     {OPT_HEADING, .help = "Reports", .kept = true},
-    {OPT_INT64, "print-every", &s.print_every, 1, 1e9, .help = "steps between progress lines"},
+    {OPT_INT64, "print-every", &s.print_every, 0, 1e9,
+     .help = "steps between lines; 0: on a terminal, where a progress line shows every step, about 20 lines, else 1"},
     {OPT_INT64, "val-every", &s.val_every, 0, 1e9,
      .help = "steps between validations, in addition to those at checkpoints; 0: none"},
     {OPT_INT64, "val-batches", &s.val_batches, 0, 1e9, .help = "batches per validation; 0: all"},
@@ -171,7 +172,7 @@ static char resumed_model[PATH_SIZE]; // with --resume: the model file of the ne
 static void read_settings(int argc, char **argv) {
     static const char about[] =
         "usage: ./train [options]\n\nTrains a Megalodon language model. Without options: a small byte-level "
-        "model on dev/data/demo.txt.\nDefaults in parentheses.\n";
+        "model on dev/data/shakespeare.txt.\nDefaults in parentheses.\n";
     char err[ST_ERR];
     bool is_run;
     s.config = *find_preset("demo");
@@ -339,11 +340,11 @@ static void open_batch(Data *d, const Config *c) {
 
 // Opens --data and --val-data, or takes the last tenth of --data for validation.
 static void open_texts(Data *d, const Config *c) {
-    static char demo[PATH_SIZE];
+    static char plays[PATH_SIZE];
     Tokens train = {0}, val = {0};
-    beside_executable(demo, sizeof demo, "dev/data/demo.txt");
+    beside_executable(plays, sizeof plays, "dev/data/shakespeare.txt");
     if (!s.eval || s.val_data == NULL) {
-        if (s.data == NULL) s.data = demo;
+        if (s.data == NULL) s.data = plays;
         train = open_tokens("data", &s.data, &s.data_print, recorded.data_print, c->vocab_size);
         const size_t tenth = s.val_data ? 0 : train.count / 10;
         val = tokens_part(&train, train.count - tenth, tenth);
@@ -738,6 +739,7 @@ static void reset_states(Data *d) {
 static void finish_dump(Run *run, Dump *dump, double loss) {
     char err[ST_ERR];
     if (dump == NULL || dump_finish(dump, loss, err)) return;
+    progress_end();
     fprintf(stderr, "error: --dump %s\n", err); // not fatal: the step is still to be saved
     run->failed = true;
 }
@@ -772,8 +774,32 @@ static Step train_step(Run *run) {
     return step;
 }
 
+// Steps between lines. On a terminal, unless --print-every says otherwise: 1, 2, 5, 10, 20, 50 or 100.
+static int64_t line_interval(void) {
+    int64_t n = 1;
+    if (s.print_every > 0) return s.print_every;
+    for (int i = 1; on_terminal() && n < 100 && 20 * n < s.steps; i++) n = i % 3 == 2 ? n / 2 * 5 : 2 * n;
+    return n;
+}
+
+// Shows the latest step on the terminal's progress line, ten times a second at most. elapsed: seconds since step
+// `begun`, validation, samples and checkpoints included.
+static void show_step(const Run *run, const Step *step, int64_t begun, double elapsed) {
+    static double last;
+    const double left = elapsed / (double)(run->step - begun) * (double)(s.steps - run->step);
+    const long long rest = (long long)fmin(left, 1e9);
+    char hours[24] = "";
+    if (seconds() - last < 0.1) return;
+    last = seconds();
+    if (rest >= 3600) snprintf(hours, sizeof hours, "%lld h ", rest / 3600);
+    progress_line("step %5lld/%lld | loss %.4f | %.1f ms | %.1fk tok/s | %s%lld min %02lld s left",
+                  (long long)run->step, (long long)s.steps, step->loss, step->seconds * 1e3, step->speed / 1e3, hours,
+                  rest / 60 % 60, rest % 60);
+}
+
 // skipped: number of steps so far whose update was skipped.
 static void print_step(const Run *run, const Step *step, int64_t skipped) {
+    progress_end();
     printf("step %5lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.1fk tok/s", (long long)run->step,
            (long long)s.steps, step->loss, step->grad_norm, step->lr, step->seconds * 1e3, step->speed / 1e3);
     if (s.eot >= 0 || s.carry_state) printf(" | %.0f%% ignored", 100 - 100 * run->data.num_targets / tokens_per_step());
@@ -803,6 +829,7 @@ static double validate(Run *run) {
     }
     ranks_sum(sums, 2);
     const double loss = sums[0] / sums[1];
+    progress_end();
     printf("val loss %.6f nats = %.6f bits per %s | %zu windows of %lld\n", loss, loss / log(2),
            d->val.tokens.width == 1 ? "byte" : "token", windows, (long long)s.seq_len);
     return loss;
@@ -812,7 +839,7 @@ static double validate(Run *run) {
 // are bytes or there is a tokenizer, otherwise as numbers.
 static void write_sample(Run *run) {
     enum { LENGTH = 256 };
-    const Sampling how = {.temperature = 0.9, .top_p = 0.95};
+    const Sampling how = {.temperature = 0.8, .top_p = 0.95};
     const Data *d = &run->data;
     const Tokenizer *tokenizer = run->tokenizer;
     const int V = run->config.vocab_size;
@@ -823,6 +850,7 @@ static void write_sample(Run *run) {
     real *logits = allocate((size_t)V, sizeof *logits);
     state_reset(run->sample_state, 0);
     segments_pause_ranks(&run->segments); // rank 0 decodes alone
+    progress_end();
     printf("----\n");
     for (int64_t i = 0; i < LENGTH; i++) {
         size_t length;
@@ -846,6 +874,7 @@ static void write_sample(Run *run) {
 // stopped: only a signal causes this checkpoint.
 static void save_if_finite(Run *run, double val_loss, bool stopped) {
     const double loss = current_loss(run);
+    progress_end();
     if (isfinite(loss) && (isnan(val_loss) || isfinite(val_loss))) {
         run_save(run->out, run->model, run->data.states, num_carried_states(), &run->config, s.seed, run->step,
                  val_loss, stopped);
@@ -869,6 +898,7 @@ static void write_log(Run *run, const Step *step, double val_loss) {
                         .tokens_per_s = step->speed,
                         .val_loss = val_loss};
     if (run->log == NULL || run->failed || log_write(run->log, &row)) return;
+    progress_end();
     fprintf(stderr, "error: --log %s: %s; the run stops after the next step\n", s.log, strerror(errno));
     run->failed = true;
 }
@@ -884,7 +914,8 @@ static void save_initial(Run *run) {
 
 // Trains to the last step, or to a signal, which only adds a checkpoint if the current step saves none.
 static void train(Run *run) {
-    const int64_t begun = run->step;
+    const int64_t begun = run->step, interval = line_interval();
+    const double start = seconds();
     int64_t skipped = 0;
     int skipped_in_a_row = 0;
     bool stop = false;
@@ -898,7 +929,10 @@ static void train(Run *run) {
             fatal("step %lld: loss %g, gradient norm %g, and likewise the %d steps before it: nothing was saved after "
                   "the last checkpoint. Try a smaller --lr, a longer --warmup, --grad-clip 1",
                   (long long)k, step.loss, step.grad_norm, MAX_SKIPPED - 1);
-        if (k % s.print_every == 0 || k == begun + 1 || last || stop || !step.finite) print_step(run, &step, skipped);
+        if (k % interval == 0 || k == begun + 1 || last || stop || !step.finite)
+            print_step(run, &step, skipped);
+        else
+            show_step(run, &step, begun, seconds() - start);
 
         const bool scheduled = last || (step.finite && s.save_every > 0 && k % s.save_every == 0);
         const bool validated = !s.batch && s.val_every > 0 && (last || (run->out && scheduled) || k % s.val_every == 0);
@@ -919,6 +953,7 @@ static bool is_stopped(const Run *run) { return !s.eval && run->step < s.steps; 
 static void print_end(const Run *run, double begin) {
     const bool stopped = is_stopped(run);
     const char *out = run->out;
+    progress_end();
     if (!s.eval)
         printf("%s at step %lld after %.1f s, peak memory %.0f MiB%s%s%s%s\n", stopped ? "stopped" : "done",
                (long long)run->step, seconds() - begin, (double)megalodon_peak_memory() / 1048576,

@@ -4,7 +4,7 @@
 
 Three series, each from 4096 tokens on:
 - decoding: whole chunks, token by token, after 4096, 16384, .. tokens have been read (build/bench --max-tokens);
-- training: steps of one sequence of 4096, 16384, .. tokens, --recompute, on dev/data/demo.txt repeated (./train);
+- training: steps of one sequence of 4096, 16384, .. tokens, --recompute, on dev/data/shakespeare.txt repeated (./train);
 - memory: training of 4096, 8192, .. tokens with --memory-layers layers, with and without --recompute.
 Times are medians, with the best in brackets, which is more reliable on a busy machine. A length that does not fit into
 this machine's memory is left out with a message. Only the standard library is needed. Takes about a quarter of an hour
@@ -120,7 +120,7 @@ def main():
             sys.exit(f"error: {program}: not found; run this in the repository's root, after make all build/bench")
     rows = list(decode(args))
     with tempfile.TemporaryDirectory() as folder:
-        with open("dev/data/demo.txt", "rb") as f, open(os.path.join(folder, "text"), "wb") as out:
+        with open("dev/data/shakespeare.txt", "rb") as f, open(os.path.join(folder, "text"), "wb") as out:
             text = f.read()
             longest = max(args.max_tokens, args.max_tokens_memory)
             for _ in range(longest * 5 // 4 // len(text) + 1):  # ./train keeps the last tenth for validation

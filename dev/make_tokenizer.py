@@ -31,7 +31,7 @@ import numpy as np
 from outputs import check_output
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TEXTS = [os.path.join(ROOT, "tests/data/tokenizer.txt"), os.path.join(ROOT, "dev/data/demo.txt")]
+TEXTS = [os.path.join(ROOT, "tests/data/tokenizer.txt"), os.path.join(ROOT, "dev/data/shakespeare.txt")]
 MARK = "\u2581"  # SentencePiece's space
 BYTES = [f"<0x{b:02X}>" for b in range(256)]
 FIRST = 3 + 256  # first token that is neither special nor a byte

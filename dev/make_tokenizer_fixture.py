@@ -3,12 +3,13 @@
     pip install -r dev/requirements-tokenizer.txt
     python dev/make_tokenizer_fixture.py
 
-Trains a small SentencePiece BPE model on the repository's own text. SentencePiece itself encodes tokenizer.txt, as a
-whole and then line by line. It also encodes a longer text made of parts of tokenizer.txt, of which
-only a hash of the ids is stored.
+Trains a small SentencePiece BPE model on sources of this repository, as they are in an older commit. SentencePiece
+itself encodes tokenizer.txt, as a whole and then line by line. It also encodes a longer text made of parts of
+tokenizer.txt, of which only a hash of the ids is stored.
 """
 
 import os
+import subprocess
 import tempfile
 
 import make_bin
@@ -17,6 +18,7 @@ import sentencepiece
 
 DATA = os.path.join(make_tokenizer.ROOT, "tests/data")
 LONG, VOCAB_SIZE = 200_000, 576
+SOURCES = "0f85a01:dev/data/demo.txt"  # for git show
 
 
 def longer(text):
@@ -45,8 +47,8 @@ def hash_of(ids):
 def main():
     with open(os.path.join(DATA, "tokenizer.txt"), "rb") as f:
         text = f.read()
-    with open(make_tokenizer.TEXTS[1], encoding="utf-8") as f:
-        lines = f.read().splitlines()
+    show = ["git", "-C", make_tokenizer.ROOT, "show", SOURCES]
+    lines = subprocess.run(show, check=True, capture_output=True, encoding="utf-8").stdout.splitlines()
     # Lines with German, Chinese and emoji are repeated, so that some become tokens. Other scripts are encoded as bytes.
     lines += text.decode().splitlines()[3:10] * 40
     with tempfile.TemporaryDirectory() as folder:

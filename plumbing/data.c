@@ -46,6 +46,7 @@ static void on_sigbus(int number, siginfo_t *info, void *context) {
         struct stat now;
         const uintptr_t first = (uintptr_t)t->memory;
         if (address < first || address - first >= t->size) continue;
+        progress_end();
         put_text("error: "), put_text(t->path);
         if (fstat(t->file, &now) == 0 && (size_t)now.st_size < t->size) {
             put_text(": truncated while it was read: "), put_number(t->size), put_text(" bytes when it was opened, ");

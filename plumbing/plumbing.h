@@ -4,7 +4,7 @@
 // Functions with a parameter `err` (ST_ERR bytes) return false, 0 or NULL instead and put the message there.
 //
 // Layers: a file calls only files that stand before it in this list (tests/test_layering.sh checks it):
-//     json safetensors system params state megalodon outputs options config log split ranks tokenizer sampler data
+//     json safetensors terminal system params state megalodon outputs options config log split ranks tokenizer sampler data
 //     layout checkpoint state_file dump segments memory run
 // megalodon is the backend, megalodon.c or megalodon.cu. compare.c is a program of its own, which uses json and
 // safetensors.
@@ -14,6 +14,17 @@
 #include <stdio.h>   // defines: FILE, size_t
 #include "../megalodon.h"
 #include "safetensors.h"
+
+// ----------------------------------------------------------------------------
+// terminal.c: the terminal, if standard output is one
+
+bool on_terminal(void);  // returns whether standard output is a terminal that can replace a line
+void terminal_off(void); // from now on on_terminal() returns false
+bool in_color(void);     // returns whether it is such a terminal and the environment variable NO_COLOR is not set
+// Shows a line that the next call replaces, cut to the terminal's width. Does nothing elsewhere. Before anything else is
+// printed, progress_end() must remove it; fatal() and usage_error() do. A signal handler may call progress_end().
+void progress_line(const char *format, ...) __attribute__((format(printf, 1, 2)));
+void progress_end(void);
 
 // ----------------------------------------------------------------------------
 // system.c: errors, memory, time, limits of the system, threads

@@ -85,6 +85,7 @@ void ranks_start(void) {
     MPI_Comm_split(shared, name ? (int)strtol(name, NULL, 10) : 0, 0, &machine);
     MPI_Comm_size(shared, &ranks.local_size);
     ranks.started = true;
+    terminal_off(); // Open MPI gives its processes a terminal, whatever its own standard output is
     set_failure_hooks(wait_for_rank_0, abort_all);
     if (ranks.rank > 0 && freopen("/dev/null", "w", stdout) == NULL) fatal("/dev/null: cannot be opened");
 }

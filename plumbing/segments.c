@@ -17,7 +17,6 @@
 // Activations exist for one segment only. The cost is one more forward pass of all segments but the last. States wait
 // in main memory, so that the backend's memory does not depend on the length of the sequence.
 #include <stdlib.h> // defines: free
-#include <unistd.h> // defines: isatty
 #include "plumbing.h"
 
 // ----------------------------------------------------------------------------
@@ -77,20 +76,12 @@ static void share(Segments *s, int64_t segment) {
 // ----------------------------------------------------------------------------
 // passes
 
-// Long passes show on a terminal, once a second, which segment is next. pass NULL: removes that line.
+// Long passes show on a terminal, once a second, which segment is next.
 static void show_progress(const Segments *s, const char *pass, int64_t segment) {
     static double last;
-    static bool shown;
-    if (s->num_segments == 1 || ranks.rank > 0 || !isatty(STDERR_FILENO)) return;
-    if (pass == NULL) {
-        if (shown) fprintf(stderr, "\r%60s\r", "");
-        shown = false;
-    } else if (seconds() - last > 1) {
-        if (last > 0)
-            shown = fprintf(stderr, "\r%s: segment %lld of %lld ", pass, (long long)segment + 1,
-                            (long long)s->num_segments) > 0;
-        last = seconds();
-    }
+    if (s->num_segments == 1 || seconds() - last < 1) return;
+    if (last > 0) progress_line("%s: segment %lld of %lld", pass, (long long)segment + 1, (long long)s->num_segments);
+    last = seconds();
 }
 
 static void forward(Segments *s, State *state, int64_t segment, const int32_t *inputs, int rows) {
@@ -112,7 +103,6 @@ double segments_loss(Segments *s, const int32_t *inputs, const int32_t *targets,
         sum += megalodon_loss(s->model, targets + s->B * split_offset(&s->split, i), 0, &some, NULL);
         *counted += some;
     }
-    show_progress(s, NULL, 0);
     return sum;
 }
 
@@ -157,7 +147,6 @@ double segments_train(Segments *s, const Pass *p) {
         megalodon_backward(s->model, s->grad);
         if (p->dump != NULL) dump_segment(p->dump, i, p->inputs + at, p->targets + at);
     }
-    show_progress(s, NULL, 0);
     megalodon_dropout(s->model, NULL);
     return sum;
 }

@@ -53,6 +53,7 @@ void set_failure_hooks(void (*before)(void), void (*end)(int status)) {
 }
 
 static void print_error(const char *format, va_list args) {
+    progress_end();
     fflush(stdout);
     before_message();
     fputs("error: ", stderr);

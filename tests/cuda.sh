@@ -6,7 +6,7 @@
 # CUDA_TEST_SMALL=1: fewer and smaller cases, no speed, where the GPU is emulated. CUDA_TEST_COMMIT=TEXT: what
 # is tested, where there is no git.
 gpu=${CUDA_TEST_PROGRAMS:-.} units=${CUDA_TEST_UNITS:-build/gpu} small=${CUDA_TEST_SMALL:-}
-text=dev/data/demo.txt
+text=dev/data/shakespeare.txt
 export LC_ALL=C
 unset MEGALODON_PLAIN
 tmp=$(mktemp -d) || exit 1

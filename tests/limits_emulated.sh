@@ -30,7 +30,7 @@ for name in cema qk timestep_norm emulator; do unit test_cuda_fp32 75 $name; don
 model="--num-layers 2 --model-dim 48 --num-heads 2 --z-dim 16 --value-dim 32 --ffn-hidden-dim 16 --cema-ndim 3
     --chunk-size 16 --norm-num-groups 4 --swiglu --rescale-nffn --scale-emb
     --dropout 0.1 --hidden-dropout 0.2 --attention-dropout 0.2 --steps 1"
-./train $model --data dev/data/demo.txt --batch-size 2 --seq-len 90 --val-every 0 --dump "$tmp/cpu" > "$tmp/log" 2>&1
+./train $model --data dev/data/shakespeare.txt --batch-size 2 --seq-len 90 --val-every 0 --dump "$tmp/cpu" > "$tmp/log" 2>&1
 step() { # VARIABLE=VALUE PROGRAM DUMP OPTIONS...: the same step
     variable=$1 program=$2 dump=$3
     shift 3

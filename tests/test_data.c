@@ -148,7 +148,8 @@ static void fill_tokens(size_t count, int V, double exponent) {
 
 static void test_formats(void) {
     static const size_t sizes[] = {100, 5000, LONGEST};
-    static const char *const files[] = {"dev/data/demo.txt", "README.md", "megalodon.c", "tests/data/tokenizer.txt"};
+    static const char *const files[] = {"dev/data/shakespeare.txt", "README.md", "megalodon.c",
+                                        "tests/data/tokenizer.txt"};
     static const double exponents[] = {0, 0.5, 1, 1.2};
     int alarms = 0, alarms16 = 0, alarms1 = 0, in_files = 0, missed = 0, tried = 0, small = 0;
     for (int i = 0; i < TEXTS; i++) {

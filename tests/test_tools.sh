@@ -32,7 +32,7 @@ cp tests/data/tokenizer.bin "$tmp/tokenizer.bin"
 cp tests/data/jax_tied.init.safetensors "$tmp/model.safetensors"
 cp "$tmp/a.txt" "$tmp/c_000000.txt" && cp "$tmp/a.txt" "$tmp/d_000007.bin" && cp "$tmp/a.txt" "$tmp/e.bin.tmp"
 ln -s a.txt "$tmp/link.bin" && ln "$tmp/b.txt" "$tmp/hard.bin"
-sums() { (cd "$tmp" && ls && cat ./*.txt ./*.bin ./*.tmp ./*.safetensors) | cksum; }
+sums() { (cd "$tmp" && ls && cat ./*.txt ./*.bin ./*.tmp ./*.safetensors ./*.csv 2> /dev/null) | cksum; }
 echo > "$tmp/err" && before=$(sums)
 refused() { # word, tool, arguments
     word=$1 tool=$2
@@ -65,6 +65,52 @@ refused "exists and is not a PNG image" plot_compare.py "$tmp/a.txt" "$tmp/b.txt
 refused "b.txt: is not a result of ./compare" plot_compare.py "$tmp/new.png" "$tmp/b.txt"
 refused "exists and is not a table of this program" bench_length.py --csv "$tmp/a.txt"
 refused "exists and is not a table of this program" bench_context.py --length 64 --csv "$tmp/a.txt"
+
+# dev/plot_log.py, with a stand-in for matplotlib that prints what is drawn.
+mkdir -p "$tmp/drawn/matplotlib" && echo 'def use(name): pass' > "$tmp/drawn/matplotlib/__init__.py"
+cat > "$tmp/drawn/matplotlib/pyplot.py" << 'PYTHON'
+class Drawing:
+    def plot(self, x, y, *form, label, **others):
+        print(label, list(x)[-1], "%.4g" % list(y)[-1], len(list(x)))
+        return [self]
+
+    def set_ylim(self, low, high):
+        print("axis %.4g %.4g" % (low, high))
+
+    def savefig(self, path, **others):
+        open(path, "wb").write(b"\x89PNG\r\n\x1a\n")
+
+    def __getattr__(self, name):
+        return lambda *args, **named: None
+
+
+def subplots(**others):
+    return Drawing(), Drawing()
+PYTHON
+log=step,loss,grad_norm,lr,ms,tokens_per_s,val_loss
+awk -v first="$log" 'BEGIN { print first; for (k = 1; k <= 100; k++) print k "," (k <= 9 ? 1e30 : k == 50 ? "nan" : 200 - k) ",1,1,1,1," }' > "$tmp/large.csv"
+printf '%s\n1,6,1,1,1,1,\n2,4,1,1,1,1,5\n3,2,1,1,1,1,inf\n' $log > "$tmp/small.csv"
+draw() { PYTHONPATH="$tmp/drawn" $python dev/plot_log.py "$@" > "$tmp/out" 2> "$tmp/err"; }
+draw "$tmp/log.png" "$tmp/large.csv" --mean 1 && [ "$(tr '\n' ' ' < "$tmp/out")" = "$tmp/large.csv: training 100 100 99 axis 95.5 194.5 " ]
+verdict $? "plot_log.py: a log without validation; an axis from 100 to 190 beside losses of 1e30, a NaN left out"
+draw "$tmp/log.png" "$tmp/large.csv" "$tmp/small.csv" --label a --label b --mean 1 &&
+    [ "$(sed -n '2,4p' "$tmp/out" | tr '\n' ' ')" = "b: training 3 2 3 b: validation 2 5 1 axis -7.35 198.3 " ]
+verdict $? "  two logs with names, over the older picture; an infinite validation loss left out"
+printf '%s\n1,nan,1,1,1,1,\n' $log > "$tmp/never.csv"
+printf '%s\n1,2,1,1,1,1,\n2,3\n' $log > "$tmp/cut.csv"
+echo > "$tmp/err" && before=$(sums)
+refused "large.csv: is also what is read" plot_log.py "$tmp/large.csv" "$tmp/large.csv"
+refused "a.txt: exists and is not a PNG picture" plot_log.py "$tmp/a.txt" "$tmp/large.csv"
+refused "b.txt: is no log of ./train" plot_log.py "$tmp/new.png" "$tmp/b.txt"
+refused "none.csv: No such file" plot_log.py "$tmp/new.png" "$tmp/none.csv"
+refused "never.csv: has no step with a finite loss" plot_log.py "$tmp/new.png" "$tmp/never.csv"
+refused "cut.csv: line 3 is no row of a log: 2,3" plot_log.py "$tmp/new.png" "$tmp/cut.csv"
+refused "label: 1 labels for 2 logs" plot_log.py "$tmp/new.png" "$tmp/large.csv" "$tmp/small.csv" --label a
+refused "mean 0: it is 1 or more" plot_log.py "$tmp/new.png" "$tmp/large.csv" --mean 0
+
+# dev/get_plays.py refuses an archive that is not the one it knows.
+refused "none.tar.gz: no such file" get_plays.py --archive "$tmp/none.tar.gz"
+refused "a.txt: not the expected file" get_plays.py --archive "$tmp/a.txt"
 
 # Two lengths on the CPU. The second one needs segments, and the program that reads prompts is missing.
 context() { # length, models
