@@ -23,7 +23,7 @@ static Sampling sampling = {.temperature = 0.8, .top_p = 0.95};
 
 static Option options[] = {
     {OPT_PATH, "model", &model_path, .arg = "FILE",
-     .help = "a model file, or a run's directory: its newest checkpoint"},
+     .help = "a model file, or a run's directory: its newest checkpoint (dev/models/plays: a model of Shakespeare's plays)"},
     {OPT_PATH, "tokenizer", &tokenizer_path, .arg = "FILE",
      .help = "tokenizer.bin, for models whose tokens are not bytes"},
     {OPT_TEXT, "prompt", &prompt, .arg = "TEXT", .help = "the text to continue"},
@@ -547,7 +547,8 @@ static void read_options(int argc, char **argv) {
     options_parse(options, argc, argv,
                   "Writes text with a trained model, or scores a file with it.\n"
                   "  ./sample --model out --prompt \"Once\" --num-tokens 500\n");
-    if (!model_path) usage_error("--model is needed: a model file or a run's directory");
+    static char plays[PATH_SIZE];
+    if (!model_path) beside_executable(plays, sizeof plays, "dev/models/plays"), model_path = plays;
     if (prompt && prompt_path) usage_error("--prompt and --prompt-file exclude each other");
     if (score_path && (prompt || prompt_path || state_in || state_out || option_given(options, &num_samples)))
         usage_error("--score reads its file only: no prompt, no state, no samples");

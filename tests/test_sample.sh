@@ -301,10 +301,21 @@ awk 'NR > 1 && $1 != "all" { n += $4; bits += $4 * $5 } $1 == "all" { d = bits /
      END { exit !ok }' "$tmp/score" && [ "$(awk '$1 == "all" { print $2 + 1 }' "$tmp/score")" -eq "$(wc -c < megalodon.c)" ]
 verdict $? "a longer file's ranges add up to the whole"
 
+./sample --threads 1 --num-tokens 40 > "$tmp/text" 2> "$tmp/log"
+./sample --threads 1 --num-tokens 40 --model dev/models/plays 2> "$tmp/log" | cmp -s - "$tmp/text" && [ -s "$tmp/text" ]
+verdict $? "without --model: the model in dev/models/plays"
+head -c 20000 dev/data/shakespeare.txt > "$tmp/text"
+./sample --score "$tmp/text" > "$tmp/score" 2> "$tmp/log"
+awk '$1 == "all" { ok = $2 == 19999 && $3 > 1 && $3 < 1.8 } { print } END { exit !ok }' "$tmp/score" > "$tmp/log"
+verdict $? "  predicts the start of Hamlet, which it has read: 1 to 1.8 bits per byte"
+
 head -c 1000 "$tmp/state" > "$tmp/short"
 printf 'x' > "$tmp/one"
 : > "$tmp/empty"
-refused 2 "--model is needed"
+cp sample "$tmp/alone"
+"$tmp/alone" > "$tmp/log" 2>&1
+[ $? -eq 1 ] && grep -q "error: .*$tmp/dev/models/plays.*: No such file" "$tmp/log"
+verdict $? "refused: a program without the model that it comes with"
 refused 1 "$tmp/none" --model "$tmp/none"
 refused 1 "cut short" --model "$tmp/run" --state-in "$tmp/short"
 refused 1 "state.count" --model "$tmp/run" --state-in tests/data/released_a.expect.safetensors
