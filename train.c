@@ -509,7 +509,6 @@ static void allocate_batches(Data *d, const Config *c) {
 
 static void create_model(Run *run) {
     Data *d = &run->data;
-    if (!s.eval && s.steps > 0) run->product_rate = ranks.size * megalodon_product_rate(); // takes memory for a moment
     allocate_batches(d, &run->config);
     run->model = megalodon_new(&run->config, run->mode, d->B, (int)split_part(&d->split, 0, ranks.cp_rank).count);
     if (writes_samples()) run->sample_state = state_new(&run->config, 1, 0);
@@ -770,6 +769,8 @@ static Step train_step(Run *run) {
     run->step++;
     step.seconds = seconds() - start;
     step.speed = tokens_per_step() / step.seconds;
+    // measured after the first step, so that a run which is stopped again and again goes on
+    if (run->product_rate == 0) run->product_rate = ranks.size * megalodon_product_rate();
     if (run->product_rate > 0) step.share = floor_seconds(run) / step.seconds;
     return step;
 }

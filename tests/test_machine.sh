@@ -67,7 +67,12 @@ else
         sleep 0.3
         if grep -q '^step .*/' out; then break; fi
     done
-    count=$(sed -n 's/^Threads:[[:space:]]*//p' /proc/$pid/status)
+    # The threads that the large product at the start of the run woke sleep now. Ticks are hundredths of a second.
+    ticks() { awk '{ sub(/.*\) /, ""); print FILENAME, $12 + $13 }' /proc/$pid/task/*/stat; }
+    sleep 1
+    ticks > before
+    sleep 1
+    count=$(ticks | paste before - | awk '$4 - $2 >= 10 { n++ } END { print n + 0 }')
     kill -9 $pid
     wait $pid 2> /dev/null
     [ "$count" = 1 ]

@@ -153,7 +153,7 @@ planned() { # OPTIONS...: a run's peak is at most its plan and 40 MiB for the pr
 if (ulimit -v 2000000 && "$train" --help > ../out 2>&1) && ! ldd "$train" 2> /dev/null | grep -q 'lib[at]san'; then
     for preset in paper7B mega1.3B; do
         check "$preset is refused within 1 GB of address space" eval '! (ulimit -v 1000000 && quiet --preset '$preset' --data text --seq-len 16 --out new)'
-        check "  by its plan" grep -q "error: 8 x 16 tokens need [0-9]* MiB or more.* mostly because of parameters" ../quiet.out
+        check "  by its plan" grep -q "error: 4 x 16 tokens need [0-9]* MiB or more.* mostly because of parameters" ../quiet.out
     done
     big="$small --steps 1"
     check "a run that carries states" planned $big --carry-state --cema-ndim 64 --model-dim 256 --batch-size 16 --grad-accum 8 --num-layers 4 --out P1
