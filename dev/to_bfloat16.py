@@ -18,8 +18,11 @@ from outputs import check_output
 
 
 def rounded(data):
-    bits = array.array("I", data)
-    return array.array("H", [(b + 0x7FFF + (b >> 16 & 1)) >> 16 for b in bits]).tobytes()
+    out = array.array("H")
+    for bits in array.array("I", data):
+        is_nan = bits & 0x7FFFFFFF > 0x7F800000
+        out.append(bits >> 16 | 0x40 if is_nan else (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
+    return out.tobytes()
 
 
 def read(path):
@@ -28,8 +31,10 @@ def read(path):
         with open(path, "rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
             return header, file.read()
-    except (OSError, ValueError, struct.error) as error:
-        sys.exit(f"error: {path}: {error}")
+    except OSError as error:
+        sys.exit(f"error: {path}: {error.strerror}")
+    except (ValueError, struct.error) as error:
+        sys.exit(f"error: {path}: not a safetensors file: {error}")
 
 
 def main():
@@ -52,13 +57,17 @@ def main():
         out[name] = {"dtype": dtype, "shape": tensor["shape"], "data_offsets": [at, len(data)]}
     text = json.dumps(out, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    config = header.get("__metadata__", {}).get("config")
+    if config is None:
+        sys.exit(f"error: {source}: no configuration under the metadata key 'config'")
+    files = {os.path.join(args.output, "model.safetensors"): struct.pack("<Q", len(text)) + text + bytes(data),
+             os.path.join(args.output, "config.json"): config.encode() + b"\n"}
     os.makedirs(args.output, exist_ok=True)
-    for name, parts in (("model.safetensors", (struct.pack("<Q", len(text)), text, bytes(data))),
-                        ("config.json", (header["__metadata__"]["config"].encode(), b"\n"))):
-        path = os.path.join(args.output, name)
-        check_output(path, [source], "a model of this script", lambda _: False)
+    for path in files:
+        check_output(path, [source], "a file of this script", lambda _: False)
+    for path, content in files.items():
         with open(path, "wb") as file:
-            file.write(b"".join(parts))
+            file.write(content)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,21 @@ refused "mean 0: it is 1 or more" plot_log.py "$tmp/new.png" "$tmp/large.csv" --
 refused "none.tar.gz: no such file" get_plays.py --archive "$tmp/none.tar.gz"
 refused "a.txt: not the expected file" get_plays.py --archive "$tmp/a.txt"
 
+# dev/to_bfloat16.py rounds to 8 bits: a tensor is off by 1e-3 to 2e-3 relative.
+./train --threads 1 --preset demo --num-layers 1 --steps 0 --data README.md --out "$tmp/one" > "$tmp/err" 2>&1 &&
+    $python dev/to_bfloat16.py "$tmp/one/step-00000000" "$tmp/half" > "$tmp/err" 2>&1 &&
+    ./compare "$tmp/one/step-00000000/model.safetensors" "$tmp/half/model.safetensors" --tolerance 2e-3 > "$tmp/err" 2>&1 &&
+    ! ./compare "$tmp/one/step-00000000/model.safetensors" "$tmp/half/model.safetensors" --tolerance 1e-3 > "$tmp/err" 2>&1
+verdict $? "to_bfloat16.py rounds every tensor"
+./train --threads 1 --init "$tmp/half" --config "$tmp/half/config.json" --data README.md --seq-len 64 --eval > "$tmp/err" 2>&1
+verdict $? "  config.json is that of the model"
+before=$(sums)
+refused "model.safetensors: exists" to_bfloat16.py "$tmp/one/step-00000000" "$tmp/half"
+refused "model.safetensors: No such file" to_bfloat16.py "$tmp/none" "$tmp/half2"
+[ "$(cd dev && $python -c 'import struct, to_bfloat16
+print(to_bfloat16.rounded(struct.pack("<5I", 0x3f808000, 0x3f818000, 0x7f800000, 0x7fffffff, 0xff800001)).hex())')" = 803f823f807fff7fc0ff ]
+verdict $? "  ties go to even, infinity stays, NaN stays NaN"
+
 # Two lengths on the CPU. The second one needs segments, and the program that reads prompts is missing.
 context() { # length, models
     $python dev/bench_context.py --preset demo --train ./train --bench "$tmp/none" --segment-len 64 --csv "$tmp/context.csv" \
