@@ -85,6 +85,7 @@ help:
 	@echo 'make test-emulated   its kernels on the CPU, where there is no GPU (needs a C++ compiler)'
 	@echo 'make shared-memory   shared memory of the GPU kernels, and the devices that it fits (needs a C++ compiler)'
 	@echo 'make demo        trains a small model for a minute, then lets it write'
+	@echo 'make web         a page in which a model writes: build/web (clang, lld, wasi-libc)'
 	@echo 'make test        checks layers, gradients, files and programs; ends with "N passed, N failed"'
 	@echo 'make test-mutants  checks these checks'
 	@echo 'make test-cross  builds for macOS and 64-bit ARM, and tests the latter in an emulator (Zig, QEMU)'
@@ -356,7 +357,27 @@ demo: $(PROGRAMS)
 	./train --out build/demo --overwrite
 	./sample --model build/demo --prompt "ROMEO:"
 
+# ---------------------------------------------------------------- a page for a browser
+
+# WebAssembly, by clang with wasi-libc. -ffp-contract=off: a browser has no fused operations.
+WASM_CC = clang
+WASM_FLAGS = --target=wasm32-wasi --sysroot=/usr -I/usr/include/wasm32-wasi -mexec-model=reactor -msimd128 -O3 -std=gnu11 \
+	-D_GNU_SOURCE -D_WASI_EMULATED_MMAN -D_WASI_EMULATED_PROCESS_CLOCKS -fno-math-errno -ffp-contract=off \
+	-Wall -Wextra -Wno-unknown-pragmas
+WASM_LIBS = -lwasi-emulated-mman -lwasi-emulated-process-clocks -Wl,--export=free -Wl,--strip-all
+WEB_SOURCES = dev/web/web.c megalodon.c $(addprefix plumbing/,json.c config.c params.c state.c layout.c sampler.c)
+
+web: build/web/megalodon.wasm
+	@cp dev/web/index.html dev/web/megalodon.js dev/models/plays/model.safetensors build/web/
+	@echo 'built build/web. Next: cd build/web && python3 -m http.server, and http://localhost:8000 in a browser'
+
+build/web/megalodon.wasm: $(WEB_SOURCES) megalodon.h $(wildcard plumbing/*.h)
+	@mkdir -p build/web
+	@echo 'int main(void) { return 0; }' | $(WASM_CC) --target=wasm32-wasi --sysroot=/usr -x c - -o build/web/empty.wasm || \
+	    { echo 'make web needs clang with WebAssembly: apt install clang lld wasi-libc libclang-rt-dev-wasm32' >&2; exit 1; }
+	$(WASM_CC) $(WASM_FLAGS) $(WEB_SOURCES) $(WASM_LIBS) -o $@
+
 clean:
 	rm -rf build $(PROGRAMS) $(CUDA_PROGRAMS)
 
-.PHONY: all help cuda test-cuda bench-cuda diff test-emulated shared-memory test test-programs test-cross test-mutants lint fuzz bench demo clean
+.PHONY: all help cuda test-cuda bench-cuda diff test-emulated shared-memory test test-programs test-cross test-mutants lint fuzz bench demo web clean

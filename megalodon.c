@@ -1735,7 +1735,9 @@ static double product_seconds(int side) {
 size_t megalodon_peak_memory(void) { // of the whole program
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
-#ifdef __APPLE__
+#if defined __wasm__ // WASI does not say
+    return 0;
+#elif defined __APPLE__
     return (size_t)usage.ru_maxrss; // bytes there, KiB elsewhere
 #else
     return (size_t)usage.ru_maxrss << 10;

@@ -59,7 +59,7 @@ Where the released code differs from the paper, or seems to
 #include <stddef.h>
 #include <stdint.h>
 
-#if SIZE_MAX < UINT64_MAX
+#if SIZE_MAX < UINT64_MAX && !defined __wasm__
 #error "a 64-bit target is needed: sizes in bytes are kept in size_t, and models and data files exceed 4 GiB"
 #endif
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
