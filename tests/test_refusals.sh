@@ -245,7 +245,7 @@ refused 1 "--resume D: every checkpoint is damaged" --resume D --steps 8
 
 # ---------------------------------------------------------------- a stop by a signal changes no file that is kept
 
-long="$model --data text --val-every 15 --val-batches 1 --steps 200 --save-every 30 --lr 0.1 --schedule constant"
+long="$model --data text --val-every 15 --val-batches 1 --steps 600 --save-every 30 --lr 0.1 --schedule constant"
 check "an uninterrupted run" quiet $long --out whole --log whole.csv
 stops=0
 for trial in 03 1 2 35; do
