@@ -4,7 +4,7 @@ tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
 passed=0 failed=0
 python=python3
-if [ -x build/venv/bin/python ]; then python=build/venv/bin/python; fi
+if [ -x build/venv/bin/python ]; then python=$PWD/build/venv/bin/python; fi
 if ! $python -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2> /dev/null; then
     echo "skipped: no python3"
     echo "0 passed, 0 failed"
