@@ -178,7 +178,8 @@ code_for = $(if $(filter native,$(1)),-arch=native,$(foreach a,$(patsubst 90,90a
 BFLOAT16_CODE = $(call code_for,$(filter-out 75,$(CUARCH)))
 FLOAT32_CODE = $(call code_for,$(CUARCH))
 ALL_NVCCFLAGS = $(BASE_NVCCFLAGS) $(filter -D% -U% -I%,$(CPPFLAGS)) $(NVCCFLAGS)
-BASE_NVCCFLAGS = -std=c++17 -O3
+# Stream 0 is one that a graph can record, see kernels/graph.cuh.
+BASE_NVCCFLAGS = -std=c++17 -O3 -default-stream per-thread
 BASE_NVCCFLAGS += -Xcompiler -Wall,-Wextra $(if $(WERROR),--Werror all-warnings) $(if $(PLAIN),-DMEGALODON_PLAIN)
 
 ifneq ($(CUDA_GOALS),)

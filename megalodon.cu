@@ -86,14 +86,6 @@ extern "C" {
 }
 
 static const double PI = 3.14159265358979323846;
-// Thread blocks of `threads` threads for n elements.
-static unsigned blocks_for(size_t n, int threads) { return (unsigned)((n + (size_t)threads - 1) / (size_t)threads); }
-
-// Index of this thread in the grid, and the number of threads of the grid.
-static __device__ size_t thread_index(void) { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
-static __device__ size_t grid_threads(void) { return (size_t)gridDim.x * blockDim.x; }
-// A grid for n elements. With more than MAX_BLOCKS thread blocks a thread has several elements.
-#define ELEMENT_GRID(n) ((n) / THREADS < MAX_BLOCKS ? (unsigned)((n) / THREADS + 1) : (unsigned)MAX_BLOCKS), THREADS
 
 #include "plumbing/device.cuh"
 
@@ -1864,6 +1856,7 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
     update_coeffs(m);
     FAST(decode_fast_supports(m, state), decode_token(m, state));
     begin_forward(m, state);
+    FAST(graph_ready(m, FORWARD_PASS, state == NULL, 0), graph_launch(FORWARD_PASS));
     const State *in = parallel ? &m->before : state;
 
     m->combining = parallel;
@@ -1874,25 +1867,29 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
                                 m->params.final_norm_weight, m->params.final_norm_bias, in, state);
     m->combining = 0;
     if (state) advance(state->count, B, parallel ? m->cp_length : L);
+    FAST(graph_records(), graph_finish());
 }
 
-double megalodon_loss(Model *m, const int32_t *targets, double grad_scale, int64_t *counted, real *losses) {
+// m->losses, and their sum in m->sums[0].
+static void sum_losses(Model *m, double grad_scale) {
     int R = m->dims.B * m->dims.L, grad = grad_scale > 0 && m->mode != MEGALODON_INFER;
-    double sum;
-    begin_layers(m);
-    memory_copy(m->targets, targets, (size_t)R * sizeof *targets);
+    FAST(graph_ready(m, LOSS_PASS, 1, grad_scale), graph_launch(LOSS_PASS));
     output_loss(m->losses, grad ? m->scratch.dxt : NULL, grad ? m->grads.output : NULL, m->scratch.logits, m->final,
                 rounded(m, m->params.output), m->targets, grad_scale, R, m->dims.D, m->dims.V);
     sum_kernel<<<1, THREADS>>>(m->sums, m->losses, R);
+    FAST(graph_records(), graph_finish());
+}
+
+double megalodon_loss(Model *m, const int32_t *targets, double grad_scale, int64_t *counted, real *losses) {
+    int R = m->dims.B * m->dims.L;
+    double sum;
+    begin_layers(m);
+    memory_copy(m->targets, targets, (size_t)R * sizeof *targets);
+    sum_losses(m, grad_scale);
     *counted = 0;
     for (int r = 0; r < R; r++) *counted += targets[r] >= 0;
     memory_copy(&sum, m->sums, sizeof sum);
-    for (int r = 0; losses && r < R; r += THREADS) {
-        double some[THREADS];
-        int n = min_int(THREADS, R - r);
-        memory_copy(some, m->losses + r, n * sizeof *some);
-        for (int i = 0; i < n; i++) losses[r + i] = (real)some[i];
-    }
+    if (losses) read_numbers(losses, m->losses, R);
     return sum;
 }
 
@@ -1903,6 +1900,7 @@ void megalodon_backward(Model *m, StateGrad *dstate) {
     assert(m->mode != MEGALODON_INFER && (!dstate || dstate->B == d.B));
     for (int b = 0; b < d.B; b++) assert(m->past[b] == 0);
     begin_layers(m);
+    FAST(graph_ready(m, BACKWARD_PASS, !m->has_before && !dstate && !m->on_grad_ready, 0), graph_launch(BACKWARD_PASS));
     timestep_norm_layer_backward(m, layers, s->dx, m->grads.final_norm_weight, m->grads.final_norm_bias, dstate, s->dxt,
                                  NULL, m->x[layers], m->params.final_norm_weight, m->final_mean, m->final_rstd);
     if (m->on_grad_ready) m->on_grad_ready(m, layers + 1);
@@ -1913,6 +1911,7 @@ void megalodon_backward(Model *m, StateGrad *dstate) {
     dropout(s->dx, s->dx, mask_of(m, -1, DROP_EMBED, m->config.dropout, d.D), (size_t)d.B * d.L * d.D);
     embedding_backward(m->grads.embed, s->dx, m->tokens, embedding_scale(&m->config), d.B * d.L, d.D, d.V);
     if (m->on_grad_ready) m->on_grad_ready(m, 0);
+    FAST(graph_records(), graph_finish());
 }
 
 // Logits of `rows` positions, from `first` on, in scratch.logits.

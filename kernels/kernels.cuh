@@ -15,6 +15,7 @@ replaces plain functions of megalodon.cu, which call it in a line FAST(supported
     attention_hopper.cuh  attention_* with them
     loss.cuh           cross_entropy: softmax on vectors
     decode.cuh         megalodon_forward for one token: seven kernels for each layer (gemv.cuh)
+    graph.cuh          megalodon_forward, _loss, _backward in training: all launches as one CUDA graph
 */
 #pragma once
 #include "common.cuh"
@@ -34,6 +35,7 @@ replaces plain functions of megalodon.cu, which call it in a line FAST(supported
 #endif
 #include "loss.cuh"
 #include "gemv.cuh"
+#include "graph.cuh"
 
 static size_t decode_workspace(Dims d); // decode.cuh is included later, since it uses the model
 

@@ -137,7 +137,7 @@ static void matmul_run(MatmulKey key, void *C, const void *residual, const float
         cublasCheck(cublasLtMatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
     cublasCheck(cublasLtMatmul((cublasLtHandle_t)gpu.blas, p->product, &alpha, B, p->b, A, p->a, &beta,
                                residual ? residual : C, p->c, C, p->c, &p->algorithm, gpu.blas_workspace,
-                               BLAS_WORKSPACE, 0));
+                               BLAS_WORKSPACE, cudaStreamPerThread));
 }
 
 // As matmul_batched() of megalodon.cu, with the same arguments.

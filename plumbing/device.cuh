@@ -4,6 +4,15 @@
 
 enum { BLAS_WORKSPACE = 1 << 25 }; // bytes of cuBLAS's workspace
 
+// Thread blocks of `threads` threads for n elements.
+static unsigned blocks_for(size_t n, int threads) { return (unsigned)((n + (size_t)threads - 1) / (size_t)threads); }
+
+// Index of this thread in the grid, and the number of threads of the grid.
+static __device__ size_t thread_index(void) { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
+static __device__ size_t grid_threads(void) { return (size_t)gridDim.x * blockDim.x; }
+// A grid for n elements. With more than MAX_BLOCKS thread blocks a thread has several elements.
+#define ELEMENT_GRID(n) ((n) / THREADS < MAX_BLOCKS ? (unsigned)((n) / THREADS + 1) : (unsigned)MAX_BLOCKS), THREADS
+
 // HOPPER(supported, call): if the GPU is a Hopper (compute capability 9.0) and one of its own kernels supports this case,
 // returns by calling it.
 #if defined FAST_KERNELS && defined __CUDACC__ && CUDART_VERSION >= 12050
@@ -57,8 +66,14 @@ static void *memory_new(size_t bytes) {
     gpu.peak = gpu.peak > gpu.used ? gpu.peak : gpu.used;
     return memory;
 }
+#ifdef FAST_KERNELS
+static void graphs_drop(void); // in kernels/graph.cuh: graphs may refer to memory
+#endif
 static void memory_free(void *memory, size_t bytes) {
     if (memory == NULL) return;
+#ifdef FAST_KERNELS
+    graphs_drop();
+#endif
     cudaCheck(cudaFree(memory));
     gpu.used -= bytes;
 }
@@ -146,6 +161,7 @@ static int backend_open(int allocate) {
     snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s%s", properties.name, properties.major, properties.minor,
              sizeof(floatX) == 4 ? "float32" : "bfloat16", gpu.plain ? ", plain kernels" : "");
     cublasCheck(cublasCreate(&gpu.blas));
+    cublasCheck(cublasSetStream(gpu.blas, cudaStreamPerThread)); // stream 0, see -default-stream in Makefile
     gpu.blas_workspace = memory_new(BLAS_WORKSPACE);
     if (gpu.blas_workspace == NULL) {
         fprintf(stderr, "error: %s: out of memory on the GPU\n", gpu.name);
@@ -237,16 +253,19 @@ static void begin_layers(Model *m) {
     gpu.workspace_bytes = workspace_size(m, dims_of(&m->config, m->max_B, m->max_L));
 }
 
+static float to_float(double x) { return (float)x; }
+
 // Copies n elements from the device to floats in host memory.
-static void read_floatX(float *dst, const floatX *src, size_t n) {
+template <typename T> static void read_numbers(float *dst, const T *src, size_t n) {
     enum { BUFFER = 1 << 16 };
-    static floatX buffer[BUFFER];
+    static T buffer[BUFFER];
     for (size_t done = 0; done < n; done += BUFFER) {
         size_t some = n - done < BUFFER ? n - done : (size_t)BUFFER;
         memory_copy(buffer, src + done, some * sizeof *buffer);
         for (size_t i = 0; i < some; i++) dst[done + i] = to_float(buffer[i]);
     }
 }
+static void read_floatX(float *dst, const floatX *src, size_t n) { read_numbers(dst, src, n); }
 
 static void params_written(Model *m, size_t first, size_t n) {
     if (sizeof(floatX) < sizeof(float)) copy_to_floatX(m->rounded + first, m->memory[PARAMS] + first, n);

@@ -1509,6 +1509,68 @@ static void test_decode(void) {
     decode_model_case(2, 1, 60), decode_model_case(2, 1, 64, 36), decode_model_case(2, 1, 64, 32, 52);
     decode_model_case(2, 0, 64, 32, 48, 44);
 }
+
+// Steps of a small model from one seed. Their tokens differ; two steps have other lengths, one validates in between, one
+// accumulates two gradients, one has a state, one dropout. `record` false: graphs are dropped before each pass, so that
+// none is ever launched. Returns the parameters after the last step, to be freed.
+static void drop_graphs(int record) {
+    if (!record) graphs_drop();
+}
+static float *graph_steps(int record, int dropout, double losses[], size_t *n) {
+    enum { B = 2, L = 40, STEPS = 9, V = 43 };
+    const AdamW adamw = {0.9, 0.95, 1e-8, 0.1};
+    const DropoutKey key = {5, 6, 0, 0, 0};
+    Config c = megalodon_presets[0].config;
+    c.num_layers = 2, c.model_dim = 64, c.z_dim = 32, c.value_dim = 48, c.num_heads = 2, c.ffn_hidden_dim = 40;
+    c.cema_ndim = 3, c.chunk_size = 16, c.vocab_size = V, c.norm_num_groups = 4, c.dropout = dropout ? 0.1 : 0;
+    Model *m = megalodon_new(&c, MEGALODON_TRAIN, B, L);
+    State *state = state_new(&c, B, 1);
+    for (int i = 0; i < m->num_tensors; i++) {
+        float *values = (float *)malloc(m->tensors[i].size * sizeof *values);
+        megalodon_init(values, &m->tensors[i], &c, 7);
+        megalodon_write(m, PARAMS, m->tensors[i].offset, m->tensors[i].size, values);
+        free(values);
+    }
+    int32_t tokens[B * L], targets[B * L];
+    int64_t counted;
+    if (dropout) megalodon_dropout(m, &key);
+    for (int step = 0; step < STEPS; step++) {
+        const int length = step == 3 || step == 4 ? L - 7 : L;
+        megalodon_zero_grad(m);
+        losses[step] = 0;
+        for (int part = 0; part < 1 + (step == 6); part++) {
+            for (int i = 0; i < B * length; i++) tokens[i] = (i * i + 5 * step + part) % V, targets[i] = (i + step) % V;
+            drop_graphs(record), megalodon_forward(m, step == 7 ? state : NULL, tokens, B, length);
+            if (step == 5) drop_graphs(record), losses[step] += megalodon_loss(m, targets, 0, &counted, NULL);
+            drop_graphs(record), losses[step] += megalodon_loss(m, targets, 0.01, &counted, NULL);
+            drop_graphs(record), megalodon_backward(m, NULL);
+        }
+        losses[step] += megalodon_grad_norm(m);
+        megalodon_update(m, &adamw, 1e-2, 1, step);
+        const int made = (passes[FORWARD_PASS].graph != NULL) + (passes[LOSS_PASS].graph != NULL) +
+                         (passes[BACKWARD_PASS].graph != NULL);
+        if (step == 2) check_true("graphs after three steps", made == (record && !dropout ? 3 : 0));
+    }
+    float *params = (float *)malloc(m->num_params * sizeof *params);
+    megalodon_read(m, PARAMS, 0, m->num_params, params);
+    state_free(state);
+    check_true("no graph is left when memory has been freed", !passes[FORWARD_PASS].graph && !passes[LOSS_PASS].graph);
+    *n = m->num_params;
+    megalodon_free(m);
+    return params;
+}
+static void test_graph(void) {
+    for (int dropout = 0; dropout < 2; dropout++) {
+        double losses[2][9];
+        size_t n;
+        begin(sizes(2, 40, 64), "steps as CUDA graphs%s", dropout ? ", dropout" : "");
+        float *without = graph_steps(0, dropout, losses[0], &n), *with = graph_steps(1, dropout, losses[1], &n);
+        check_true("the same losses and norms", memcmp(losses[0], losses[1], sizeof losses[0]) == 0);
+        check_true("the same parameters", memcmp(without, with, n * sizeof *with) == 0);
+        free(without), free(with);
+        finish();
+    }
+}
 #endif
 
 // ----------------------------------------------------------------------------
@@ -1847,6 +1909,7 @@ int main(int argc, char **argv) {
         {"gemv", test_gemv, FAST},
         {"decode_attention", test_decode_attention, FAST},
         {"decode", test_decode, FAST},
+        {"graph", test_graph, FAST},
         {"tiles", test_tiles, FAST},
 #endif
 #ifdef CUDA_ON_CPU_RUNTIME_H

@@ -135,6 +135,10 @@ inline cublasStatus_t emu_matmul(const EmuProduct *product, float alpha, float b
     const int64_t K = (int64_t)(ta ? a->rows : a->columns);
     if (product->has_bias && !emu_on_device(product->bias, (size_t)m * emu_size(d->type)))
         return emu_blas_fail(CUBLAS_STATUS_INVALID_VALUE, "the bias is not in device memory");
+    if (emu_records([product = *product, alpha, beta, x, a = *a, b = *b, c = *c, d = *d] {
+            emu_matmul(&product, alpha, beta, EmuOperands{x.A, x.B, x.C, x.D, &a, &b, &c, &d});
+        }))
+        return CUBLAS_STATUS_SUCCESS;
     if (emu_dry) return CUBLAS_STATUS_SUCCESS;
 
     std::vector<float> left((size_t)(panels * M * K)), right((size_t)((n + N - 1) / N * N * K));

@@ -29,6 +29,9 @@ inline cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t) {
     if (!emu_blas_open(handle)) return emu_blas_fail(CUBLAS_STATUS_NOT_INITIALIZED, "no handle");
     return CUBLAS_STATUS_SUCCESS;
 }
+inline cublasStatus_t cublasSetStream(cublasHandle_t handle, cudaStream_t) {
+    return emu_blas_open(handle) ? CUBLAS_STATUS_SUCCESS : emu_blas_fail(CUBLAS_STATUS_NOT_INITIALIZED, "no handle");
+}
 
 // C (m,n) = alpha op(A) op(B) + beta C for `batch` matrices each.
 inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t transa,

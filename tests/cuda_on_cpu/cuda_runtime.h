@@ -37,6 +37,7 @@ CUDA_ON_CPU_REVERSE=1 in the environment threads take turns the other way round,
 
 #include <cxxabi.h>
 
+#include <functional>
 #include <map>
 #include <string>
 #include <tuple>
@@ -451,14 +452,15 @@ inline void emu_mma(float &c0, float &c1, float &c2, float &c3, uint32_t a0, uin
 }
 
 // ----------------------------------------------------------------------------
-// errors and memory
+// errors
 
 enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
     cudaErrorInvalidConfiguration = 9,
-    cudaErrorNoKernelImageForDevice = 209
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorStreamCaptureUnsupported = 900
 };
 enum cudaMemcpyKind {
     cudaMemcpyHostToHost,
@@ -480,13 +482,66 @@ inline const char *cudaGetErrorString(cudaError_t error) {
            : error == cudaErrorMemoryAllocation       ? "out of memory"
            : error == cudaErrorInvalidConfiguration   ? "invalid configuration argument"
            : error == cudaErrorNoKernelImageForDevice ? "no kernel image is available for execution on the device"
-                                                      : "invalid argument";
+           : error == cudaErrorStreamCaptureUnsupported ? "operation not permitted when stream is capturing"
+                                                        : "invalid argument";
 }
 // As CUDA does, says it at once and keeps it for cudaGetLastError; the message is ours.
 inline cudaError_t emu_fail(cudaError_t error, const char *what) {
     fprintf(stderr, "CUDA on the CPU: %s\n", what);
     return emu_error = error;
 }
+
+// ----------------------------------------------------------------------------
+// graphs: while the stream is captured, launches, products and memsets are kept as calls for later. What a stream cannot
+// capture fails.
+
+typedef std::vector<std::function<void()>> *cudaGraph_t, *cudaGraphExec_t;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
+#define cudaStreamPerThread ((cudaStream_t)2)
+inline cudaGraph_t emu_recording;
+inline size_t emu_graphs, emu_graph_runs; // that exist; that were launched
+
+inline bool emu_records(const std::function<void()> &call) { // 1: kept for later
+    if (emu_recording) emu_recording->push_back(call);
+    return emu_recording != NULL;
+}
+inline bool emu_not_while_recording(const char *what) {
+    if (emu_recording) emu_fail(cudaErrorStreamCaptureUnsupported, what);
+    return emu_recording == NULL;
+}
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    if (emu_recording || stream != cudaStreamPerThread)
+        return emu_fail(cudaErrorStreamCaptureUnsupported, "cudaStreamBeginCapture");
+    emu_recording = new std::vector<std::function<void()>>;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
+    if (!emu_recording) return emu_fail(cudaErrorInvalidValue, "cudaStreamEndCapture");
+    *graph = emu_recording, emu_recording = NULL;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long) {
+    *made = new std::vector<std::function<void()>>(*graph);
+    emu_graphs++;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    delete graph;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+    delete graph;
+    emu_graphs--;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
+    emu_graph_runs++;
+    for (const std::function<void()> &call : *graph) call();
+    return cudaSuccess;
+}
+
+// ----------------------------------------------------------------------------
+// memory
 
 // What is allocated: begin -> bytes.
 const size_t EMU_MEMORY = (size_t)4 << 30;
@@ -519,6 +574,7 @@ inline void *emu_shared_memory(size_t bytes) {
 }
 template <typename T> inline cudaError_t cudaMalloc(T **pointer, size_t bytes) {
     void *memory = NULL;
+    if (!emu_not_while_recording("cudaMalloc")) return emu_error;
     if (emu_dry) {
         memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) return emu_error = cudaErrorMemoryAllocation;
@@ -539,6 +595,7 @@ template <typename T> inline cudaError_t cudaMalloc(T **pointer, size_t bytes) {
 }
 inline cudaError_t cudaFree(void *pointer) {
     if (pointer == NULL) return cudaSuccess;
+    if (!emu_not_while_recording("cudaFree")) return emu_error;
     auto block = emu_memory.find((char *)pointer);
     if (block == emu_memory.end()) return emu_fail(cudaErrorInvalidValue, "cudaFree: not from cudaMalloc");
     auto file = emu_files.find(pointer);
@@ -569,6 +626,7 @@ inline cudaError_t cudaMemcpy(void *dst, const void *src, size_t bytes, cudaMemc
     bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
     if (bytes == 0) return cudaSuccess;
+    if (!emu_not_while_recording("cudaMemcpy")) return emu_error;
     if (kind != cudaMemcpyDefault &&
         (emu_on_device(dst, bytes) != to_device || emu_on_device(src, bytes) != from_device))
         return emu_fail(cudaErrorInvalidValue, "cudaMemcpy: not the memory that `kind` says");
@@ -579,6 +637,7 @@ inline cudaError_t cudaMemcpy(void *dst, const void *src, size_t bytes, cudaMemc
 inline cudaError_t cudaMemset(void *dst, int byte, size_t bytes) {
     if (bytes > 0 && !emu_on_device(dst, bytes))
         return emu_fail(cudaErrorInvalidValue, "cudaMemset: not device memory");
+    if (emu_records([=] { cudaMemset(dst, byte, bytes); })) return cudaSuccess;
     if (!emu_dry) memset(dst, byte, bytes);
     return cudaSuccess;
 }
@@ -770,6 +829,10 @@ template <typename... Parameters> struct EmuLaunch {
                     name, line, i);
             abort();
         }
+        if (emu_records([launch = *this, call] {
+                std::apply([&](Kernel, Parameters... later) { launch(later...); }, call);
+            }))
+            return;
         EmuKernel &k = emu_kernels[(const void *)kernel];
         k.launched = true;
         if (shared > k.dynamic) k.dynamic = shared;
