@@ -67,16 +67,6 @@ enum {
     EMBED_PARTS = 8192, // if V is smaller, a token's rows are divided among up to EMBED_PARTS/V thread blocks
 };
 
-// FAST(supported, call): if a fast version in kernels/ supports this case, returns by calling it. There are no fast
-// versions for float32, and none with `make cuda PLAIN=1`.
-#if defined MEGALODON_FP32 || defined MEGALODON_PLAIN
-#define FAST(supported, call)
-#else
-#define FAST_KERNELS
-#define FAST(supported, call)                                                                                          \
-    if (!gpu.plain && (supported)) return call
-#endif
-
 static __host__ __device__ int min_int(int a, int b) { return a < b ? a : b; }
 static __host__ __device__ int max_int(int a, int b) { return a > b ? a : b; }
 static __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -1821,7 +1811,9 @@ static void block_backward(Model *m, int layer, StateGrad *dstate) {
     Scratch *s = &m->scratch;
     block_again(m, layer);
     nffn_backward(m, layer, s->dy, s->dx);
+    PARAMETERS_JOIN();
     mega_backward(m, layer, s->dx, dstate, s->dy, s->dx, m->x[layer]);
+    PARAMETERS_JOIN();
 }
 
 // ----------------------------------------------------------------------------

@@ -136,5 +136,8 @@ static __global__ void sum_parts_fast_kernel(float *out, float *out2, const floa
 
 // parts (P, n + n2). out2 may be NULL if n2 is 0. add: the sums are added to what is in out and out2.
 static void sum_parts_fast(float *out, float *out2, const float *parts, int P, size_t n, size_t n2, int add) {
-    sum_parts_fast_kernel<<<blocks_for(n + n2, WARP), dim3(WARP, WARP)>>>(out, out2, parts, P, n, n2, add);
+    if (in_parts_memory(parts)) beside_begin();
+    sum_parts_fast_kernel<<<blocks_for(n + n2, WARP), dim3(WARP, WARP), 0, gpu.stream>>>(out, out2, parts, P, n, n2,
+                                                                                         add);
+    if (in_parts_memory(parts)) beside_end();
 }

@@ -16,8 +16,11 @@ replaces plain functions of megalodon.cu, which call it in a line FAST(supported
     loss.cuh           cross_entropy: softmax on vectors
     decode.cuh         megalodon_forward for one token: seven kernels for each layer (gemv.cuh)
     graph.cuh          megalodon_forward, _loss, _backward in training: all launches as one CUDA graph
+    beside.cuh         in such a graph, gradients of parameters beside those of activations
 */
 #pragma once
+#include "graph.cuh"
+#include "beside.cuh"
 #include "common.cuh"
 #include "matmul.cuh"
 #include "elementwise.cuh"
@@ -35,7 +38,6 @@ replaces plain functions of megalodon.cu, which call it in a line FAST(supported
 #endif
 #include "loss.cuh"
 #include "gemv.cuh"
-#include "graph.cuh"
 
 static size_t decode_workspace(Dims d); // decode.cuh is included later, since it uses the model
 

@@ -96,7 +96,8 @@ static void linear_gate_hopper_backward(floatX *out, floatX *da, floatX *db, flo
     p.outputs[0] = output_map(matrix(da, K), R, K, 1), p.outputs[1] = output_map(matrix(db, K), R, K, 1);
     p.outputs[2] = output_map(matrix(out, K), R, K, 1);
     GateBackward e;
-    e.sums = dbias ? (float *)workspace((size_t)gate_sums(R) * K * sizeof(float)) : NULL, e.columns_of_sums = K;
+    size_t bytes = (size_t)gate_sums(R) * K * sizeof(float);
+    e.sums = dbias ? parts_memory(bytes, workspace(bytes)) : NULL, e.columns_of_sums = K;
     hopper_launch<0, 1>(&p, e);
     if (dbias) sum_parts_fast(dbias, NULL, e.sums, gate_sums(R), K, 0, 1);
 }

@@ -137,7 +137,7 @@ static void matmul_run(MatmulKey key, void *C, const void *residual, const float
         cublasCheck(cublasLtMatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
     cublasCheck(cublasLtMatmul((cublasLtHandle_t)gpu.blas, p->product, &alpha, B, p->b, A, p->a, &beta,
                                residual ? residual : C, p->c, C, p->c, &p->algorithm, gpu.blas_workspace,
-                               BLAS_WORKSPACE, cudaStreamPerThread));
+                               BLAS_WORKSPACE, gpu.stream));
 }
 
 // As matmul_batched() of megalodon.cu, with the same arguments.
@@ -171,6 +171,8 @@ static void linear_fast_backward_weight(float *dweight, float *dbias, const floa
                                         int K, int M) {
     MatmulKey key = matmul_key(transposed(dout, M), matrix(inp, K), K, M, K, R);
     key.type = CUDA_R_32F;
+    beside_begin();
     matmul_run(key, dweight, dweight, NULL, dout, inp);
     if (dbias) sum_rows(dbias, dout, NULL, NULL, NULL, 1, R, M, 1);
+    beside_end();
 }

@@ -236,7 +236,8 @@ static __global__ void __launch_bounds__(ROW_THREADS)
 
 static void rmsnorm_fast_backward(floatX *dinp, float *dweight, const floatX *dout, const floatX *inp,
                                   const float *weight, const float *rstd, int R, int D) {
-    float *parts = (float *)workspace((size_t)row_parts(R) * D * sizeof(float));
+    size_t bytes = (size_t)row_parts(R) * D * sizeof(float);
+    float *parts = parts_memory(bytes, workspace(bytes));
     auto kernel = row_vectors(D) == 1 ? rmsnorm_fast_backward_kernel<1> : rmsnorm_fast_backward_kernel<2>;
     kernel<<<row_parts(R), row_threads(D)>>>(dinp, parts, dout, inp, weight, rstd, R, D);
     if (dweight) sum_parts_fast(dweight, NULL, parts, row_parts(R), D, 0, 1);
@@ -345,7 +346,8 @@ static __global__ void __launch_bounds__(ROW_THREADS)
 
 static void layernorm_fast_backward(floatX *dinp, float *dweight, float *dbias, const floatX *dout, const floatX *inp,
                                     const float *weight, const double *mean, const float *rstd, int R, int D) {
-    float *parts = (float *)workspace((size_t)row_parts(R) * 2 * D * sizeof(float));
+    size_t bytes = (size_t)row_parts(R) * 2 * D * sizeof(float);
+    float *parts = parts_memory(bytes, workspace(bytes));
     auto kernel = row_vectors(D) == 1 ? layernorm_fast_backward_kernel<1> : layernorm_fast_backward_kernel<2>;
     kernel<<<row_parts(R), row_threads(D)>>>(dinp, parts, dout, inp, weight, mean, rstd, R, D);
     if (dweight) sum_parts_fast(dweight, dbias, parts, row_parts(R), D, D, 1);
@@ -370,8 +372,9 @@ static __global__ void sum_rows_wide_kernel(float *parts, const floatX *dy, int 
 
 static void sum_rows_wide(float *out, const floatX *dy, int R, int D) {
     int blocks = column_blocks(VEC, R, D), P = blocks * threads_down(VEC, D);
-    float *parts = (float *)workspace((size_t)P * D * sizeof(float));
-    sum_rows_wide_kernel<<<column_grid(VEC, blocks, D), THREADS>>>(parts, dy, R, D);
+    size_t bytes = (size_t)P * D * sizeof(float);
+    float *parts = parts_memory(bytes, workspace(bytes));
+    sum_rows_wide_kernel<<<column_grid(VEC, blocks, D), THREADS, 0, gpu.stream>>>(parts, dy, R, D);
     sum_parts_fast(out, NULL, parts, P, D, 0, 1);
 }
 
@@ -409,7 +412,8 @@ static __global__ void __launch_bounds__(THREADS, 4)
 
 static void silu_bias_fast_backward(floatX *dinp, float *dbias, const floatX *dout, const floatX *inp, int R, int D) {
     int blocks = column_blocks(VEC, R, D), P = blocks * threads_down(VEC, D);
-    float *parts = (float *)workspace((size_t)P * D * sizeof(float));
+    size_t bytes = (size_t)P * D * sizeof(float);
+    float *parts = parts_memory(bytes, workspace(bytes));
     silu_bias_kernel<<<column_grid(VEC, blocks, D), THREADS>>>(dinp, parts, dout, inp, R, D);
     sum_parts_fast(dbias, NULL, parts, P, D, 0, 1);
 }

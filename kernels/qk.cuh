@@ -239,7 +239,8 @@ static size_t qk_fast_workspace(Dims d) { return (size_t)QK_BLOCKS * 4 * d.Z * s
 static void qk_fast_backward(floatX *dz_out, float *dgamma, float *dbeta, floatX *dq, floatX *dk, floatX *zn,
                              const float *z_rstd, const floatX *z, const float *gamma, const float *table, Dims d) {
     (void)zn;
-    float *parts = (float *)workspace(qk_fast_workspace(d));
+    size_t bytes = qk_fast_workspace(d);
+    float *parts = parts_memory(bytes, workspace(bytes));
     qk_fast_backward_kernel<<<dim3(qk_blocks(d), d.H), THREADS>>>(dz_out, parts, dq, dk, z_rstd, z, gamma,
                                                                   (const float2 *)table, d);
     sum_parts_fast(dgamma, dbeta, parts, qk_blocks(d), 2 * (size_t)d.Z, 2 * (size_t)d.Z, 1);

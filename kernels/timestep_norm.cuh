@@ -392,7 +392,7 @@ static void timestep_norm_fast_backward(floatX *dinp, float *dweight, float *dbi
     int P = norm_backward_blocks(d), warps = min_int(ROW_WARPS, d.G);
     NormSums *blocks = (NormSums *)workspace(timestep_norm_fast_workspace(d)); // (B, norm_blocks, G)
     NormSums *suffix = blocks + (size_t)num_blocks * d.G;                      // (B,L,G)
-    float *parts = (float *)(suffix + (size_t)d.B * d.L * d.G);
+    float *parts = parts_memory((size_t)P * down * 2 * d.D * sizeof(float), suffix + (size_t)d.B * d.L * d.G);
     size_t scales = (size_t)warps * (d.D / d.G) * sizeof(float);
     auto sums = W == VEC ? timestep_norm_fast_sums_kernel<VEC> : timestep_norm_fast_sums_kernel<4>;
     allow_shared(sums, scales);

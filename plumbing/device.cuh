@@ -1,5 +1,5 @@
-// device.cuh: what megalodon.cu needs beside the layers: error checks, device memory, cuBLAS, sums over threads, and
-// what plumbing/model.h asks of a backend. Included by megalodon.cu after plumbing/model.h.
+// device.cuh: what megalodon.cu needs beside the layers: how functions hand over to kernels/, error checks, device memory,
+// cuBLAS, sums over threads, and what plumbing/model.h asks of a backend. Included by megalodon.cu after model.h.
 #pragma once
 
 enum { BLAS_WORKSPACE = 1 << 25 }; // bytes of cuBLAS's workspace
@@ -12,6 +12,18 @@ static __device__ size_t thread_index(void) { return (size_t)blockIdx.x * blockD
 static __device__ size_t grid_threads(void) { return (size_t)gridDim.x * blockDim.x; }
 // A grid for n elements. With more than MAX_BLOCKS thread blocks a thread has several elements.
 #define ELEMENT_GRID(n) ((n) / THREADS < MAX_BLOCKS ? (unsigned)((n) / THREADS + 1) : (unsigned)MAX_BLOCKS), THREADS
+
+// FAST(supported, call): if a fast version in kernels/ supports this case, returns by calling it. There are no fast
+// versions for float32, and none with `make cuda PLAIN=1`. PARAMETERS_JOIN() is explained in kernels/beside.cuh.
+#if defined MEGALODON_FP32 || defined MEGALODON_PLAIN
+#define FAST(supported, call)
+#define PARAMETERS_JOIN()
+#else
+#define FAST_KERNELS
+#define FAST(supported, call)                                                                                          \
+    if (!gpu.plain && (supported)) return call
+#define PARAMETERS_JOIN() beside_join()
+#endif
 
 // HOPPER(supported, call): if the GPU is a Hopper (compute capability 9.0) and one of its own kernels supports this case,
 // returns by calling it.
@@ -35,6 +47,7 @@ static struct {
     size_t used, peak; // bytes of device memory allocated by this program
     cublasHandle_t blas;
     void *blas_workspace; // BLAS_WORKSPACE bytes, see "Results Reproducibility" in cuBLAS's documentation
+    cudaStream_t stream;  // of products and of sums of parts: stream 0, or the one of kernels/beside.cuh
     char *workspace;      // scratch.workspace of the model that is running, see workspace()
     size_t workspace_bytes, workspace_asked; // its size, and the most that a layer has asked for
 } gpu;
@@ -68,12 +81,14 @@ static void *memory_new(size_t bytes) {
 }
 #ifdef FAST_KERNELS
 static void graphs_drop(void); // in kernels/graph.cuh: graphs may refer to memory
+static int beside_open(void);  // in kernels/beside.cuh
+#else
+static void graphs_drop(void) {}
+static int beside_open(void) { return 1; }
 #endif
 static void memory_free(void *memory, size_t bytes) {
     if (memory == NULL) return;
-#ifdef FAST_KERNELS
     graphs_drop();
-#endif
     cudaCheck(cudaFree(memory));
     gpu.used -= bytes;
 }
@@ -161,9 +176,10 @@ static int backend_open(int allocate) {
     snprintf(gpu.name, sizeof gpu.name, "CUDA, %s (sm_%d%d), %s%s", properties.name, properties.major, properties.minor,
              sizeof(floatX) == 4 ? "float32" : "bfloat16", gpu.plain ? ", plain kernels" : "");
     cublasCheck(cublasCreate(&gpu.blas));
-    cublasCheck(cublasSetStream(gpu.blas, cudaStreamPerThread)); // stream 0, see -default-stream in Makefile
+    gpu.stream = cudaStreamPerThread; // stream 0, see -default-stream in Makefile
+    cublasCheck(cublasSetStream(gpu.blas, gpu.stream));
     gpu.blas_workspace = memory_new(BLAS_WORKSPACE);
-    if (gpu.blas_workspace == NULL) {
+    if (gpu.blas_workspace == NULL || !beside_open()) {
         fprintf(stderr, "error: %s: out of memory on the GPU\n", gpu.name);
         exit(1);
     }

@@ -1516,13 +1516,14 @@ static void test_decode(void) {
 static void drop_graphs(int record) {
     if (!record) graphs_drop();
 }
-static float *graph_steps(int record, int dropout, double losses[], size_t *n) {
+static float *graph_steps(int record, int dropout, int more, double losses[], size_t *n) {
     enum { B = 2, L = 40, STEPS = 9, V = 43 };
     const AdamW adamw = {0.9, 0.95, 1e-8, 0.1};
     const DropoutKey key = {5, 6, 0, 0, 0};
     Config c = megalodon_presets[0].config;
     c.num_layers = 2, c.model_dim = 64, c.z_dim = 32, c.value_dim = 48, c.num_heads = 2, c.ffn_hidden_dim = 40;
     c.cema_ndim = 3, c.chunk_size = 16, c.vocab_size = V, c.norm_num_groups = 4, c.dropout = dropout ? 0.1 : 0;
+    c.swiglu = c.rescale_nffn = c.share_emb = more, c.norm_affine = !more;
     Model *m = megalodon_new(&c, MEGALODON_TRAIN, B, L);
     State *state = state_new(&c, B, 1);
     for (int i = 0; i < m->num_tensors; i++) {
@@ -1559,18 +1560,17 @@ static float *graph_steps(int record, int dropout, double losses[], size_t *n) {
     megalodon_free(m);
     return params;
 }
-static void test_graph(void) {
-    for (int dropout = 0; dropout < 2; dropout++) {
-        double losses[2][9];
-        size_t n;
-        begin(sizes(2, 40, 64), "steps as CUDA graphs%s", dropout ? ", dropout" : "");
-        float *without = graph_steps(0, dropout, losses[0], &n), *with = graph_steps(1, dropout, losses[1], &n);
-        check_true("the same losses and norms", memcmp(losses[0], losses[1], sizeof losses[0]) == 0);
-        check_true("the same parameters", memcmp(without, with, n * sizeof *with) == 0);
-        free(without), free(with);
-        finish();
-    }
+static void graph_case(int dropout, int more) {
+    double losses[2][9];
+    size_t n;
+    begin(sizes(2, 40, 64), "steps as CUDA graphs%s%s", dropout ? ", dropout" : "", more ? ", swiglu, rescale_nffn" : "");
+    float *without = graph_steps(0, dropout, more, losses[0], &n), *with = graph_steps(1, dropout, more, losses[1], &n);
+    check_true("the same losses and norms", memcmp(losses[0], losses[1], sizeof losses[0]) == 0);
+    check_true("the same parameters", memcmp(without, with, n * sizeof *with) == 0);
+    free(without), free(with);
+    finish();
 }
+static void test_graph(void) { graph_case(0, 0), graph_case(0, 1), graph_case(1, 0); }
 #endif
 
 // ----------------------------------------------------------------------------

@@ -159,7 +159,7 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
                                      const void *A, cublasLtMatrixLayout_t a, const void *B, cublasLtMatrixLayout_t b,
                                      const void *beta, const void *C, cublasLtMatrixLayout_t c, void *D,
                                      cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t *algorithm, void *workspace,
-                                     size_t workspace_bytes, cudaStream_t) {
+                                     size_t workspace_bytes, cudaStream_t stream) {
     EmuProduct product;
     if (!emu_blas_open(handle) || !description || !alpha || !a || !b || !beta || !c || !d)
         return emu_blas_fail(CUBLAS_STATUS_INVALID_VALUE, "a null pointer");
@@ -171,7 +171,8 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
         if ((uintptr_t)pointers[i] % algorithm->align[i] != 0)
             return emu_blas_fail(CUBLAS_STATUS_INVALID_VALUE, "a pointer is less aligned than promised");
     }
-    return emu_matmul(&product, *(const float *)alpha, *(const float *)beta, EmuOperands{A, B, C, D, a, b, c, d});
+    return emu_matmul(&product, *(const float *)alpha, *(const float *)beta, EmuOperands{A, B, C, D, a, b, c, d},
+                      stream);
 }
 
 #endif

@@ -118,7 +118,8 @@ struct EmuOperands {
     const EmuLayout *a, *b, *c, *d;
 };
 
-inline cublasStatus_t emu_matmul(const EmuProduct *product, float alpha, float beta, EmuOperands x) {
+inline cublasStatus_t emu_matmul(const EmuProduct *product, float alpha, float beta, EmuOperands x,
+                                 cudaStream_t stream = 0) {
     enum { M = 16, N = 4 }; // elements of D whose sums are in registers
     const EmuLayout *a = x.a, *b = x.b, *c = x.c, *d = x.d;
     if (!x.A || !x.B || !x.D) return emu_blas_fail(CUBLAS_STATUS_INVALID_VALUE, "a null pointer");
@@ -135,7 +136,7 @@ inline cublasStatus_t emu_matmul(const EmuProduct *product, float alpha, float b
     const int64_t K = (int64_t)(ta ? a->rows : a->columns);
     if (product->has_bias && !emu_on_device(product->bias, (size_t)m * emu_size(d->type)))
         return emu_blas_fail(CUBLAS_STATUS_INVALID_VALUE, "the bias is not in device memory");
-    if (emu_records([product = *product, alpha, beta, x, a = *a, b = *b, c = *c, d = *d] {
+    if (emu_records(stream, [product = *product, alpha, beta, x, a = *a, b = *b, c = *c, d = *d] {
             emu_matmul(&product, alpha, beta, EmuOperands{x.A, x.B, x.C, x.D, &a, &b, &c, &d});
         }))
         return CUBLAS_STATUS_SUCCESS;

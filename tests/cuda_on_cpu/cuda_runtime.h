@@ -492,18 +492,24 @@ inline cudaError_t emu_fail(cudaError_t error, const char *what) {
 }
 
 // ----------------------------------------------------------------------------
-// graphs: while the stream is captured, launches, products and memsets are kept as calls for later. What a stream cannot
-// capture fails.
+// graphs: while stream 0 is captured, launches, products and memsets are kept as calls for later. Another stream that
+// waits for an event of stream 0 is captured, too. Its calls are kept as late as they may run: where stream 0 waits for
+// it. So if stream 0 overwrites before that what they read, results are wrong. What cannot be captured fails.
 
-typedef std::vector<std::function<void()>> *cudaGraph_t, *cudaGraphExec_t;
+typedef std::vector<std::function<void()>> EmuCalls;
+typedef EmuCalls *cudaGraph_t, *cudaGraphExec_t;
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
 #define cudaStreamPerThread ((cudaStream_t)2)
 inline cudaGraph_t emu_recording;
-inline size_t emu_graphs, emu_graph_runs; // that exist; that were launched
+inline EmuCalls emu_beside; // calls of the other stream
+inline bool emu_forked;     // the other stream is captured
+inline size_t emu_graphs;   // that exist
 
-inline bool emu_records(const std::function<void()> &call) { // 1: kept for later
-    if (emu_recording) emu_recording->push_back(call);
-    return emu_recording != NULL;
+inline bool emu_stream0(cudaStream_t stream) { return stream == NULL || stream == cudaStreamPerThread; }
+inline bool emu_records(cudaStream_t stream, const std::function<void()> &call) { // whether the call is kept for later
+    if (!emu_recording || (!emu_stream0(stream) && !emu_forked)) return false;
+    (emu_stream0(stream) ? *emu_recording : emu_beside).push_back(call);
+    return true;
 }
 inline bool emu_not_while_recording(const char *what) {
     if (emu_recording) emu_fail(cudaErrorStreamCaptureUnsupported, what);
@@ -512,16 +518,16 @@ inline bool emu_not_while_recording(const char *what) {
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     if (emu_recording || stream != cudaStreamPerThread)
         return emu_fail(cudaErrorStreamCaptureUnsupported, "cudaStreamBeginCapture");
-    emu_recording = new std::vector<std::function<void()>>;
+    emu_recording = new EmuCalls;
     return cudaSuccess;
 }
 inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
-    if (!emu_recording) return emu_fail(cudaErrorInvalidValue, "cudaStreamEndCapture");
+    if (!emu_recording || emu_forked) return emu_fail(cudaErrorInvalidValue, "cudaStreamEndCapture");
     *graph = emu_recording, emu_recording = NULL;
     return cudaSuccess;
 }
 inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long) {
-    *made = new std::vector<std::function<void()>>(*graph);
+    *made = new EmuCalls(*graph);
     emu_graphs++;
     return cudaSuccess;
 }
@@ -535,7 +541,6 @@ inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
     return cudaSuccess;
 }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
-    emu_graph_runs++;
     for (const std::function<void()> &call : *graph) call();
     return cudaSuccess;
 }
@@ -637,7 +642,7 @@ inline cudaError_t cudaMemcpy(void *dst, const void *src, size_t bytes, cudaMemc
 inline cudaError_t cudaMemset(void *dst, int byte, size_t bytes) {
     if (bytes > 0 && !emu_on_device(dst, bytes))
         return emu_fail(cudaErrorInvalidValue, "cudaMemset: not device memory");
-    if (emu_records([=] { cudaMemset(dst, byte, bytes); })) return cudaSuccess;
+    if (emu_records(NULL, [=] { cudaMemset(dst, byte, bytes); })) return cudaSuccess;
     if (!emu_dry) memset(dst, byte, bytes);
     return cudaSuccess;
 }
@@ -689,9 +694,20 @@ inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaIpcGetEventHandle(cudaIpcEventHandle_t *, cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaIpcOpenEventHandle(cudaEvent_t *, cudaIpcEventHandle_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
+    *stream = (cudaStream_t)3;
+    return cudaSuccess;
+}
 inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t, unsigned) {
+    if (!emu_recording) return cudaSuccess;
+    if (emu_stream0(stream)) {
+        emu_recording->insert(emu_recording->end(), emu_beside.begin(), emu_beside.end());
+        emu_beside.clear();
+    }
+    emu_forked = !emu_stream0(stream);
+    return cudaSuccess;
+}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize(void) { return cudaSuccess; }
 
@@ -790,6 +806,7 @@ template <typename... Parameters> struct EmuLaunch {
     Kernel kernel;
     dim3 grid, block;
     size_t shared;
+    cudaStream_t stream;
 
     static void run(const void *arguments) { // a thread
         std::apply([](Kernel k, Parameters... parameters) { k(parameters...); }, *(const Call *)arguments);
@@ -829,7 +846,7 @@ template <typename... Parameters> struct EmuLaunch {
                     name, line, i);
             abort();
         }
-        if (emu_records([launch = *this, call] {
+        if (emu_records(stream, [launch = *this, call] {
                 std::apply([&](Kernel, Parameters... later) { launch(later...); }, call);
             }))
             return;
@@ -875,8 +892,8 @@ template <typename... Parameters> struct EmuLaunch {
 
 template <typename... Parameters>
 inline EmuLaunch<Parameters...> emu_launch(const char *name, int line, void (*kernel)(Parameters...), dim3 grid,
-                                           dim3 block, size_t shared = 0, cudaStream_t = 0) {
-    return EmuLaunch<Parameters...>{name, line, kernel, grid, block, shared};
+                                           dim3 block, size_t shared = 0, cudaStream_t stream = 0) {
+    return EmuLaunch<Parameters...>{name, line, kernel, grid, block, shared, stream};
 }
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };

@@ -1,0 +1,86 @@
+/*
+beside.cuh: gradients of parameters, computed beside those of activations.
+
+The idea: in the backward pass each layer waits for the gradient of its output. For the gradients of parameters nothing
+waits before the optimizer. A kernel of a small model uses a part of the GPU only. So a recorded backward pass (graph.cuh)
+has a second branch, whose kernels run at the same time as those of the first:
+
+    dy ---+---> dx = dy W ---+---> norm backward ---+---> ... ---> join --->      stream 0
+           \                                        \              /
+            +---> dW += dy' x, db += ... ------------+---> sum of parts           beside
+
+The second branch reads buffers that the first one overwrites later. So the first waits for the second after each
+sub-layer, see block_backward(). The second has memory of its own: for cuBLAS's workspace, and for parts of sums, since
+workspace() belongs to the function that runs next.
+Required: nothing. Where no backward pass is recorded, all work is in stream 0.
+*/
+#pragma once
+
+enum { PARTS_MEMORY = 1 << 25 }; // bytes
+
+static struct {
+    cudaStream_t stream;
+    cudaEvent_t fork, join;
+    void *blas_workspace; // BLAS_WORKSPACE bytes
+    char *parts;          // PARTS_MEMORY bytes, of which `used` hold parts that have not been summed
+    size_t used;
+    int depth;  // of beside_begin()
+    int forked; // work has begun that stream 0 has not waited for
+} beside;
+
+static int beside_open(void) {
+    beside.blas_workspace = memory_new(BLAS_WORKSPACE), beside.parts = (char *)memory_new(PARTS_MEMORY);
+    cudaCheck(cudaStreamCreateWithFlags(&beside.stream, cudaStreamNonBlocking));
+    cudaCheck(cudaEventCreateWithFlags(&beside.fork, cudaEventDisableTiming));
+    cudaCheck(cudaEventCreateWithFlags(&beside.join, cudaEventDisableTiming));
+    return beside.blas_workspace != NULL && beside.parts != NULL;
+}
+
+static void beside_swap(void) {
+    void *workspace = gpu.blas_workspace;
+    gpu.blas_workspace = beside.blas_workspace, beside.blas_workspace = workspace;
+}
+
+static void beside_fork(void) {
+    cudaCheck(cudaEventRecord(beside.fork, cudaStreamPerThread));
+    cudaCheck(cudaStreamWaitEvent(beside.stream, beside.fork, 0));
+    beside.forked = 1;
+}
+
+// What is launched in gpu.stream until beside_end() needs what has been launched before, and nothing needs it before
+// beside_join(). Calls may be nested.
+static void beside_begin(void) {
+    if (recording != BACKWARD_PASS || beside.depth++ > 0) return;
+    beside_fork();
+    gpu.stream = beside.stream;
+    beside_swap();
+}
+
+static void beside_end(void) {
+    if (recording != BACKWARD_PASS || --beside.depth > 0) return;
+    gpu.stream = cudaStreamPerThread;
+    beside_swap();
+}
+
+static void beside_join(void) {
+    beside.used = 0;
+    if (!beside.forked) return;
+    cudaCheck(cudaEventRecord(beside.join, beside.stream));
+    cudaCheck(cudaStreamWaitEvent(cudaStreamPerThread, beside.join, 0));
+    beside.forked = 0;
+}
+
+// Memory for parts of sums that sum_parts_fast() will add; `otherwise` where no backward pass is recorded.
+static float *parts_memory(size_t bytes, void *otherwise) {
+    if (recording != BACKWARD_PASS || bytes > PARTS_MEMORY) return (float *)otherwise;
+    if (beside.used + bytes > PARTS_MEMORY) {
+        beside_join();
+        if (beside.depth > 0) beside_fork();
+    }
+    char *parts = beside.parts + beside.used;
+    beside.used += (bytes + 255) / 256 * 256;
+    return (float *)(void *)parts;
+}
+static bool in_parts_memory(const float *parts) {
+    return (const char *)parts >= beside.parts && (const char *)parts < beside.parts + PARTS_MEMORY;
+}
