@@ -1372,9 +1372,10 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     size_t chunk = (size_t)layer * d.B * d.C; // the layer's first row in the caches
     real *cache_k = out && out->k ? out->k + chunk * Z : NULL, *cache_v = out && out->v ? out->v + chunk * E : NULL;
 
-    // xt = TimestepNorm(x),    mx = RMSNorm(CEMA(xt))
+    // xt = TimestepNorm(x),    v = silu(xt Wv' + bv),    mx = RMSNorm(CEMA(xt))
     timestep_norm_layer_forward(m, layer, a->xt, a->norm_mean, a->norm_rstd, x, w->timenorm_weight, w->timenorm_bias,
                                 in, out);
+    linear_silu_forward(s->v, a->v_pre, a->xt, w->wv, w->wv_bias, R, D, E);
     cema_layer_forward(m, layer, in, out);
     rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, D, c->norm_eps);
     dropout(a->mx, a->mx, mask_of(m, layer, DROP_MX, c->hidden_dropout, D), (size_t)R * D);
@@ -1382,18 +1383,15 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     linear_forward(a->z, NULL, a->mx, w->wz, w->wz_bias, R, D, Z);
     qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, in ? in->count : NULL, d,
                      c->norm_eps);
-    // v = silu(xt Wv' + bv)
-    linear_silu_forward(s->v, a->v_pre, a->xt, w->wv, w->wv_bias, R, D, E);
-    // o = attention(q, k, v)
-    attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->q, s->k, s->v, in ? m->past : NULL,
-                      mask_of_attention(m, layer), d, m->threads);
-    // y = (mx Wh1' + bh1) + (o * r) Wh2' + x,    r = silu(mx Wr' + br)
-    linear_forward(a->r_pre, NULL, a->mx, w->wr, w->wr_bias, R, D, E);
-    gate_forward(s->gated, a->o, a->r_pre, (size_t)R * E);
-    dropout(s->gated, s->gated, mask_of(m, layer, DROP_GATED, c->hidden_dropout, E), (size_t)R * E);
+    // o = attention(q, k, v),    y = (mx Wh1' + bh1) + (o * r) Wh2' + x,    r = silu(mx Wr' + br)
     const Mask mask = mask_of(m, layer, DROP_MEGA, c->dropout, D);
     const real *residual = mask.p > 0 ? NULL : x; // the product adds it, unless a dropout comes between
+    linear_forward(a->r_pre, NULL, a->mx, w->wr, w->wr_bias, R, D, E);
     linear_forward(a->y, residual, a->mx, w->wh1, w->wh1_bias, R, D, D);
+    attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->q, s->k, s->v, in ? m->past : NULL,
+                      mask_of_attention(m, layer), d, m->threads);
+    gate_forward(s->gated, a->o, a->r_pre, (size_t)R * E);
+    dropout(s->gated, s->gated, mask_of(m, layer, DROP_GATED, c->hidden_dropout, E), (size_t)R * E);
     linear_forward(a->y, a->y, s->gated, w->wh2, NULL, R, E, D);
     dropout(a->y, a->y, mask, (size_t)R * D);
     if (!residual) add(a->y, x, (size_t)R * D);
@@ -1418,14 +1416,14 @@ static void mega_backward(Model *m, int layer, real *dx, StateGrad *dstate, cons
     const Mask gated_mask = mask_of(m, layer, DROP_GATED, c->hidden_dropout, E);
     const real *dsum = mega_mask.p > 0 ? s->dxt : dy; // gradient w.r.t. the sum of the two products
     dropout(s->dxt, dy, mega_mask, (size_t)R * D);
+    silu_forward(s->v, a->v_pre, (size_t)R * E); // v, q and k are computed again
+    qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, NULL, d, c->norm_eps);
     linear_gate_backward(s->gated, s->do_, s->dr_pre, dw->wr_bias, dsum, w->wh2, a->o, a->r_pre, gated_mask, R, E, D);
     linear_backward_weight(dw->wh2, NULL, dsum, s->gated, R, E, D);
     linear_backward(s->dmx, 0, dw->wh1, dw->wh1_bias, dsum, a->mx, w->wh1, R, D, D);
     linear_backward(s->dmx, 1, dw->wr, NULL, s->dr_pre, a->mx, w->wr, R, D, E);
 
     // forward: o = attention(q, k, v),    v = silu(v_pre),    q, k from z = mx Wz' + bz
-    silu_forward(s->v, a->v_pre, (size_t)R * E);
-    qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, NULL, d, c->norm_eps);
     attention_backward(s->dq, s->dk, s->dv, s->scores, s->do_, a->lse, s->q, s->k, s->v, mask_of_attention(m, layer), d,
                        m->threads);
     qk_layer_backward(s->dz, dw->gamma, dw->beta, s->dq, s->dk, s->zn, s->z_rstd, a->z, w->gamma, m->rope, d);
@@ -1457,8 +1455,8 @@ static void nffn_forward(Model *m, int layer, real *out, const real *x) {
     // u = LayerNorm(y),    hidden = silu(u W1') [* (u W3')]
     layernorm_forward(a->u, a->ffn_mean, a->ffn_rstd, a->y, w->norm_weight, w->norm_bias, R, D, c->norm_eps);
     if (c->swiglu) {
-        linear_forward(a->f1, NULL, a->u, w->fc1, NULL, R, D, F);
         linear_forward(a->f3, NULL, a->u, w->fc3, NULL, R, D, F);
+        linear_forward(a->f1, NULL, a->u, w->fc1, NULL, R, D, F);
         gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
     } else {
         linear_silu_forward(s->hidden, a->f1, a->u, w->fc1, NULL, R, D, F);

@@ -15,6 +15,7 @@ How to read it
   attention_chunk_forward() or _backward() is for several sequences.
 - Faster versions are in kernels/, one idea a file. A plain function hands over to one in a line FAST or HOPPER.
   `make cuda PLAIN=1` builds without kernels/. MEGALODON_PLAIN=1 in the environment turns them off at run time.
+- BESIDE(call) says that what follows, up to JOIN(), does not need the call's results. Both may run at the same time.
 
 Numbers
 - floatX is the type of activations and of the weights that are multiplied: bfloat16, or float with -DMEGALODON_FP32.
@@ -634,8 +635,8 @@ static __global__ void cema_coeffs_backward_kernel(float *dalpha, float *ddelta,
 
 static void cema_coeffs_backward(float *dalpha, float *ddelta, float *dtheta, float *dgamma, const Coeffs *dc,
                                  const float *alpha, const float *delta, const float *theta, int D, int N) {
-    cema_coeffs_backward_kernel<<<ceil_div(D, WARP), dim3(WARP, ROW_WARPS)>>>(dalpha, ddelta, dtheta, dgamma, *dc,
-                                                                              alpha, delta, theta, D, N);
+    cema_coeffs_backward_kernel<<<ceil_div(D, WARP), dim3(WARP, ROW_WARPS), 0, gpu.stream>>>(
+        dalpha, ddelta, dtheta, dgamma, *dc, alpha, delta, theta, D, N);
 }
 
 static __device__ float2 times(float2 a, float2 b) { return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x); }
@@ -1629,8 +1630,8 @@ static void cema_layer_backward(Model *m, int layer, floatX *dx, StateGrad *dsta
         cema_combine(dh, whole, (float *)all_gather(m, bytes), coeffs, 1, &m->cp, m->dims);
     }
     cema_backward(dx, dcoeffs, dw->cema_omega, dh, dy, a->xt, a->h, coeffs, w->cema_omega, m->dims);
-    cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, dcoeffs, w->cema_alpha,
-                         w->cema_delta, w->cema_theta, m->dims.D, m->dims.N);
+    BESIDE(cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, dcoeffs, w->cema_alpha,
+                                w->cema_delta, w->cema_theta, m->dims.D, m->dims.N));
 }
 
 // ----------------------------------------------------------------------------
@@ -1657,9 +1658,10 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     float *cache_k = out && out->k ? out->k + chunk * d.Z : NULL,
           *cache_v = out && out->v ? out->v + chunk * d.E : NULL;
 
-    // xt = TimestepNorm(x), mx = RMSNorm(CEMA(xt))
+    // xt = TimestepNorm(x), v = silu(xt Wv' + bv), mx = RMSNorm(CEMA(xt))
     timestep_norm_layer_forward(m, layer, a->xt, a->norm_mean, a->norm_rstd, x, w->timenorm_weight, w->timenorm_bias,
                                 in, out);
+    BESIDE(linear_silu_forward(s->v, a->v_pre, a->xt, rounded(m, w->wv), rounded(m, w->wv_bias), R, d.D, d.E));
     cema_layer_forward(m, layer, in, out);
     rmsnorm_forward(a->mx, a->ema_rstd, a->ema, w->rmsnorm_weight, R, d.D, c->norm_eps);
     dropout(a->mx, a->mx, mask_of(m, layer, DROP_MX, c->hidden_dropout, d.D), (size_t)R * d.D);
@@ -1667,18 +1669,18 @@ static void mega_forward(Model *m, int layer, const State *in, State *out, const
     linear_forward(a->z, NULL, a->mx, rounded(m, w->wz), rounded(m, w->wz_bias), R, d.D, d.Z);
     qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, in ? in->count : NULL, d,
                      c->norm_eps);
-    // v = silu(xt Wv' + bv), o = attention(q, k, v)
-    linear_silu_forward(s->v, a->v_pre, a->xt, rounded(m, w->wv), rounded(m, w->wv_bias), R, d.D, d.E);
+    JOIN();
+    // o = attention(q, k, v), y = (mx Wh1' + bh1) + (o * r) Wh2' + x, r = silu(mx Wr' + br)
+    // x is added with the first product, unless a dropout comes between. Plain products would round x three times.
+    Mask mask = mask_of(m, layer, DROP_MEGA, c->dropout, d.D);
+    const floatX *residual = mask.p > 0 || gpu.plain ? NULL : x;
+    BESIDE(linear_forward(a->r_pre, NULL, a->mx, rounded(m, w->wr), rounded(m, w->wr_bias), R, d.D, d.E));
+    BESIDE(linear_forward(a->y, residual, a->mx, rounded(m, w->wh1), rounded(m, w->wh1_bias), R, d.D, d.D));
     attention_forward(a->o, a->lse, cache_k, cache_v, s->scores, s->q, s->k, s->v, in ? m->past : NULL,
                       mask_of_attention(m, layer), d);
-    // y = (mx Wh1' + bh1) + (o * r) Wh2' + x, r = silu(mx Wr' + br)
-    linear_forward(a->r_pre, NULL, a->mx, rounded(m, w->wr), rounded(m, w->wr_bias), R, d.D, d.E);
+    JOIN();
     gate_forward(s->gated, a->o, a->r_pre, (size_t)R * d.E);
     dropout(s->gated, s->gated, mask_of(m, layer, DROP_GATED, c->hidden_dropout, d.E), (size_t)R * d.E);
-    Mask mask = mask_of(m, layer, DROP_MEGA, c->dropout, d.D);
-    // x is added with the first product, unless a dropout comes between. Plain products would round x three times.
-    const floatX *residual = mask.p > 0 || gpu.plain ? NULL : x;
-    linear_forward(a->y, residual, a->mx, rounded(m, w->wh1), rounded(m, w->wh1_bias), R, d.D, d.D);
     linear_forward(a->y, a->y, s->gated, rounded(m, w->wh2), NULL, R, d.E, d.D);
     dropout(a->y, a->y, mask, (size_t)R * d.D);
     if (residual == NULL) add(a->y, x, (size_t)R * d.D);
@@ -1701,17 +1703,19 @@ static void mega_backward(Model *m, int layer, floatX *dx, StateGrad *dstate, co
     const Mask gated_mask = mask_of(m, layer, DROP_GATED, c->hidden_dropout, d.E);
     const floatX *dsum = mega_mask.p > 0 ? s->dxt : dy; // gradient w.r.t. the sum inside the dropout
     dropout(s->dxt, dy, mega_mask, (size_t)R * d.D);
+    BESIDE(silu_forward(s->v, a->v_pre, (size_t)R * d.E)); // v, q and k are computed again
+    BESIDE(qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, NULL, d, c->norm_eps));
     linear_gate_backward(s->gated, s->do_, s->dr_pre, dw->wr_bias, dsum, rounded(m, w->wh2), a->o, a->r_pre, gated_mask,
                          R, d.E, d.D);
-    linear_backward_weight(dw->wh2, NULL, dsum, s->gated, R, d.E, d.D);
-    linear_backward(s->dmx, 0, dw->wh1, dw->wh1_bias, dsum, a->mx, rounded(m, w->wh1), R, d.D, d.D);
-    linear_backward(s->dmx, 1, dw->wr, NULL, s->dr_pre, a->mx, rounded(m, w->wr), R, d.D, d.E);
-    // o = attention(q, k, v), from q, k and v, which are computed again
-    silu_forward(s->v, a->v_pre, (size_t)R * d.E);
-    qk_layer_forward(s->q, s->k, s->zn, s->z_rstd, a->z, w->gamma, w->beta, m->rope, NULL, d, c->norm_eps);
+    JOIN();
+    BESIDE(linear_backward_weight(dw->wh2, NULL, dsum, s->gated, R, d.E, d.D));
+    BESIDE(linear_backward(s->dmx, 0, dw->wh1, dw->wh1_bias, dsum, a->mx, rounded(m, w->wh1), R, d.D, d.D));
+    BESIDE(linear_backward(s->dmx, 1, dw->wr, NULL, s->dr_pre, a->mx, rounded(m, w->wr), R, d.D, d.E));
+    // o = attention(q, k, v)
     attention_backward(s->dq, s->dk, s->dv, s->scores, s->do_, a->lse, s->q, s->k, s->v, mask_of_attention(m, layer),
                        d);
     qk_layer_backward(s->dz, dw->gamma, dw->beta, s->dq, s->dk, s->zn, s->z_rstd, a->z, w->gamma, m->rope, d);
+    JOIN();
     linear_backward(s->dmx, 1, dw->wz, dw->wz_bias, s->dz, a->mx, rounded(m, w->wz), R, d.D, d.Z);
     // mx = dropout(RMSNorm(CEMA(xt)))
     dropout(s->dmx, s->dmx, mask_of(m, layer, DROP_MX, c->hidden_dropout, d.D), (size_t)R * d.D);
@@ -1739,8 +1743,9 @@ static void nffn_forward(Model *m, int layer, floatX *out, const floatX *x) {
 
     layernorm_forward(a->u, a->ffn_mean, a->ffn_rstd, a->y, w->norm_weight, w->norm_bias, R, D, c->norm_eps);
     if (c->swiglu) {
+        BESIDE(linear_forward(a->f3, NULL, a->u, rounded(m, w->fc3), NULL, R, D, F));
         linear_forward(a->f1, NULL, a->u, rounded(m, w->fc1), NULL, R, D, F);
-        linear_forward(a->f3, NULL, a->u, rounded(m, w->fc3), NULL, R, D, F);
+        JOIN();
         gate_forward(s->hidden, a->f3, a->f1, (size_t)R * F);
     } else {
         linear_silu_forward(s->hidden, a->f1, a->u, rounded(m, w->fc1), NULL, R, D, F);
@@ -1811,9 +1816,9 @@ static void block_backward(Model *m, int layer, StateGrad *dstate) {
     Scratch *s = &m->scratch;
     block_again(m, layer);
     nffn_backward(m, layer, s->dy, s->dx);
-    PARAMETERS_JOIN();
+    JOIN();
     mega_backward(m, layer, s->dx, dstate, s->dy, s->dx, m->x[layer]);
-    PARAMETERS_JOIN();
+    JOIN();
 }
 
 // ----------------------------------------------------------------------------

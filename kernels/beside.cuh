@@ -1,18 +1,23 @@
 /*
-beside.cuh: gradients of parameters, computed beside those of activations.
+beside.cuh: two branches in a recorded step (graph.cuh), whose kernels run at the same time.
 
-The idea: in the backward pass each layer waits for the gradient of its output. For the gradients of parameters nothing
-waits before the optimizer. A kernel of a small model uses a part of the GPU only. So a recorded backward pass (graph.cuh)
-has a second branch, whose kernels run at the same time as those of the first:
+The idea: a kernel of a small model uses a part of the GPU, and many kernels do not need each other's results. The values
+v do not need CEMA, nor do the gate r and the path Wh1 need attention. For the gradients of parameters nothing waits
+before the optimizer. So some calls go into a second branch, until JOIN() makes the first one wait for it:
 
-    dy ---+---> dx = dy W ---+---> norm backward ---+---> ... ---> join --->      stream 0
-           \                                        \              /
-            +---> dW += dy' x, db += ... ------------+---> sum of parts           beside
+    xt ---+---> CEMA ---> norm ---> z ---> q, k ---+---> attention ---> ...       stream 0
+           \                                      /
+            +---> v = silu(xt Wv') ------------- JOIN                             beside: BESIDE(call)
 
-The second branch reads buffers that the first one overwrites later. So the first waits for the second after each
-sub-layer, see block_backward(). The second has memory of its own: for cuBLAS's workspace, and for parts of sums, since
-workspace() belongs to the function that runs next.
-Required: nothing. Where no backward pass is recorded, all work is in stream 0.
+    dy ---+---> dx = dy W ---> norm backward --+---> ... ---> JOIN                stream 0
+           \                                    \           /
+            +---> dW += dy' x, sums ------------ +--> sum of parts                beside: weights, sums of parts
+
+Both branches share scratch buffers. So there is a JOIN() before a buffer is overwritten that the second branch reads.
+The second branch has memory of its own: for cuBLAS's workspace, and for parts of sums, since workspace() belongs to the
+function that runs next. In the emulator the second branch runs as late as it may, so a missing JOIN() fails a test.
+A kernel that reads what the same call has computed must be launched in gpu.stream, too: products, silu_forward(),
+qk_layer_forward(), sums of parts. Where no step is recorded, all is in stream 0.
 */
 #pragma once
 
@@ -50,14 +55,14 @@ static void beside_fork(void) {
 // What is launched in gpu.stream until beside_end() needs what has been launched before, and nothing needs it before
 // beside_join(). Calls may be nested.
 static void beside_begin(void) {
-    if (recording != BACKWARD_PASS || beside.depth++ > 0) return;
+    if (!branching || beside.depth++ > 0) return;
     beside_fork();
     gpu.stream = beside.stream;
     beside_swap();
 }
 
 static void beside_end(void) {
-    if (recording != BACKWARD_PASS || --beside.depth > 0) return;
+    if (!branching || --beside.depth > 0) return;
     gpu.stream = cudaStreamPerThread;
     beside_swap();
 }
@@ -70,9 +75,9 @@ static void beside_join(void) {
     beside.forked = 0;
 }
 
-// Memory for parts of sums that sum_parts_fast() will add; `otherwise` where no backward pass is recorded.
+// Memory for parts of sums that sum_parts_fast() will add; `otherwise` where there are no branches.
 static float *parts_memory(size_t bytes, void *otherwise) {
-    if (recording != BACKWARD_PASS || bytes > PARTS_MEMORY) return (float *)otherwise;
+    if (!branching || bytes > PARTS_MEMORY) return (float *)otherwise;
     if (beside.used + bytes > PARTS_MEMORY) {
         beside_join();
         if (beside.depth > 0) beside_fork();

@@ -182,7 +182,8 @@ static void cema_fast_backward(floatX *dinp, Coeffs *dcoeffs, float *domega, flo
                                Dims d) {
     static_assert(CEMA_CHANNELS * CEMA_TILE * sizeof(Pair) <= SHARED_TOTAL - SHARED_DECLARED,
                   "the tiles of half of the channels of the sums, and of all channels of the other kernels");
-    float *futures = (float *)workspace(cema_fast_workspace(d)), *parts = futures + cema_futures_size(d);
+    const size_t bytes = cema_fast_workspace(d);
+    float *futures = parts_memory(bytes, workspace(bytes)), *parts = futures + cema_futures_size(d);
     const float2 *states = (const float2 *)(const void *)h_blocks, *after = (const float2 *)(void *)futures;
     int wide = 2 * cema_tile_bytes(CEMA_CHANNELS) + SHARED_DECLARED <= gpu.max_shared;
     int channels = wide ? CEMA_CHANNELS : CEMA_CHANNELS / 2, partial = dh && d.L % CEMA_BLOCK > 0;
@@ -193,11 +194,14 @@ static void cema_fast_backward(floatX *dinp, Coeffs *dcoeffs, float *domega, flo
         : partial ? cema_fast_sums_kernel<true, CEMA_CHANNELS / 2>
                   : cema_fast_sums_kernel<false, CEMA_CHANNELS / 2>;
     allow_shared(sums, shared);
-    sums<<<cema_grid(channels, d), dim3(WARP, channels), shared>>>(parts, dout, inp, states, after, *coeffs, d);
-    size_t modes = (size_t)d.N * d.D, width = 5 * modes + d.D;
+    size_t modes = (size_t)d.N * d.D;
+    memory_clear(dcoeffs->p, 5 * modes * sizeof(float)); // all five
+    if (in_parts_memory(futures)) beside_begin();
+    sums<<<cema_grid(channels, d), dim3(WARP, channels), shared, gpu.stream>>>(parts, dout, inp, states, after, *coeffs,
+                                                                               d);
     int P = cema_grid(channels, d).y;
-    sum_parts(dcoeffs->p, parts, P, width, 5 * modes, 0);
-    sum_parts(domega, parts + 5 * modes, P, width, d.D, 1);
+    sum_parts_fast(dcoeffs->p, domega, parts, P, 5 * modes, d.D, 1);
+    if (in_parts_memory(futures)) beside_end();
 }
 
 // Chunk parallelism: the state after these tokens from a zero state, or the gradient before them with nothing after them.

@@ -29,7 +29,7 @@ static __global__ void silu_fast_forward_kernel(floatX *out, const floatX *inp, 
 }
 
 static void silu_fast_forward(floatX *out, const floatX *inp, size_t n) {
-    silu_fast_forward_kernel<<<blocks_for(n, THREADS * VEC), THREADS>>>(out, inp, n);
+    silu_fast_forward_kernel<<<blocks_for(n, THREADS * VEC), THREADS, 0, gpu.stream>>>(out, inp, n);
 }
 
 // Forward line: out = x s with s = sigmoid(x).

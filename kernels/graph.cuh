@@ -31,6 +31,7 @@ static struct {
     cudaGraphExec_t graph;
 } passes[NUM_PASSES];
 static Pass recording = NUM_PASSES; // the pass whose launches are being recorded; NUM_PASSES: none
+static int branching; // it may have two branches, see beside.cuh. Those of the loss share the logits' memory
 
 static void graphs_drop(void) {
     for (int i = 0; i < NUM_PASSES; i++) {
@@ -52,7 +53,7 @@ static int graph_ready(const Model *m, Pass pass, int usable, double number) {
     if (passes[pass].graph == NULL && passes[pass].runs++ > 0) {
         cudaCheck(cudaGetLastError()); // of earlier launches
         cudaCheck(cudaStreamBeginCapture(cudaStreamPerThread, cudaStreamCaptureModeThreadLocal));
-        recording = pass;
+        recording = pass, branching = pass != LOSS_PASS;
     }
     return passes[pass].graph != NULL;
 }
@@ -65,7 +66,7 @@ static int graph_records(void) { return recording != NUM_PASSES; }
 static void graph_finish(void) {
     const Pass pass = recording;
     cudaGraph_t graph;
-    recording = NUM_PASSES;
+    recording = NUM_PASSES, branching = 0;
     cudaCheck(cudaStreamEndCapture(cudaStreamPerThread, &graph));
     cudaCheck(cudaGraphInstantiateWithFlags(&passes[pass].graph, graph, 0));
     cudaCheck(cudaGraphDestroy(graph));

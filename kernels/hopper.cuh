@@ -410,6 +410,7 @@ template <int A_T, int B_T, class E> static void hopper_launch(const Product *p,
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = 2, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     config.gridDim = dim3(2), config.blockDim = dim3(HOPPER_THREADS), config.dynamicSmemBytes = HOPPER_SHARED;
+    config.stream = gpu.stream;
     config.attrs = &cluster, config.numAttrs = 1;
     if (clusters == 0) {
         cudaCheck(cudaFuncSetAttribute(hopper_kernel<A_T, B_T, E>, cudaFuncAttributeMaxDynamicSharedMemorySize,

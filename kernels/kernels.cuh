@@ -16,7 +16,7 @@ replaces plain functions of megalodon.cu, which call it in a line FAST(supported
     loss.cuh           cross_entropy: softmax on vectors
     decode.cuh         megalodon_forward for one token: seven kernels for each layer (gemv.cuh)
     graph.cuh          megalodon_forward, _loss, _backward in training: all launches as one CUDA graph
-    beside.cuh         in such a graph, gradients of parameters beside those of activations
+    beside.cuh         BESIDE(call), JOIN(): two branches in such a graph
 */
 #pragma once
 #include "graph.cuh"

@@ -180,8 +180,8 @@ static __global__ void __launch_bounds__(THREADS)
 static void qk_fast_forward(floatX *q, floatX *k, floatX *zn, float *z_rstd, const floatX *z, const float *gamma,
                             const float *beta, const float *table, const int64_t *count, Dims d, double eps) {
     (void)zn;
-    qk_fast_forward_kernel<<<dim3(qk_blocks(d), d.H), THREADS>>>(q, k, z_rstd, z, gamma, beta, (const float2 *)table,
-                                                                 count, d, (float)eps);
+    qk_fast_forward_kernel<<<dim3(qk_blocks(d), d.H), THREADS, 0, gpu.stream>>>(
+        q, k, z_rstd, z, gamma, beta, (const float2 *)table, count, d, (float)eps);
 }
 
 // Forward lines: n = z rstd/sqrt(dz), q = rotate(n (gamma0 + 1) + beta0), k = rotate(n (gamma1 + 1) + beta1).

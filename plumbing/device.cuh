@@ -14,15 +14,19 @@ static __device__ size_t grid_threads(void) { return (size_t)gridDim.x * blockDi
 #define ELEMENT_GRID(n) ((n) / THREADS < MAX_BLOCKS ? (unsigned)((n) / THREADS + 1) : (unsigned)MAX_BLOCKS), THREADS
 
 // FAST(supported, call): if a fast version in kernels/ supports this case, returns by calling it. There are no fast
-// versions for float32, and none with `make cuda PLAIN=1`. PARAMETERS_JOIN() is explained in kernels/beside.cuh.
+// versions for float32, and none with `make cuda PLAIN=1`.
+// BESIDE(call): nothing needs what the call computes before the next JOIN(). Kernels of both may run at the same time, in
+// a step that is a graph: see kernels/beside.cuh.
 #if defined MEGALODON_FP32 || defined MEGALODON_PLAIN
 #define FAST(supported, call)
-#define PARAMETERS_JOIN()
+#define BESIDE(call) call
+#define JOIN()
 #else
 #define FAST_KERNELS
 #define FAST(supported, call)                                                                                          \
     if (!gpu.plain && (supported)) return call
-#define PARAMETERS_JOIN() beside_join()
+#define BESIDE(call) (beside_begin(), call, beside_end())
+#define JOIN() beside_join()
 #endif
 
 // HOPPER(supported, call): if the GPU is a Hopper (compute capability 9.0) and one of its own kernels supports this case,
