@@ -390,18 +390,18 @@ static size_t coeffs_stride(int D) { return (size_t)ceil_div(D, STRIP) * STRIP; 
 // Coefficients from the parameters, once for each update. They are complex numbers kept as real and imaginary parts,
 // each (N, coeffs_stride(D)). Channels are contiguous, since they are what is vectorised.
 static void cema_coeffs_forward(Coeffs *c, const real *alpha, const real *delta, const real *theta, const real *gamma,
-                                int D, int N) {
+                                CemaKind kind, int D, int N) {
 #pragma omp parallel for schedule(static) if (is_large(64.0 * D * N))
     for (int d = 0; d < D; d++) {
         for (int n = 0; n < N; n++) {
             size_t in = (size_t)d * N + n, out = (size_t)n * coeffs_stride(D) + d;
             double a = 1 / (1 + exp(-(double)alpha[in])), b = 1 / (1 + exp(-(double)delta[in]));
-            double phi = 2 * PI * (n + 1) / N / (1 + exp(-(double)theta[d]));
+            double phi = kind == CEMA_REAL ? 0 : 2 * PI * (n + 1) / N / (1 + exp(-(double)theta[d]));
             c->p[out] = (real)a;
             c->q_re[out] = (real)((1 - a * b) * cos(phi));
             c->q_im[out] = (real)((1 - a * b) * sin(phi));
             c->g_re[out] = (real)(gamma[2 * in] / sqrt(N));
-            c->g_im[out] = (real)(gamma[2 * in + 1] / sqrt(N));
+            c->g_im[out] = kind == CEMA_REAL ? 0 : (real)(gamma[2 * in + 1] / sqrt(N));
         }
     }
 }
@@ -413,10 +413,10 @@ static void cema_coeffs_forward(Coeffs *c, const real *alpha, const real *delta,
 // forward: phi_n = sigmoid(theta) 2 pi n/N         dtheta = sum_n dphi_n 2 pi n/N sigmoid'(theta)
 // forward: g = gamma/sqrt(N)                       dgamma = G_g/sqrt(N)
 static void cema_coeffs_backward(real *dalpha, real *ddelta, real *dtheta, real *dgamma, const Coeffs *dc,
-                                 const real *alpha, const real *delta, const real *theta, int D, int N) {
+                                 const real *alpha, const real *delta, const real *theta, CemaKind kind, int D, int N) {
 #pragma omp parallel for schedule(static) if (is_large(64.0 * D * N))
     for (int d = 0; d < D; d++) {
-        double angle = 1 / (1 + exp(-(double)theta[d])), dangle = 0; // sigmoid(theta)
+        double angle = kind == CEMA_REAL ? 0 : 1 / (1 + exp(-(double)theta[d])), dangle = 0; // sigmoid(theta)
         for (int n = 0; n < N; n++) {
             size_t in = (size_t)d * N + n, out = (size_t)n * coeffs_stride(D) + d;
             double a = 1 / (1 + exp(-(double)alpha[in])), b = 1 / (1 + exp(-(double)delta[in]));
@@ -427,7 +427,7 @@ static void cema_coeffs_backward(real *dalpha, real *ddelta, real *dtheta, real 
             ddelta[in] += (real)(-a * dabs * b * (1 - b));
             dangle += dphi * 2 * PI * (n + 1) / N;
             dgamma[2 * in] += (real)(dc->g_re[out] / sqrt(N));
-            dgamma[2 * in + 1] += (real)(dc->g_im[out] / sqrt(N));
+            if (kind == CEMA_COMPLEX) dgamma[2 * in + 1] += (real)(dc->g_im[out] / sqrt(N));
         }
         dtheta[d] += (real)(dangle * angle * (1 - angle));
     }
@@ -766,7 +766,7 @@ static void linear_backward(real *dinp, int add, real *dweight, real *dbias, con
 // beta a score would be the cosine of the angle between two such vectors, whatever the size of the activations. gamma
 // lets the model learn the temperature of the softmax. That is why both carry 1/sqrt(dz), and the scores have no scale.
 
-static void qk_forward(real *q, real *k, const real *zn, const real *gamma, const real *beta, int R, int Z, int dz) {
+static void qk_forward(real *q, real *k, const real *zn, const real *gamma, const real *beta, int R, int Z, double dz) {
     real scale = (real)(1 / sqrt(dz));
 #pragma omp parallel for schedule(static) if (is_large((double)R * Z))
     for (int r = 0; r < R; r++) {
@@ -783,7 +783,7 @@ static void qk_forward(real *q, real *k, const real *zn, const real *gamma, cons
 // dgamma0 = sum over rows of dq zn scale, dbeta0 = sum over rows of dq; zn has two uses, so
 // dzn = (dq (gamma0 + 1) + dk (gamma1 + 1)) scale. dzn may be dq or dk, since the sums are computed first.
 static void qk_backward(real *dzn, real *dgamma, real *dbeta, const real *dq, const real *dk, const real *zn,
-                        const real *gamma, int R, int Z, int dz) {
+                        const real *gamma, int R, int Z, double dz) {
     real scale = (real)(1 / sqrt(dz));
 #pragma omp parallel for schedule(static) if (is_large((double)R * Z))
     for (int c0 = 0; c0 < Z; c0 += COLUMNS) {
@@ -863,9 +863,9 @@ static void rope_backward(real *dinp, const real *dout, const real *table, const
 
 static void qk_layer_forward(real *q, real *k, real *zn, real *z_rstd, const real *z, const real *gamma,
                              const real *beta, const real *table, const int64_t *count, Dims d, double eps) {
-    int R = d.B * d.L, head = d.Z / d.H;
-    rmsnorm_forward(zn, z_rstd, z, NULL, R * d.H, head, eps);
-    qk_forward(q, k, zn, gamma, beta, R, d.Z, head);
+    int R = d.B * d.L, head = d.Z / d.H, standard = d.attention == ATTENTION_STANDARD; // then z has no norm
+    if (!standard) rmsnorm_forward(zn, z_rstd, z, NULL, R * d.H, head, eps);
+    qk_forward(q, k, standard ? z : zn, gamma, beta, R, d.Z, key_width(d));
     if (!table) return;
     rope_forward(q, q, table, count, d);
     rope_forward(k, k, table, count, d);
@@ -874,14 +874,14 @@ static void qk_layer_forward(real *q, real *k, real *zn, real *z_rstd, const rea
 // The same three steps in reverse order. dq and dk are overwritten. dz must not be dq or dk.
 static void qk_layer_backward(real *dz, real *dgamma, real *dbeta, real *dq, real *dk, const real *zn,
                               const real *z_rstd, const real *z, const real *gamma, const real *table, Dims d) {
-    int R = d.B * d.L, head = d.Z / d.H;
+    int R = d.B * d.L, head = d.Z / d.H, standard = d.attention == ATTENTION_STANDARD;
     if (table) {
         rope_backward(dq, dq, table, NULL, d);
         rope_backward(dk, dk, table, NULL, d);
     }
-    real *dzn = dq;
-    qk_backward(dzn, dgamma, dbeta, dq, dk, zn, gamma, R, d.Z, head);
-    rmsnorm_backward(dz, NULL, dzn, z, NULL, z_rstd, R * d.H, head);
+    real *dzn = standard ? dz : dq;
+    qk_backward(dzn, dgamma, dbeta, dq, dk, standard ? z : zn, gamma, R, d.Z, key_width(d));
+    if (!standard) rmsnorm_backward(dz, NULL, dzn, z, NULL, z_rstd, R * d.H, head);
 }
 
 // ----------------------------------------------------------------------------
@@ -1225,6 +1225,8 @@ static void rescale_backward(real *dinp, real *dalpha, const real *dout, const r
     sum_rows(dalpha, dout, inp, NULL, NULL, R, D, 1);
 }
 
+static void copy(real *out, const real *inp, size_t n) { memcpy(out, inp, n * sizeof *out); }
+
 // A residual: out += inp.
 static void add(real *out, const real *inp, size_t n) {
 #pragma omp parallel for simd schedule(static) if (parallel : is_large((double)n))
@@ -1289,6 +1291,10 @@ static void timestep_norm_layer_forward(Model *m, int layer, real *y, double *me
                                         const real *weight, const real *bias, const State *in, State *out) {
     Dims d = m->dims;
     NormState start = norm_state(in, layer), end = norm_state(out, layer);
+    if (m->config.timestep_norm == NORM_LAYER) {
+        layernorm_forward(y, mean, rstd, x, weight, bias, d.B * d.L, d.D, m->config.norm_eps);
+        return;
+    }
     if (m->combining) {
         size_t groups = (size_t)d.B * d.G;
         double *mine = (double *)(void *)m->exchange;
@@ -1306,6 +1312,10 @@ static void timestep_norm_layer_backward(Model *m, int layer, real *dx, real *dw
     Dims d = m->dims;
     const int64_t *count = m->has_before ? m->before.count : NULL;
     size_t sums = (size_t)d.B * d.G * 3;
+    if (m->config.timestep_norm == NORM_LAYER) {
+        layer_instead_of_timestep_backward(m, dx, dweight, dbias, dy, residuals, x, weight, mean, rstd);
+        return;
+    }
     double *later = dstate ? dstate->sums + layer * sums : NULL; // U, V, W of the tokens after these
     if (m->cp.cp_size > 1) {
         timestep_norm_reduce_backward((double *)(void *)m->exchange, dy, x, weight, mean, rstd, count, d);
@@ -1322,6 +1332,10 @@ static void cema_layer_forward(Model *m, int layer, const State *in, State *out)
     LayerActs *a = &m->acts[layer];
     const Coeffs *coeffs = &m->coeffs[layer];
     size_t modes = (size_t)d.B * 2 * d.N * d.D, at = layer * modes;
+    if (m->config.cema == CEMA_NONE) {
+        copy(a->ema, a->xt, (size_t)d.B * d.L * d.D);
+        return;
+    }
     real *h_in = in ? in->h + at : NULL, *h_out = out ? out->h + at : NULL;
     if (m->combining) {
         cema_reduce((real *)(void *)m->exchange, a->xt, coeffs, 0, d);
@@ -1341,6 +1355,10 @@ static void cema_layer_backward(Model *m, int layer, real *dx, StateGrad *dstate
     Coeffs *dcoeffs = &m->scratch.dcoeffs;
     size_t modes = (size_t)d.B * 2 * d.N * d.D;
     real *dh = dstate ? dstate->h + layer * modes : NULL; // gradient w.r.t. the outgoing state
+    if (m->config.cema == CEMA_NONE) {
+        copy(dx, dy, (size_t)d.B * d.L * d.D);
+        return;
+    }
     if (m->cp.cp_size > 1) {
         cema_reduce((real *)(void *)m->exchange, dy, coeffs, 1, d);
         const real *all = all_gather(m, modes * sizeof *all);
@@ -1350,7 +1368,7 @@ static void cema_layer_backward(Model *m, int layer, real *dx, StateGrad *dstate
     }
     cema_backward(dx, dcoeffs, dw->cema_omega, dh, dy, a->xt, a->h, coeffs, w->cema_omega, d);
     cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, dcoeffs, w->cema_alpha,
-                         w->cema_delta, w->cema_theta, d.D, d.N);
+                         w->cema_delta, w->cema_theta, m->config.cema, d.D, d.N);
 }
 
 // ----------------------------------------------------------------------------
@@ -1515,7 +1533,7 @@ static void nffn_backward(Model *m, int layer, real *dy, const real *dout) {
 
 static void block_forward(Model *m, int layer, const State *in, State *out) {
     mega_forward(m, layer, in, out, m->x[layer]);
-    nffn_forward(m, layer, m->x[layer + 1], m->x[layer]);
+    nffn_forward(m, layer, m->x[layer + 1], m->config.two_hop == ONE_HOP ? m->acts[layer].y : m->x[layer]);
     m->acts_layer = layer;
 }
 
@@ -1529,9 +1547,11 @@ static void block_again(Model *m, int layer) {
 // scratch.dx: in: dout; out: dx, the gradient through both sub-layers plus dout itself.
 static void block_backward(Model *m, int layer, StateGrad *dstate) {
     Scratch *s = &m->scratch;
+    int one_hop = m->config.two_hop == ONE_HOP; // then dout reaches y
     block_again(m, layer);
     nffn_backward(m, layer, s->dy, s->dx);
-    mega_backward(m, layer, s->dx, dstate, s->dy, s->dx, m->x[layer]);
+    if (one_hop) add(s->dy, s->dx, (size_t)m->dims.B * m->dims.L * m->dims.D);
+    mega_backward(m, layer, s->dx, dstate, s->dy, one_hop ? NULL : s->dx, m->x[layer]);
 }
 
 // ----------------------------------------------------------------------------

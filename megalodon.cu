@@ -88,15 +88,6 @@ static __device__ float exp_fast(float x) { // the error of __expf is below that
 }
 static __device__ float sigmoid(float x) { return 1 / (1 + exp_fast(-x)); }
 
-// The column of this thread, in kernels whose blockIdx.x is a row or a token block, and whose blockIdx.y counts thread
-// blocks along the columns. It may be D or more.
-static __device__ int channel(void) { return blockIdx.y * blockDim.x + threadIdx.x; }
-#define COLUMN_GRID(R, D) dim3((unsigned)(R), ceil_div(D, THREADS)), THREADS
-
-// The row of this warp, in kernels whose thread blocks have ROW_WARPS warps with a row each. It may be R or more.
-static __device__ size_t warp_row(void) { return (size_t)blockIdx.x * ROW_WARPS + threadIdx.y; }
-#define ROW_GRID(R) blocks_for((size_t)(R), ROW_WARPS), dim3(WARP, ROW_WARPS)
-
 // ----------------------------------------------------------------------------
 // matrix product: C (M,N) = op(A) op(B), added to C if `add`. op(A) is (M,K), op(B) is (K,N).
 // cuBLAS stores matrices by columns. A row-major C is the column-major C' = op(B)' op(A)', so A and B change places.
@@ -588,20 +579,22 @@ static void timestep_norm_combine_backward(double *dstate, double *end, const do
 
 // Formula: coefficients from parameters, see megalodon.c. Mapping: a thread has one of the N*D.
 static __global__ void cema_coeffs_forward_kernel(Coeffs c, const float *alpha, const float *delta, const float *theta,
-                                                  const float *gamma, int D, int N) {
+                                                  const float *gamma, CemaKind kind, int D, int N) {
     int i = thread_index();
     if (i >= D * N) return;
     int n = i / D, d = i % D, in = d * N + n;
     double a = 1 / (1 + exp(-(double)alpha[in])), b = 1 / (1 + exp(-(double)delta[in]));
-    double phi = 2 * PI * (n + 1) / N / (1 + exp(-(double)theta[d])), size = 1 - a * b;
+    double phi = kind == CEMA_REAL ? 0 : 2 * PI * (n + 1) / N / (1 + exp(-(double)theta[d])), size = 1 - a * b;
+    double g_im = kind == CEMA_REAL ? 0 : gamma[2 * in + 1];
     c.p[i] = (float)a;
     c.q_re[i] = (float)(size * cos(phi)), c.q_im[i] = (float)(size * sin(phi));
-    c.g_re[i] = (float)(gamma[2 * in] / sqrt((double)N)), c.g_im[i] = (float)(gamma[2 * in + 1] / sqrt((double)N));
+    c.g_re[i] = (float)(gamma[2 * in] / sqrt((double)N)), c.g_im[i] = (float)(g_im / sqrt((double)N));
 }
 
 static void cema_coeffs_forward(Coeffs *c, const float *alpha, const float *delta, const float *theta,
-                                const float *gamma, int D, int N) {
-    cema_coeffs_forward_kernel<<<blocks_for((size_t)D * N, THREADS), THREADS>>>(*c, alpha, delta, theta, gamma, D, N);
+                                const float *gamma, CemaKind kind, int D, int N) {
+    unsigned blocks = blocks_for((size_t)D * N, THREADS);
+    cema_coeffs_forward_kernel<<<blocks, THREADS>>>(*c, alpha, delta, theta, gamma, kind, D, N);
 }
 
 // Forward lines: p = sigmoid(alpha), q = (1 - p sigmoid(delta)) e^(i phi), phi_n = sigmoid(theta) 2 pi n/N for n = 1..N
@@ -610,10 +603,10 @@ static void cema_coeffs_forward(Coeffs *c, const float *alpha, const float *delt
 //   gradients w.r.t. it are added in shared memory.
 static __global__ void cema_coeffs_backward_kernel(float *dalpha, float *ddelta, float *dtheta, float *dgamma,
                                                    Coeffs dc, const float *alpha, const float *delta,
-                                                   const float *theta, int D, int N) {
+                                                   const float *theta, CemaKind kind, int D, int N) {
     __shared__ double dangles[ROW_WARPS][WARP];
     int d = blockIdx.x * WARP + threadIdx.x;
-    double angle = d < D ? 1 / (1 + exp(-(double)theta[d])) : 0, dangle = 0;
+    double angle = d < D && kind == CEMA_COMPLEX ? 1 / (1 + exp(-(double)theta[d])) : 0, dangle = 0;
     for (int n = threadIdx.y; n < N && d < D; n += ROW_WARPS) {
         size_t in = (size_t)d * N + n, i = (size_t)n * D + d;
         double a = 1 / (1 + exp(-(double)alpha[in])), b = 1 / (1 + exp(-(double)delta[in]));
@@ -624,7 +617,7 @@ static __global__ void cema_coeffs_backward_kernel(float *dalpha, float *ddelta,
         ddelta[in] += (float)(-a * dabs * b * (1 - b));
         dangle += dphi * 2 * PI * (n + 1) / N;
         dgamma[2 * in] += (float)(dc.g_re[i] / sqrt((double)N));
-        dgamma[2 * in + 1] += (float)(dc.g_im[i] / sqrt((double)N));
+        if (kind == CEMA_COMPLEX) dgamma[2 * in + 1] += (float)(dc.g_im[i] / sqrt((double)N));
     }
     dangles[threadIdx.y][threadIdx.x] = dangle;
     __syncthreads();
@@ -634,9 +627,10 @@ static __global__ void cema_coeffs_backward_kernel(float *dalpha, float *ddelta,
 }
 
 static void cema_coeffs_backward(float *dalpha, float *ddelta, float *dtheta, float *dgamma, const Coeffs *dc,
-                                 const float *alpha, const float *delta, const float *theta, int D, int N) {
+                                 const float *alpha, const float *delta, const float *theta, CemaKind kind, int D,
+                                 int N) {
     cema_coeffs_backward_kernel<<<ceil_div(D, WARP), dim3(WARP, ROW_WARPS), 0, gpu.stream>>>(
-        dalpha, ddelta, dtheta, dgamma, *dc, alpha, delta, theta, D, N);
+        dalpha, ddelta, dtheta, dgamma, *dc, alpha, delta, theta, kind, D, N);
 }
 
 static __device__ float2 times(float2 a, float2 b) { return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x); }
@@ -1036,7 +1030,7 @@ static __global__ void qk_forward_kernel(floatX *q, floatX *k, const floatX *zn,
 }
 
 static void qk_forward(floatX *q, floatX *k, const floatX *zn, const float *gamma, const float *beta, int R, int Z,
-                       int dz) {
+                       double dz) {
     qk_forward_kernel<<<COLUMN_GRID(R, Z)>>>(q, k, zn, gamma, beta, Z, 1 / sqrtf((float)dz));
 }
 
@@ -1051,7 +1045,7 @@ static __global__ void qk_backward_kernel(floatX *dzn, const floatX *dq, const f
 }
 
 static void qk_backward(floatX *dzn, float *dgamma, float *dbeta, const floatX *dq, const floatX *dk, const floatX *zn,
-                        const float *gamma, int R, int Z, int dz) {
+                        const float *gamma, int R, int Z, double dz) {
     float scale = 1 / sqrtf((float)dz);
     qk_backward_kernel<<<COLUMN_GRID(R, Z)>>>(dzn, dq, dk, gamma, Z, scale);
     sum_rows(dgamma, dq, zn, NULL, NULL, scale, R, Z, 1);
@@ -1103,9 +1097,9 @@ static void rope_backward(floatX *dinp, const floatX *dout, const float *table, 
 static void qk_layer_forward(floatX *q, floatX *k, floatX *zn, float *z_rstd, const floatX *z, const float *gamma,
                              const float *beta, const float *table, const int64_t *count, Dims d, double eps) {
     FAST(qk_fast_supports(d), qk_fast_forward(q, k, zn, z_rstd, z, gamma, beta, table, count, d, eps));
-    int R = d.B * d.L, head = d.Z / d.H;
-    rmsnorm_forward(zn, z_rstd, z, NULL, R * d.H, head, eps);
-    qk_forward(q, k, zn, gamma, beta, R, d.Z, head);
+    int R = d.B * d.L, head = d.Z / d.H, standard = d.attention == ATTENTION_STANDARD; // then z has no norm
+    if (!standard) rmsnorm_forward(zn, z_rstd, z, NULL, R * d.H, head, eps);
+    qk_forward(q, k, standard ? z : zn, gamma, beta, R, d.Z, key_width(d));
     if (table == NULL) return;
     rope_forward(q, q, table, count, d);
     rope_forward(k, k, table, count, d);
@@ -1115,11 +1109,11 @@ static void qk_layer_forward(floatX *q, floatX *k, floatX *zn, float *z_rstd, co
 static void qk_layer_backward(floatX *dz, float *dgamma, float *dbeta, floatX *dq, floatX *dk, floatX *zn,
                               const float *z_rstd, const floatX *z, const float *gamma, const float *table, Dims d) {
     FAST(qk_fast_supports(d), qk_fast_backward(dz, dgamma, dbeta, dq, dk, zn, z_rstd, z, gamma, table, d));
-    int R = d.B * d.L, head = d.Z / d.H;
+    int R = d.B * d.L, head = d.Z / d.H, standard = d.attention == ATTENTION_STANDARD;
     rope_backward(dq, dq, table, NULL, d);
     rope_backward(dk, dk, table, NULL, d);
-    qk_backward(dz, dgamma, dbeta, dq, dk, zn, gamma, R, d.Z, head);
-    rmsnorm_backward(dz, NULL, dz, z, NULL, z_rstd, R * d.H, head);
+    qk_backward(dz, dgamma, dbeta, dq, dk, standard ? z : zn, gamma, R, d.Z, key_width(d));
+    if (!standard) rmsnorm_backward(dz, NULL, dz, z, NULL, z_rstd, R * d.H, head);
 }
 
 // ----------------------------------------------------------------------------
@@ -1578,6 +1572,9 @@ static const floatX *rounded(const Model *m, const float *param) { return m->rou
 static void timestep_norm_layer_forward(Model *m, int layer, floatX *y, double *mean, float *rstd, const floatX *x,
                                         const float *weight, const float *bias, const State *in, State *out) {
     NormState start = norm_state(in, layer), end = norm_state(out, layer);
+    int R = m->dims.B * m->dims.L;
+    if (m->config.timestep_norm == NORM_LAYER)
+        return layernorm_forward(y, mean, rstd, x, weight, bias, R, m->dims.D, m->config.norm_eps);
     if (m->combining) {
         size_t pairs = (size_t)m->dims.B * m->dims.G, bytes = 2 * pairs * sizeof(double);
         NormState mine = {NULL, (double *)m->exchange, (double *)m->exchange + pairs};
@@ -1594,6 +1591,8 @@ static void timestep_norm_layer_backward(Model *m, int layer, floatX *dx, float 
     const int64_t *count = m->has_before ? m->before.count : NULL;
     size_t sums = (size_t)m->dims.B * m->dims.G * 3, bytes = sums * sizeof(double);
     double *later = dstate ? dstate->sums + layer * sums : NULL; // U, V, W of the tokens after these
+    if (m->config.timestep_norm == NORM_LAYER)
+        return layer_instead_of_timestep_backward(m, dx, dweight, dbias, dy, residuals, x, weight, mean, rstd);
     if (m->cp.cp_size > 1) {
         double *whole = later;
         timestep_norm_reduce_backward((double *)m->exchange, dy, x, weight, mean, rstd, count, m->dims);
@@ -1608,6 +1607,7 @@ static void cema_layer_forward(Model *m, int layer, const State *in, State *out)
     const Coeffs *coeffs = &m->coeffs[layer];
     size_t states = (size_t)m->dims.B * 2 * m->dims.N * m->dims.D;
     float *h_in = in ? in->h + layer * states : NULL, *h_out = out ? out->h + layer * states : NULL;
+    if (m->config.cema == CEMA_NONE) return copy(a->ema, a->xt, (size_t)m->dims.B * m->dims.L * m->dims.D);
     if (m->combining) {
         cema_reduce((float *)m->exchange, a->xt, coeffs, 0, m->dims);
         cema_combine(h_in, h_out, (float *)all_gather(m, states * sizeof(float)), coeffs, 0, &m->cp, m->dims);
@@ -1623,6 +1623,7 @@ static void cema_layer_backward(Model *m, int layer, floatX *dx, StateGrad *dsta
     Coeffs *coeffs = &m->coeffs[layer], *dcoeffs = &m->scratch.dcoeffs;
     size_t states = (size_t)m->dims.B * 2 * m->dims.N * m->dims.D, bytes = states * sizeof(float);
     float *dh = dstate ? dstate->h + layer * states : NULL; // gradient w.r.t. the outgoing state
+    if (m->config.cema == CEMA_NONE) return copy(dx, dy, (size_t)m->dims.B * m->dims.L * m->dims.D);
     if (m->cp.cp_size > 1) {
         float *whole = dh;
         cema_reduce((float *)m->exchange, dy, coeffs, 1, m->dims);
@@ -1631,7 +1632,7 @@ static void cema_layer_backward(Model *m, int layer, floatX *dx, StateGrad *dsta
     }
     cema_backward(dx, dcoeffs, dw->cema_omega, dh, dy, a->xt, a->h, coeffs, w->cema_omega, m->dims);
     BESIDE(cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, dcoeffs, w->cema_alpha,
-                                w->cema_delta, w->cema_theta, m->dims.D, m->dims.N));
+                                w->cema_delta, w->cema_theta, m->config.cema, m->dims.D, m->dims.N));
 }
 
 // ----------------------------------------------------------------------------
@@ -1800,7 +1801,7 @@ static void nffn_backward(Model *m, int layer, floatX *dy, const floatX *dout) {
 
 static void block_forward(Model *m, int layer, const State *in, State *out) {
     mega_forward(m, layer, in, out, m->x[layer]);
-    nffn_forward(m, layer, m->x[layer + 1], m->x[layer]);
+    nffn_forward(m, layer, m->x[layer + 1], m->config.two_hop == ONE_HOP ? m->acts[layer].y : m->x[layer]);
     m->acts_layer = layer;
 }
 
@@ -1814,10 +1815,12 @@ static void block_again(Model *m, int layer) {
 // scratch.dx: in: dout; out: dx, the gradient through both sub-layers plus dout itself.
 static void block_backward(Model *m, int layer, StateGrad *dstate) {
     Scratch *s = &m->scratch;
+    int one_hop = m->config.two_hop == ONE_HOP; // then dout reaches y
     block_again(m, layer);
     nffn_backward(m, layer, s->dy, s->dx);
     JOIN();
-    mega_backward(m, layer, s->dx, dstate, s->dy, s->dx, m->x[layer]);
+    if (one_hop) add(s->dy, s->dx, (size_t)m->dims.B * m->dims.L * m->dims.D);
+    mega_backward(m, layer, s->dx, dstate, s->dy, one_hop ? NULL : s->dx, m->x[layer]);
     JOIN();
 }
 

@@ -81,6 +81,15 @@ typedef float real;
 
 typedef enum { HE, GAUSSIAN, XAVIER, BERT } InitMode; // initial values of linear weights, see INIT_LINEAR
 
+// Parts of the model that can be replaced, so that one sees what they do (dev/notes/ablation.md). The first choice of
+// each is Megalodon. Parameters that a choice does not use stay in the model, with gradient 0.
+typedef enum { CEMA_COMPLEX, CEMA_REAL, CEMA_NONE } CemaKind; // real: phases and gamma's imaginary part are 0, which is
+                                                              // Mega's EMA; none: mx = RMSNorm(xt)
+typedef enum { NORM_TIMESTEP, NORM_LAYER } NormKind; // layer: LayerNorm of each token, also as the final norm
+typedef enum { ATTENTION_NORMALIZED, ATTENTION_STANDARD } AttentionKind; // standard: z has no norm,
+                                                                         // q = z (gamma0+1)/dz^(1/4) + beta0, likewise k
+typedef enum { TWO_HOPS, ONE_HOP } HopKind; // one: out = nffn(y) + y, as in a pre-norm Transformer
+
 typedef struct {
     int num_layers, model_dim, z_dim, value_dim, num_heads, ffn_hidden_dim, cema_ndim, chunk_size;
     int vocab_size, norm_num_groups;
@@ -88,6 +97,10 @@ typedef struct {
     double norm_eps, rope_base;
     double dropout, hidden_dropout, attention_dropout; // probabilities, in training only; see megalodon_dropout
     InitMode init_mode;
+    CemaKind cema;
+    NormKind timestep_norm;
+    AttentionKind attention;
+    HopKind two_hop;
 } Config;
 
 typedef struct {

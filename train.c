@@ -20,7 +20,7 @@ enum { MAX_SKIPPED = 3 }; // the run ends after so many steps in a row whose los
 typedef struct {
     Config config; // fields that model options set
     const char *preset, *config_file, *init, *resume, *data, *val_data, *batch, *schedule, *out, *log, *dump;
-    const char *init_mode, *data_format, *tokenizer, *segment_len;
+    const char *data_format, *tokenizer, *segment_len;
     const char *data_print, *val_data_print; // tokens_fingerprint() of both files, to detect changes
     int batch_size, grad_accum, eot, carry_state, recompute, threads, chunk_parallel, eval, overwrite;
     int64_t seq_len, steps, warmup, seed, print_every, val_every, val_batches, sample_every, save_every;
@@ -62,7 +62,11 @@ static Option options[] = {
     {OPT_REAL, "dropout", &s.config.dropout, 0, 0.999, .help = "of the embedding and of the output of each sub-layer"},
     {OPT_REAL, "hidden-dropout", &s.config.hidden_dropout, 0, 0.999, .help = "inside the sub-layers"},
     {OPT_REAL, "attention-dropout", &s.config.attention_dropout, 0, 0.999, .help = "of the attention probabilities"},
-    {OPT_TEXT, "init-mode", &s.init_mode, .arg = "NAME", .help = "linear weights: he, gaussian, xavier, bert (he)"},
+    {OPT_CHOICE, "init-mode", &s.config.init_mode, .arg = INIT_MODES, .help = "linear weights: he, gaussian, xavier, bert"},
+    {OPT_CHOICE, "cema", &s.config.cema, .arg = CEMA_KINDS, .help = "complex; real: an average that only decays; none"},
+    {OPT_CHOICE, "timestep-norm", &s.config.timestep_norm, .arg = NORM_KINDS, .help = "timestep; layer: LayerNorm of each token"},
+    {OPT_CHOICE, "attention", &s.config.attention, .arg = ATTENTION_KINDS, .help = "normalized; standard: queries and keys are not"},
+    {OPT_CHOICE, "two-hop", &s.config.two_hop, .arg = TWO_HOP_KINDS, .help = "off: the FFN's residual is its own input"},
 
     {OPT_HEADING, .help = "Data", .kept = true},
     {OPT_PATH, "data", &s.data, .arg = "FILE", .help = "raw bytes, or a .bin token file (dev/data/shakespeare.txt)"},
@@ -265,12 +269,6 @@ static Config configure(StFile *file) {
     if (owner != NULL && named && !config_equal(&asked, &config))
         usage_error("--%s contradicts the configuration in %s; leave it out", s.preset ? "preset" : "config", owner);
     config_apply(&config, &s.config, options, owner);
-    InitMode mode = config.init_mode;
-    if (s.init_mode && !find_init_mode(s.init_mode, &mode))
-        usage_error("--init-mode %s: it is he, gaussian, xavier or bert", s.init_mode);
-    if (owner != NULL && mode != config.init_mode)
-        usage_error("--init-mode contradicts the configuration in %s; leave it out", owner);
-    config.init_mode = mode;
     if (!config_check(&config, err)) usage_error("the model's configuration: %s", err);
     if (s.eot >= config.vocab_size) usage_error("--eot %d: the vocabulary has %d tokens", s.eot, config.vocab_size);
     if (s.carry_state && s.seq_len % config.chunk_size != 0)
@@ -526,11 +524,18 @@ static void print_header(const Run *run) {
     printf("backend     %s\n", megalodon_backend());
     printf("model       %d layers, model_dim %d, %d heads, z_dim %d, value_dim %d, ffn_hidden_dim %d%s, "
            "cema_ndim %d,\n"
-           "            chunk_size %d, vocab_size %d, norm_num_groups %d%s%s%s%s\n",
+           "            chunk_size %d, vocab_size %d, norm_num_groups %d%s%s%s%s",
            c->num_layers, c->model_dim, c->num_heads, c->z_dim, c->value_dim, c->ffn_hidden_dim,
            c->swiglu ? " swiglu" : "", c->cema_ndim, c->chunk_size, c->vocab_size, c->norm_num_groups,
            c->rescale_nffn ? ", rescale_nffn" : "", c->scale_emb ? ", scale_emb" : "",
            c->share_emb ? ", share_emb" : "", c->norm_affine ? "" : ", no norm_affine");
+    printf("%s%s%s%s\n",
+           c->cema == CEMA_REAL   ? ", cema real"
+           : c->cema == CEMA_NONE ? ", cema none"
+                                  : "",
+           c->timestep_norm == NORM_LAYER ? ", timestep_norm layer" : "",
+           c->attention == ATTENTION_STANDARD ? ", attention standard" : "",
+           c->two_hop == ONE_HOP ? ", two_hop off" : "");
     printf("parameters  %zu\n", count_parameters(c));
     printf(
         "memory      %.1f MiB: parameters %.1f, gradients %.1f, moments %.1f, activations %.1f, scratch %.1f, states "

@@ -166,7 +166,7 @@ static void run_cema_backward(void) {
         LAYER cema_backward(s->dxt, &s->dcoeffs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coeffs[l],
                             w->cema_omega, d);
         cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoeffs, w->cema_alpha,
-                             w->cema_delta, w->cema_theta, D, d.N);
+                             w->cema_delta, w->cema_theta, CEMA_COMPLEX, D, d.N);
     }
 }
 static void run_row_norms_forward(void) {

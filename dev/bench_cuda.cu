@@ -230,7 +230,7 @@ static void list_backward(int l, double states) {
     part("CEMA backward", 0, acts(3 * D) + states, [=] {
         cema_backward(s->dxt, &s->dcoeffs, dw->cema_omega, NULL, s->dema, a->xt, a->h, &m->coeffs[l], w->cema_omega, d);
         cema_coeffs_backward(dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, &s->dcoeffs, w->cema_alpha,
-                             w->cema_delta, w->cema_theta, D, N);
+                             w->cema_delta, w->cema_theta, CEMA_COMPLEX, D, N);
     });
     part("silu of v backward, wv's dbias", 0, acts(3 * E),
          [=] { silu_bias_backward(s->do_, dw->wv_bias, s->dv, a->v_pre, R, E); });
@@ -262,7 +262,8 @@ static void list_step(void) {
     for (int l = 0; l < layers; l++) {
         const LayerParams *w = &m->params.layers[l];
         part("CEMA's coefficients", 0, 4.0 * (11.0 * N * D + D), [=] {
-            cema_coeffs_forward(&m->coeffs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, D, N);
+            cema_coeffs_forward(&m->coeffs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma, CEMA_COMPLEX,
+                                D, N);
         });
     }
     part("embedding", 0, acts(2 * D),

@@ -28,7 +28,8 @@ DEFAULTS = dict(
     num_layers=8, model_dim=1024, z_dim=256, value_dim=2048, num_heads=1, ffn_hidden_dim=2048, cema_ndim=16,
     chunk_size=2048, init_mode="he", vocab_size=-1, output_size=-1, norm_num_groups=32, norm_affine=True, norm_eps=1e-5,
     rope_base=None, dropout=0.0, hidden_dropout=0.0, attention_dropout=0.0, swiglu=False, rescale_nffn=False,
-    scale_emb=False, share_emb=False, efficient_attn=None, layerwise_ckpt=False)
+    scale_emb=False, share_emb=False, efficient_attn=None, layerwise_ckpt=False,
+    cema="complex", timestep_norm="timestep", attention="normalized", two_hop="on")  # other choices: see megalodon.h
 COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
@@ -95,12 +96,14 @@ def timestep_norm_forward(inp, weight, bias, state, count, G, eps):
     return torch.stack(out, 1), (mean, m2)
 
 
-def cema_coeffs_forward(alpha, delta, theta, gamma):
-    """p (D,N), q and g (D,N) complex."""
+def cema_coeffs_forward(alpha, delta, theta, gamma, kind):
+    """p (D,N), q and g (D,N) complex. kind real: no phases, and gamma is real."""
     N = alpha.shape[1]
     a, b = torch.sigmoid(alpha[..., 0]), torch.sigmoid(delta[..., 0])
     n = torch.arange(1, N + 1, dtype=alpha.dtype)
     phi = torch.sigmoid(theta[..., 0]) * 2 * math.pi * n / N
+    if kind == "real":
+        phi, gamma = torch.zeros_like(phi), gamma * torch.tensor([1, 0], dtype=gamma.dtype)
     return a, torch.polar(1 - a * b, phi), torch.view_as_complex(gamma.contiguous()) / math.sqrt(N)
 
 
@@ -157,9 +160,11 @@ def rope_forward(inp, table, count, H):
     return torch.view_as_real(pairs * table[positions][:, None]).reshape(B, L, Z)
 
 
-def qk_layer_forward(z, gamma, beta, H, eps):
-    """RMSNorm of each head of z, then q and k, before the rotation."""
+def qk_layer_forward(z, gamma, beta, H, eps, kind):
+    """RMSNorm of each head of z, then q and k, before the rotation. kind standard: no norm."""
     B, L, Z = z.shape
+    if kind == "standard":
+        return qk_forward(z, gamma, beta, math.sqrt(Z // H))
     zn = rmsnorm_forward(z.reshape(B, L, H, -1), None, eps).reshape(B, L, Z)
     return qk_forward(zn, gamma, beta, Z // H)
 
@@ -211,25 +216,39 @@ def output_loss(x, output, targets):
     return logits, losses[targets >= 0].mean()
 
 
+def timestep_norm_layer_forward(config, x, weight, bias, state, index):
+    """TimestepNorm number `index`, or LayerNorm in its place, which has no state."""
+    if config.timestep_norm == "layer":
+        return layernorm_forward(x, weight, bias, config.norm_eps)
+    y, state.norm[index] = timestep_norm_forward(x, weight, bias, state.norm[index], state.count,
+                                                 config.norm_num_groups, config.norm_eps)
+    return y
+
+
+def cema_layer_forward(config, w, xt, state, layer, cema):
+    if config.cema == "none":
+        return xt
+    coeffs = cema_coeffs_forward(*(w["mega.cema." + name] for name in ("alpha", "delta", "theta", "gamma")), config.cema)
+    ema, state.h[layer] = cema(xt, coeffs, w["mega.cema.omega"], state.h[layer])
+    return ema
+
+
 # ----------------------------------------------------------------------------
 # blocks and model; w: {name: parameter} of the layer, acts: gets the activations of a dump
 
 
 def mega_forward(config, w, x, layer, state, acts, cema):
     c, eps, H = config, config.norm_eps, config.num_heads
-    # xt = TimestepNorm(x),    mx = RMSNorm(CEMA(xt))
-    xt, state.norm[layer] = timestep_norm_forward(x, w["mega.timenorm.weight"], w["mega.timenorm.bias"],
-                                                  state.norm[layer], state.count, c.norm_num_groups, eps)
-    coeffs = cema_coeffs_forward(*(w["mega.cema." + name] for name in ("alpha", "delta", "theta", "gamma")))
-    ema, state.h[layer] = cema(xt, coeffs, w["mega.cema.omega"], state.h[layer])
+    # xt = TimestepNorm(x),    v = silu(xt Wv' + bv),    mx = RMSNorm(CEMA(xt))
+    xt = timestep_norm_layer_forward(c, x, w["mega.timenorm.weight"], w["mega.timenorm.bias"], state, layer)
+    v = silu_forward(linear_forward(xt, w["mega.wv.weight"], w["mega.wv.bias"]))
+    ema = cema_layer_forward(c, w, xt, state, layer, cema)
     mx = rmsnorm_forward(ema, w.get("mega.rmsnorm.weight"), eps)
     # z = mx Wz' + bz,    q, k: RMSNorm of each head of z, an affine map, a rotation
     z = linear_forward(mx, w["mega.wz.weight"], w["mega.wz.bias"])
-    q, k = qk_layer_forward(z, w["mega.gamma"], w["mega.beta"], H, eps)
+    q, k = qk_layer_forward(z, w["mega.gamma"], w["mega.beta"], H, eps, c.attention)
     table = rope_table(c.chunk_size, c.z_dim // H, c.rope_base or 10000.0, x.dtype)
     q_rotated, k_rotated = (rope_forward(inp, table, state.count, H) for inp in (q, k))
-    # v = silu(xt Wv' + bv)
-    v = silu_forward(linear_forward(xt, w["mega.wv.weight"], w["mega.wv.bias"]))
     # o = attention(q, k, v)
     o, state.kv[layer] = attention_forward(q_rotated, k_rotated, v, state.kv[layer], c.chunk_size, H)
     # y = (mx Wh1' + bh1) + (o * r) Wh2' + x,    r = silu(mx Wr' + br)
@@ -255,7 +274,7 @@ def nffn_forward(config, w, y, x, acts):
 
 def block_forward(config, w, x, layer, state, acts, cema):
     y = mega_forward(config, w, x, layer, state, acts, cema)
-    return nffn_forward(config, w, y, x, acts)
+    return nffn_forward(config, w, y, y if config.two_hop == "off" else x, acts)
 
 
 def megalodon_forward(config, params, tokens, state, acts, cema=cema_forward):
@@ -267,8 +286,7 @@ def megalodon_forward(config, params, tokens, state, acts, cema=cema_forward):
         x = block_forward(config, w, x, layer, state, own, cema)
         acts |= {f"act.{prefix}{name}": value for name, value in own.items()}
     weight, bias = params["output.final_norm.weight"], params["output.final_norm.bias"]
-    final, state.norm[-1] = timestep_norm_forward(x, weight, bias, state.norm[-1], state.count, config.norm_num_groups,
-                                                  config.norm_eps)
+    final = timestep_norm_layer_forward(config, x, weight, bias, state, -1)
     state.count += tokens.shape[1]
     acts["act.final_norm"] = final
     return final
@@ -287,7 +305,8 @@ def dump(config, params, batch, state, cema=cema_forward):
     logits, loss = output_loss(final, output_weight(config, params), batch["input.targets"].long())
     loss.backward()
     tensors |= {"act.logits": logits, "loss": loss.reshape(1)}
-    return tensors | {"grad." + name: value.grad for name, value in params.items()}
+    return tensors | {"grad." + name: torch.zeros_like(value) if value.grad is None else value.grad
+                      for name, value in params.items()}
 
 
 def generate(config, params, prompt, num_tokens):

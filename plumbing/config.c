@@ -6,49 +6,46 @@
 #include "json.h"
 #include "plumbing.h"
 
-typedef enum { INTEGER, BOOLEAN, NUMBER, PROBABILITY, MODE } FieldKind;
+typedef enum { INTEGER, BOOLEAN, NUMBER, PROBABILITY, CHOICE, VARIANT } FieldKind;
 typedef struct {
     const char *name;
     FieldKind kind;
     size_t offset;
+    const char *choices; // of a CHOICE or VARIANT, see choice_index(). The first choice of a VARIANT is not written,
+                         // since the released code does not know the field
 } Field;
 
 static const Field fields[] = {
-    {"num_layers", INTEGER, offsetof(Config, num_layers)},
-    {"model_dim", INTEGER, offsetof(Config, model_dim)},
-    {"z_dim", INTEGER, offsetof(Config, z_dim)},
-    {"value_dim", INTEGER, offsetof(Config, value_dim)},
-    {"num_heads", INTEGER, offsetof(Config, num_heads)},
-    {"ffn_hidden_dim", INTEGER, offsetof(Config, ffn_hidden_dim)},
-    {"cema_ndim", INTEGER, offsetof(Config, cema_ndim)},
-    {"chunk_size", INTEGER, offsetof(Config, chunk_size)},
-    {"vocab_size", INTEGER, offsetof(Config, vocab_size)},
-    {"norm_num_groups", INTEGER, offsetof(Config, norm_num_groups)},
-    {"swiglu", BOOLEAN, offsetof(Config, swiglu)},
-    {"rescale_nffn", BOOLEAN, offsetof(Config, rescale_nffn)},
-    {"scale_emb", BOOLEAN, offsetof(Config, scale_emb)},
-    {"share_emb", BOOLEAN, offsetof(Config, share_emb)},
-    {"norm_affine", BOOLEAN, offsetof(Config, norm_affine)},
-    {"norm_eps", NUMBER, offsetof(Config, norm_eps)},
-    {"rope_base", NUMBER, offsetof(Config, rope_base)},
-    {"dropout", PROBABILITY, offsetof(Config, dropout)},
-    {"hidden_dropout", PROBABILITY, offsetof(Config, hidden_dropout)},
-    {"attention_dropout", PROBABILITY, offsetof(Config, attention_dropout)},
-    {"init_mode", MODE, offsetof(Config, init_mode)},
+    {"num_layers", INTEGER, offsetof(Config, num_layers), NULL},
+    {"model_dim", INTEGER, offsetof(Config, model_dim), NULL},
+    {"z_dim", INTEGER, offsetof(Config, z_dim), NULL},
+    {"value_dim", INTEGER, offsetof(Config, value_dim), NULL},
+    {"num_heads", INTEGER, offsetof(Config, num_heads), NULL},
+    {"ffn_hidden_dim", INTEGER, offsetof(Config, ffn_hidden_dim), NULL},
+    {"cema_ndim", INTEGER, offsetof(Config, cema_ndim), NULL},
+    {"chunk_size", INTEGER, offsetof(Config, chunk_size), NULL},
+    {"vocab_size", INTEGER, offsetof(Config, vocab_size), NULL},
+    {"norm_num_groups", INTEGER, offsetof(Config, norm_num_groups), NULL},
+    {"swiglu", BOOLEAN, offsetof(Config, swiglu), NULL},
+    {"rescale_nffn", BOOLEAN, offsetof(Config, rescale_nffn), NULL},
+    {"scale_emb", BOOLEAN, offsetof(Config, scale_emb), NULL},
+    {"share_emb", BOOLEAN, offsetof(Config, share_emb), NULL},
+    {"norm_affine", BOOLEAN, offsetof(Config, norm_affine), NULL},
+    {"norm_eps", NUMBER, offsetof(Config, norm_eps), NULL},
+    {"rope_base", NUMBER, offsetof(Config, rope_base), NULL},
+    {"dropout", PROBABILITY, offsetof(Config, dropout), NULL},
+    {"hidden_dropout", PROBABILITY, offsetof(Config, hidden_dropout), NULL},
+    {"attention_dropout", PROBABILITY, offsetof(Config, attention_dropout), NULL},
+    {"init_mode", CHOICE, offsetof(Config, init_mode), INIT_MODES},
+    {"cema", VARIANT, offsetof(Config, cema), CEMA_KINDS},
+    {"timestep_norm", VARIANT, offsetof(Config, timestep_norm), NORM_KINDS},
+    {"attention", VARIANT, offsetof(Config, attention), ATTENTION_KINDS},
+    {"two_hop", VARIANT, offsetof(Config, two_hop), TWO_HOP_KINDS},
 };
 enum { NUM_FIELDS = sizeof fields / sizeof fields[0] };
 
-static const char *const mode_names[] = {"he", "gaussian", "xavier", "bert"}; // as in InitMode
-
 static size_t field_size(const Field *f) {
     return f->kind == NUMBER || f->kind == PROBABILITY ? sizeof(double) : sizeof(int);
-}
-
-bool find_init_mode(const char *name, InitMode *mode) {
-    for (int i = HE; i <= BERT; i++) {
-        if (strcmp(name, mode_names[i]) == 0) return *mode = (InitMode)i, true;
-    }
-    return false;
 }
 
 const Config *find_preset(const char *name) {
@@ -63,7 +60,31 @@ const Config *find_preset(const char *name) {
 
 Config config_defaults(void) {
     // layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base
-    return (Config){8, 1024, 256, 2048, 1, 2048, 16, 2048, 0, 32, 0, 0, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE};
+    return (Config){8,
+                    1024,
+                    256,
+                    2048,
+                    1,
+                    2048,
+                    16,
+                    2048,
+                    0,
+                    32,
+                    0,
+                    0,
+                    0,
+                    0,
+                    1,
+                    1e-5,
+                    1e4,
+                    0,
+                    0,
+                    0,
+                    HE,
+                    CEMA_COMPLEX,
+                    NORM_TIMESTEP,
+                    ATTENTION_NORMALIZED,
+                    TWO_HOPS};
 }
 
 // ----------------------------------------------------------------------------
@@ -74,9 +95,11 @@ static void read_field(Json *j, Config *c, const Field *f) {
     int64_t whole;
     bool boolean;
     char name[32];
-    if (f->kind == MODE) {
-        if (json_string(j, name, sizeof name) && !find_init_mode(name, (InitMode *)(void *)at))
-            json_fail(j, "init_mode \"%s\" is none of he, gaussian, xavier, bert", name);
+    if (f->choices != NULL) {
+        if (!json_string(j, name, sizeof name)) return;
+        const int index = choice_index(f->choices, name);
+        if (index < 0) json_fail(j, "%s \"%s\" is none of: %s", f->name, name, f->choices);
+        if (index >= 0) *(int *)(void *)at = index;
     } else if (f->kind == NUMBER || f->kind == PROBABILITY) {
         const bool null = strcmp(f->name, "rope_base") == 0 && json_null_follows(j);
         if (null) *(double *)(void *)at = 1e4;
@@ -140,11 +163,12 @@ char *config_to_json(const Config *c) {
     fputs("{", out);
     for (const Field *f = fields; f < fields + NUM_FIELDS; f++) {
         const void *at = (const char *)c + f->offset;
+        if (f->kind == VARIANT && *(const int *)at == 0) continue;
         fprintf(out, "\"%s\": ", f->name);
         if (f->kind == NUMBER || f->kind == PROBABILITY)
             write_number(out, *(const double *)at);
-        else if (f->kind == MODE)
-            fprintf(out, "\"%s\"", mode_names[*(const InitMode *)at]);
+        else if (f->choices != NULL)
+            fputc('"', out), write_choice(out, f->choices, *(const int *)at), fputc('"', out);
         else if (f->kind == BOOLEAN)
             fputs(*(const int *)at ? "true" : "false", out);
         else

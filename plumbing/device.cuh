@@ -13,6 +13,15 @@ static __device__ size_t grid_threads(void) { return (size_t)gridDim.x * blockDi
 // A grid for n elements. With more than MAX_BLOCKS thread blocks a thread has several elements.
 #define ELEMENT_GRID(n) ((n) / THREADS < MAX_BLOCKS ? (unsigned)((n) / THREADS + 1) : (unsigned)MAX_BLOCKS), THREADS
 
+// The column of this thread, in kernels whose blockIdx.x is a row or a token block, and whose blockIdx.y counts thread
+// blocks along the columns. It may be D or more.
+static __device__ int channel(void) { return blockIdx.y * blockDim.x + threadIdx.x; }
+#define COLUMN_GRID(R, D) dim3((unsigned)(R), ceil_div(D, THREADS)), THREADS
+
+// The row of this warp, in kernels whose thread blocks have ROW_WARPS warps with a row each. It may be R or more.
+static __device__ size_t warp_row(void) { return (size_t)blockIdx.x * ROW_WARPS + threadIdx.y; }
+#define ROW_GRID(R) blocks_for((size_t)(R), ROW_WARPS), dim3(WARP, ROW_WARPS)
+
 // FAST(supported, call): if a fast version in kernels/ supports this case, returns by calling it. There are no fast
 // versions for float32, and none with `make cuda PLAIN=1`.
 // BESIDE(call): nothing needs what the call computes before the next JOIN(). Kernels of both may run at the same time, in
@@ -99,6 +108,9 @@ static void memory_free(void *memory, size_t bytes) {
 static void memory_copy(void *dst, const void *src, size_t bytes) {
     cudaCheck(cudaGetLastError()); // reports errors of kernel launches since the last copy
     cudaCheck(cudaMemcpy(dst, src, bytes, cudaMemcpyDefault));
+}
+static void copy(floatX *dst, const floatX *src, size_t n) { // within device memory
+    cudaCheck(cudaMemcpyAsync(dst, src, n * sizeof *dst, cudaMemcpyDeviceToDevice, 0));
 }
 static void memory_clear(void *memory, size_t bytes) { cudaCheck(cudaMemsetAsync(memory, 0, bytes)); }
 

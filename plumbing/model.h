@@ -9,21 +9,36 @@ and after it the functions under "provided by the backend" below.
 */
 #pragma once
 #include <assert.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "../megalodon.h"
 
+// Whether no part of the model is replaced.
+static inline int is_megalodon(const Config *c) {
+    return c->cema == CEMA_COMPLEX && c->timestep_norm == NORM_TIMESTEP && c->attention == ATTENTION_NORMALIZED &&
+           c->two_hop == TWO_HOPS;
+}
+
 // The letters of megalodon.h. B and L are those of the call.
 typedef struct {
     int B, L, D, N, H, Z, E, F, C, G, V;
+    AttentionKind attention;
 } Dims;
 
 static Dims dims_of(const Config *c, int B, int L) {
     Dims d;
     d.B = B, d.L = L, d.D = c->model_dim, d.N = c->cema_ndim, d.H = c->num_heads, d.Z = c->z_dim, d.E = c->value_dim;
     d.F = c->ffn_hidden_dim, d.C = c->chunk_size, d.G = c->norm_num_groups, d.V = c->vocab_size;
+    d.attention = c->attention;
     return d;
+}
+
+// The width whose root divides queries and keys: that of a head's key, or its own root, so that only scores are divided.
+static double key_width(Dims d) {
+    double dz = d.Z / d.H;
+    return d.attention == ATTENTION_STANDARD ? sqrt(dz) : dz;
 }
 
 // TimestepNorm's state for one norm: count (B) tokens; mean (B,G); m2 (B,G) sum of squared deviations from the mean.
@@ -224,10 +239,14 @@ static void read_floatX(real *dst, const floatX *src, size_t n); // copies to ho
 static void block_again(Model *m, int layer); // computes a block's activations, unless they are in memory
 static void rope_table(real *table, int C, int dz, double base);
 static void cema_coeffs_forward(Coeffs *c, const real *alpha, const real *delta, const real *theta, const real *gamma,
-                                int D, int N);
+                                CemaKind kind, int D, int N);
 static void qk_layer_forward(floatX *q, floatX *k, floatX *zn, real *z_rstd, const floatX *z, const real *gamma,
                              const real *beta, const real *table, const int64_t *count, Dims d, double eps);
 static void silu_forward(floatX *out, const floatX *inp, size_t n);
+static void layernorm_backward(floatX *dinp, real *dweight, real *dbias, const floatX *dout, const floatX *inp,
+                               const real *weight, const double *mean, const real *rstd, int R, int D);
+static void copy(floatX *out, const floatX *inp, size_t n);
+static void add(floatX *out, const floatX *inp, size_t n);
 enum { NUM_SUMS = 1024, PRODUCTS = 10 };
 
 // ----------------------------------------------------------------------------
@@ -538,9 +557,25 @@ static void update_coeffs(Model *m) {
     for (int l = 0; l < m->config.num_layers && !m->coeffs_valid; l++) {
         const LayerParams *w = &m->params.layers[l];
         cema_coeffs_forward(&m->coeffs[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_gamma,
-                            m->config.model_dim, m->config.cema_ndim);
+                            m->config.cema, m->config.model_dim, m->config.cema_ndim);
     }
     m->coeffs_valid = 1;
+}
+
+// ----------------------------------------------------------------------------
+// the variant NORM_LAYER
+
+// timestep_norm_layer_backward() where LayerNorm is in TimestepNorm's place. residuals[1] is dx or NULL.
+static void layer_instead_of_timestep_backward(Model *m, floatX *dx, real *dweight, real *dbias, const floatX *dy,
+                                               const floatX *const residuals[2], const floatX *x, const real *weight,
+                                               const double *mean, const real *rstd) {
+    int R = m->dims.B * m->dims.L, D = m->dims.D;
+    size_t n = (size_t)R * D;
+    layernorm_backward(residuals ? m->scratch.dmx : dx, dweight, dbias, dy, x, weight, mean, rstd, R, D);
+    if (!residuals) return;
+    if (residuals[1] == dx) add(dx, residuals[0], n);
+    if (residuals[1] != dx) copy(dx, residuals[0], n);
+    add(dx, m->scratch.dmx, n);
 }
 
 // ----------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 #include <string.h> // defines: strcmp, strncmp, strlen, strcspn, strtok
 #include "plumbing.h"
 
-static const char *const kind_names[] = {"", "", "", "", "an integer", "an integer", "a number", "", ""};
+static const char *const kind_names[] = {"", "", "", "", "", "an integer", "an integer", "a number", "", ""};
 
 static bool is_text(const Option *o) { return o->kind == OPT_TEXT || o->kind == OPT_PATH; }
 
@@ -30,9 +30,28 @@ static void write_absolute(FILE *out, const char *path) {
     free(full);
 }
 
+int choice_index(const char *words, const char *word) {
+    const size_t length = strlen(word);
+    int index = 0;
+    for (const char *at = words; length > 0; index++) {
+        const size_t n = strcspn(at, " ");
+        if (n == length && strncmp(at, word, n) == 0) return index;
+        if (at[n] == 0) break;
+        at += n + 1;
+    }
+    return -1;
+}
+
+void write_choice(FILE *out, const char *words, int index) {
+    for (; index > 0; index--) words = strchr(words, ' ') + 1;
+    fprintf(out, "%.*s", (int)strcspn(words, " "), words);
+}
+
 static void print_value(FILE *out, const Option *o) {
     if (is_text(o))
         fputs(*(const char **)o->value, out);
+    else if (o->kind == OPT_CHOICE)
+        write_choice(out, o->arg, *(int *)o->value);
     else if (o->kind == OPT_REAL)
         write_number(out, *(double *)o->value);
     else if (o->kind == OPT_INT64)
@@ -48,13 +67,17 @@ static bool has_value(const Option *o) {
 static void print_help(const Option *options, const char *about) {
     printf("%s", about);
     for (const Option *o = options; o->kind != OPT_END; o++) {
-        const char *arg = is_text(o) ? o->arg : o->kind == OPT_REAL ? "X" : o->kind >= OPT_INT ? "N" : "";
+        const char *arg = is_text(o)              ? o->arg
+                          : o->kind == OPT_CHOICE ? "NAME"
+                          : o->kind == OPT_REAL   ? "X"
+                          : o->kind >= OPT_INT    ? "N"
+                                                  : "";
         if (o->help == NULL) continue;
         int n = o->kind == OPT_HEADING ? printf("\n%s", o->help)
                                        : printf("  --%s%s %s", o->kind == OPT_BOOL ? "[no-]" : "", o->name, arg);
         if (o->kind != OPT_HEADING) printf("%*s  %s", n < 26 ? 26 - n : 0, "", o->help);
         if (o->kind == OPT_BOOL) printf(*(int *)o->value ? " (on)" : " (off)");
-        if (o->kind >= OPT_INT && has_value(o)) {
+        if (o->kind >= OPT_CHOICE && has_value(o)) {
             printf(" (");
             print_value(stdout, o);
             printf(")");
@@ -115,6 +138,11 @@ static bool set_value(const Option *o, const char *text) {
         *(const char **)o->value = text;
         return true;
     }
+    if (o->kind == OPT_CHOICE) {
+        const int index = choice_index(o->arg, text);
+        if (index >= 0) *(int *)o->value = index;
+        return index >= 0;
+    }
     if (o->kind == OPT_REAL) {
         number = strtod(text, &end);
     } else {
@@ -157,7 +185,9 @@ void options_parse(Option *options, int argc, char **argv, const char *about) {
         if (value == NULL) usage_error("--%s needs a value", o->name);
         if (o->kind == OPT_PATH && (value[0] == 0 || strchr(value, '\n') != NULL))
             usage_error("--%s '%s': not the name of a file or directory", o->name, value);
-        if (!set_value(o, value))
+        const bool valid = set_value(o, value);
+        if (!valid && o->kind == OPT_CHOICE) usage_error("--%s %s: it is one of: %s", o->name, value, o->arg);
+        if (!valid)
             usage_error("--%s %s: not %s from %.10g to %.10g", o->name, value, kind_names[o->kind], o->min, o->max);
     }
 }

@@ -111,6 +111,7 @@ typedef enum {
     OPT_HEADING, // a line of --help; its `kept` holds for all options up to the next heading
     OPT_SWITCH,  // int; --name sets it to 1
     OPT_BOOL,    // int; --name sets it to 1, --no-name to 0
+    OPT_CHOICE,  // int, or an enum: the index of the chosen word
     OPT_INT,     // int
     OPT_INT64,   // int64_t
     OPT_REAL,    // double
@@ -123,7 +124,7 @@ typedef struct {
     const char *name; // without the dashes
     void *value;      // points to the value, which holds the default at first
     double min, max;  // allowed range of a number, both ends included
-    const char *arg;  // what --help calls the value of a text: FILE, NAME
+    const char *arg;  // what --help calls the value of a text: FILE, NAME; the words of a choice, separated by spaces
     const char *help; // one line for --help; NULL for an option that only options.txt has
     bool kept;        // stored in the run's options.txt, from which --resume takes it
     bool given;       // occurs on the command line
@@ -132,6 +133,9 @@ typedef struct {
 // Parses --name VALUE and --name=VALUE into the table's values; the last occurrence counts. --help and -h print `about`
 // and the table with its defaults, and end the program.
 void options_parse(Option *options, int argc, char **argv, const char *about);
+// The index of a word in a list of words that are separated by spaces, -1 if it is not in it; and the word of an index.
+int choice_index(const char *words, const char *word);
+void write_choice(FILE *out, const char *words, int index);
 // The option whose value lies at `value`, if it occurs on the command line; otherwise NULL.
 const Option *option_given(const Option *options, const void *value);
 
@@ -150,7 +154,11 @@ void write_number(FILE *out, double value); // with as few digits as reproduce t
 enum { MAX_LAYERS = 4096, MAX_DIM = 1 << 20, MAX_NDIM = 1024 };
 
 const Config *find_preset(const char *name);           // usage error that lists all names if there is none
-bool find_init_mode(const char *name, InitMode *mode); // false if there is none of that name
+#define INIT_MODES "he gaussian xavier bert" // choices of Config's fields, in the order of their enums
+#define CEMA_KINDS "complex real none"
+#define NORM_KINDS "timestep layer"
+#define ATTENTION_KINDS "normalized standard"
+#define TWO_HOP_KINDS "on off"
 Config config_defaults(void); // those of the released code; vocab_size is 0, as it has no default
 
 // Sets the fields that a JSON object has, under the released code's names. Unknown fields are errors.

@@ -27,15 +27,17 @@ static inline void check_true(const char *name, int ok) {
 }
 
 // Compares a with b: the relative L2 difference |a - b| / |b| must be at most tol. NaN and infinity fail, since they
-// compare false. A reference that is all zero fails, too, since the relative difference is undefined.
+// compare false. A reference that is all zero fails, too, since the relative difference is undefined; with zeros_allowed
+// a must be all zero, then.
+static int zeros_allowed;
 static inline int within(double *relative, const double *a, const double *b, size_t n, double tol) {
     double difference = 0, norm = 0;
     for (size_t i = 0; i < n; i++) {
         difference += (a[i] - b[i]) * (a[i] - b[i]);
         norm += b[i] * b[i];
     }
-    *relative = sqrt(difference) / sqrt(norm);
-    return norm > 0 && *relative <= tol;
+    *relative = norm == 0 && difference == 0 && zeros_allowed ? 0 : sqrt(difference) / sqrt(norm);
+    return (norm > 0 || zeros_allowed) && *relative <= tol;
 }
 
 static inline void check(const char *name, const double *a, const double *reference, size_t n, double tol) {

@@ -248,7 +248,19 @@ nffn_forward: gate_forward(s->hidden, a->f3, a->f1  =>  gate_forward(s->hidden, 
 nffn_backward: linear_backward(du, c->swiglu  =>  linear_backward(du, 0
 block_forward: m->acts_layer = layer  =>  m->acts_layer = 0
 block_again: m->acts_layer == layer  =>  m->acts_layer >= 0
-block_backward: dstate, s->dy, s->dx  =>  dstate, s->dy, NULL
+block_forward: m->config.two_hop == ONE_HOP  =>  m->config.two_hop == TWO_HOPS
+block_backward: if (one_hop) add(s->dy  =>  if (!one_hop) add(s->dy
+block_backward: one_hop ? NULL : s->dx  =>  NULL
+key_width: ? sqrt(dz) : dz  =>  ? dz : dz
+qk_layer_backward: standard ? z : zn  =>  zn
+timestep_norm_layer_forward: m->config.timestep_norm == NORM_LAYER  =>  0
+layer_instead_of_timestep_backward: add(dx, residuals[0], n)  =>  (void)0
+layer_instead_of_timestep_backward: copy(dx, residuals[0], n)  =>  (void)0
+cema_layer_backward: copy(dx, dy  =>  copy(dx, a->xt
+cema_coeffs_forward: kind == CEMA_REAL ? 0 : 2 * PI  =>  2 * PI
+cema_coeffs_forward: kind == CEMA_REAL ? 0 : (real)(gamma  =>  (real)(gamma
+cema_coeffs_backward: kind == CEMA_REAL ? 0 : 1 /  =>  1 /
+cema_coeffs_backward: if (kind == CEMA_COMPLEX) dgamma  =>  dgamma
 embedding_scale: sqrt(c->model_dim)  =>  1
 megalodon_forward: parallel ? m->cp_length : L  =>  parallel ? m->cp_length : 1
 megalodon_forward: parallel ? m->cp_length : L  =>  L

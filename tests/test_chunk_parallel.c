@@ -11,7 +11,7 @@ static const double ROUNDING = 1e-5;
 #endif
 
 // clang-format off
-static const Config config = {
+static Config config = {
     .num_layers = 2, .model_dim = 19, .z_dim = 6, .value_dim = 9, .num_heads = 3, .ffn_hidden_dim = 7,
      .cema_ndim = 3, .chunk_size = 8, .vocab_size = 11, .norm_num_groups = 1, .swiglu = 1, .rescale_nffn = 1,
      .share_emb = 1, .norm_affine = 1, .norm_eps = 1e-3, .rope_base = 1e4, .dropout = 0.1, .hidden_dropout = 0.2,
@@ -267,6 +267,12 @@ int main(void) {
     test_ranks(4, (const int64_t[]){8, 8, 136, 80}, MEGALODON_TRAIN, 0);
     test_ranks(2, (const int64_t[]){16, 8}, MEGALODON_TRAIN, 1);
     test_ranks(3, (const int64_t[]){8, 72, 16}, MEGALODON_RECOMPUTE, 1);
+    config.cema = CEMA_REAL, config.timestep_norm = NORM_LAYER; // variants that change what ranks exchange
+    zeros_allowed = 1;                                          // gradients of what the model does not use
+    test_ranks(2, (const int64_t[]){16, 8}, MEGALODON_TRAIN, 1);
+    config.cema = CEMA_NONE, config.timestep_norm = NORM_TIMESTEP;
+    config.attention = ATTENTION_STANDARD, config.two_hop = ONE_HOP;
+    test_ranks(2, (const int64_t[]){8, 16}, MEGALODON_TRAIN, 0);
     test_shards();
     test_shard_sizes();
     test_grad_ready();

@@ -89,7 +89,7 @@ template <typename T> static T *copied(const T *host, size_t n) {
 }
 
 static Dims sizes(int B, int L, int D) {
-    Dims d = {B, L, D, 1, 1, 1, 1, 1, 1, 1, 1};
+    Dims d = {B, L, D, 1, 1, 1, 1, 1, 1, 1, 1, ATTENTION_NORMALIZED};
     return d;
 }
 
@@ -580,14 +580,14 @@ static void cema_coeffs_case(int D, int N) {
     size_t n = (size_t)D * N;
     Floats alpha = floats(n, 2, 0), delta = floats(n, 2, 0), theta = floats(D, 2, -1), gamma = floats(2 * n, 1, 0);
     CoeffsTwice c = coeffs_out(D, N), dc = coeffs_random(D, N, 1);
-    cpu_cema_coeffs_forward(&c.host, alpha.host, delta.host, theta.host, gamma.host, D, N);
-    cema_coeffs_forward(&c.device, alpha.device, delta.device, theta.device, gamma.device, D, N);
+    cpu_cema_coeffs_forward(&c.host, alpha.host, delta.host, theta.host, gamma.host, CEMA_COMPLEX, D, N);
+    cema_coeffs_forward(&c.device, alpha.device, delta.device, theta.device, gamma.device, CEMA_COMPLEX, D, N);
     compare_coeffs(names, c, 2e-7);
     Floats dalpha = floats(n, 1, 0), ddelta = floats(n, 1, 0), dtheta = floats(D, 1, 0), dgamma = floats(2 * n, 1, 0);
     cpu_cema_coeffs_backward(dalpha.host, ddelta.host, dtheta.host, dgamma.host, &dc.host, alpha.host, delta.host,
-                             theta.host, D, N);
+                             theta.host, CEMA_COMPLEX, D, N);
     cema_coeffs_backward(dalpha.device, ddelta.device, dtheta.device, dgamma.device, &dc.device, alpha.device,
-                         delta.device, theta.device, D, N);
+                         delta.device, theta.device, CEMA_COMPLEX, D, N);
     compare("dalpha", dalpha, 2e-7), compare("ddelta", ddelta, 2e-7);
     compare("dtheta", dtheta, 2e-7), compare("dgamma", dgamma, 2e-7);
     finish();
@@ -598,8 +598,8 @@ static CoeffsTwice random_cema(int D, int N, int slow) { // slow: a state decays
     Floats alpha = floats(n, 1, slow ? -3 : 0), delta = floats(n, 1, slow ? -3 : 0), theta = floats(D, 1, -1);
     Floats gamma = floats(2 * n, 1, 0);
     CoeffsTwice c = coeffs_out(D, N);
-    cpu_cema_coeffs_forward(&c.host, alpha.host, delta.host, theta.host, gamma.host, D, N);
-    cema_coeffs_forward(&c.device, alpha.device, delta.device, theta.device, gamma.device, D, N);
+    cpu_cema_coeffs_forward(&c.host, alpha.host, delta.host, theta.host, gamma.host, CEMA_COMPLEX, D, N);
+    cema_coeffs_forward(&c.device, alpha.device, delta.device, theta.device, gamma.device, CEMA_COMPLEX, D, N);
     return c;
 }
 
@@ -1513,7 +1513,7 @@ static void test_decode(void) {
 // Steps of a small model from one seed. Their tokens differ; two steps have other lengths, one validates in between, one
 // accumulates two gradients, one has a state, one dropout. `record` false: graphs are dropped before each pass, so that
 // none is ever launched. Returns the parameters after the last step, to be freed.
-typedef enum { USUAL, MORE, DROPOUT, ODD } GraphCase;
+typedef enum { USUAL, MORE, DROPOUT, ODD, REPLACED, WITHOUT } GraphCase;
 static void drop_graphs(int record) {
     if (!record) graphs_drop();
 }
@@ -1525,6 +1525,8 @@ static float *graph_steps(int record, GraphCase kind, double losses[], size_t *n
     c.num_layers = 2, c.model_dim = 64, c.z_dim = 32, c.value_dim = 48, c.num_heads = 2, c.ffn_hidden_dim = 96;
     c.cema_ndim = 3, c.chunk_size = 16, c.vocab_size = V, c.norm_num_groups = 4, c.dropout = kind == DROPOUT ? 0.1 : 0;
     c.swiglu = c.rescale_nffn = c.share_emb = kind == MORE, c.norm_affine = kind != MORE;
+    if (kind == REPLACED) c.cema = CEMA_REAL, c.attention = ATTENTION_STANDARD, c.two_hop = ONE_HOP;
+    if (kind == WITHOUT) c.cema = CEMA_NONE, c.timestep_norm = NORM_LAYER;
     if (kind == ODD) c.swiglu = 1, c.model_dim = 60, c.z_dim = 36, c.value_dim = 50, c.ffn_hidden_dim = 44;
     Model *m = megalodon_new(&c, MEGALODON_TRAIN, B, L);
     State *state = state_new(&c, B, 1);
@@ -1574,7 +1576,8 @@ static void graph_case(GraphCase kind, const char *what) {
 }
 static void test_graph(void) {
     graph_case(USUAL, ""), graph_case(MORE, ", swiglu, rescale_nffn"), graph_case(DROPOUT, ", dropout");
-    graph_case(ODD, ", odd sizes");
+    graph_case(ODD, ", odd sizes"), graph_case(REPLACED, ", parts replaced");
+    graph_case(WITHOUT, ", without CEMA and TimestepNorm");
 }
 #endif
 

@@ -108,7 +108,7 @@ static void test_cema_definition(int paper) {
         }
     }
     Coeffs coeffs = coeffs_in(memory, D, N);
-    cema_coeffs_forward(&coeffs, alpha, delta, theta, rotated, D, N);
+    cema_coeffs_forward(&coeffs, alpha, delta, theta, rotated, CEMA_COMPLEX, D, N);
     cema_forward(y, NULL, NULL, x, &coeffs, omega, NULL, (Dims){.B = 1, .L = L, .D = D, .N = N});
     check(paper ? "cema = paper's Eq. 2, gamma rotated" : "cema = its convolution", y, expected, L * D, 1e-12);
     free(x), free(alpha), free(delta), free(theta), free(gamma), free(omega), free(memory), free(rotated);
@@ -128,9 +128,13 @@ static void test_cema_real(void) {
         }
     }
     Coeffs coeffs = coeffs_in(memory, D, 1);
-    cema_coeffs_forward(&coeffs, alpha, delta, theta, gamma, D, 1);
+    cema_coeffs_forward(&coeffs, alpha, delta, theta, gamma, CEMA_COMPLEX, D, 1);
     cema_forward(y, NULL, NULL, x, &coeffs, omega, NULL, (Dims){.B = 1, .L = L, .D = D, .N = 1});
     check("cema, real = plain moving average", y, expected, L * D, 1e-13);
+    theta[0] = 1, theta[1] = -1, gamma[1] = 2, gamma[3] = 3; // which the choice `real` does not use
+    cema_coeffs_forward(&coeffs, alpha, delta, theta, gamma, CEMA_REAL, D, 1);
+    cema_forward(y, NULL, NULL, x, &coeffs, omega, NULL, (Dims){.B = 1, .L = L, .D = D, .N = 1});
+    check("cema real = plain moving average", y, expected, L * D, 1e-13);
     free(x), free(memory);
 }
 
@@ -350,13 +354,13 @@ static void gradcheck(const char *title, void (*forward)(void), void (*backward)
 }
 
 // Copies n numbers, unless src is NULL.
-static void copy(real *dst, const real *src, int n) {
+static void copy_given(real *dst, const real *src, int n) {
     if (src) memcpy(dst, src, (size_t)n * sizeof *dst);
 }
 // A copy, to be freed. Backward passes that overwrite dout get one: loss() needs the weights in dout.
 static real *copy_of(const real *src, int n) {
     real *x = numbers((size_t)n, 0, 0);
-    copy(x, src, n);
+    copy_given(x, src, n);
     return x;
 }
 
@@ -436,14 +440,14 @@ static void test_timestep_norm(void) {
 
 static void cema_f(void) {
     Coeffs coeffs = coeffs_in(coeffs_memory, d.D, d.N);
-    cema_coeffs_forward(&coeffs, alpha, delta, theta, gamma_, d.D, d.N);
+    cema_coeffs_forward(&coeffs, alpha, delta, theta, gamma_, CEMA_COMPLEX, d.D, d.N);
     cema_forward(out, h_blocks, h_out, inp, &coeffs, omega, h_in, d);
 }
 static void cema_b(void) {
     Coeffs coeffs = coeffs_in(coeffs_memory, d.D, d.N), dcoeffs = coeffs_in(dcoeffs_memory, d.D, d.N);
-    copy(dh_in, dh_out, d.B * 2 * d.N * d.D);
+    copy_given(dh_in, dh_out, d.B * 2 * d.N * d.D);
     cema_backward(dinp, &dcoeffs, domega, dh_in, dout, inp, h_blocks, &coeffs, omega, d);
-    cema_coeffs_backward(dalpha, ddelta, dtheta, dgamma_, &dcoeffs, alpha, delta, theta, d.D, d.N);
+    cema_coeffs_backward(dalpha, ddelta, dtheta, dgamma_, &dcoeffs, alpha, delta, theta, CEMA_COMPLEX, d.D, d.N);
 }
 static void cema_case(int L, int D, int N, int state) {
     d = (Dims){.B = 2, .L = L, .D = D, .N = N};
@@ -488,7 +492,7 @@ static void linear_f(void) {
 }
 static void linear_b(void) {
     linear_backward(dinp, residual != NULL, dweight, dbias, dout, inp, weight, R, K, M);
-    copy(dresidual, residual ? dout : NULL, R * M);
+    copy_given(dresidual, residual ? dout : NULL, R * M);
 }
 static void test_linear(void) {
     static const char *const residuals[3] = {"", ", residual", ", residual is out"};
@@ -508,7 +512,7 @@ static void test_linear(void) {
 static void qk_f(void) { qk_forward(q, k, zn, gamma_, beta, R, d.Z, d.Z / d.H); }
 static void qk_b(void) { qk_backward(dzn, dgamma_, dbeta, dq, dk, zn, gamma_, R, d.Z, d.Z / d.H); }
 static void qk_in_place_b(void) { // dzn in the place of dq, as the model has it
-    copy(dzn, dq, R * d.Z);
+    copy_given(dzn, dq, R * d.Z);
     qk_backward(dzn, dgamma_, dbeta, dzn, dk, zn, gamma_, R, d.Z, d.Z / d.H);
 }
 static void test_qk(void) {
@@ -526,7 +530,7 @@ static void rope_f(void) {
     rope_forward(out, inp, table, count, d);
 }
 static void rope_b(void) { // in place, as the model does
-    copy(dinp, dout, d.B * d.L * d.Z);
+    copy_given(dinp, dout, d.B * d.L * d.Z);
     rope_backward(dinp, dinp, table, count, d);
 }
 static void test_rope(void) {
@@ -551,6 +555,23 @@ static void qk_layer_b(void) {
     qk_layer_backward(dz, dgamma_, dbeta, dq_copy, dk_copy, zn, z_rstd, z, gamma_, table, d);
     free(dq_copy), free(dk_copy);
 }
+// Standard attention: q . k = (z (gamma0+1)) . (z (gamma1+1))/sqrt(dz) in each head, without beta.
+static void test_standard_attention(void) {
+    enum { Z = 32, H = 2, DZ = Z / H };
+    const Dims dims = {.B = 1, .L = 1, .H = H, .Z = Z, .attention = ATTENTION_STANDARD};
+    real *x = numbers(Z, 1, 0), *scales = numbers(2 * Z, 1, 0), shifts[2 * Z] = {0}, both[2][Z];
+    qk_layer_forward(both[0], both[1], NULL, NULL, x, scales, shifts, NULL, NULL, dims, EPS);
+    for (int h = 0; h < H; h++) {
+        double score = 0, expected = 0;
+        for (int c = h * DZ; c < (h + 1) * DZ; c++) {
+            score += both[0][c] * both[1][c];
+            expected += x[c] * (scales[c] + 1) * x[c] * (scales[Z + c] + 1) / sqrt(DZ);
+        }
+        check("a score of standard attention = its definition", &score, &expected, 1, 1e-13);
+    }
+    free(x), free(scales);
+}
+
 static void test_qk_layer(void) {
     d = (Dims){.B = 2, .L = 7, .C = 5, .H = 3, .Z = 12};
     for (int rotated = 0; rotated < 2; rotated++) {
@@ -566,12 +587,12 @@ static void test_qk_layer(void) {
 // silu and gate: the gradient may take the place of dout, as the model has it. out is also computed again.
 static void silu_f(void) { silu_forward(out, inp, (size_t)R); }
 static void silu_b(void) {
-    copy(dinp, dout, R);
+    copy_given(dinp, dout, R);
     silu_backward(NULL, dinp, dinp, inp, (size_t)R);
 }
 static void gate_f(void) { gate_forward(out, a, b, (size_t)R); }
 static void gate_b(void) {
-    copy(da, dout, R);
+    copy_given(da, dout, R);
     gate_backward(NULL, da, db, da, a, b, (size_t)R);
 }
 static void silu_again_b(void) { silu_backward(out, dinp, dout, inp, (size_t)R); }
@@ -711,6 +732,7 @@ int main(void) {
     test_linear();
     test_qk();
     test_rope();
+    test_standard_attention();
     test_qk_layer();
     test_gates();
     test_attention();

@@ -75,7 +75,31 @@ static void test_names(void) {
                                            "output.output.weight (11,6)"};
     enum { EXPECTED = sizeof expected / sizeof expected[0] };
     // layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine
-    Config c = {1, 6, 4, 8, 1, 5, 3, 8, 11, 2, 1, 1, 0, 0, 1, 1e-5, 1e4, 0, 0, 0, HE};
+    Config c = {1,
+                6,
+                4,
+                8,
+                1,
+                5,
+                3,
+                8,
+                11,
+                2,
+                1,
+                1,
+                0,
+                0,
+                1,
+                1e-5,
+                1e4,
+                0,
+                0,
+                0,
+                HE,
+                CEMA_COMPLEX,
+                NORM_TIMESTEP,
+                ATTENTION_NORMALIZED,
+                TWO_HOPS};
     int count, same = 0;
     Tensor *tensors = megalodon_tensors(&c, &count, NULL);
     for (int i = 0; i < count && i < EXPECTED; i++) {

@@ -1,7 +1,7 @@
 // Configurations, the sampler, checkpoints and state files, and those of them that must not load.
-#define _GNU_SOURCE // string.h: memmem
+#define _GNU_SOURCE   // string.h: memmem
 #include <sys/stat.h> // defines: mkdir
-#include <unistd.h> // defines: unlink, rmdir
+#include <unistd.h>   // defines: unlink, rmdir
 #include "../plumbing/plumbing.h"
 #include "check.h"
 
@@ -46,12 +46,27 @@ static void test_config(void) {
     ok &= config_from_json(&again, json, err) && config_equal(&c, &again);
     check_true("dropout and init_mode, to JSON and back", ok && c.hidden_dropout == 0.25 && c.init_mode == BERT);
     free(json);
+    c = config_defaults(), again = c;
+    json = config_to_json(&c);
+    check_true("parts that are not replaced are not written", !strstr(json, "cema\"") && !strstr(json, "two_hop"));
+    free(json);
+    c.vocab_size = 9, c.cema = CEMA_NONE, c.timestep_norm = NORM_LAYER, c.attention = ATTENTION_STANDARD;
+    c.two_hop = ONE_HOP;
+    json = config_to_json(&c);
+    check_true("parts that are replaced, to JSON and back",
+               strstr(json,
+                      "\"cema\": \"none\", \"timestep_norm\": \"layer\", \"attention\": \"standard\", \"two_hop\": "
+                      "\"off\"") &&
+                   config_from_json(&again, json, err) && config_equal(&c, &again));
+    free(json);
     refuse_config("{}", "vocab_size");
     refuse_config("{\"vocab_size\": 9, \"layers\": 3}", "'layers'");
     refuse_config("{\"vocab_size\": 9, \"vocab_size\": 9}", "'vocab_size' twice");
     refuse_config("{\"vocab_size\": 9, \"dropout\": 1}", "dropout 1 is not in");
     refuse_config("{\"vocab_size\": 9, \"attention_dropout\": -0.1}", "attention_dropout -0.1 is not in");
-    refuse_config("{\"vocab_size\": 9, \"init_mode\": \"zero\"}", "init_mode \"zero\" is none of he");
+    refuse_config("{\"vocab_size\": 9, \"init_mode\": \"zero\"}", "init_mode \"zero\" is none of: he");
+    refuse_config("{\"vocab_size\": 9, \"cema\": \"rea\"}", "cema \"rea\" is none of: complex real none");
+    refuse_config("{\"vocab_size\": 9, \"two_hop\": false}", "");
     refuse_config("{\"vocab_size\": 9, \"output_size\": 8}", "output_size 8 is not supported");
     refuse_config("{\"vocab_size\": 9, \"num_heads\": 3}", "num_heads 3");
     refuse_config("{\"vocab_size\": 9, \"num_heads\": 256}", "odd");
@@ -142,7 +157,31 @@ static void test_sampler(void) {
 // ----------------------------------------------------------------------------
 
 // layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine
-static const Config config = {2, 8, 4, 6, 1, 5, 2, 8, 11, 2, 1, 1, 0, 1, 1, 1e-5, 1e4, 0, 0, 0, HE};
+static const Config config = {2,
+                              8,
+                              4,
+                              6,
+                              1,
+                              5,
+                              2,
+                              8,
+                              11,
+                              2,
+                              1,
+                              1,
+                              0,
+                              1,
+                              1,
+                              1e-5,
+                              1e4,
+                              0,
+                              0,
+                              0,
+                              HE,
+                              CEMA_COMPLEX,
+                              NORM_TIMESTEP,
+                              ATTENTION_NORMALIZED,
+                              TWO_HOPS};
 
 static bool load(Model *model, const Config *c) {
     StFile f;

@@ -219,7 +219,11 @@ refused 2 "--batch-size 99999999999999999999" --batch-size 99999999999999999999
 refused 2 "--beta2 1:" --beta2 1
 refused 2 "--swiglu takes no value" --swiglu=1
 refused 2 "--schedule step" --schedule step
-refused 2 "--init-mode zero: it is he, gaussian, xavier or bert" --init-mode zero
+refused 2 "--init-mode zero: it is one of: he gaussian xavier bert" --init-mode zero
+refused 2 "--cema reel: it is one of: complex real none" --cema reel
+refused 2 "--two-hop needs a value" --two-hop
+refused 2 "--attention contradicts" --init a --attention standard
+refused 2 "--timestep-norm contradicts" --resume a --timestep-norm=layer
 refused 2 "--init-mode contradicts" --init a --init-mode bert
 refused 2 "--hidden-dropout contradicts" --init a --hidden-dropout 0.5
 refused 2 "--dropout 1:" --dropout 1

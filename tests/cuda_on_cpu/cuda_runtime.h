@@ -478,10 +478,10 @@ inline cudaError_t cudaGetLastError(void) {
     return error;
 }
 inline const char *cudaGetErrorString(cudaError_t error) {
-    return error == cudaSuccess                       ? "no error"
-           : error == cudaErrorMemoryAllocation       ? "out of memory"
-           : error == cudaErrorInvalidConfiguration   ? "invalid configuration argument"
-           : error == cudaErrorNoKernelImageForDevice ? "no kernel image is available for execution on the device"
+    return error == cudaSuccess                         ? "no error"
+           : error == cudaErrorMemoryAllocation         ? "out of memory"
+           : error == cudaErrorInvalidConfiguration     ? "invalid configuration argument"
+           : error == cudaErrorNoKernelImageForDevice   ? "no kernel image is available for execution on the device"
            : error == cudaErrorStreamCaptureUnsupported ? "operation not permitted when stream is capturing"
                                                         : "invalid argument";
 }
@@ -646,7 +646,9 @@ inline cudaError_t cudaMemset(void *dst, int byte, size_t bytes) {
     if (!emu_dry) memset(dst, byte, bytes);
     return cudaSuccess;
 }
-inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind, cudaStream_t = 0) {
+inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind,
+                                   cudaStream_t stream = 0) {
+    if (emu_records(stream, [=] { cudaMemcpy(dst, src, bytes, kind); })) return cudaSuccess;
     return cudaMemcpy(dst, src, bytes, kind);
 }
 inline cudaError_t cudaMemsetAsync(void *dst, int byte, size_t bytes, cudaStream_t = 0) {
