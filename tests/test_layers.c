@@ -691,6 +691,36 @@ static void test_output_loss(void) {
     }
 }
 
+// ----------------------------------------------------------------------------
+// The worked examples of dev/notes: timestep-norm.md, cema.md, attention.md, block.md, parallel-in-time.md. The numbers
+// are those of the pages. Exact fractions are compared to 1e-12, numbers that the pages round to 1e-4.
+
+#define SAME(name, a, tol, ...)                                                                                        \
+    check("worked examples of dev/notes, " name, a, (const double[]){__VA_ARGS__},                                     \
+          sizeof((const double[]){__VA_ARGS__}) / sizeof(double), tol)
+
+static void test_page_timestep_norm(void) {
+    const real x[4] = {0, 4, 3, 3}, w[2] = {0, 0}, bs[2] = {0, 0}, dy[4] = {1, 0, 0, 3};
+    const NormState none = {NULL, NULL, NULL};
+    const Dims size = {.B = 1, .L = 2, .D = 2, .G = 1};
+    real y[4], r[2], dx[4], dw[2] = {0}, dbs[2] = {0};
+    double m[2], m_end, m2_end, sums[3] = {0};
+    timestep_norm_forward(y, m, r, (NormState){NULL, &m_end, &m2_end}, x, w, bs, none, size, 0);
+    SAME("timestep_norm: y", y, 1e-12, -1, 1, 1. / 3, 1. / 3);
+    SAME("timestep_norm: mean", m, 1e-12, 2, 2.5);
+    SAME("timestep_norm: rstd", r, 1e-12, 1. / 2, 2. / 3);
+    SAME("timestep_norm: M2", &m2_end, 1e-12, 9);
+    timestep_norm_backward(dx, dw, dbs, sums, dy, NULL, x, w, m, r, NULL, size);
+    SAME("timestep_norm: dx", dx, 1e-12, -2. / 9, -2. / 3, -5. / 9, 13. / 9);
+    SAME("timestep_norm: U, V, W", sums, 1e-12, -3. / 4, 1. / 144, -1. / 72);
+    SAME("timestep_norm: dweight", dw, 1e-12, -1, 1);
+    SAME("timestep_norm: dbias", dbs, 1e-12, 1, 3);
+}
+
+static void test_pages(void) {
+    test_page_timestep_norm();
+}
+
 int main(void) {
     megalodon_threads(1); // such small layers are slower with more threads
     printf("%-48s %9s  %6s\n", "", "rel. L2", "tol");
@@ -717,5 +747,6 @@ int main(void) {
     test_layernorm();
     test_rescale();
     test_output_loss();
+    test_pages();
     return check_done();
 }
