@@ -717,8 +717,33 @@ static void test_page_timestep_norm(void) {
     SAME("timestep_norm: dbias", dbs, 1e-12, 1, 3);
 }
 
+static void test_page_cema(void) {
+    enum { L = 3 };
+    const real x[L] = {4, 8, 0}, dy[L] = {1, 0, 2}, om[1] = {0.5}, g[2] = {1, -1}, zero[1] = {0}, th[1] = {-log(3)};
+    const Dims size = {.B = 1, .L = L, .D = 1, .N = 1};
+    const size_t n = coeffs_stride(1);
+    real *memory = calloc(10 * n, sizeof *memory), y[L], h[2], h_start[2], dx[L], dh[2] = {0}, dom[1] = {0};
+    Coeffs c = coeffs_in(memory, 1, 1), dc = coeffs_in(memory + 5 * n, 1, 1);
+    cema_coeffs_forward(&c, zero, zero, th, g, 1, 1);
+    const real pqg[5] = {c.p[0], c.q_re[0], c.q_im[0], c.g_re[0], c.g_im[0]};
+    SAME("cema: p, q, g", pqg, 1e-12, 0.5, 0, 0.75, 1, -1);
+    cema_forward(y, h_start, h, x, &c, om, NULL, size);
+    SAME("cema: y", y, 1e-12, 4, 9.5, 1.875);
+    SAME("cema: h_3", h, 1e-12, -1.125, 3);
+    cema_backward(dx, &dc, dom, dh, dy, x, h_start, &c, om, size);
+    SAME("cema: dx", dx, 1e-12, 0.4375, 0.75, 2);
+    const real dpqg[6] = {dc.p[0], dc.q_re[0], dc.q_im[0], dc.g_re[0], dc.g_im[0], dom[0]};
+    SAME("cema: dp, dq, dg, domega", dpqg, 1e-12, 11.5, 14, 2, -0.25, -6, 4);
+    SAME("cema: dL/dh_0", dh, 1e-12, -0.09375, 0.09375);
+    real grads[5] = {0};
+    cema_coeffs_backward(grads, grads + 1, grads + 2, grads + 3, &dc, zero, zero, th, 1, 1);
+    SAME("cema: dalpha, ddelta, dtheta, dgamma", grads, 1e-5, 2.625, -0.25, -12.3700, -0.25, -6);
+    free(memory);
+}
+
 static void test_pages(void) {
     test_page_timestep_norm();
+    test_page_cema();
 }
 
 int main(void) {
