@@ -741,9 +741,36 @@ static void test_page_cema(void) {
     free(memory);
 }
 
+// RMSNorm, q and k, the rotation and attention of one head: two tokens, dz 2, dv 1.
+static void test_page_attention(void) {
+    enum { L = 2, Z = 2 };
+    const real z_in[L * Z] = {3, 4, 0, 1}, gamma[2 * Z] = {1, 1, 0, 0}, zero[2 * Z] = {0}, value[L] = {3, 1};
+    const real do_[L] = {1, 2};
+    const Dims size = {.B = 1, .L = L, .C = L, .H = 1, .Z = Z, .E = 1};
+    real q_[L * Z], k_[L * Z], zn_[L * Z], r[L], turns[L * Z], o[L], l[L], s[2 * QUERY_TILE * L];
+    real dq_[L * Z], dk_[L * Z], dv_[L], dz_[L * Z], dg[2 * Z] = {0}, db_[2 * Z] = {0};
+    rope_table(turns, L, Z, 10000);
+    qk_layer_forward(q_, k_, zn_, r, z_in, gamma, zero, turns, NULL, size, 0);
+    SAME("attention: q'", q_, 1e-4, 1.2, 1.6, -1.6829, 1.0806);
+    SAME("attention: k'", k_, 1e-4, 0.6, 0.8, -0.8415, 0.5403);
+    attention_forward(o, l, NULL, NULL, s, q_, k_, value, NULL, (Mask){0}, size, 1);
+    SAME("attention: P of query 2", s + L, 1e-3, 0.1048, 0.8952);
+    SAME("attention: o", o, 1e-4, 3, 1.2095);
+    SAME("attention: lse", l, 1e-4, 2, 2.1107);
+    attention_backward(dq_, dk_, dv_, s, do_, l, q_, k_, value, (Mask){0}, size, 1);
+    SAME("attention: dv", dv_, 1e-4, 1.2095, 1.7905);
+    SAME("attention: dq'", dq_, 1e-4, 0, 0, 0.5408, 0.0974);
+    SAME("attention: dk'", dk_, 1e-4, -0.6314, 0.4054, 0.6314, -0.4054);
+    qk_layer_backward(dz_, dg, db_, dq_, dk_, zn_, r, z_in, gamma, turns, size);
+    SAME("attention: dz", dz_, 1e-4, -0.1197, 0.0898, 0.7484, 0);
+    SAME("attention: dgamma", dg, 1e-4, 0, -0.4024, -0.3788, -0.4260);
+    SAME("attention: dbeta", db_, 1e-4, 0.3742, -0.4024, -0.6314, -0.3449);
+}
+
 static void test_pages(void) {
     test_page_timestep_norm();
     test_page_cema();
+    test_page_attention();
 }
 
 int main(void) {
