@@ -767,10 +767,43 @@ static void test_page_attention(void) {
     SAME("attention: dbeta", db_, 1e-4, 0.3742, -0.4024, -0.6314, -0.3449);
 }
 
+// LayerNorm, swiglu and the second product of an FFN: one token, D 4, F 1.
+static void test_page_block(void) {
+    enum { D = 4 };
+    const real x[D] = {1, 0, 2, 1}, y[D] = {1, 1, 3, 3}, w1[D] = {0, 0, log(3), 0}, w3[D] = {1, 0, 1, 2};
+    const real w2[D] = {1, 0, 0, -1}, dy_out[D] = {1, 0, 0, 2};
+    double m[1];
+    real u[D], r[1], f1[1], f3[1], hidden[1], o[D], df1[1], df3[1], du[D], dy[D];
+    real dw1[D] = {0}, dw2[D] = {0}, dw3[D] = {0};
+    layernorm_forward(u, m, r, y, NULL, NULL, 1, D, 0);
+    SAME("block: u", u, 1e-12, -1, -1, 1, 1);
+    linear_forward(f1, NULL, u, w1, NULL, 1, D, 1);
+    linear_forward(f3, NULL, u, w3, NULL, 1, D, 1);
+    gate_forward(hidden, f3, f1, 1);
+    linear_forward(o, x, hidden, w2, NULL, 1, 1, D);
+    SAME("block: f1", f1, 1e-4, 1.0986);
+    SAME("block: f3", f3, 1e-12, 2);
+    SAME("block: out", o, 1e-4, 2.6479, 0, 2, -0.6479);
+    linear_gate_backward(hidden, df3, df1, NULL, dy_out, w2, f3, f1, (Mask){0}, 1, 1, D);
+    SAME("block: hidden", hidden, 1e-4, 1.6479);
+    SAME("block: df1", df1, 1e-4, -1.9120);
+    SAME("block: df3", df3, 1e-4, -0.8240);
+    linear_backward(du, 0, dw3, NULL, df3, u, w3, 1, D, 1);
+    linear_backward(du, 1, dw1, NULL, df1, u, w1, 1, D, 1);
+    linear_backward_weight(dw2, NULL, dy_out, hidden, 1, 1, D);
+    SAME("block: du", du, 1e-4, -0.8240, 0, -2.9245, -1.6479);
+    SAME("block: dW1", dw1, 1e-4, 1.9120, 1.9120, -1.9120, -1.9120);
+    SAME("block: dW2", dw2, 1e-4, 1.6479, 0, 0, 3.2958);
+    SAME("block: dW3", dw3, 1e-4, 0.8240, 0.8240, -0.8240, -0.8240);
+    layernorm_backward(dy, NULL, NULL, du, y, NULL, m, r, 1, D);
+    SAME("block: dy", dy, 1e-3, -0.4120, 0.4120, -0.6383, 0.6383);
+}
+
 static void test_pages(void) {
     test_page_timestep_norm();
     test_page_cema();
     test_page_attention();
+    test_page_block();
 }
 
 int main(void) {
