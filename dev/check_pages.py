@@ -14,7 +14,7 @@ import re
 import sys
 import traceback
 
-PAGES = ("timestep-norm", "cema", "attention", "block")
+PAGES = ("timestep-norm", "cema", "attention", "block", "parallel-in-time")
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "dev", "notes")
 
 

@@ -799,11 +799,53 @@ static void test_page_block(void) {
     SAME("block: dy", dy, 1e-3, -0.4120, 0.4120, -0.6383, 0.6383);
 }
 
+// Two parts of a sequence: TimestepNorm's tokens (0,4) and (3,3); CEMA's x = (4,8) and (4,0).
+static void test_page_parallel(void) {
+    const int64_t one[2] = {1, 1}, two[2] = {2, 2};
+    ChunkParallel cp = {.cp_rank = 1, .cp_size = 2, .lengths = one};
+    const real x_norm[2][2] = {{0, 4}, {3, 3}}, dy_norm[2] = {0, 3}, w[2] = {0, 0};
+    const Dims token = {.B = 1, .L = 1, .D = 2, .G = 1};
+    double all[4], start[2] = {0}, end[2], m[1] = {2.5};
+    for (int i = 0; i < 2; i++) timestep_norm_reduce((NormState){NULL, all + 2 * i, all + 2 * i + 1}, x_norm[i], token);
+    SAME("parallel: moments of each part", all, 1e-12, 2, 8, 3, 0);
+    timestep_norm_combine((NormState){NULL, start, start + 1}, (NormState){NULL, end, end + 1}, all, NULL, &cp, token);
+    SAME("parallel: moments before B", start, 1e-12, 2, 8);
+    SAME("parallel: moments after B", end, 1e-12, 2.5, 9);
+    double sums[3];
+    const real r[1] = {2. / 3};
+    const int64_t before[1] = {1};
+    timestep_norm_reduce_backward(sums, dy_norm, x_norm[1], w, m, r, before, token);
+    SAME("parallel: U, V, W of B", sums, 1e-12, -1. / 2, -1. / 18, -5. / 36);
+
+    const real x[2][2] = {{4, 8}, {4, 0}}, dy[2][2] = {{1, 0}, {2, 0}}, g[2] = {1, -1}, zero[1] = {0};
+    const real th[1] = {-log(3)}, om[1] = {0.5};
+    const Dims part = {.B = 1, .L = 2, .D = 1, .N = 1};
+    real *memory = calloc(5 * coeffs_stride(1), sizeof *memory), alone[4], h[2] = {0}, h_end[2], y[2];
+    Coeffs c = coeffs_in(memory, 1, 1);
+    cema_coeffs_forward(&c, zero, zero, th, g, 1, 1);
+    cp.lengths = two;
+    for (int i = 0; i < 2; i++) cema_reduce(alone + 2 * i, x[i], &c, 0, part);
+    SAME("parallel: h_alone", alone, 1e-12, 4, 1.5, 0, 1.5);
+    cema_combine(h, h_end, alone, &c, 0, &cp, part);
+    SAME("parallel: h before B", h, 1e-12, 4, 1.5);
+    SAME("parallel: h after B", h_end, 1e-12, -2.25, 0.65625);
+    cema_forward(y, NULL, NULL, x[1], &c, om, h, part);
+    SAME("parallel: y of B", y, 1e-12, 5.875, -1.59375);
+    for (int i = 0; i < 2; i++) cema_reduce(alone + 2 * i, dy[i], &c, 1, part);
+    SAME("parallel: F_alone", alone, 1e-12, 0.75, -0.75, 1.5, -1.5);
+    cp.cp_rank = 0, h[0] = h[1] = 0;
+    cema_combine(h, h_end, alone, &c, 1, &cp, part);
+    SAME("parallel: dL/dh after A", h, 1e-12, 1.5, -1.5);
+    SAME("parallel: dL/dh_0", h_end, 1e-12, -0.09375, 0.09375);
+    free(memory);
+}
+
 static void test_pages(void) {
     test_page_timestep_norm();
     test_page_cema();
     test_page_attention();
     test_page_block();
+    test_page_parallel();
 }
 
 int main(void) {
