@@ -66,7 +66,7 @@ def options_of(*sources):
         set(re.findall(r'"(--[a-z][\w-]*)"', text))
 
 
-CONFIG_OPTIONS = [f for f in FILES if f.startswith("plumbing/") and f.endswith((".c", ".h")) and not f.endswith("compare.c")]
+CONFIG_OPTIONS = [f for f in FILES if re.fullmatch(r"plumbing/\w+\.[ch]", f) and f != "plumbing/compare.c"]
 OPTIONS = {"train": options_of("train.c", *CONFIG_OPTIONS), "sample": options_of("sample.c", *CONFIG_OPTIONS),
            "compare": options_of("plumbing/compare.c")}
 BINARIES = {"build/bench": "dev/bench.c", "build/gpu/bench_cuda": "dev/bench_cuda.cu",

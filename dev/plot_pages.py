@@ -1,6 +1,6 @@
 """Draws the pictures of the pages about layers, from numbers that this script computes with the formulas of the pages:
 
-    python3 dev/plot_pages.py [FOLDER]          default: dev/notes
+    python3 dev/plot_pages.py                   writes four SVG files in dev/notes
 
 Needs the Python standard library only.
 """
@@ -8,7 +8,6 @@ Needs the Python standard library only.
 import cmath
 import math
 import os
-import sys
 
 BLUE, RED, GRAY, DARK = "#2b6cb0", "#b0246a", "#9aa7b8", "#1c2733"
 
@@ -20,32 +19,38 @@ class Picture:
 
     def text(self, x, y, text, size=13, color=DARK, anchor="start"):
         text = text.replace("&", "&amp;").replace("<", "&lt;")
-        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{color}" text-anchor="{anchor}">{text}</text>')
+        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{color}" '
+                          f'text-anchor="{anchor}">{text}</text>')
 
     def line(self, points, color=DARK, width=1.5, dash="", arrow=False):
         at = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         end = ' marker-end="url(#a)"' if arrow else ""
-        self.parts.append(f'<polyline points="{at}" fill="none" stroke="{color}" stroke-width="{width}" stroke-dasharray="{dash}"{end}/>')
+        self.parts.append(f'<polyline points="{at}" fill="none" stroke="{color}" stroke-width="{width}" '
+                          f'stroke-dasharray="{dash}"{end}/>')
 
     def dot(self, x, y, color, radius=3):
         self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{color}"/>')
 
     def box(self, x, y, width, height, fill="#eef2f7", stroke="#4a5a70"):
-        self.parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{fill}" stroke="{stroke}"/>')
+        self.parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{fill}" '
+                          f'stroke="{stroke}"/>')
 
     def write(self, path):
         w, h = self.size
         with open(path, "w", encoding="utf-8") as file:
-            file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" font-family="Helvetica, Arial, sans-serif">\n'
-                       '<defs><marker id="a" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
-                       f'<path d="M0,1 L10,5 L0,9 z" fill="#4a5a70"/></marker></defs>\n<rect width="{w}" height="{h}" fill="#ffffff"/>\n'
-                       + "\n".join(self.parts) + "\n</svg>\n")
+            file.write(
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" '
+                'font-family="Helvetica, Arial, sans-serif">\n'
+                '<defs><marker id="a" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
+                'orient="auto"><path d="M0,1 L10,5 L0,9 z" fill="#4a5a70"/></marker></defs>\n'
+                f'<rect width="{w}" height="{h}" fill="#ffffff"/>\n' + "\n".join(self.parts) + "\n</svg>\n")
 
 
 def timestep_norm(path):
     """Tokens whose level jumps: the statistics of all tokens so far, and the normalized tokens."""
     tokens, jump = 48, 24
-    x = [((2 if t >= jump else 0) + math.sin(2.1 * t), (2 if t >= jump else 0) + math.cos(1.3 * t)) for t in range(tokens)]
+    level = [2 if t >= jump else 0 for t in range(tokens)]
+    x = [(level[t] + math.sin(2.1 * t), level[t] + math.cos(1.3 * t)) for t in range(tokens)]
     picture = Picture(760, 420)
     at = lambda t: 60 + 14 * t
     upper, lower = (lambda v: 130 - 26 * v), (lambda v: 340 - 22 * v)
@@ -79,7 +84,9 @@ def timestep_norm(path):
 def cema(path):
     """The impulse response of the page's mode, in the complex plane and as a kernel, beside one without rotation."""
     picture = Picture(760, 330)
-    for column, (q, title) in enumerate(((0.75j, "q = 0.75 i: a quarter turn each token"), (0.9 * cmath.exp(0.5j), "q = 0.9 e^(0.5 i): slower, and remembers longer"))):
+    modes = ((0.75j, "q = 0.75 i: a quarter turn each token"),
+             (0.9 * cmath.exp(0.5j), "q = 0.9 e^(0.5 i): slower, and remembers longer"))
+    for column, (q, title) in enumerate(modes):
         left = 20 + 375 * column
         centre, radius = (left + 80, 130), 150
         h, points, kernel = 0.5, [], []
@@ -101,7 +108,8 @@ def cema(path):
         picture.line([(left + 178, 130), (left + 350, 130)], GRAY, 1)
         picture.text(left + 185, 235, "kernel k_j = Re(g p q^j),", 12)
         picture.text(left + 185, 250, "g = 1 - i, p = 1/2, j = 0..23", 12)
-    picture.text(20, 300, "y = the input convolved with the kernel. What repeats with the kernel's period is added up; the rest cancels.")
+    picture.text(20, 300, "y = the input convolved with the kernel. What repeats with the kernel's period is added up; "
+                          "the rest cancels.")
     picture.write(path)
 
 
@@ -123,10 +131,13 @@ def attention(path):
     picture.text(60, 16, "key", 12)
     picture.text(18, 36, "query", 12)
     for row, text in enumerate((
-            "Tokens 1 to 11, chunks of C = 4; the last chunk is shorter.", "Blue: P, the probability with which a query reads a key.",
-            "Gray: never read, and never computed for other chunks.", "Here q = 4 (1, 0) and k = (1, 0) at all tokens, before the",
+            "Tokens 1 to 11, chunks of C = 4; the last chunk is shorter.",
+            "Blue: P, the probability with which a query reads a key.",
+            "Gray: never read, and never computed for other chunks.",
+            "Here q = 4 (1, 0) and k = (1, 0) at all tokens, before the",
             "rotation. So S = 4 cos(distance): the rotation alone", "makes the score depend on the distance.",
-            "The chunks have equal rows, since the score depends on", "the distance only and no chunk sees the one before.")):
+            "The chunks have equal rows, since the score depends on",
+            "the distance only and no chunk sees the one before.")):
         picture.text(360, 70 + 26 * row, text)
     picture.write(path)
 
@@ -158,13 +169,14 @@ def parallel_in_time(path):
     picture.box(40, 124, 680, 36, "#e4f3e6", "#3f7a4a")
     picture.text(380, 147, "all-gather: each part gets both h_alone, whatever the number of tokens", 14, anchor="middle")
     picture.text(40, 20, "1. reduce, at the same time", 12)
-    picture.text(40, 278, f"2. combine: h after B = q^2 ({number(alone[0])}) + ({number(alone[1])}), with q^2 = {(q ** 2).real:g}", 12)
+    picture.text(40, 278, f"2. combine: h after B = q^2 ({number(alone[0])}) + ({number(alone[1])}), "
+                          f"with q^2 = {(q ** 2).real:g}", 12)
     picture.text(40, 298, "3. both parts compute their y from the right start, at the same time", 12)
     picture.write(path)
 
 
 def main():
-    folder = sys.argv[1] if len(sys.argv) > 1 else os.path.join(os.path.dirname(os.path.abspath(__file__)), "notes")
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "notes")
     timestep_norm(os.path.join(folder, "timestep-norm.svg"))
     cema(os.path.join(folder, "cema-mode.svg"))
     attention(os.path.join(folder, "attention.svg"))
