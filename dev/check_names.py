@@ -14,7 +14,7 @@ import re
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CODE = (".c", ".h", ".cu", ".cuh", ".py", ".sh", ".js", ".awk", ".html", ".json", ".txt")
+CODE = (".c", ".h", ".cu", ".cuh", ".py", ".sh", ".js", ".awk", ".html")
 # What is named but comes from elsewhere: other projects' names, and files that the commands of the pages write.
 FOREIGN = {"max_memory_allocated", "peak_bytes_in_use", "train_gpt2.c", "train_gpt2_fp32.cu", "mamba.c", "__global__",
            "tokenizer.json", "options.txt"}
@@ -31,12 +31,12 @@ def read(path):
 
 
 def source_files():
-    """Paths of all files, relative to the root, except what was built."""
+    """Paths of all files of the repository, relative to the root. Other folders beside them are a user's."""
     found = []
     for folder, folders, files in os.walk(ROOT):
         inside = os.path.relpath(folder, ROOT)
         if inside == ".":
-            folders[:] = [f for f in folders if f not in ("build", ".git", "out")]
+            folders[:] = [f for f in folders if f in ("dev", "kernels", "plumbing", "tests", ".ci")]
         found += [os.path.normpath(os.path.join(inside, f)) for f in files]
     return found
 
