@@ -712,6 +712,163 @@ static void test_output_loss(void) {
     }
 }
 
+// ----------------------------------------------------------------------------
+// The worked examples of dev/notes: timestep-norm.md, cema.md, attention.md, block.md, parallel-in-time.md. The numbers
+// are those of the pages. Exact fractions are compared to 1e-12, numbers that the pages round to 1e-4.
+
+#define SAME(name, a, tol, ...)                                                                                        \
+    check("worked examples of dev/notes, " name, a, (const double[]){__VA_ARGS__},                                     \
+          sizeof((const double[]){__VA_ARGS__}) / sizeof(double), tol)
+
+static void test_page_timestep_norm(void) {
+    const real x[4] = {0, 4, 3, 3}, w[2] = {0, 0}, bs[2] = {0, 0}, dy[4] = {1, 0, 0, 3};
+    const NormState none = {NULL, NULL, NULL};
+    const Dims size = {.B = 1, .L = 2, .D = 2, .G = 1};
+    real y[4], r[2], dx[4], dw[2] = {0}, dbs[2] = {0};
+    double m[2], m_end, m2_end, sums[3] = {0};
+    timestep_norm_forward(y, m, r, (NormState){NULL, &m_end, &m2_end}, x, w, bs, none, size, 0);
+    SAME("timestep_norm: y", y, 1e-12, -1, 1, 1. / 3, 1. / 3);
+    SAME("timestep_norm: mean", m, 1e-12, 2, 2.5);
+    SAME("timestep_norm: rstd", r, 1e-12, 1. / 2, 2. / 3);
+    SAME("timestep_norm: M2", &m2_end, 1e-12, 9);
+    timestep_norm_backward(dx, dw, dbs, sums, dy, NULL, x, w, m, r, NULL, size);
+    SAME("timestep_norm: dx", dx, 1e-12, -2. / 9, -2. / 3, -5. / 9, 13. / 9);
+    SAME("timestep_norm: U, V, W", sums, 1e-12, -3. / 4, 1. / 144, -1. / 72);
+    SAME("timestep_norm: dweight", dw, 1e-12, -1, 1);
+    SAME("timestep_norm: dbias", dbs, 1e-12, 1, 3);
+}
+
+static void test_page_cema(void) {
+    enum { L = 3 };
+    const real x[L] = {4, 8, 0}, dy[L] = {1, 0, 2}, om[1] = {0.5}, g[2] = {1, -1}, zero[1] = {0}, th[1] = {-log(3)};
+    const Dims size = {.B = 1, .L = L, .D = 1, .N = 1};
+    const size_t n = coeffs_stride(1);
+    real *memory = calloc(10 * n, sizeof *memory), y[L], h[2], h_start[2], dx[L], dh[2] = {0}, dom[1] = {0};
+    Coeffs c = coeffs_in(memory, 1, 1), dc = coeffs_in(memory + 5 * n, 1, 1);
+    cema_coeffs_forward(&c, zero, zero, th, g, 1, 1);
+    const real pqg[5] = {c.p[0], c.q_re[0], c.q_im[0], c.g_re[0], c.g_im[0]};
+    SAME("cema: p, q, g", pqg, 1e-12, 0.5, 0, 0.75, 1, -1);
+    cema_forward(y, h_start, h, x, &c, om, NULL, size);
+    SAME("cema: y", y, 1e-12, 4, 9.5, 1.875);
+    SAME("cema: h_3", h, 1e-12, -1.125, 3);
+    cema_backward(dx, &dc, dom, dh, dy, x, h_start, &c, om, size);
+    SAME("cema: dx", dx, 1e-12, 0.4375, 0.75, 2);
+    const real dpqg[6] = {dc.p[0], dc.q_re[0], dc.q_im[0], dc.g_re[0], dc.g_im[0], dom[0]};
+    SAME("cema: dp, dq, dg, domega", dpqg, 1e-12, 11.5, 14, 2, -0.25, -6, 4);
+    SAME("cema: dL/dh_0", dh, 1e-12, -0.09375, 0.09375);
+    real grads[5] = {0};
+    cema_coeffs_backward(grads, grads + 1, grads + 2, grads + 3, &dc, zero, zero, th, 1, 1);
+    SAME("cema: dalpha, ddelta, dtheta, dgamma", grads, 1e-5, 2.625, -0.25, -12.3700, -0.25, -6);
+    free(memory);
+}
+
+// RMSNorm, q and k, the rotation and attention of one head: two tokens, dz 2, dv 1.
+static void test_page_attention(void) {
+    enum { L = 2, Z = 2 };
+    const real z_in[L * Z] = {3, 4, 0, 1}, gamma[2 * Z] = {1, 1, 0, 0}, zero[2 * Z] = {0}, value[L] = {3, 1};
+    const real do_[L] = {1, 2};
+    const Dims size = {.B = 1, .L = L, .C = L, .H = 1, .Z = Z, .E = 1};
+    real q_[L * Z], k_[L * Z], zn_[L * Z], r[L], turns[L * Z], o[L], l[L], s[2 * QUERY_TILE * L];
+    real dq_[L * Z], dk_[L * Z], dv_[L], dz_[L * Z], dg[2 * Z] = {0}, db_[2 * Z] = {0};
+    rope_table(turns, L, Z, 10000);
+    qk_layer_forward(q_, k_, zn_, r, z_in, gamma, zero, turns, NULL, size, 0);
+    SAME("attention: q'", q_, 1e-4, 1.2, 1.6, -1.6829, 1.0806);
+    SAME("attention: k'", k_, 1e-4, 0.6, 0.8, -0.8415, 0.5403);
+    attention_forward(o, l, NULL, NULL, s, q_, k_, value, NULL, (Mask){0}, size, 1);
+    SAME("attention: P of query 2", s + L, 1e-3, 0.1048, 0.8952);
+    SAME("attention: o", o, 1e-4, 3, 1.2095);
+    SAME("attention: lse", l, 1e-4, 2, 2.1107);
+    attention_backward(dq_, dk_, dv_, s, do_, l, q_, k_, value, (Mask){0}, size, 1);
+    SAME("attention: dv", dv_, 1e-4, 1.2095, 1.7905);
+    SAME("attention: dq'", dq_, 1e-4, 0, 0, 0.5408, 0.0974);
+    SAME("attention: dk'", dk_, 1e-4, -0.6314, 0.4054, 0.6314, -0.4054);
+    qk_layer_backward(dz_, dg, db_, dq_, dk_, zn_, r, z_in, gamma, turns, size);
+    SAME("attention: dz", dz_, 1e-4, -0.1197, 0.0898, 0.7484, 0);
+    SAME("attention: dgamma", dg, 1e-4, 0, -0.4024, -0.3788, -0.4260);
+    SAME("attention: dbeta", db_, 1e-4, 0.3742, -0.4024, -0.6314, -0.3449);
+}
+
+// LayerNorm, swiglu and the second product of an FFN: one token, D 4, F 1.
+static void test_page_block(void) {
+    enum { D = 4 };
+    const real x[D] = {1, 0, 2, 1}, y[D] = {1, 1, 3, 3}, w1[D] = {0, 0, log(3), 0}, w3[D] = {1, 0, 1, 2};
+    const real w2[D] = {1, 0, 0, -1}, dy_out[D] = {1, 0, 0, 2};
+    double m[1];
+    real u[D], r[1], f1[1], f3[1], hidden[1], o[D], df1[1], df3[1], du[D], dy[D];
+    real dw1[D] = {0}, dw2[D] = {0}, dw3[D] = {0};
+    layernorm_forward(u, m, r, y, NULL, NULL, 1, D, 0);
+    SAME("block: u", u, 1e-12, -1, -1, 1, 1);
+    linear_forward(f1, NULL, u, w1, NULL, 1, D, 1);
+    linear_forward(f3, NULL, u, w3, NULL, 1, D, 1);
+    gate_forward(hidden, f3, f1, 1);
+    linear_forward(o, x, hidden, w2, NULL, 1, 1, D);
+    SAME("block: f1", f1, 1e-4, 1.0986);
+    SAME("block: f3", f3, 1e-12, 2);
+    SAME("block: out", o, 1e-4, 2.6479, 0, 2, -0.6479);
+    linear_gate_backward(hidden, df3, df1, NULL, dy_out, w2, f3, f1, (Mask){0}, 1, 1, D);
+    SAME("block: hidden", hidden, 1e-4, 1.6479);
+    SAME("block: df1", df1, 1e-4, -1.9120);
+    SAME("block: df3", df3, 1e-4, -0.8240);
+    linear_backward(du, 0, dw3, NULL, df3, u, w3, 1, D, 1);
+    linear_backward(du, 1, dw1, NULL, df1, u, w1, 1, D, 1);
+    linear_backward_weight(dw2, NULL, dy_out, hidden, 1, 1, D);
+    SAME("block: du", du, 1e-4, -0.8240, 0, -2.9245, -1.6479);
+    SAME("block: dW1", dw1, 1e-4, 1.9120, 1.9120, -1.9120, -1.9120);
+    SAME("block: dW2", dw2, 1e-4, 1.6479, 0, 0, 3.2958);
+    SAME("block: dW3", dw3, 1e-4, 0.8240, 0.8240, -0.8240, -0.8240);
+    layernorm_backward(dy, NULL, NULL, du, y, NULL, m, r, 1, D);
+    SAME("block: dy", dy, 1e-3, -0.4120, 0.4120, -0.6383, 0.6383);
+}
+
+// Two parts of a sequence: TimestepNorm's tokens (0,4) and (3,3); CEMA's x = (4,8) and (4,0).
+static void test_page_parallel(void) {
+    const int64_t one[2] = {1, 1}, two[2] = {2, 2};
+    ChunkParallel cp = {.cp_rank = 1, .cp_size = 2, .lengths = one};
+    const real x_norm[2][2] = {{0, 4}, {3, 3}}, dy_norm[2] = {0, 3}, w[2] = {0, 0};
+    const Dims token = {.B = 1, .L = 1, .D = 2, .G = 1};
+    double all[4], start[2] = {0}, end[2], m[1] = {2.5};
+    for (int i = 0; i < 2; i++) timestep_norm_reduce((NormState){NULL, all + 2 * i, all + 2 * i + 1}, x_norm[i], token);
+    SAME("parallel: moments of each part", all, 1e-12, 2, 8, 3, 0);
+    timestep_norm_combine((NormState){NULL, start, start + 1}, (NormState){NULL, end, end + 1}, all, NULL, &cp, token);
+    SAME("parallel: moments before B", start, 1e-12, 2, 8);
+    SAME("parallel: moments after B", end, 1e-12, 2.5, 9);
+    double sums[3];
+    const real r[1] = {2. / 3};
+    const int64_t before[1] = {1};
+    timestep_norm_reduce_backward(sums, dy_norm, x_norm[1], w, m, r, before, token);
+    SAME("parallel: U, V, W of B", sums, 1e-12, -1. / 2, -1. / 18, -5. / 36);
+
+    const real x[2][2] = {{4, 8}, {4, 0}}, dy[2][2] = {{1, 0}, {2, 0}}, g[2] = {1, -1}, zero[1] = {0};
+    const real th[1] = {-log(3)}, om[1] = {0.5};
+    const Dims part = {.B = 1, .L = 2, .D = 1, .N = 1};
+    real *memory = calloc(5 * coeffs_stride(1), sizeof *memory), alone[4], h[2] = {0}, h_end[2], y[2];
+    Coeffs c = coeffs_in(memory, 1, 1);
+    cema_coeffs_forward(&c, zero, zero, th, g, 1, 1);
+    cp.lengths = two;
+    for (int i = 0; i < 2; i++) cema_reduce(alone + 2 * i, x[i], &c, 0, part);
+    SAME("parallel: h_alone", alone, 1e-12, 4, 1.5, 0, 1.5);
+    cema_combine(h, h_end, alone, &c, 0, &cp, part);
+    SAME("parallel: h before B", h, 1e-12, 4, 1.5);
+    SAME("parallel: h after B", h_end, 1e-12, -2.25, 0.65625);
+    cema_forward(y, NULL, NULL, x[1], &c, om, h, part);
+    SAME("parallel: y of B", y, 1e-12, 5.875, -1.59375);
+    for (int i = 0; i < 2; i++) cema_reduce(alone + 2 * i, dy[i], &c, 1, part);
+    SAME("parallel: F_alone", alone, 1e-12, 0.75, -0.75, 1.5, -1.5);
+    cp.cp_rank = 0, h[0] = h[1] = 0;
+    cema_combine(h, h_end, alone, &c, 1, &cp, part);
+    SAME("parallel: dL/dh after A", h, 1e-12, 1.5, -1.5);
+    SAME("parallel: dL/dh_0", h_end, 1e-12, -0.09375, 0.09375);
+    free(memory);
+}
+
+static void test_pages(void) {
+    test_page_timestep_norm();
+    test_page_cema();
+    test_page_attention();
+    test_page_block();
+    test_page_parallel();
+}
+
 int main(void) {
     megalodon_threads(1); // such small layers are slower with more threads
     printf("%-48s %9s  %6s\n", "", "rel. L2", "tol");
@@ -739,5 +896,6 @@ int main(void) {
     test_layernorm();
     test_rescale();
     test_output_loss();
+    test_pages();
     return check_done();
 }
