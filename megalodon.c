@@ -1549,9 +1549,16 @@ static void begin_forward(Model *m, const State *state) {
     for (int b = 0; parallel && b < m->dims.B; b++) m->before.count[b] += m->cp_start;
 }
 
+static void layers_forward(Model *m, const State *in, State *out) {
+    int layers = m->config.num_layers;
+    for (int l = 0; l < layers; l++) block_forward(m, l, in, out);
+    timestep_norm_layer_forward(m, layers, m->final, m->final_mean, m->final_rstd, m->x[layers],
+                                m->params.final_norm_weight, m->params.final_norm_bias, in, out);
+}
+
 void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int L) {
     const Config *c = &m->config;
-    int parallel = m->cp.cp_size > 1, layers = c->num_layers;
+    int parallel = m->cp.cp_size > 1;
     size_t R = (size_t)B * L;
     assert(B > 0 && L > 0 && B <= m->max_B && L <= m->max_L && (!state || state->B == B));
     assert(!parallel || (L == m->cp.lengths[m->cp.cp_rank] && !(state && state->k)));
@@ -1565,9 +1572,8 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
     m->combining = parallel;
     embedding_forward(m->x[0], tokens, m->params.embed, embedding_scale(c), B * L, c->model_dim);
     dropout(m->x[0], m->x[0], mask_of(m, -1, DROP_EMBED, c->dropout, c->model_dim), R * c->model_dim);
-    for (int l = 0; l < layers; l++) block_forward(m, l, in, state);
-    timestep_norm_layer_forward(m, layers, m->final, m->final_mean, m->final_rstd, m->x[layers],
-                                m->params.final_norm_weight, m->params.final_norm_bias, in, state);
+    // few tokens: the other threads wait for parts of the products, see kernels/matvec_cpu.h
+    WITH_TEAM(R <= FEW_ROWS && is_large((double)m->num_params / 64), layers_forward(m, in, state));
     m->combining = 0;
     for (int b = 0; state && b < B; b++) state->count[b] += parallel ? m->cp_length : L;
 }
