@@ -153,12 +153,17 @@ static void team_work(void) {
 
 // Runs `call` on this thread, with the other threads in a team if `shared`.
 #define WITH_TEAM(shared, call)                                                                                        \
-    if (shared) {                                                                                                      \
-        team_open(threads_here());                                                                                     \
-        _Pragma("omp parallel") if (thread_number() > 0) team_work();                                                  \
-        else call, team_close();                                                                                       \
-    } else                                                                                                             \
-        call
+    do {                                                                                                               \
+        if (shared) {                                                                                                  \
+            team_open(threads_here());                                                                                 \
+            _Pragma("omp parallel") {                                                                                  \
+                if (thread_number() > 0) team_work();                                                                  \
+                else call, team_close();                                                                               \
+            }                                                                                                          \
+        } else {                                                                                                       \
+            call;                                                                                                      \
+        }                                                                                                              \
+    } while (0)
 
 // C (M,N) = A (M,K) B (K,N) [+ bias] [+ residual], with M <= FEW_ROWS; see matmul().
 static void matvec(const FewRows *p) {
