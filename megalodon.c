@@ -91,6 +91,8 @@ static int is_large(double operations) { return operations > PARALLEL_MIN && thr
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 enum { LANES = VEC_BYTES / sizeof(real) };
 
+#include "kernels/team_cpu.h"
+
 #include "kernels/matmul_cpu.h"
 
 // ----------------------------------------------------------------------------
@@ -466,6 +468,8 @@ static StripCoeffs strip_coeffs(const Coeffs *c, int n, int D, int d0) {
     return s;
 }
 
+#include "kernels/cema_cpu.h"
+
 // The recurrence, token by token. A task owns a strip of channels of one sequence. It goes through token blocks of
 // CEMA_BLOCK tokens, and within a token block mode by mode, so that h stays in registers. inp, out (B,L,D).
 // h_blocks (B, blocks, 2, N, D): h before each token block, for the backward pass. h_in, h_out (B,2,N,D): the state
@@ -474,6 +478,10 @@ static StripCoeffs strip_coeffs(const Coeffs *c, int n, int D, int d0) {
 static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp, const Coeffs *coeffs,
                          const real *omega, const real *h_in, Dims d) {
     int B = d.B, L = d.L, D = d.D, N = d.N, blocks = ceil_div(L, CEMA_BLOCK);
+    if (L == 1 && h_in && h_in == h_out && !h_blocks) { // decoding
+        cema_token(&(CemaToken){out, h_out, inp, omega, coeffs, B, D, N});
+        return;
+    }
 #pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D * N))
     for (int b = 0; b < B; b++) {
         for (int d0 = 0; d0 < D; d0 += STRIP) {
@@ -1572,7 +1580,7 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
     m->combining = parallel;
     embedding_forward(m->x[0], tokens, m->params.embed, embedding_scale(c), B * L, c->model_dim);
     dropout(m->x[0], m->x[0], mask_of(m, -1, DROP_EMBED, c->dropout, c->model_dim), R * c->model_dim);
-    // few tokens: the other threads wait for parts of the products, see kernels/matvec_cpu.h
+    // few tokens: the other threads wait for parts of the products, see kernels/team_cpu.h
     WITH_TEAM(R <= FEW_ROWS && is_large((double)m->num_params / 64), layers_forward(m, in, state));
     m->combining = 0;
     for (int b = 0; state && b < B; b++) state->count[b] += parallel ? m->cp_length : L;

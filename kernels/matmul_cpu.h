@@ -174,7 +174,7 @@ static void matmul_init(real *C, int ldc, const real *residual, const real *bias
 // depend on the number of threads.
 static void matmul(real *C, int ldc, const real *residual, Matrix A, Matrix B, const real *bias, int M, int N, int K) {
     if (M <= FEW_ROWS && !A.transposed) {
-        matvec(&(FewRows){C, residual, bias, A, B, ldc, M, N, K});
+        matvec(&(Matvec){C, residual, bias, A, B, ldc, M, N, K});
         return;
     }
     int threads = is_large((double)M * N * K / 16) ? threads_here() : 1, rows = M, columns = N;

@@ -5,7 +5,7 @@
 # A line of the list is `function: old text  =>  new text`. The function is in one of the files below. The old text must be
 # in exactly one line of it. A mutant that cannot be applied or compiled is a failure, too.
 
-files="megalodon.c kernels/matmul_cpu.h kernels/matvec_cpu.h plumbing/model.h"
+files="megalodon.c kernels/matmul_cpu.h kernels/team_cpu.h kernels/matvec_cpu.h kernels/cema_cpu.h plumbing/model.h"
 
 list() {
     cat <<'END'
@@ -23,15 +23,15 @@ matmul_pack: panel[i * si + k]  =>  panel[i * si]
 matmul_serial: k0 > 0 || add);  =>  add);
 matmul_serial: ak = A.transposed ? (size_t)A.ld : 1  =>  ak = A.transposed ? (size_t)M : 1
 matmul_serial: a + (size_t)i * depth  =>  a
-few_rows_write: product + (p->bias ? p->bias[j] : 0)  =>  product
-few_rows_write: p->residual[at]  =>  p->residual[j]
-few_rows_dot: both = sum[i][0] + sum[i][1]  =>  both = sum[i][0]
-few_rows_dot: lanes[0] + rest  =>  lanes[0]
-few_rows_strip: sum[u] += a[k] * x  =>  sum[u] = a[k] * x
-few_rows_strip: strip[c] += a[k] * b[c]  =>  strip[c] = a[k] * b[c]
-few_rows_columns: few_rows_dot(p, i, j, 1)  =>  few_rows_dot(p, i, j, 2)
-team_parts: from = part * team.columns  =>  from = 0
-team_parts: min(from + team.columns, team.product.N)  =>  from + team.columns
+matvec_write: product + (p->bias ? p->bias[j] : 0)  =>  product
+matvec_write: p->residual[at] : 0)  =>  p->residual[j] : 0)
+matvec_dot: both = sum[i][0] + sum[i][1]  =>  both = sum[i][0]
+matvec_dot: lanes[0] + rest  =>  lanes[0]
+matvec_strip: sum[u] += a[k] * y  =>  sum[u] = a[k] * y
+matvec_strip: strip[c] += a[k] * b[c]  =>  strip[c] = a[k] * b[c]
+matvec_columns: matvec_dot(p, i, j, 1)  =>  matvec_dot(p, i, j, 2)
+team_parts: from = part * team.items  =>  from = 0
+team_parts: min(from + team.items, team.job.n)  =>  from + team.items
 matmul_init: c[j] += bias[j]  =>  c[j] = bias[j]
 matmul_init: residual + (size_t)i * ldc : bias  =>  residual : bias
 matmul: matmul_serial(C + at, ldc, add, a  =>  matmul_serial(C + at, ldc, residual != NULL, a

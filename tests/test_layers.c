@@ -80,7 +80,7 @@ static void test_matmul(void) {
 
 // The product for few rows, in parts: those of one thread, of a parallel loop and of a team. All have the same bits, and
 // so has a row by itself.
-static void matvec_threads(const char *name, const FewRows *p) {
+static void matvec_threads(const char *name, const Matvec *p) {
     size_t size = (size_t)p->M * p->ldc;
     real *expected = calloc(size, sizeof *expected); // nothing is written between rows
     for (int i = 0; i < p->M; i++) {
@@ -95,7 +95,7 @@ static void matvec_threads(const char *name, const FewRows *p) {
     static const int threads[] = {1, 2, 3, 3, 3};
     for (int form = 0; form < 5; form++) {
         char text[128];
-        FewRows q = *p;
+        Matvec q = *p;
         memset(p->C, 0, size * sizeof(real));
         megalodon_threads(threads[form]);
         snprintf(text, sizeof text, "%s, %d threads%s", name, threads[form],
@@ -123,7 +123,7 @@ static void test_matvec(void) {
         real *residual = numbers((size_t)M * ldc, 1, 0);
         char name[64];
         snprintf(name, sizeof name, "matvec %dx%dx%d, B%s", M, N, K, tb ? "'" : "");
-        matvec_threads(name, &(FewRows){C, residual, bias, matrix(A, lda), tb ? transposed(B, ldb) : matrix(B, ldb),
+        matvec_threads(name, &(Matvec){C, residual, bias, matrix(A, lda), tb ? transposed(B, ldb) : matrix(B, ldb),
                                         ldc, M, N, K});
         free(A), free(B), free(C), free(bias), free(residual);
     }
