@@ -30,6 +30,9 @@ matvec_dot: lanes[0] + rest  =>  lanes[0]
 matvec_strip: sum[u] += a[k] * y  =>  sum[u] = a[k] * y
 matvec_strip: strip[c] += a[k] * b[c]  =>  strip[c] = a[k] * b[c]
 matvec_columns: matvec_dot(p, i, j, 1)  =>  matvec_dot(p, i, j, 2)
+cema_token_runs: b = i / runs  =>  b = 0
+cema_token_runs: q_im[c] * old;  =>  q_im[c] * re[c];
+cema_token_runs: memcpy(p->out + (size_t)b * D + d0  =>  memcpy(p->out + (size_t)b * D
 team_parts: from = part * team.items  =>  from = 0
 team_parts: min(from + team.items, team.job.n)  =>  from + team.items
 matmul_init: c[j] += bias[j]  =>  c[j] = bias[j]
@@ -319,9 +322,10 @@ mutate() { # function, old, new, file
 flags="-std=gnu11 -O1 -w -DSTOP_AT_FAILURE"
 CC=${CC:-cc}
 
+# test_layers also checks the threads of decoding, which need OpenMP.
 build() { # test, in a copy of the sources
     case $1 in
-    test_layers) $CC $flags -DMEGALODON_DOUBLE tests/test_layers.c "$tmp/plumbing.a" -lm -o test ;;
+    test_layers) $CC $flags -fopenmp -DMEGALODON_DOUBLE tests/test_layers.c "$tmp/plumbing.a" -lm -o test ;;
     test_model) $CC $flags -DMEGALODON_DOUBLE megalodon.c "$tmp/test_model.o" "$tmp/plumbing.a" -lm -o test ;;
     test_chunk_parallel) $CC $flags -DMEGALODON_DOUBLE tests/test_chunk_parallel.c megalodon.c "$tmp/plumbing.a" -lm -o test ;;
     test_float) $CC $flags tests/test_float.c "$tmp/float.a" -lm -o test ;;

@@ -129,6 +129,27 @@ static void test_matvec(void) {
     }
 }
 
+// CEMA of one token against the general function, which is used if the states before and after it are not the same array.
+static void test_cema_token(void) {
+    enum { B = 3, D = 2 * RUN + 37, N = 3, H = B * 2 * N * D };
+    real *x = numbers(B * D, 1, 0), *omega = numbers(D, 1, 0), *h0 = numbers(H, 1, 0), *h = numbers(H, 1, 0);
+    real *h1 = numbers(H, 1, 0), *memory = numbers(5 * N * coeffs_stride(D), 1, 0), y[B * D], expected[B * D];
+    Coeffs coeffs = coeffs_in(memory, D, N);
+    Dims dims = {.B = B, .L = 1, .D = D, .N = N};
+    cema_forward(expected, NULL, h1, x, &coeffs, omega, h0, dims);
+    for (int threads = 1; threads <= 3; threads++) {
+        char text[64];
+        memcpy(h, h0, H * sizeof *h);
+        megalodon_threads(threads);
+        WITH_TEAM(threads > 1, cema_forward(y, NULL, h, x, &coeffs, omega, h, dims));
+        snprintf(text, sizeof text, "cema of a token, %d threads", threads);
+        check(text, y, expected, B * D, 1e-14);
+        snprintf(text, sizeof text, "cema of a token, %d threads: h", threads);
+        check(text, h, h1, H, 1e-14);
+    }
+    free(x), free(omega), free(h0), free(h), free(h1), free(memory);
+}
+
 // ----------------------------------------------------------------------------
 // definitions, written plainly
 
@@ -768,6 +789,7 @@ int main(void) {
     test_layernorm();
     test_rescale();
     test_output_loss();
-    test_matvec(); // last, since it sets the number of threads
+    test_matvec(); // these two last, since they set the number of threads
+    test_cema_token();
     return check_done();
 }
