@@ -91,7 +91,7 @@ static int is_large(double operations) { return operations > PARALLEL_MIN && thr
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 enum { LANES = VEC_BYTES / sizeof(real) };
 
-#include "kernels/team_cpu.h"
+#include "kernels/team_cpu.h" // threads for decoding
 
 #include "kernels/matmul_cpu.h"
 
@@ -1580,7 +1580,7 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
     m->combining = parallel;
     embedding_forward(m->x[0], tokens, m->params.embed, embedding_scale(c), B * L, c->model_dim);
     dropout(m->x[0], m->x[0], mask_of(m, -1, DROP_EMBED, c->dropout, c->model_dim), R * c->model_dim);
-    // few tokens: the other threads wait for parts of the products, see kernels/team_cpu.h
+    // decoding: this thread runs the layers, the others take parts of the products; a small model gains nothing
     WITH_TEAM(R <= FEW_ROWS && is_large((double)m->num_params / 64), layers_forward(m, in, state));
     m->combining = 0;
     for (int b = 0; state && b < B; b++) state->count[b] += parallel ? m->cp_length : L;
