@@ -1337,7 +1337,8 @@ static void cema_layer_forward(Model *m, int layer, const State *in, State *out)
         cema_combine(h_in, h_out, all, coeffs, 0, &m->cp, d);
         h_out = NULL; // cema_combine has set it
     }
-    cema_forward(a->ema, a->h, h_out, a->xt, coeffs, m->params.layers[layer].cema_omega, h_in, d);
+    real *h_blocks = m->mode == MEGALODON_INFER ? NULL : a->h; // for the backward pass
+    cema_forward(a->ema, h_blocks, h_out, a->xt, coeffs, m->params.layers[layer].cema_omega, h_in, d);
 }
 
 static void cema_layer_backward(Model *m, int layer, real *dx, StateGrad *dstate, const real *dy) {

@@ -399,8 +399,8 @@ static void bench_decode(void) {
     print_rates(parts);
     const double token = parts[CHUNK].median / num_positions(), best = parts[CHUNK].fastest / num_positions();
     const double bytes = (weights + cache) * sizeof(real), floor = bytes * parts[READ].median / parts[READ].bytes;
-    printf("decoding, %s: %.3f (%.3f) ms/token, %.1f GB/s, mean over a chunk (%d of its %d positions)", preset, token * 1e3,
-           best * 1e3, bytes / token / 1e9, num_positions(), c->chunk_size);
+    printf("decoding, %s: %.3f (%.3f) ms/token, %.1f GB/s, mean over a chunk (%d of its %d positions)", preset,
+           token * 1e3, best * 1e3, bytes / token / 1e9, num_positions(), c->chunk_size);
     if (batch_size > 1) printf(", %d texts at once", batch_size);
     printf("\n    floor: reading %.1f MB of weights and %.1f MB of keys and values (mean of a chunk) once: %.3f ms\n"
            "    measured: %.2f times the floor (best of both: %.2f)\n",

@@ -3,8 +3,8 @@ matvec_cpu.h: the matrix product of megalodon.c where A has few rows, as in deco
 
     C (M,N) = A (M,K) B (K,N) [+ bias (N) to every row] [+ residual (M,N)],    M <= FEW_ROWS
 
-An element of B is used M times only. So the time is that of reading B from memory, which packing would double. B is read
-in place and once, by all threads (team_cpu.h), which divide the columns of C among them.
+An element of B is used M times only. So the time is that of reading B from memory, and packing B as matmul_serial does
+would double it. B is read in place and once. The threads (team_cpu.h) divide the columns of C among them.
 */
 #pragma once
 
@@ -26,8 +26,8 @@ static void matvec_write(const Matvec *p, int i, int j, real product) {
     p->C[at] = product + (p->bias ? p->bias[j] : 0) + (p->residual ? p->residual[at] : 0);
 }
 
-// B is stored transposed, as weights are. C (i,j) is the dot product of row i of A and row j of B', for `rows` rows from
-// i0 on. An element's order of summation does not depend on `rows`, so a text does not depend on the other texts.
+// B is stored transposed, as weights are. C (i,j) is the dot product of row i of A and row j of B', for `rows` rows
+// from i0 on. The order of summation does not depend on `rows`, so a text does not depend on the texts beside it.
 static inline __attribute__((always_inline)) void matvec_dot(const Matvec *p, int i0, int j, int rows) {
     const real *b = p->B.at + (size_t)j * p->B.ld, *a = p->A.at + (size_t)i0 * p->A.ld;
     int k = 0;

@@ -1,10 +1,10 @@
 /*
 team_cpu.h: threads for decoding. kernels/matvec_cpu.h and kernels/cema_cpu.h use them; megalodon.c includes this file.
 
-A token has a hundred matrix-vector products, of 10 to 100 microseconds each. A parallel region for each of them costs as
-much again on 16 cores: it begins and ends with barriers, which wait until every thread has woken, even one that the
-system has preempted. So a token has one parallel region. Thread 0 runs the model. The other threads, its team, wait for
-parts of a job without sleeping:
+A token of a large model has a hundred matrix-vector products, of 10 to 100 microseconds each on 16 cores. A parallel
+region for each of them costs as much again: it begins and ends with a barrier, which waits until every thread has
+woken, even one that the system has preempted. So a token has one parallel region. Thread 0 runs the model. The other
+threads, its team, wait for parts of a job without sleeping:
 
     thread 0                                            the team
     team_open()                                         team_work():
@@ -37,9 +37,9 @@ typedef struct {
 } Job;
 
 static struct {
-    int threads;                // in the team, with thread 0; 0: there is no team
-    Job job;                    // the job that has parts left
-    int items;                  // in a part of it
+    int threads;                  // in the team, with thread 0; 0: there is no team
+    Job job;                      // the job that has parts left
+    int items;                    // in a part of it
     _Alignas(64) atomic_int left; // parts that no thread has taken; each counter has its own cache line
     _Alignas(64) atomic_int done; // parts that are complete
     _Alignas(64) atomic_int is_open;
@@ -82,8 +82,10 @@ static void team_close(void) { team.threads = 0, atomic_store(&team.is_open, 0);
         if (condition) {                                                                                               \
             team_open();                                                                                               \
             _Pragma("omp parallel") {                                                                                  \
-                if (thread_number() > 0) team_work();                                                                  \
-                else call, team_close();                                                                               \
+                if (thread_number() > 0)                                                                               \
+                    team_work();                                                                                       \
+                else                                                                                                   \
+                    call, team_close();                                                                                \
             }                                                                                                          \
         } else {                                                                                                       \
             call;                                                                                                      \

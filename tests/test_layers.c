@@ -78,8 +78,8 @@ static void test_matmul(void) {
     }
 }
 
-// The product for few rows, in parts: those of one thread, of a parallel loop and of a team. All have the same bits, and
-// so has a row by itself.
+// The product for few rows, in parts: those of one thread, of a parallel loop and of a team. All have the same bits,
+// and so has a row by itself.
 static void matvec_threads(const char *name, const Matvec *p) {
     size_t size = (size_t)p->M * p->ldc;
     real *expected = calloc(size, sizeof *expected); // nothing is written between rows
@@ -99,7 +99,9 @@ static void matvec_threads(const char *name, const Matvec *p) {
         memset(p->C, 0, size * sizeof(real));
         megalodon_threads(threads[form]);
         snprintf(text, sizeof text, "%s, %d threads%s", name, threads[form],
-                 form < 3 ? "" : form == 3 ? " in a team" : " in a team, row by row");
+                 form < 3    ? ""
+                 : form == 3 ? " in a team"
+                             : " in a team, row by row");
         if (form < 3) matvec(p);
         if (form == 3) WITH_TEAM(1, matvec(p));
         for (int i = 0; form == 4 && i < p->M; i++) {
@@ -123,13 +125,13 @@ static void test_matvec(void) {
         real *residual = numbers((size_t)M * ldc, 1, 0);
         char name[64];
         snprintf(name, sizeof name, "matvec %dx%dx%d, B%s", M, N, K, tb ? "'" : "");
-        matvec_threads(name, &(Matvec){C, residual, bias, matrix(A, lda), tb ? transposed(B, ldb) : matrix(B, ldb),
-                                        ldc, M, N, K});
+        matvec_threads(
+            name, &(Matvec){C, residual, bias, matrix(A, lda), tb ? transposed(B, ldb) : matrix(B, ldb), ldc, M, N, K});
         free(A), free(B), free(C), free(bias), free(residual);
     }
 }
 
-// CEMA of one token against the general function, which is used if the states before and after it are not the same array.
+// CEMA of one token against the general function, which runs if the states before and after are different arrays.
 static void test_cema_token(void) {
     enum { B = 3, D = 2 * RUN + 37, N = 3, H = B * 2 * N * D };
     real *x = numbers(B * D, 1, 0), *omega = numbers(D, 1, 0), *h0 = numbers(H, 1, 0), *h = numbers(H, 1, 0);
