@@ -91,6 +91,8 @@ static int is_large(double operations) { return operations > PARALLEL_MIN && thr
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 enum { LANES = VEC_BYTES / sizeof(real) };
 
+#include "kernels/team_cpu.h" // threads for decoding
+
 #include "kernels/matmul_cpu.h"
 
 // ----------------------------------------------------------------------------
@@ -401,7 +403,7 @@ static void cema_coeffs_forward(Coeffs *c, const real *alpha, const real *delta,
             c->q_re[out] = (real)((1 - a * b) * cos(phi));
             c->q_im[out] = (real)((1 - a * b) * sin(phi));
             c->g_re[out] = (real)(gamma[2 * in] / sqrt(N));
-            c->g_im[out] = kind == CEMA_REAL ? 0 : (real)(gamma[2 * in + 1] / sqrt(N));
+            c->g_im[out] = (real)(gamma[2 * in + 1] / sqrt(N));
         }
     }
 }
@@ -427,7 +429,7 @@ static void cema_coeffs_backward(real *dalpha, real *ddelta, real *dtheta, real 
             ddelta[in] += (real)(-a * dabs * b * (1 - b));
             dangle += dphi * 2 * PI * (n + 1) / N;
             dgamma[2 * in] += (real)(dc->g_re[out] / sqrt(N));
-            if (kind == CEMA_COMPLEX) dgamma[2 * in + 1] += (real)(dc->g_im[out] / sqrt(N));
+            dgamma[2 * in + 1] += (real)(dc->g_im[out] / sqrt(N));
         }
         dtheta[d] += (real)(dangle * angle * (1 - angle));
     }
@@ -466,6 +468,8 @@ static StripCoeffs strip_coeffs(const Coeffs *c, int n, int D, int d0) {
     return s;
 }
 
+#include "kernels/cema_cpu.h"
+
 // The recurrence, token by token. A task owns a strip of channels of one sequence. It goes through token blocks of
 // CEMA_BLOCK tokens, and within a token block mode by mode, so that h stays in registers. inp, out (B,L,D).
 // h_blocks (B, blocks, 2, N, D): h before each token block, for the backward pass. h_in, h_out (B,2,N,D): the state
@@ -474,6 +478,10 @@ static StripCoeffs strip_coeffs(const Coeffs *c, int n, int D, int d0) {
 static void cema_forward(real *out, real *h_blocks, real *h_out, const real *inp, const Coeffs *coeffs,
                          const real *omega, const real *h_in, Dims d) {
     int B = d.B, L = d.L, D = d.D, N = d.N, blocks = ceil_div(L, CEMA_BLOCK);
+    if (L == 1 && h_in && h_in == h_out && !h_blocks) { // decoding
+        cema_token(&(CemaToken){out, h_out, inp, omega, coeffs, B, D, N});
+        return;
+    }
 #pragma omp parallel for collapse(2) schedule(static) if (is_large((double)B * L * D * N))
     for (int b = 0; b < B; b++) {
         for (int d0 = 0; d0 < D; d0 += STRIP) {
@@ -1343,7 +1351,8 @@ static void cema_layer_forward(Model *m, int layer, const State *in, State *out)
         cema_combine(h_in, h_out, all, coeffs, 0, &m->cp, d);
         h_out = NULL; // cema_combine has set it
     }
-    cema_forward(a->ema, a->h, h_out, a->xt, coeffs, m->params.layers[layer].cema_omega, h_in, d);
+    real *h_blocks = m->mode == MEGALODON_INFER ? NULL : a->h; // for the backward pass
+    cema_forward(a->ema, h_blocks, h_out, a->xt, coeffs, m->params.layers[layer].cema_omega, h_in, d);
 }
 
 static void cema_layer_backward(Model *m, int layer, real *dx, StateGrad *dstate, const real *dy) {
@@ -1567,9 +1576,16 @@ static void begin_forward(Model *m, const State *state) {
     for (int b = 0; parallel && b < m->dims.B; b++) m->before.count[b] += m->cp_start;
 }
 
+static void layers_forward(Model *m, const State *in, State *out) {
+    int layers = m->config.num_layers;
+    for (int l = 0; l < layers; l++) block_forward(m, l, in, out);
+    timestep_norm_layer_forward(m, layers, m->final, m->final_mean, m->final_rstd, m->x[layers],
+                                m->params.final_norm_weight, m->params.final_norm_bias, in, out);
+}
+
 void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int L) {
     const Config *c = &m->config;
-    int parallel = m->cp.cp_size > 1, layers = c->num_layers;
+    int parallel = m->cp.cp_size > 1;
     size_t R = (size_t)B * L;
     assert(B > 0 && L > 0 && B <= m->max_B && L <= m->max_L && (!state || state->B == B));
     assert(!parallel || (L == m->cp.lengths[m->cp.cp_rank] && !(state && state->k)));
@@ -1583,9 +1599,8 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
     m->combining = parallel;
     embedding_forward(m->x[0], tokens, m->params.embed, embedding_scale(c), B * L, c->model_dim);
     dropout(m->x[0], m->x[0], mask_of(m, -1, DROP_EMBED, c->dropout, c->model_dim), R * c->model_dim);
-    for (int l = 0; l < layers; l++) block_forward(m, l, in, state);
-    timestep_norm_layer_forward(m, layers, m->final, m->final_mean, m->final_rstd, m->x[layers],
-                                m->params.final_norm_weight, m->params.final_norm_bias, in, state);
+    // decoding: this thread runs the layers, the others take parts of the products; a small model gains nothing
+    WITH_TEAM(R <= FEW_ROWS && is_large((double)m->num_params / 64), layers_forward(m, in, state));
     m->combining = 0;
     for (int b = 0; state && b < B; b++) state->count[b] += parallel ? m->cp_length : L;
 }

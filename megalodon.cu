@@ -585,10 +585,9 @@ static __global__ void cema_coeffs_forward_kernel(Coeffs c, const float *alpha, 
     int n = i / D, d = i % D, in = d * N + n;
     double a = 1 / (1 + exp(-(double)alpha[in])), b = 1 / (1 + exp(-(double)delta[in]));
     double phi = kind == CEMA_REAL ? 0 : 2 * PI * (n + 1) / N / (1 + exp(-(double)theta[d])), size = 1 - a * b;
-    double g_im = kind == CEMA_REAL ? 0 : gamma[2 * in + 1];
     c.p[i] = (float)a;
     c.q_re[i] = (float)(size * cos(phi)), c.q_im[i] = (float)(size * sin(phi));
-    c.g_re[i] = (float)(gamma[2 * in] / sqrt((double)N)), c.g_im[i] = (float)(g_im / sqrt((double)N));
+    c.g_re[i] = (float)(gamma[2 * in] / sqrt((double)N)), c.g_im[i] = (float)(gamma[2 * in + 1] / sqrt((double)N));
 }
 
 static void cema_coeffs_forward(Coeffs *c, const float *alpha, const float *delta, const float *theta,
@@ -617,7 +616,7 @@ static __global__ void cema_coeffs_backward_kernel(float *dalpha, float *ddelta,
         ddelta[in] += (float)(-a * dabs * b * (1 - b));
         dangle += dphi * 2 * PI * (n + 1) / N;
         dgamma[2 * in] += (float)(dc.g_re[i] / sqrt((double)N));
-        if (kind == CEMA_COMPLEX) dgamma[2 * in + 1] += (float)(dc.g_im[i] / sqrt((double)N));
+        dgamma[2 * in + 1] += (float)(dc.g_im[i] / sqrt((double)N));
     }
     dangles[threadIdx.y][threadIdx.x] = dangle;
     __syncthreads();

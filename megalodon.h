@@ -83,8 +83,9 @@ typedef enum { HE, GAUSSIAN, XAVIER, BERT } InitMode; // initial values of linea
 
 // Parts of the model that can be replaced, so that one sees what they do (dev/notes/ablation.md). The first choice of
 // each is Megalodon. Parameters that a choice does not use stay in the model, with gradient 0.
-typedef enum { CEMA_COMPLEX, CEMA_REAL, CEMA_NONE } CemaKind; // real: phases and gamma's imaginary part are 0, which is
-                                                              // Mega's EMA; none: mx = RMSNorm(xt)
+typedef enum { CEMA_COMPLEX, CEMA_REAL, CEMA_NONE } CemaKind; // real: all phases are 0, so that h is real and only the
+                                                              // real part of gamma counts: Mega's EMA. none: mx =
+                                                              // RMSNorm(xt)
 typedef enum { NORM_TIMESTEP, NORM_LAYER } NormKind; // layer: LayerNorm of each token, also as the final norm
 typedef enum { ATTENTION_NORMALIZED, ATTENTION_STANDARD } AttentionKind; // standard: z has no norm,
                                                                          // q = z (gamma0+1)/dz^(1/4) + beta0, likewise k

@@ -20,7 +20,7 @@ static Option options[] = {
     {OPT_REAL, "dropout", &dropout_p, 0, 0.999, .help = "probability of all three dropouts"},
     {OPT_INT, "threads", &threads, 0, 1024, .help = "CPU threads; 0: all cores"},
     {OPT_INT, "repeats", &repeats, 3, MAX_REPEATS, .help = "measured rounds, after one warm-up round"},
-    {OPT_SWITCH, "decode", &decode, .help = "measure decoding, one token at a time"},
+    {OPT_SWITCH, "decode", &decode, .help = "measure decoding, one token at a time; --batch-size: 1 by default"},
     {OPT_INT64, "max-tokens", &max_tokens, 4096, 1e9, .help = "measure decoding after 4096, 16384, .. tokens, up to N"},
     {OPT_SWITCH, "brief", &brief, .help = "only the whole step, without its parts"},
     {OPT_END, .help = NULL},
@@ -381,17 +381,17 @@ static void run_chunk(void) {
     State *s = states[current];
     const int64_t start = s->count[0], C = config.chunk_size, n = num_positions();
     for (int64_t i = 0; i < n; i++) {
-        if (n < C) s->count[0] = start + (2 * i + 1) * C / (2 * n);
-        megalodon_forward(m, s, tokens + i, 1, 1);
-        megalodon_logits(m, 0, 1, m->scratch.logits);
+        for (int b = 0; n < C && b < batch_size; b++) s->count[b] = start + (2 * i + 1) * C / (2 * n);
+        megalodon_forward(m, s, tokens + i, batch_size, 1);
+        megalodon_logits(m, 0, (size_t)batch_size, m->scratch.logits);
     }
-    s->count[0] = start + C;
+    for (int b = 0; b < batch_size; b++) s->count[b] = start + C;
 }
 
 static void bench_decode(void) {
     const Config *c = &config;
     const double weights = (double)(m->num_params - (size_t)c->vocab_size * (size_t)c->model_dim * !c->share_emb);
-    const double cache = (double)c->num_layers * (c->chunk_size + 1) / 2 * (c->z_dim + c->value_dim);
+    const double cache = (double)batch_size * c->num_layers * (c->chunk_size + 1) / 2 * (c->z_dim + c->value_dim);
     enum { CHUNK = NUM_RATES };
     Part parts[] = {rates[MATMUL], rates[COPY], rates[READ], {"chunk", run_chunk, 0, 0, 0, 0}};
     rates_open();
@@ -399,9 +399,10 @@ static void bench_decode(void) {
     print_rates(parts);
     const double token = parts[CHUNK].median / num_positions(), best = parts[CHUNK].fastest / num_positions();
     const double bytes = (weights + cache) * sizeof(real), floor = bytes * parts[READ].median / parts[READ].bytes;
-    printf("decoding, %s: %.3f (%.3f) ms/token, %.1f tokens/s, mean over a chunk (%d of its %d positions)\n", preset,
-           token * 1e3, best * 1e3, 1 / token, num_positions(), c->chunk_size);
-    printf("    floor: reading %.1f MB of weights and %.1f MB of keys and values (mean of a chunk) once: %.3f ms\n"
+    printf("decoding, %s: %.3f (%.3f) ms/token, %.1f GB/s, mean over a chunk (%d of its %d positions)", preset,
+           token * 1e3, best * 1e3, bytes / token / 1e9, num_positions(), c->chunk_size);
+    if (batch_size > 1) printf(", %d texts at once", batch_size);
+    printf("\n    floor: reading %.1f MB of weights and %.1f MB of keys and values (mean of a chunk) once: %.3f ms\n"
            "    measured: %.2f times the floor (best of both: %.2f)\n",
            weights * sizeof(real) / 1e6, cache * sizeof(real) / 1e6, floor * 1e3, token / floor,
            best * parts[READ].bytes / bytes / parts[READ].fastest);
@@ -414,9 +415,9 @@ static void bench_positions(void) {
     int count = 0;
     size_t at[MAX_STATES], read = 0;
     for (size_t next = 4096; next <= (size_t)max_tokens; next *= 4, count++) {
-        for (; read < next; read += step) megalodon_forward(m, states[0], tokens, 1, (int)step);
+        for (; read < next; read += step) megalodon_forward(m, states[0], tokens, batch_size, (int)step);
         at[count] = read;
-        states[count + 1] = state_new(&config, 1, 0);
+        states[count + 1] = state_new(&config, batch_size, 0);
         if (states[count + 1] == NULL) fatal("--max-tokens: out of memory for the states");
         state_write(states[count + 1], 0, states[0]->bytes, states[0]->memory);
     }
@@ -442,7 +443,8 @@ int main(int argc, char **argv) {
     config = *find_preset(preset);
     config.dropout = config.hidden_dropout = config.attention_dropout = dropout_p;
     decode |= max_tokens > 0;
-    if (decode) batch_size = 1, seq_len = max_tokens > 0 ? max(PREFILL, config.chunk_size) : 1;
+    if (decode && !option_given(options, &batch_size)) batch_size = 1;
+    if (decode) seq_len = max_tokens > 0 ? max(PREFILL, config.chunk_size) : 1;
     const size_t n = (size_t)batch_size * (size_t)max(seq_len, config.chunk_size);
     const Mode mode = decode ? MEGALODON_INFER : MEGALODON_TRAIN;
     const Demand demand = {.config = &config,
@@ -452,7 +454,7 @@ int main(int argc, char **argv) {
                            .host = 3.0 * COPIED * sizeof(real)};
     plan = check_memory(&demand, NULL);
     m = megalodon_new(&config, mode, batch_size, seq_len);
-    states[0] = state_new(&config, 1, 0);
+    states[0] = state_new(&config, batch_size, 0);
     if (m == NULL || states[0] == NULL) fatal("out of memory");
     for (int i = 0; i < m->num_tensors; i++) {
         const Tensor *t = &m->tensors[i];

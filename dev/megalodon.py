@@ -97,13 +97,13 @@ def timestep_norm_forward(inp, weight, bias, state, count, G, eps):
 
 
 def cema_coeffs_forward(alpha, delta, theta, gamma, kind):
-    """p (D,N), q and g (D,N) complex. kind real: no phases, and gamma is real."""
+    """p (D,N), q and g (D,N) complex. kind real: no phases, so that only gamma's real part counts."""
     N = alpha.shape[1]
     a, b = torch.sigmoid(alpha[..., 0]), torch.sigmoid(delta[..., 0])
     n = torch.arange(1, N + 1, dtype=alpha.dtype)
     phi = torch.sigmoid(theta[..., 0]) * 2 * math.pi * n / N
     if kind == "real":
-        phi, gamma = torch.zeros_like(phi), gamma * torch.tensor([1, 0], dtype=gamma.dtype)
+        phi = torch.zeros_like(phi)
     return a, torch.polar(1 - a * b, phi), torch.view_as_complex(gamma.contiguous()) / math.sqrt(N)
 
 

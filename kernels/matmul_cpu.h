@@ -152,18 +152,7 @@ static void matmul_serial(real *C, int ldc, int add, Matrix A, Matrix B, int M, 
 
 #endif
 
-// One row times a matrix, as in decoding. Each element of B is used once, so packing would not pay: B is read in place.
-static void matmul_row(real *c, int add, const real *a, Matrix B, int N, int K) {
-    for (int j = 0; j < N; j++) {
-        real sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int k = 0; k < (B.transposed ? K : 0); k++) sum += a[k] * B.at[(size_t)j * B.ld + k];
-        c[j] = add ? c[j] + sum : sum;
-    }
-    for (int k = 0; k < (B.transposed ? 0 : K); k++) {
-        for (int j = 0; j < N; j++) c[j] += a[k] * B.at[(size_t)k * B.ld + j];
-    }
-}
+#include "matvec_cpu.h"
 
 // ----------------------------------------------------------------------------
 // the product for all threads. bias (N) and residual (M,N) may be NULL. residual may be C itself: then the product is
@@ -184,8 +173,11 @@ static void matmul_init(real *C, int ldc, const real *residual, const real *bias
 // Without a library an element's sum runs over k in the same order whatever the grid, so that the result does not
 // depend on the number of threads.
 static void matmul(real *C, int ldc, const real *residual, Matrix A, Matrix B, const real *bias, int M, int N, int K) {
-    double macs = (double)M * N * K; // multiply-adds; those of a single row wait for memory
-    int threads = is_large(macs / (M == 1 ? 4 : 16)) ? threads_here() : 1, rows = M, columns = N;
+    if (M <= FEW_ROWS && !A.transposed) {
+        matvec(&(Matvec){C, residual, bias, A, B, ldc, M, N, K});
+        return;
+    }
+    int threads = is_large((double)M * N * K / 16) ? threads_here() : 1, rows = M, columns = N;
     double least = INFINITY;
     for (int down = 1; down <= threads; down++) {
         int r = ceil_div(ceil_div(M, down), 8) * 8, c = ceil_div(ceil_div(N, threads / down), 16) * 16;
@@ -200,11 +192,7 @@ static void matmul(real *C, int ldc, const real *residual, Matrix A, Matrix B, c
             size_t at = (size_t)i0 * ldc + j0;
             Matrix a = submatrix(A, i0, 0), b = submatrix(B, 0, j0);
             if (add) matmul_init(C + at, ldc, residual ? residual + at : NULL, bias ? bias + j0 : NULL, m, n);
-            if (M == 1 && !A.transposed) {
-                matmul_row(C + at, add, a.at, b, n, K);
-            } else {
-                matmul_serial(C + at, ldc, add, a, b, m, n, K);
-            }
+            matmul_serial(C + at, ldc, add, a, b, m, n, K);
         }
     }
 }

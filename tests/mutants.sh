@@ -5,7 +5,7 @@
 # A line of the list is `function: old text  =>  new text`. The function is in one of the files below. The old text must be
 # in exactly one line of it. A mutant that cannot be applied or compiled is a failure, too.
 
-files="megalodon.c kernels/matmul_cpu.h plumbing/model.h"
+files="megalodon.c kernels/matmul_cpu.h kernels/team_cpu.h kernels/matvec_cpu.h kernels/cema_cpu.h plumbing/model.h"
 
 list() {
     cat <<'END'
@@ -23,11 +23,20 @@ matmul_pack: panel[i * si + k]  =>  panel[i * si]
 matmul_serial: k0 > 0 || add);  =>  add);
 matmul_serial: ak = A.transposed ? (size_t)A.ld : 1  =>  ak = A.transposed ? (size_t)M : 1
 matmul_serial: a + (size_t)i * depth  =>  a
-matmul_row: add ? c[j] + sum : sum  =>  sum
-matmul_row: c[j] += a[k]  =>  c[j] = a[k]
+matvec_write: product + (p->bias ? p->bias[j] : 0)  =>  product
+matvec_write: p->residual[at] : 0)  =>  p->residual[j] : 0)
+matvec_dot: both = sum[i][0] + sum[i][1]  =>  both = sum[i][0]
+matvec_dot: lanes[0] + rest  =>  lanes[0]
+matvec_strip: sum[u] += a[k] * y  =>  sum[u] = a[k] * y
+matvec_strip: strip[c] += a[k] * b[c]  =>  strip[c] = a[k] * b[c]
+matvec_columns: matvec_dot(p, i, j, 1)  =>  matvec_dot(p, i, j, 2)
+cema_token_runs: b = i / runs  =>  b = 0
+cema_token_runs: q_im[c] * old;  =>  q_im[c] * re[c];
+cema_token_runs: memcpy(p->out + (size_t)b * D + d0  =>  memcpy(p->out + (size_t)b * D
+team_parts: from = part * team.items  =>  from = 0
+team_parts: min(from + team.items, team.job.n)  =>  from + team.items
 matmul_init: c[j] += bias[j]  =>  c[j] = bias[j]
 matmul_init: residual + (size_t)i * ldc : bias  =>  residual : bias
-matmul: matmul_row(C + at, add, a.at  =>  matmul_row(C + at, bias != NULL, a.at
 matmul: matmul_serial(C + at, ldc, add, a  =>  matmul_serial(C + at, ldc, residual != NULL, a
 sum_rows: ((xr[c] - m) * s)  =>  (xr[c] * s)
 sum_rows: double m = mean ? mean[(size_t)r * G + j] : 0, s  =>  float m = mean ? mean[(size_t)r * G + j] : 0, s
@@ -258,9 +267,7 @@ layer_instead_of_timestep_backward: add(dx, residuals[0], n)  =>  (void)0
 layer_instead_of_timestep_backward: copy(dx, residuals[0], n)  =>  (void)0
 cema_layer_backward: copy(dx, dy  =>  copy(dx, a->xt
 cema_coeffs_forward: kind == CEMA_REAL ? 0 : 2 * PI  =>  2 * PI
-cema_coeffs_forward: kind == CEMA_REAL ? 0 : (real)(gamma  =>  (real)(gamma
 cema_coeffs_backward: kind == CEMA_REAL ? 0 : 1 /  =>  1 /
-cema_coeffs_backward: if (kind == CEMA_COMPLEX) dgamma  =>  dgamma
 embedding_scale: sqrt(c->model_dim)  =>  1
 megalodon_forward: parallel ? m->cp_length : L  =>  parallel ? m->cp_length : 1
 megalodon_forward: parallel ? m->cp_length : L  =>  L
@@ -325,9 +332,10 @@ mutate() { # function, old, new, file
 flags="-std=gnu11 -O1 -w -DSTOP_AT_FAILURE"
 CC=${CC:-cc}
 
+# test_layers also checks the threads of decoding, which need OpenMP.
 build() { # test, in a copy of the sources
     case $1 in
-    test_layers) $CC $flags -DMEGALODON_DOUBLE tests/test_layers.c "$tmp/plumbing.a" -lm -o test ;;
+    test_layers) $CC $flags -fopenmp -DMEGALODON_DOUBLE tests/test_layers.c "$tmp/plumbing.a" -lm -o test ;;
     test_model) $CC $flags -DMEGALODON_DOUBLE megalodon.c "$tmp/test_model.o" "$tmp/plumbing.a" -lm -o test ;;
     test_chunk_parallel) $CC $flags -DMEGALODON_DOUBLE tests/test_chunk_parallel.c megalodon.c "$tmp/plumbing.a" -lm -o test ;;
     test_float) $CC $flags tests/test_float.c "$tmp/float.a" -lm -o test ;;

@@ -78,6 +78,80 @@ static void test_matmul(void) {
     }
 }
 
+// The product for few rows, in parts: those of one thread, of a parallel loop and of a team. All have the same bits,
+// and so has a row by itself.
+static void matvec_threads(const char *name, const Matvec *p) {
+    size_t size = (size_t)p->M * p->ldc;
+    real *expected = calloc(size, sizeof *expected); // nothing is written between rows
+    for (int i = 0; i < p->M; i++) {
+        for (int j = 0; j < p->N; j++) {
+            double sum = p->bias[j] + p->residual[i * p->ldc + j];
+            for (int k = 0; k < p->K; k++) {
+                sum += p->A.at[i * p->A.ld + k] * p->B.at[p->B.transposed ? j * p->B.ld + k : k * p->B.ld + j];
+            }
+            expected[i * p->ldc + j] = sum;
+        }
+    }
+    static const int threads[] = {1, 2, 3, 3, 3};
+    for (int form = 0; form < 5; form++) {
+        char text[128];
+        Matvec q = *p;
+        memset(p->C, 0, size * sizeof(real));
+        megalodon_threads(threads[form]);
+        snprintf(text, sizeof text, "%s, %d threads%s", name, threads[form],
+                 form < 3    ? ""
+                 : form == 3 ? " in a team"
+                             : " in a team, row by row");
+        if (form < 3) matvec(p);
+        if (form == 3) WITH_TEAM(1, matvec(p));
+        for (int i = 0; form == 4 && i < p->M; i++) {
+            q.M = 1, q.C = p->C + i * p->ldc, q.residual = p->residual + i * p->ldc, q.A = submatrix(p->A, i, 0);
+            WITH_TEAM(1, matvec(&q));
+        }
+        if (form == 0) check(text, p->C, expected, size, 1e-14), memcpy(expected, p->C, size * sizeof(real));
+        if (form > 0) check_true(text, memcmp(p->C, expected, size * sizeof(real)) == 0);
+    }
+    free(expected);
+}
+
+static void test_matvec(void) {
+    static const int sizes[][3] = {{1, 531, 301}, {2, 1024, 64}, {3, 77, 1031}, {4, 5, 8191}, {8, 533, 157}};
+    for (int s = 0; s < 2 * (int)(sizeof sizes / sizeof *sizes); s++) {
+        int M = sizes[s / 2][0], N = sizes[s / 2][1], K = sizes[s / 2][2], tb = s % 2;
+        int lda = K + 2, ldb = (tb ? K : N) + 1;
+        real *A = numbers((size_t)M * lda, 1, 0), *B = numbers((size_t)(tb ? N : K) * ldb, 1, 0);
+        int ldc = N + 3;
+        real *C = numbers((size_t)M * ldc, 1, 0), *bias = numbers((size_t)N, 1, 0);
+        real *residual = numbers((size_t)M * ldc, 1, 0);
+        char name[64];
+        snprintf(name, sizeof name, "matvec %dx%dx%d, B%s", M, N, K, tb ? "'" : "");
+        matvec_threads(
+            name, &(Matvec){C, residual, bias, matrix(A, lda), tb ? transposed(B, ldb) : matrix(B, ldb), ldc, M, N, K});
+        free(A), free(B), free(C), free(bias), free(residual);
+    }
+}
+
+// CEMA of one token against the general function, which runs if the states before and after are different arrays.
+static void test_cema_token(void) {
+    enum { B = 3, D = 2 * RUN + 37, N = 3, H = B * 2 * N * D };
+    real *x = numbers(B * D, 1, 0), *omega = numbers(D, 1, 0), *h0 = numbers(H, 1, 0), *h = numbers(H, 1, 0);
+    real *h1 = numbers(H, 1, 0), *memory = numbers(5 * N * coeffs_stride(D), 1, 0), y[B * D], expected[B * D];
+    Coeffs coeffs = coeffs_in(memory, D, N);
+    Dims dims = {.B = B, .L = 1, .D = D, .N = N};
+    cema_forward(expected, NULL, h1, x, &coeffs, omega, h0, dims);
+    for (int threads = 1; threads <= 3; threads++) {
+        char text[64];
+        memcpy(h, h0, H * sizeof *h);
+        megalodon_threads(threads);
+        WITH_TEAM(threads > 1, cema_forward(y, NULL, h, x, &coeffs, omega, h, dims));
+        snprintf(text, sizeof text, "cema of a token, %d threads", threads);
+        check(text, y, expected, B * D, 1e-14);
+        snprintf(text, sizeof text, "cema of a token, %d threads: h", threads);
+        check(text, h, h1, H, 1e-14);
+    }
+    free(x), free(omega), free(h0), free(h), free(h1), free(memory);
+}
+
 // ----------------------------------------------------------------------------
 // definitions, written plainly
 
@@ -897,5 +971,7 @@ int main(void) {
     test_rescale();
     test_output_loss();
     test_pages();
+    test_matvec(); // these two last, since they set the number of threads
+    test_cema_token();
     return check_done();
 }

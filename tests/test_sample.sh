@@ -304,6 +304,12 @@ verdict $? "a longer file's ranges add up to the whole"
 ./sample --threads 1 --num-tokens 40 > "$tmp/text" 2> "$tmp/log"
 ./sample --threads 1 --num-tokens 40 --model dev/models/plays 2> "$tmp/log" | cmp -s - "$tmp/text" && [ -s "$tmp/text" ]
 verdict $? "without --model: the model in dev/models/plays"
+./sample --threads 1 --num-tokens 200 > "$tmp/one-thread" 2> "$tmp/log"
+./sample --threads 3 --num-tokens 200 2> "$tmp/log" | cmp -s - "$tmp/one-thread"
+verdict $? "  writes the same text with three threads"
+./sample --threads 3 --num-tokens 200 --num-samples 3 2> "$tmp/log" | sed 1d | head -c "$(wc -c < "$tmp/one-thread")" |
+    cmp -s - "$tmp/one-thread"
+verdict $? "  writes the same text beside two others"
 head -c 3000 dev/data/shakespeare.txt > "$tmp/text"
 ./sample --score "$tmp/text" > "$tmp/score" 2> "$tmp/log"
 awk '$1 == "all" { ok = $2 == 2999 && $3 > 1 && $3 < 1.8 } { print } END { exit !ok }' "$tmp/score" > "$tmp/log"
