@@ -819,7 +819,7 @@ static void test_page_cema(void) {
     const size_t n = coeffs_stride(1);
     real *memory = calloc(10 * n, sizeof *memory), y[L], h[2], h_start[2], dx[L], dh[2] = {0}, dom[1] = {0};
     Coeffs c = coeffs_in(memory, 1, 1), dc = coeffs_in(memory + 5 * n, 1, 1);
-    cema_coeffs_forward(&c, zero, zero, th, g, 1, 1);
+    cema_coeffs_forward(&c, zero, zero, th, g, CEMA_COMPLEX, 1, 1);
     const real pqg[5] = {c.p[0], c.q_re[0], c.q_im[0], c.g_re[0], c.g_im[0]};
     SAME("cema: p, q, g", pqg, 1e-12, 0.5, 0, 0.75, 1, -1);
     cema_forward(y, h_start, h, x, &c, om, NULL, size);
@@ -831,7 +831,7 @@ static void test_page_cema(void) {
     SAME("cema: dp, dq, dg, domega", dpqg, 1e-12, 11.5, 14, 2, -0.25, -6, 4);
     SAME("cema: dL/dh_0", dh, 1e-12, -0.09375, 0.09375);
     real grads[5] = {0};
-    cema_coeffs_backward(grads, grads + 1, grads + 2, grads + 3, &dc, zero, zero, th, 1, 1);
+    cema_coeffs_backward(grads, grads + 1, grads + 2, grads + 3, &dc, zero, zero, th, CEMA_COMPLEX, 1, 1);
     SAME("cema: dalpha, ddelta, dtheta, dgamma", grads, 1e-5, 2.625, -0.25, -12.3700, -0.25, -6);
     free(memory);
 }
@@ -917,7 +917,7 @@ static void test_page_parallel(void) {
     const Dims part = {.B = 1, .L = 2, .D = 1, .N = 1};
     real *memory = calloc(5 * coeffs_stride(1), sizeof *memory), alone[4], h[2] = {0}, h_end[2], y[2];
     Coeffs c = coeffs_in(memory, 1, 1);
-    cema_coeffs_forward(&c, zero, zero, th, g, 1, 1);
+    cema_coeffs_forward(&c, zero, zero, th, g, CEMA_COMPLEX, 1, 1);
     cp.lengths = two;
     for (int i = 0; i < 2; i++) cema_reduce(alone + 2 * i, x[i], &c, 0, part);
     SAME("parallel: h_alone", alone, 1e-12, 4, 1.5, 0, 1.5);
