@@ -199,6 +199,7 @@ static void dropout(real *out, const real *inp, Mask mask, size_t n) {
 //
 // inp, out (B,L,D); mean, rstd (B,L,G). start, end: the state before the first token and after the last one. The kept
 // mean is double: where it is 10,000 times the deviation, rounding it to float costs 5e-4 of the deviation.
+// With numbers, step by step: dev/notes/timestep-norm.md.
 
 // out NULL: only `end` is computed.
 static void timestep_norm_forward(real *out, double *mean, real *rstd, NormState end, const real *inp,
@@ -382,6 +383,7 @@ static void timestep_norm_combine_backward(double *dstate, double *end, const do
 //
 // In the paper's Eq. 2 the input has the factor e^(i phi), too, which the released code leaves out. Both are the same
 // model: the released code with gamma is the paper with gamma e^(-i phi), since the factor is the same for all tokens.
+// With numbers, step by step: dev/notes/cema.md.
 
 static const double PI = 3.14159265358979323846;
 
@@ -1004,6 +1006,7 @@ static void silu_bias_backward(real *dpre, real *dbias, const real *dout, const 
 //
 // QUERY_TILE rows of S are computed at once, against the keys up to the last of them, so few scores above the diagonal
 // are computed. Of P only lse_i = log sum_j e^(S_ij) is kept, from which the backward pass computes P again.
+// With numbers, step by step: dev/notes/attention.md.
 
 // One head in one chunk: nq queries, which are the last nq of nk positions. q, k, v point to the head's part of the
 // first query, key and value. Rows of q and k are Z elements apart, of v and o E, of lse H.
@@ -1293,6 +1296,7 @@ static void output_loss(double *losses, real *dx, real *doutput, real *logits, c
 // from. With several ranks, `in` is the state before the whole sequence; each of these functions replaces its own slice
 // of it by the state before this rank's part. `out` receives the state after the whole sequence, the same on every
 // rank. dstate is described at megalodon_backward in megalodon.h; each backward function replaces its own slice.
+// With numbers, step by step: dev/notes/parallel-in-time.md.
 
 // TimestepNorm number `layer`. Number num_layers is the final norm.
 static void timestep_norm_layer_forward(Model *m, int layer, real *y, double *mean, real *rstd, const real *x,
@@ -1539,6 +1543,7 @@ static void nffn_backward(Model *m, int layer, real *dy, const real *dout) {
 // residual is x again, two hops back: out = x + g(y). y has its own residual inside mega, so that the FFN reads x
 // together with what attention has found. But y itself is not added to out, so a block adds only one branch, g(y). In
 // the backward pass dout is added to dx, past both sub-layers.
+// With numbers, step by step: dev/notes/block.md.
 
 static void block_forward(Model *m, int layer, const State *in, State *out) {
     mega_forward(m, layer, in, out, m->x[layer]);

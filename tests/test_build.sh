@@ -93,7 +93,7 @@ nvcc() { # CAPABILITIES...
     chmod +x nvcc
     rm -f asked
 }
-gpu_code() { sed -n "s/.*nvcc \(.*\) -std=c++17 -O3 -Xcompiler.* -c megalodon.cu -o .*megalodon$1.o\$/\\1/p" out; }
+gpu_code() { sed -n "s/.*nvcc \(.*\) -std=c++17 -O3 -default-stream per-thread -Xcompiler.* -c megalodon.cu -o .*megalodon$1.o\$/\\1/p" out; }
 both='-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90,code=compute_90'
 turing='-gencode arch=compute_75,code=sm_75'
 fallback='nvcc finds no GPU of compute capability 7.5 or more on this machine: building for CUARCH="75 80 90"'

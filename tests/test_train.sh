@@ -223,7 +223,7 @@ refused 2 "--init-mode zero: it is one of: he gaussian xavier bert" --init-mode 
 refused 2 "--cema reel: it is one of: complex real none" --cema reel
 refused 2 "--two-hop needs a value" --two-hop
 refused 2 "--attention contradicts" --init a --attention standard
-refused 2 "--timestep-norm contradicts" --resume a --timestep-norm=layer
+refused 2 "--timestep-norm contradicts" --init a --timestep-norm=layer
 refused 2 "--init-mode contradicts" --init a --init-mode bert
 refused 2 "--hidden-dropout contradicts" --init a --hidden-dropout 0.5
 refused 2 "--dropout 1:" --dropout 1

@@ -1,9 +1,9 @@
 """The experiment of dev/notes/ablation.md: Megalodon with parts replaced.
 
-    python3 dev/experiments/ablation.py --only text --train ./train_cuda --preset enwik8 --batch 16x512 --steps 600
-    python3 dev/experiments/ablation.py --only rate
+    python3 dev/experiments/ablation.py                     a small model: about half an hour on two cores
+    python3 dev/experiments/ablation.py --only text --train ./train_cuda --preset enwik8 --batch 16x512 --steps 600 \\
+        --csv dev/notes/ablation_enwik8.csv                 a larger one, on a GPU
     python3 dev/plot_ablation.py                            the picture, and the tables of the page
-    python3 dev/experiments/ablation.py --csv small.csv     both for a small model: about half an hour on two cores
 
 Variants are Megalodon, Megalodon with one part replaced, and with all parts replaced (VARIANTS below). All have the same
 tensors, the same initial values for a seed, and the same batches.

@@ -1,0 +1,79 @@
+"""Draws dev/notes/ablation.png from dev/notes/ablation.csv, and prints the tables of dev/notes/ablation.md.
+
+    python3 dev/experiments/ablation.py
+    python dev/plot_ablation.py
+    python dev/plot_ablation.py --csv dev/notes/ablation_enwik8.csv --out dev/notes/ablation_enwik8.png
+
+Left: the validation loss of each variant, a point for each seed. Right, if the table has it: the loss after
+100 steps for each learning rate. Needs matplotlib.
+"""
+
+import argparse
+import csv
+import math
+import statistics
+import sys
+
+from outputs import begins_with, check_output
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", default="dev/notes/ablation.csv", help="(default: %(default)s)")
+    parser.add_argument("--out", default="dev/notes/ablation.png", help="(default: %(default)s)")
+    args = parser.parse_args()
+    check_output(args.out, [args.csv], "a PNG picture", lambda path: begins_with(path, PNG))
+    try:
+        with open(args.csv, newline="") as f:
+            rows = list(csv.DictReader(f))
+    except OSError as error:
+        sys.exit(f"error: {args.csv}: {error.strerror}")
+    if not rows or list(rows[0]) != ["experiment", "variant", "seed", "x", "metric", "value"]:
+        sys.exit(f"error: {args.csv}: is not a table of dev/experiments/ablation.py")
+    found = {}  # (experiment, metric) -> {variant: [(x, value)]}
+    for row in rows:
+        of_metric = found.setdefault((row["experiment"], row["metric"]), {})
+        of_metric.setdefault(row["variant"], []).append((float(row["x"]), float(row["value"])))
+    losses = {variant: [value for _, value in values] for variant, values in found[("text", "val_loss")].items()}
+    print("| variant | validation loss, mean | each seed | largest gradient norm, mean |\n|---|---|---|---|")
+    for variant, values in losses.items():
+        largest = statistics.mean(value for _, value in found[("text", "grad_norm_max")][variant])
+        print(f"| {variant} | {statistics.mean(values):.3f} | {', '.join(f'{v:.3f}' for v in values)} | {largest:.1f} |")
+    rates = found.get(("rate", "last_loss"), {})
+    if rates:
+        columns = [x for x, _ in next(iter(rates.values()))]
+        print("\n| variant | " + " | ".join(f"{x:g}" for x in columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+        for variant, values in rates.items():
+            print(f"| {variant} | " + " | ".join("not finite" if math.isnan(v) else f"{v:.2f}" for _, v in values) + " |")
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2 if rates else 1, figsize=(10 if rates else 6, 3.6), dpi=110, squeeze=False)
+    left, right = axes[0, 0], axes[0, -1]
+    names = list(losses)
+    for place, name in enumerate(names):
+        left.plot(losses[name], [place] * len(losses[name]), "o", markersize=5, alpha=0.7)
+        left.plot(statistics.mean(losses[name]), place, "k|", markersize=14)
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.set_xlabel("validation loss, nats; a point a seed, a line the mean")
+    for name, values in rates.items():
+        right.plot(*zip(*values), "o-", markersize=4, linewidth=1, label=name)
+    if rates:
+        right.set_xscale("log")
+        right.set_xlabel("learning rate")
+        right.set_ylabel("loss of steps 91 to 100, nats")
+        right.legend(fontsize=7)
+    for ax in axes[0]:
+        ax.grid(alpha=0.3)
+    fig.tight_layout()
+    fig.savefig(args.out, format="png")
+
+
+if __name__ == "__main__":
+    main()
