@@ -30,23 +30,6 @@ static void write_absolute(FILE *out, const char *path) {
     free(full);
 }
 
-int choice_index(const char *words, const char *word) {
-    const size_t length = strlen(word);
-    int index = 0;
-    for (const char *at = words; length > 0; index++) {
-        const size_t n = strcspn(at, " ");
-        if (n == length && strncmp(at, word, n) == 0) return index;
-        if (at[n] == 0) break;
-        at += n + 1;
-    }
-    return -1;
-}
-
-void write_choice(FILE *out, const char *words, int index) {
-    for (; index > 0; index--) words = strchr(words, ' ') + 1;
-    fprintf(out, "%.*s", (int)strcspn(words, " "), words);
-}
-
 static void print_value(FILE *out, const Option *o) {
     if (is_text(o))
         fputs(*(const char **)o->value, out);

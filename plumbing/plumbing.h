@@ -133,9 +133,6 @@ typedef struct {
 // Parses --name VALUE and --name=VALUE into the table's values; the last occurrence counts. --help and -h print `about`
 // and the table with its defaults, and end the program.
 void options_parse(Option *options, int argc, char **argv, const char *about);
-// The index of a word in a list of words that are separated by spaces, -1 if it is not in it; and the word of an index.
-int choice_index(const char *words, const char *word);
-void write_choice(FILE *out, const char *words, int index);
 // The option whose value lies at `value`, if it occurs on the command line; otherwise NULL.
 const Option *option_given(const Option *options, const void *value);
 
@@ -154,6 +151,9 @@ void write_number(FILE *out, double value); // with as few digits as reproduce t
 enum { MAX_LAYERS = 4096, MAX_DIM = 1 << 20, MAX_NDIM = 1024 };
 
 const Config *find_preset(const char *name);           // usage error that lists all names if there is none
+// The index of a word in a list of words that are separated by spaces, -1 if it is not in it; and the word of an index.
+int choice_index(const char *words, const char *word);
+void write_choice(FILE *out, const char *words, int index);
 #define INIT_MODES "he gaussian xavier bert" // choices of Config's fields, in the order of their enums
 #define CEMA_KINDS "complex real none"
 #define NORM_KINDS "timestep layer"
