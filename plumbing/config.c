@@ -44,23 +44,6 @@ static const Field fields[] = {
 };
 enum { NUM_FIELDS = sizeof fields / sizeof fields[0] };
 
-int choice_index(const char *words, const char *word) {
-    const size_t length = strlen(word);
-    int index = 0;
-    for (const char *at = words; length > 0; index++) {
-        const size_t n = strcspn(at, " ");
-        if (n == length && strncmp(at, word, n) == 0) return index;
-        if (at[n] == 0) break;
-        at += n + 1;
-    }
-    return -1;
-}
-
-void write_choice(FILE *out, const char *words, int index) {
-    for (; index > 0; index--) words = strchr(words, ' ') + 1;
-    fprintf(out, "%.*s", (int)strcspn(words, " "), words);
-}
-
 static size_t field_size(const Field *f) {
     return f->kind == NUMBER || f->kind == PROBABILITY ? sizeof(double) : sizeof(int);
 }

@@ -4,7 +4,7 @@
 #include <math.h>   // defines: isfinite
 #include <stdarg.h> // defines: va_list
 #include <stdlib.h> // defines: strtod, strtoll, strtoul
-#include <string.h> // defines: strchr, strncmp, memcpy
+#include <string.h> // defines: memcpy, strchr, strcspn, strlen, strncmp
 #include "json.h"
 
 enum { MAX_DEPTH = 64 }; // json_skip recurses
@@ -193,4 +193,24 @@ void json_write_string(FILE *out, const char *text) {
             fputc(*p, out);
     }
     fputc('"', out);
+}
+
+// ----------------------------------------------------------------------------
+// strings of which only some are allowed
+
+int choice_index(const char *words, const char *word) {
+    const size_t length = strlen(word);
+    int index = 0;
+    for (const char *at = words; length > 0; index++) {
+        const size_t n = strcspn(at, " ");
+        if (n == length && strncmp(at, word, n) == 0) return index;
+        if (at[n] == 0) break;
+        at += n + 1;
+    }
+    return -1;
+}
+
+void write_choice(FILE *out, const char *words, int index) {
+    for (; index > 0; index--) words = strchr(words, ' ') + 1;
+    fprintf(out, "%.*s", (int)strcspn(words, " "), words);
 }

@@ -44,3 +44,7 @@ bool json_skip(Json *j);         // passes over a value of any kind and checks i
 bool json_fail(Json *j, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 void json_write_string(FILE *out, const char *text); // quoted and escaped
+
+// The index of a word in a list of words that are separated by spaces, -1 if it is not in it; and the word of an index.
+int choice_index(const char *words, const char *word);
+void write_choice(FILE *out, const char *words, int index);

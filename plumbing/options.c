@@ -3,6 +3,7 @@
 #include <math.h>   // defines: isfinite
 #include <stdlib.h> // defines: free, realpath, strtod, strtoll
 #include <string.h> // defines: strcmp, strncmp, strlen, strcspn, strtok
+#include "json.h"
 #include "plumbing.h"
 
 static const char *const kind_names[] = {"", "", "", "", "", "an integer", "an integer", "a number", "", ""};

@@ -150,10 +150,7 @@ void write_number(FILE *out, double value); // with as few digits as reproduce t
 // Limits that keep every product of sizes within 64 bits, and CEMA's modes of a strip of channels on the stack.
 enum { MAX_LAYERS = 4096, MAX_DIM = 1 << 20, MAX_NDIM = 1024 };
 
-const Config *find_preset(const char *name);           // usage error that lists all names if there is none
-// The index of a word in a list of words that are separated by spaces, -1 if it is not in it; and the word of an index.
-int choice_index(const char *words, const char *word);
-void write_choice(FILE *out, const char *words, int index);
+const Config *find_preset(const char *name); // usage error that lists all names if there is none
 #define INIT_MODES "he gaussian xavier bert" // choices of Config's fields, in the order of their enums
 #define CEMA_KINDS "complex real none"
 #define NORM_KINDS "timestep layer"
