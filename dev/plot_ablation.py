@@ -4,8 +4,8 @@
     python dev/plot_ablation.py
     python dev/plot_ablation.py --csv dev/notes/ablation_enwik8.csv --out dev/notes/ablation_enwik8.png
 
-Left: the validation loss of each variant, a point for each seed. Right, if the table has it: the loss after
-100 steps for each learning rate. Needs matplotlib.
+Drawn is what the table has: the validation loss of each variant, a point for each seed; the loss after 100 steps for
+each learning rate. Needs matplotlib.
 """
 
 import argparse
@@ -36,41 +36,42 @@ def main():
     for row in rows:
         of_metric = found.setdefault((row["experiment"], row["metric"]), {})
         of_metric.setdefault(row["variant"], []).append((float(row["x"]), float(row["value"])))
-    losses = {variant: [value for _, value in values] for variant, values in found[("text", "val_loss")].items()}
-    print("| variant | validation loss, mean | each seed | largest gradient norm, mean |\n|---|---|---|---|")
+    losses = {variant: [value for _, value in values] for variant, values in found.get(("text", "val_loss"), {}).items()}
+    if losses:
+        print("| variant | validation loss, mean | each seed | largest gradient norm, mean |\n|---|---|---|---|")
     for variant, values in losses.items():
         largest = statistics.mean(value for _, value in found[("text", "grad_norm_max")][variant])
         print(f"| {variant} | {statistics.mean(values):.3f} | {', '.join(f'{v:.3f}' for v in values)} | {largest:.1f} |")
     rates = found.get(("rate", "last_loss"), {})
     if rates:
         columns = [x for x, _ in next(iter(rates.values()))]
-        print("\n| variant | " + " | ".join(f"{x:g}" for x in columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
-        for variant, values in rates.items():
-            print(f"| {variant} | " + " | ".join("not finite" if math.isnan(v) else f"{v:.2f}" for _, v in values) + " |")
+        print("| variant | " + " | ".join(f"{x:g}" for x in columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    for variant, values in rates.items():
+        print(f"| {variant} | " + " | ".join("not finite" if math.isnan(v) else f"{v:.2f}" for _, v in values) + " |")
 
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2 if rates else 1, figsize=(10 if rates else 6, 3.6), dpi=110, squeeze=False)
-    left, right = axes[0, 0], axes[0, -1]
-    names = list(losses)
-    for place, name in enumerate(names):
-        left.plot(losses[name], [place] * len(losses[name]), "o", markersize=5, alpha=0.7)
-        left.plot(statistics.mean(losses[name]), place, "k|", markersize=14)
-    left.set_yticks(range(len(names)), names)
-    left.invert_yaxis()
-    left.set_xlabel("validation loss, nats; a point a seed, a line the mean")
-    for name, values in rates.items():
-        right.plot(*zip(*values), "o-", markersize=4, linewidth=1, label=name)
-    if rates:
-        right.set_xscale("log")
-        right.set_xlabel("learning rate")
-        right.set_ylabel("loss of steps 91 to 100, nats")
-        right.legend(fontsize=7)
-    for ax in axes[0]:
+    panels = [name for name, values in (("text", losses), ("rate", rates)) if values]
+    fig, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.6), dpi=110, squeeze=False)
+    for panel, ax in zip(panels, axes[0]):
         ax.grid(alpha=0.3)
+        if panel == "text":
+            for place, values in enumerate(losses.values()):
+                ax.plot(values, [place] * len(values), "o", markersize=5, alpha=0.7)
+                ax.plot(statistics.mean(values), place, "k|", markersize=14)
+            ax.set_yticks(range(len(losses)), list(losses))
+            ax.invert_yaxis()
+            ax.set_xlabel("validation loss, nats; a point a seed, a line the mean")
+        else:
+            for name, values in rates.items():
+                ax.plot(*zip(*values), "o-", markersize=4, linewidth=1, label=name)
+            ax.set_xscale("log")
+            ax.set_xlabel("learning rate")
+            ax.set_ylabel("loss of steps 91 to 100, nats")
+            ax.legend(fontsize=7)
     fig.tight_layout()
     fig.savefig(args.out, format="png")
 
