@@ -372,7 +372,7 @@ web: build/web/megalodon.wasm
 	@cp dev/web/index.html dev/web/megalodon.js dev/models/plays/model.safetensors build/web/
 	@echo 'built build/web. Next: cd build/web && python3 -m http.server, and http://localhost:8000 in a browser'
 
-build/web/megalodon.wasm: $(WEB_SOURCES) megalodon.h $(wildcard plumbing/*.h)
+build/web/megalodon.wasm: $(WEB_SOURCES) megalodon.h $(wildcard plumbing/*.h kernels/*_cpu.h)
 	@mkdir -p build/web
 	@echo 'int main(void) { return 0; }' | $(WASM_CC) --target=wasm32-wasi --sysroot=/usr -x c - -o build/web/empty.wasm || \
 	    { echo 'make web needs clang with WebAssembly: apt install clang lld wasi-libc libclang-rt-dev-wasm32' >&2; exit 1; }

@@ -775,6 +775,7 @@ static void linear_backward(real *dinp, int add, real *dweight, real *dbias, con
 // RMSNorm makes each head's vector sqrt(dz) long, so zn/sqrt(dz) has length 1, as Z/|Z| in the paper. Without gamma and
 // beta a score would be the cosine of the angle between two such vectors, whatever the size of the activations. gamma
 // lets the model learn the temperature of the softmax. That is why both carry 1/sqrt(dz), and the scores have no scale.
+// (With standard attention zn is z itself, and dz below is the number that key_width() returns.)
 
 static void qk_forward(real *q, real *k, const real *zn, const real *gamma, const real *beta, int R, int Z, double dz) {
     real scale = (real)(1 / sqrt(dz));

@@ -1010,7 +1010,7 @@ static void linear_backward_weight(float *dweight, float *dbias, const floatX *d
 static void linear_backward(floatX *dinp, int add, float *dweight, float *dbias, const floatX *dout, const floatX *inp,
                             const floatX *weight, int R, int K, int M) {
     linear_backward_input(dinp, add, dout, weight, R, K, M);
-    linear_backward_weight(dweight, dbias, dout, inp, R, K, M);
+    BESIDE(linear_backward_weight(dweight, dbias, dout, inp, R, K, M));
 }
 
 // ----------------------------------------------------------------------------
@@ -1571,9 +1571,8 @@ static const floatX *rounded(const Model *m, const float *param) { return m->rou
 static void timestep_norm_layer_forward(Model *m, int layer, floatX *y, double *mean, float *rstd, const floatX *x,
                                         const float *weight, const float *bias, const State *in, State *out) {
     NormState start = norm_state(in, layer), end = norm_state(out, layer);
-    int R = m->dims.B * m->dims.L;
     if (m->config.timestep_norm == NORM_LAYER)
-        return layernorm_forward(y, mean, rstd, x, weight, bias, R, m->dims.D, m->config.norm_eps);
+        return layernorm_forward(y, mean, rstd, x, weight, bias, m->dims.B * m->dims.L, m->dims.D, m->config.norm_eps);
     if (m->combining) {
         size_t pairs = (size_t)m->dims.B * m->dims.G, bytes = 2 * pairs * sizeof(double);
         NormState mine = {NULL, (double *)m->exchange, (double *)m->exchange + pairs};
@@ -1788,7 +1787,7 @@ static void nffn_backward(Model *m, int layer, floatX *dy, const floatX *dout) {
     } else {
         linear_silu_backward(s->hidden, s->df1, df2, rounded(m, w->fc2), a->f1, hidden_mask, R, F, D);
     }
-    linear_backward_weight(dw->fc2, NULL, df2, s->hidden, R, F, D);
+    BESIDE(linear_backward_weight(dw->fc2, NULL, df2, s->hidden, R, F, D));
     linear_backward(du, c->swiglu, dw->fc1, NULL, s->df1, a->u, rounded(m, w->fc1), R, D, F);
     // u = LayerNorm(y)
     layernorm_backward(dy, dw->norm_weight, dw->norm_bias, du, a->y, w->norm_weight, a->ffn_mean, a->ffn_rstd, R, D);
@@ -1843,9 +1842,16 @@ static void begin_forward(Model *m, const State *state) {
     if (parallel) advance(m->before.count, m->dims.B, m->cp_start);
 }
 
+static void layers_forward(Model *m, const State *in, State *out) {
+    int layers = m->config.num_layers;
+    for (int l = 0; l < layers; l++) block_forward(m, l, in, out);
+    timestep_norm_layer_forward(m, layers, m->final, m->final_mean, m->final_rstd, m->x[layers],
+                                m->params.final_norm_weight, m->params.final_norm_bias, in, out);
+}
+
 void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int L) {
     const Config *c = &m->config;
-    int parallel = m->cp.cp_size > 1, layers = c->num_layers;
+    int parallel = m->cp.cp_size > 1;
     size_t R = (size_t)B * L;
     assert(B > 0 && L > 0 && B <= m->max_B && L <= m->max_L && (!state || state->B == B));
     for (size_t i = 0; i < R; i++) assert(tokens[i] >= 0 && tokens[i] < c->vocab_size);
@@ -1856,14 +1862,10 @@ void megalodon_forward(Model *m, State *state, const int32_t *tokens, int B, int
     FAST(decode_fast_supports(m, state), decode_token(m, state));
     begin_forward(m, state);
     FAST(graph_ready(m, FORWARD_PASS, state == NULL, 0), graph_launch(FORWARD_PASS));
-    const State *in = parallel ? &m->before : state;
-
     m->combining = parallel;
     embedding_forward(m->x[0], m->tokens, rounded(m, m->params.embed), embedding_scale(c), B * L, c->model_dim);
     dropout(m->x[0], m->x[0], mask_of(m, -1, DROP_EMBED, c->dropout, c->model_dim), R * c->model_dim);
-    for (int l = 0; l < layers; l++) block_forward(m, l, in, state);
-    timestep_norm_layer_forward(m, layers, m->final, m->final_mean, m->final_rstd, m->x[layers],
-                                m->params.final_norm_weight, m->params.final_norm_bias, in, state);
+    layers_forward(m, parallel ? &m->before : state, state);
     m->combining = 0;
     if (state) advance(state->count, B, parallel ? m->cp_length : L);
     FAST(graph_records(), graph_finish());

@@ -83,13 +83,15 @@ typedef enum { HE, GAUSSIAN, XAVIER, BERT } InitMode; // initial values of linea
 
 // Parts of the model that can be replaced, so that one sees what they do (dev/notes/ablation.md). The first choice of
 // each is Megalodon. Parameters that a choice does not use stay in the model, with gradient 0.
-typedef enum { CEMA_COMPLEX, CEMA_REAL, CEMA_NONE } CemaKind; // real: all phases are 0, so that h is real and only the
-                                                              // real part of gamma counts: Mega's EMA. none: mx =
-                                                              // RMSNorm(xt)
-typedef enum { NORM_TIMESTEP, NORM_LAYER } NormKind; // layer: LayerNorm of each token, also as the final norm
-typedef enum { ATTENTION_NORMALIZED, ATTENTION_STANDARD } AttentionKind; // standard: z has no norm,
-                                                                         // q = z (gamma0+1)/dz^(1/4) + beta0, likewise k
-typedef enum { TWO_HOPS, ONE_HOP } HopKind; // one: out = nffn(y) + y, as in a pre-norm Transformer
+//     CEMA_REAL           all phases phi are 0, so that h is real and only gamma's real part counts: the EMA of Mega
+//     CEMA_NONE           mx = RMSNorm(xt)
+//     NORM_LAYER          LayerNorm of each token in place of TimestepNorm, also as the final norm
+//     ATTENTION_STANDARD  z has no norm: q = z (gamma0+1)/dz^(1/4) + beta0, k = z (gamma1+1)/dz^(1/4) + beta1
+//     ONE_HOP             out = nffn(y) + y, as in a pre-norm Transformer
+typedef enum { CEMA_COMPLEX, CEMA_REAL, CEMA_NONE } CemaKind;
+typedef enum { NORM_TIMESTEP, NORM_LAYER } NormKind;
+typedef enum { ATTENTION_NORMALIZED, ATTENTION_STANDARD } AttentionKind;
+typedef enum { TWO_HOPS, ONE_HOP } HopKind;
 
 typedef struct {
     int num_layers, model_dim, z_dim, value_dim, num_heads, ffn_hidden_dim, cema_ndim, chunk_size;

@@ -62,11 +62,15 @@ static Option options[] = {
     {OPT_REAL, "dropout", &s.config.dropout, 0, 0.999, .help = "of the embedding and of the output of each sub-layer"},
     {OPT_REAL, "hidden-dropout", &s.config.hidden_dropout, 0, 0.999, .help = "inside the sub-layers"},
     {OPT_REAL, "attention-dropout", &s.config.attention_dropout, 0, 0.999, .help = "of the attention probabilities"},
-    {OPT_CHOICE, "init-mode", &s.config.init_mode, .arg = INIT_MODES, .help = "linear weights: he, gaussian, xavier, bert"},
+    {OPT_CHOICE, "init-mode", &s.config.init_mode, .arg = INIT_MODES,
+     .help = "linear weights: he, gaussian, xavier, bert"},
     {OPT_CHOICE, "cema", &s.config.cema, .arg = CEMA_KINDS, .help = "complex; real: an average that only decays; none"},
-    {OPT_CHOICE, "timestep-norm", &s.config.timestep_norm, .arg = NORM_KINDS, .help = "timestep; layer: LayerNorm of each token"},
-    {OPT_CHOICE, "attention", &s.config.attention, .arg = ATTENTION_KINDS, .help = "normalized; standard: queries and keys are not"},
-    {OPT_CHOICE, "two-hop", &s.config.two_hop, .arg = TWO_HOP_KINDS, .help = "off: the FFN's residual is its own input"},
+    {OPT_CHOICE, "timestep-norm", &s.config.timestep_norm, .arg = NORM_KINDS,
+     .help = "timestep; layer: LayerNorm of each token instead"},
+    {OPT_CHOICE, "attention", &s.config.attention, .arg = ATTENTION_KINDS,
+     .help = "normalized; standard: queries and keys have no norm"},
+    {OPT_CHOICE, "two-hop", &s.config.two_hop, .arg = TWO_HOP_KINDS,
+     .help = "on; off: the FFN's residual is its own input"},
 
     {OPT_HEADING, .help = "Data", .kept = true},
     {OPT_PATH, "data", &s.data, .arg = "FILE", .help = "raw bytes, or a .bin token file (dev/data/shakespeare.txt)"},
@@ -529,13 +533,8 @@ static void print_header(const Run *run) {
            c->swiglu ? " swiglu" : "", c->cema_ndim, c->chunk_size, c->vocab_size, c->norm_num_groups,
            c->rescale_nffn ? ", rescale_nffn" : "", c->scale_emb ? ", scale_emb" : "",
            c->share_emb ? ", share_emb" : "", c->norm_affine ? "" : ", no norm_affine");
-    printf("%s%s%s%s\n",
-           c->cema == CEMA_REAL   ? ", cema real"
-           : c->cema == CEMA_NONE ? ", cema none"
-                                  : "",
-           c->timestep_norm == NORM_LAYER ? ", timestep_norm layer" : "",
-           c->attention == ATTENTION_STANDARD ? ", attention standard" : "",
-           c->two_hop == ONE_HOP ? ", two_hop off" : "");
+    config_write_replaced(stdout, c);
+    printf("\n");
     printf("parameters  %zu\n", count_parameters(c));
     printf(
         "memory      %.1f MiB: parameters %.1f, gradients %.1f, moments %.1f, activations %.1f, scratch %.1f, states "

@@ -228,7 +228,8 @@ def timestep_norm_layer_forward(config, x, weight, bias, state, index):
 def cema_layer_forward(config, w, xt, state, layer, cema):
     if config.cema == "none":
         return xt
-    coeffs = cema_coeffs_forward(*(w["mega.cema." + name] for name in ("alpha", "delta", "theta", "gamma")), config.cema)
+    parameters = (w["mega.cema." + name] for name in ("alpha", "delta", "theta", "gamma"))
+    coeffs = cema_coeffs_forward(*parameters, config.cema)
     ema, state.h[layer] = cema(xt, coeffs, w["mega.cema.omega"], state.h[layer])
     return ema
 

@@ -36,16 +36,19 @@ def main():
     for row in rows:
         of_metric = found.setdefault((row["experiment"], row["metric"]), {})
         of_metric.setdefault(row["variant"], []).append((float(row["x"]), float(row["value"])))
-    losses = {variant: [value for _, value in values] for variant, values in found.get(("text", "val_loss"), {}).items()}
+    losses = found.get(("text", "val_loss"), {})
+    losses = {variant: [value for _, value in values] for variant, values in losses.items()}
     if losses:
         print("| variant | validation loss, mean | each seed | largest gradient norm, mean |\n|---|---|---|---|")
     for variant, values in losses.items():
         largest = statistics.mean(value for _, value in found[("text", "grad_norm_max")][variant])
-        print(f"| {variant} | {statistics.mean(values):.3f} | {', '.join(f'{v:.3f}' for v in values)} | {largest:.1f} |")
+        each = ", ".join(f"{value:.3f}" for value in values)
+        print(f"| {variant} | {statistics.mean(values):.3f} | {each} | {largest:.1f} |")
     rates = found.get(("rate", "last_loss"), {})
     if rates:
         columns = [x for x, _ in next(iter(rates.values()))]
-        print("| variant | " + " | ".join(f"{x:g}" for x in columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+        print("| variant | " + " | ".join(f"{x:g}" for x in columns) + " |")
+        print("|---" * (len(columns) + 1) + "|")
     for variant, values in rates.items():
         print(f"| {variant} | " + " | ".join("not finite" if math.isnan(v) else f"{v:.2f}" for _, v in values) + " |")
 

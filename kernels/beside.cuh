@@ -1,9 +1,9 @@
 /*
 beside.cuh: two branches in a recorded step (graph.cuh), whose kernels run at the same time.
 
-The idea: a kernel of a small model uses a part of the GPU, and many kernels do not need each other's results. The values
-v do not need CEMA, nor do the gate r and the path Wh1 need attention. For the gradients of parameters nothing waits
-before the optimizer. So some calls go into a second branch, until JOIN() makes the first one wait for it:
+The idea: a kernel of a small model uses a part of the GPU, and many kernels do not need each other's results. v does
+not need CEMA, and neither r nor the product with Wh1 needs attention. Only the optimizer waits for the gradients of
+parameters. So some calls go into a second branch, until JOIN() makes the first one wait for it:
 
     xt ---+---> CEMA ---> norm ---> z ---> q, k ---+---> attention ---> ...       stream 0
            \                                      /
@@ -33,12 +33,16 @@ static struct {
     int forked; // work has begun that stream 0 has not waited for
 } beside;
 
+// Before a step is recorded. Returns whether there is memory for a second branch; it is allocated the first time.
 static int beside_open(void) {
-    beside.blas_workspace = memory_new(BLAS_WORKSPACE), beside.parts = (char *)memory_new(PARTS_MEMORY);
+    if (beside.parts != NULL) return 1;
+    char *memory = (char *)memory_new(BLAS_WORKSPACE + PARTS_MEMORY);
+    if (memory == NULL) return 0;
+    beside.blas_workspace = memory, beside.parts = memory + BLAS_WORKSPACE;
     cudaCheck(cudaStreamCreateWithFlags(&beside.stream, cudaStreamNonBlocking));
     cudaCheck(cudaEventCreateWithFlags(&beside.fork, cudaEventDisableTiming));
     cudaCheck(cudaEventCreateWithFlags(&beside.join, cudaEventDisableTiming));
-    return beside.blas_workspace != NULL && beside.parts != NULL;
+    return 1;
 }
 
 static void beside_swap(void) {

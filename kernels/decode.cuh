@@ -279,8 +279,8 @@ static void decode_block(Model *m, int layer, const State *state) {
 static bool decode_fast_supports(const Model *m, const State *state) {
     const Dims d = m->dims;
     return d.L == 1 && d.B <= GEMV_ROWS && state && state->k && m->mode == MEGALODON_INFER && m->cp.cp_size == 1 &&
-           !m->dropout_on && is_megalodon(&m->config) && d.D % VEC == 0 && d.Z % VEC == 0 && d.E % VEC == 0 && d.F % VEC == 0 &&
-           gemv_shared_bytes(d.B, d.D) <= gpu.max_shared - SHARED_DECLARED &&
+           !m->dropout_on && is_megalodon(&m->config) && d.D % VEC == 0 && d.Z % VEC == 0 && d.E % VEC == 0 &&
+           d.F % VEC == 0 && gemv_shared_bytes(d.B, d.D) <= gpu.max_shared - SHARED_DECLARED &&
            gemv_shared_bytes(2, d.Z) <= SHARED_DEFAULT;
 }
 

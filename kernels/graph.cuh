@@ -31,7 +31,8 @@ static struct {
     cudaGraphExec_t graph;
 } passes[NUM_PASSES];
 static Pass recording = NUM_PASSES; // the pass whose launches are being recorded; NUM_PASSES: none
-static int branching; // it may have two branches, see beside.cuh. Those of the loss share the logits' memory
+static int branching; // it has two branches, see beside.cuh. The loss has one: its parts share the logits' memory
+static int beside_open(void);
 
 static void graphs_drop(void) {
     for (int i = 0; i < NUM_PASSES; i++) {
@@ -51,9 +52,10 @@ static int graph_ready(const Model *m, Pass pass, int usable, double number) {
         passes[pass] = {m, m->dims, number, 0, NULL};
     }
     if (passes[pass].graph == NULL && passes[pass].runs++ > 0) {
+        branching = pass != LOSS_PASS && beside_open();
         cudaCheck(cudaGetLastError()); // of earlier launches
         cudaCheck(cudaStreamBeginCapture(cudaStreamPerThread, cudaStreamCaptureModeThreadLocal));
-        recording = pass, branching = pass != LOSS_PASS;
+        recording = pass;
     }
     return passes[pass].graph != NULL;
 }

@@ -171,8 +171,6 @@ static void linear_fast_backward_weight(float *dweight, float *dbias, const floa
                                         int K, int M) {
     MatmulKey key = matmul_key(transposed(dout, M), matrix(inp, K), K, M, K, R);
     key.type = CUDA_R_32F;
-    beside_begin();
     matmul_run(key, dweight, dweight, NULL, dout, inp);
     if (dbias) sum_rows(dbias, dout, NULL, NULL, NULL, 1, R, M, 1);
-    beside_end();
 }

@@ -80,7 +80,9 @@ static __device__ float qk_head(floatX *q, floatX *k, const floatX *z, const flo
 
 enum { QK_BLOCKS = 512 }; // thread blocks of all heads together, at most
 
-static bool qk_fast_supports(Dims d) { return d.attention == ATTENTION_NORMALIZED && d.Z / d.H % VEC == 0 && d.Z / d.H <= WARP * VEC; }
+static bool qk_fast_supports(Dims d) {
+    return d.attention == ATTENTION_NORMALIZED && d.Z / d.H % VEC == 0 && d.Z / d.H <= WARP * VEC;
+}
 
 // Lanes of a head: a power of two. A thread block has THREADS / lanes rows at a time.
 static __host__ __device__ int qk_lanes(Dims d) {

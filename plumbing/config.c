@@ -59,32 +59,11 @@ const Config *find_preset(const char *name) {
 }
 
 Config config_defaults(void) {
-    // layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine | norm_eps rope_base
-    return (Config){8,
-                    1024,
-                    256,
-                    2048,
-                    1,
-                    2048,
-                    16,
-                    2048,
-                    0,
-                    32,
-                    0,
-                    0,
-                    0,
-                    0,
-                    1,
-                    1e-5,
-                    1e4,
-                    0,
-                    0,
-                    0,
-                    HE,
-                    CEMA_COMPLEX,
-                    NORM_TIMESTEP,
-                    ATTENTION_NORMALIZED,
-                    TWO_HOPS};
+    // clang-format off
+    return (Config){.num_layers = 8, .model_dim = 1024, .z_dim = 256, .value_dim = 2048, .num_heads = 1,
+                    .ffn_hidden_dim = 2048, .cema_ndim = 16, .chunk_size = 2048, .norm_num_groups = 32,
+                    .norm_affine = 1, .norm_eps = 1e-5, .rope_base = 1e4};
+    // clang-format on
 }
 
 // ----------------------------------------------------------------------------
@@ -178,6 +157,15 @@ char *config_to_json(const Config *c) {
     fputs("\"output_size\": -1}", out);
     fclose(out);
     return text;
+}
+
+void config_write_replaced(FILE *out, const Config *c) {
+    for (const Field *f = fields; f < fields + NUM_FIELDS; f++) {
+        const int choice = f->kind == VARIANT ? *(const int *)(const void *)((const char *)c + f->offset) : 0;
+        if (choice == 0) continue;
+        fprintf(out, ", %s ", f->name);
+        write_choice(out, f->choices, choice);
+    }
 }
 
 // ----------------------------------------------------------------------------

@@ -94,10 +94,8 @@ static void *memory_new(size_t bytes) {
 }
 #ifdef FAST_KERNELS
 static void graphs_drop(void); // in kernels/graph.cuh: graphs may refer to memory
-static int beside_open(void);  // in kernels/beside.cuh
 #else
 static void graphs_drop(void) {}
-static int beside_open(void) { return 1; }
 #endif
 static void memory_free(void *memory, size_t bytes) {
     if (memory == NULL) return;
@@ -195,7 +193,7 @@ static int backend_open(int allocate) {
     gpu.stream = cudaStreamPerThread; // stream 0, see -default-stream in Makefile
     cublasCheck(cublasSetStream(gpu.blas, gpu.stream));
     gpu.blas_workspace = memory_new(BLAS_WORKSPACE);
-    if (gpu.blas_workspace == NULL || !beside_open()) {
+    if (gpu.blas_workspace == NULL) {
         fprintf(stderr, "error: %s: out of memory on the GPU\n", gpu.name);
         exit(1);
     }

@@ -24,7 +24,7 @@ static inline int is_megalodon(const Config *c) {
 // The letters of megalodon.h. B and L are those of the call.
 typedef struct {
     int B, L, D, N, H, Z, E, F, C, G, V;
-    AttentionKind attention;
+    AttentionKind attention; // how q and k are computed
 } Dims;
 
 static Dims dims_of(const Config *c, int B, int L) {
@@ -35,7 +35,8 @@ static Dims dims_of(const Config *c, int B, int L) {
     return d;
 }
 
-// The width whose root divides queries and keys: that of a head's key, or its own root, so that only scores are divided.
+// The number whose root divides queries and keys: dz. Without a norm of z it is sqrt(dz), so that scores are divided by
+// sqrt(dz) once.
 static double key_width(Dims d) {
     double dz = d.Z / d.H;
     return d.attention == ATTENTION_STANDARD ? sqrt(dz) : dz;

@@ -150,18 +150,21 @@ void write_number(FILE *out, double value); // with as few digits as reproduce t
 // Limits that keep every product of sizes within 64 bits, and CEMA's modes of a strip of channels on the stack.
 enum { MAX_LAYERS = 4096, MAX_DIM = 1 << 20, MAX_NDIM = 1024 };
 
-const Config *find_preset(const char *name); // usage error that lists all names if there is none
-#define INIT_MODES "he gaussian xavier bert" // choices of Config's fields, in the order of their enums
+// The choices of Config's fields, in the order of their enums.
+#define INIT_MODES "he gaussian xavier bert"
 #define CEMA_KINDS "complex real none"
 #define NORM_KINDS "timestep layer"
 #define ATTENTION_KINDS "normalized standard"
 #define TWO_HOP_KINDS "on off"
+
+const Config *find_preset(const char *name); // usage error that lists all names if there is none
 Config config_defaults(void); // those of the released code; vocab_size is 0, as it has no default
 
 // Sets the fields that a JSON object has, under the released code's names. Unknown fields are errors.
 bool config_from_json(Config *config, const char *text, char *err);
 void config_from_file(Config *config, const char *path); // the same for --config FILE.json; errors are fatal
 char *config_to_json(const Config *config);              // freed by the caller
+void config_write_replaced(FILE *out, const Config *config); // ", cema real" and the like; nothing for Megalodon itself
 bool config_equal(const Config *a, const Config *b);
 bool config_check(const Config *config, char *err); // returns whether the configuration is valid
 

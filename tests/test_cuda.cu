@@ -1569,6 +1569,8 @@ static void graph_case(GraphCase kind, const char *what) {
     size_t n;
     begin(sizes(2, 40, 64), "steps as CUDA graphs%s", what);
     float *without = graph_steps(0, kind, losses[0], &n), *with = graph_steps(1, kind, losses[1], &n);
+    for (int step = 0; step < 9; step++) check_true("the loss and norm are positive numbers", losses[0][step] > 0);
+    check_true("graphs had two branches", beside.parts != NULL);
     check_true("the same losses and norms", memcmp(losses[0], losses[1], sizeof losses[0]) == 0);
     check_true("the same parameters", memcmp(without, with, n * sizeof *with) == 0);
     free(without), free(with);

@@ -74,32 +74,11 @@ static void test_names(void) {
                                            "output.final_norm.bias (6)",
                                            "output.output.weight (11,6)"};
     enum { EXPECTED = sizeof expected / sizeof expected[0] };
-    // layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine
-    Config c = {1,
-                6,
-                4,
-                8,
-                1,
-                5,
-                3,
-                8,
-                11,
-                2,
-                1,
-                1,
-                0,
-                0,
-                1,
-                1e-5,
-                1e4,
-                0,
-                0,
-                0,
-                HE,
-                CEMA_COMPLEX,
-                NORM_TIMESTEP,
-                ATTENTION_NORMALIZED,
-                TWO_HOPS};
+    // clang-format off
+    Config c = {.num_layers = 1, .model_dim = 6, .z_dim = 4, .value_dim = 8, .num_heads = 1, .ffn_hidden_dim = 5,
+                      .cema_ndim = 3, .chunk_size = 8, .vocab_size = 11, .norm_num_groups = 2, .swiglu = 1,
+                      .rescale_nffn = 1, .norm_affine = 1, .norm_eps = 1e-5, .rope_base = 1e4};
+    // clang-format on
     int count, same = 0;
     Tensor *tensors = megalodon_tensors(&c, &count, NULL);
     for (int i = 0; i < count && i < EXPECTED; i++) {

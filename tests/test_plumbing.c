@@ -156,32 +156,12 @@ static void test_sampler(void) {
 
 // ----------------------------------------------------------------------------
 
-// layers D Z E H F N C | V G | swiglu rescale_nffn scale_emb share_emb norm_affine
-static const Config config = {2,
-                              8,
-                              4,
-                              6,
-                              1,
-                              5,
-                              2,
-                              8,
-                              11,
-                              2,
-                              1,
-                              1,
-                              0,
-                              1,
-                              1,
-                              1e-5,
-                              1e4,
-                              0,
-                              0,
-                              0,
-                              HE,
-                              CEMA_COMPLEX,
-                              NORM_TIMESTEP,
-                              ATTENTION_NORMALIZED,
-                              TWO_HOPS};
+// clang-format off
+static const Config config = {.num_layers = 2, .model_dim = 8, .z_dim = 4, .value_dim = 6, .num_heads = 1,
+                              .ffn_hidden_dim = 5, .cema_ndim = 2, .chunk_size = 8, .vocab_size = 11,
+                              .norm_num_groups = 2, .swiglu = 1, .rescale_nffn = 1, .share_emb = 1, .norm_affine = 1,
+                              .norm_eps = 1e-5, .rope_base = 1e4};
+// clang-format on
 
 static bool load(Model *model, const Config *c) {
     StFile f;

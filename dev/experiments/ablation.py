@@ -1,16 +1,16 @@
 """The experiment of dev/notes/ablation.md: Megalodon with parts replaced.
 
     python3 dev/experiments/ablation.py                     a small model: about half an hour on two cores
-    python3 dev/experiments/ablation.py --only text --train ./train_cuda --preset enwik8 --batch 16x512 --steps 600 \\
-        --csv dev/notes/ablation_enwik8.csv                 a larger one, on a GPU
+    python3 dev/experiments/ablation.py --only text --train ./train_cuda --preset enwik8 --batch 16x512 \\
+        --steps 600 --csv dev/notes/ablation_enwik8.csv     a larger one, on a GPU
     python3 dev/plot_ablation.py                            the picture, and the tables of the page
 
-Variants are Megalodon, Megalodon with one part replaced, and with all parts replaced (VARIANTS below). All have the same
-tensors, the same initial values for a seed, and the same batches.
+Variants are Megalodon, Megalodon with one part replaced, and with all parts replaced (VARIANTS below). All have the
+same tensors, the same initial values for a seed, and the same batches.
 
 text     --preset on dev/data/shakespeare.txt: validation loss, gradient norms, tokens/s, peak memory.
-rate     100 steps of --preset on the same text, for learning rates from 3e-3 to 1e-1, constant after 10 steps of warm-up,
-         no clipping: which ones still learn?
+rate     100 steps of --preset on the same text, for learning rates from 3e-3 to 1e-1, constant after 10 steps of
+         warm-up, no clipping: which ones still learn?
 
 What the CSV file already has is not computed again, so the command can be repeated after an interruption. Only Python's
 standard library is needed.
@@ -25,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+
+from results import load, save
 
 VARIANTS = {
     "Megalodon": [],
@@ -42,7 +44,7 @@ RATES = [3e-3, 1e-2, 3e-2, 1e-1]
 def call(args, *options):
     """Runs ./train and returns its output."""
     command = [args.train, "--threads", str(args.threads), *map(str, options)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace")  # samples may be any bytes
     if result.returncode != 0:
         sys.exit(f"error: {' '.join(command)}: {result.stderr.strip()}")
     return result.stdout
@@ -59,8 +61,8 @@ def text_run(args, variant, seed, folder):
     rows, length = args.batch.split("x")
     log = os.path.join(folder, "log.csv")
     out = call(args, "--preset", args.preset, *VARIANTS[variant], "--seed", seed, "--steps", args.steps, "--batch-size",
-               rows, "--seq-len", length, "--val-every", args.steps, "--val-batches", 0, "--sample-every", 0, "--save-every", 0,
-               "--out", os.path.join(folder, "run"), "--log", log)
+               rows, "--seq-len", length, "--val-every", args.steps, "--val-batches", 0, "--sample-every", 0,
+               "--save-every", 0, "--out", os.path.join(folder, "run"), "--log", log)
     steps = read_log(log)
     norms = [float(row["grad_norm"]) for row in steps]
     return [(0, "val_loss", float(re.search(r"val loss ([\d.]+)", out)[1])),
@@ -75,8 +77,8 @@ def rate_run(args, variant, seed, folder):
         log = os.path.join(folder, f"log-{rate}.csv")
         command = [args.train, "--threads", args.threads, "--preset", args.preset, *VARIANTS[variant], "--seed", seed,
                    "--steps", 100, "--lr", rate, "--schedule", "constant", "--warmup", 10, "--grad-clip", 0,
-                   "--val-every", 0, "--sample-every", 0, "--save-every", 0, "--out", os.path.join(folder, f"run-{rate}"),
-                   "--log", log]
+                   "--val-every", 0, "--sample-every", 0, "--save-every", 0, "--out",
+                   os.path.join(folder, f"run-{rate}"), "--log", log]
         subprocess.run([str(word) for word in command], capture_output=True)  # one that diverges ends with an error
         losses = [float(row["loss"]) for row in read_log(log)]
         last = statistics.mean(losses[-10:]) if len(losses) == 100 else math.nan
@@ -87,24 +89,6 @@ def rate_run(args, variant, seed, folder):
 # ---------------------------------------------------------------- all
 
 EXPERIMENTS = {"text": text_run, "rate": rate_run}
-
-
-def load(path):
-    if not os.path.exists(path):
-        return []
-    with open(path, newline="") as f:
-        rows = list(csv.DictReader(f))
-    if rows and list(rows[0]) != COLUMNS:
-        sys.exit(f"error: {path}: exists and is not a table of this program; give another name with --csv")
-    return rows
-
-
-def save(path, rows):
-    with open(path + ".tmp", "w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path + ".tmp", path)
 
 
 def main():
@@ -124,7 +108,7 @@ def main():
         for word in getattr(args, name).split(","):
             if word not in known:
                 parser.error(f"--{name} {word}: it is one of {', '.join(known)}")
-    rows = load(args.csv)
+    rows = load(args.csv, COLUMNS)
     have = {(row["experiment"], row["variant"], int(row["seed"])) for row in rows}
     wanted = [(experiment, variant, seed) for experiment in args.only.split(",")
               for seed in range(1, 2 if experiment == "rate" else args.seeds + 1)
@@ -139,9 +123,9 @@ def main():
         for (experiment, variant, seed), found in pool.map(run, wanted):
             rows += [dict(zip(COLUMNS, (experiment, variant, seed, x, metric, f"{value:.6g}")))
                      for x, metric, value in found]
-            save(args.csv, rows)
-            print(f"{experiment}, {variant}, seed {seed}: "
-                  + ", ".join(f"{metric} {value:.4g}" + (f" at {x:g}" if x else "") for x, metric, value in found), flush=True)
+            save(args.csv, COLUMNS, rows)
+            text = ", ".join(f"{metric} {value:.4g}" + (f" at {x:g}" if x else "") for x, metric, value in found)
+            print(f"{experiment}, {variant}, seed {seed}: {text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ import subprocess
 import sys
 import time
 
+from results import load, save
+
 FOLDER = "build/context"
 STEP_TOKENS = 524288
 LENGTHS = {"2k": 2048, "32k": 32768, "512k": 524288}
@@ -166,24 +168,6 @@ def train(args, variant, seed):
 
 # ---------------------------------------------------------------- evaluation
 
-def load(path):
-    if not os.path.exists(path):
-        return []
-    with open(path, newline="") as f:
-        rows = list(csv.DictReader(f))
-    if rows and list(rows[0]) != COLUMNS:
-        sys.exit(f"error: {path}: is not a table of this program; give another name with --csv")
-    return rows
-
-
-def save(path, rows):
-    with open(path + ".tmp", "w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path + ".tmp", path)
-
-
 def readings(args, variant):
     """{reset: [every, ..]}: which part of the state is reset, and after how many tokens."""
     lengths = [n // args.shrink for n in LENGTHS.values()]
@@ -209,14 +193,14 @@ def evaluate(args, variant, seed, run, wanted):
 
 def run_one(args, variant, seed):
     wanted = readings(args, variant)
-    rows = load(args.csv)
+    rows = load(args.csv, COLUMNS)
     have = {(row["reset"], int(row["every"])) for row in rows if (row["variant"], row["seed"]) == (variant, str(seed))}
     if all((reset, every) in have for reset in wanted for every in wanted[reset]):
         print(f"{variant}, seed {seed}: {args.csv} has it", flush=True)
         return
     run = train(args, variant, seed)
     print_time_constants(model_file(run, args.steps))
-    save(args.csv, rows + evaluate(args, variant, seed, run, wanted))
+    save(args.csv, COLUMNS, rows + evaluate(args, variant, seed, run, wanted))
 
 
 def main():
