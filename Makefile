@@ -345,7 +345,10 @@ test-mutants:
 build/bench.o build/position_loss.o: build/%.o: dev/%.c build/flags
 	$(CC) $(ALL_CFLAGS) -MMD -MP -c $< -o $@
 
-build/bench build/position_loss: %: %.o build/library.a
+build/timestep_norm_long.o: dev/experiments/timestep_norm_long.c build/flags
+	$(CC) $(ALL_CFLAGS) -MMD -MP -c $< -o $@
+
+build/bench build/position_loss build/timestep_norm_long: %: %.o build/library.a
 	$(LINK)
 
 # A training step and its parts beside what this machine can do. ARGS="--preset mega200M --decode", for example.

@@ -30,6 +30,8 @@ def impulse_response(model, layer):
     N = alpha.shape[1]
     p = sigmoid(alpha[..., 0])
     phi = sigmoid(theta[..., 0]) * 2 * np.pi / N * np.arange(1, N + 1)
+    if json.loads(model.metadata()["config"]).get("cema") == "real":
+        phi = np.zeros_like(phi)
     q = (1 - p * sigmoid(delta[..., 0])) * np.exp(1j * phi)
     g = (gamma[..., 0] + 1j * gamma[..., 1]) / np.sqrt(N)
     return np.stack([(g * p * q**j).sum(1).real for j in range(LENGTH)], 1)
