@@ -62,6 +62,18 @@ def spectra(k):
     return np.abs(np.fft.rfft(k, 1024)) ** 2
 
 
+def moved(args, kind, name):
+    """How far training moved a parameter: standard deviation of its initial values, and of their changes."""
+    initial, changes = [], []
+    for seed in range(1, args.seeds + 1):
+        before, after = (safe_open(model_file(kind, seed, steps), "np") for steps in (0, args.steps))
+        for layer in range(LAYERS):
+            values = before.get_tensor(f"layers.{layer}.mega.cema.{name}")
+            initial.append(values.ravel())
+            changes.append((after.get_tensor(f"layers.{layer}.mega.cema.{name}") - values).ravel())
+    return np.std(np.concatenate(initial)), np.std(np.concatenate(changes))
+
+
 def describe(task):
     """Rows of the CSV file. half, most: tokens that hold 50 % and 99 % of the energy of k. peak: frequency of the
     largest |K|. zero: |K(0)|^2, divided by the largest."""
@@ -106,6 +118,9 @@ def print_tables(args, rows):
               f"{np.corrcoef(before['most'], after['most'])[0, 1]:.2f}; of the channels that were not low-pass "
               f"{100 * (after['zero'][before['zero'] < 0.5] < 0.5).mean():.0f} % still are not; quartiles of the "
               f"band-pass peaks, cycles per token: {quartiles}")
+        for name in ("alpha", "delta", "theta", "gamma"):
+            print("{}: {} had a standard deviation of {:.2f}, and its changes have {:.2f}".format(
+                kind, name, *moved(args, kind, name)))
 
 
 def draw(args, path):
