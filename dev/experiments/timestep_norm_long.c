@@ -7,9 +7,9 @@
 
 enum {
     FEATURES = 8,
-    PIECE = 4096,  // most tokens in one call
-    CAUSAL = 64,   // tokens of the causality test
-    CHANGED = 32,  // the token that it changes
+    PIECE = 4096, // most tokens in one call
+    CAUSAL = 64,  // tokens of the causality test
+    CHANGED = 32, // the token that it changes
     TOKENS = 10000000,
     PERIOD = 1000000, // of the drift, in tokens
 };
