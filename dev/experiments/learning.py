@@ -43,6 +43,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 
 import numpy as np
 
@@ -342,7 +343,7 @@ def same_jax(args, key):
 # ---------------------------------------------------------------- the Llama
 
 def llama_parts(args):
-    """(step function (step, learning rate) -> loss, validation function, synchronization, fresh optimizer state)."""
+    """Functions: begin(number of steps), step(step, learning rate) -> loss, validate() -> loss, synchronize()."""
     try:
         import torch
         from bench_llama import SIZES, Llama
@@ -361,10 +362,11 @@ def llama_parts(args):
     windows = torch.arange(0, len(val) - args.length, args.length, device=device)
     print(f"Llama: {sum(p.numel() for p in model.parameters())} parameters, torch {torch.__version__}, "
           f"{torch.cuda.get_device_name() if device == 'cuda' else device}", flush=True)
-    holder = []
+    now = {}  # the optimizer, and where the rows of all steps start
 
-    def new_optimizer():
-        holder[:] = [torch.optim.AdamW(model.parameters(), args.lr, (BETA1, BETA2), EPS, DECAY, fused=True)]
+    def begin(steps):
+        now["optimizer"] = torch.optim.AdamW(model.parameters(), args.lr, (BETA1, BETA2), EPS, DECAY, fused=True)
+        now["starts"] = torch.tensor([row_starts(args, k, len(text)) for k in range(steps)], device=device)
 
     def loss_of(source, starts):
         rows = source[starts[:, None] + offsets].long()
@@ -372,13 +374,13 @@ def llama_parts(args):
             return compiled(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
     def step(k, rate):
-        loss = loss_of(text, torch.tensor(row_starts(args, k, len(text)), device=device))
+        loss = loss_of(text, now["starts"][k])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP, foreach=True)
-        for group in holder[0].param_groups:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for group in now["optimizer"].param_groups:
             group["lr"] = rate
-        holder[0].step()
-        holder[0].zero_grad(set_to_none=True)
+        now["optimizer"].step()
+        now["optimizer"].zero_grad(set_to_none=True)
         return loss.detach()
 
     @torch.no_grad()
@@ -386,13 +388,13 @@ def llama_parts(args):
         batches = windows.split(args.rows)
         return sum(loss_of(val, starts).item() * len(starts) for starts in batches) / len(windows)
 
-    new_optimizer()
-    return step, validate, (torch.cuda.synchronize if device == "cuda" else lambda: None), new_optimizer
+    return begin, step, validate, (torch.cuda.synchronize if device == "cuda" else lambda: None)
 
 
 def train_llama(args, key, parts, steps, val_every):
     """Trains. `seconds` counts training only: it stands still during validation."""
-    step, validate, synchronize, _ = parts
+    begin, step, validate, synchronize = parts
+    begin(steps)
     found, losses, seconds, start = [], [], 0.0, time.perf_counter()
     for k in range(steps):
         losses.append(step(k, learning_rate(args, k, steps)))  # not read here, since that waits for the GPU
@@ -417,19 +419,19 @@ def same_llama(args, key):
 
 
 def time_llama(args, key):
-    parts = step, validate, synchronize, new_optimizer = llama_parts(args)
-    begin, times = time.perf_counter(), []
+    parts = begin, step, validate, synchronize = llama_parts(args)
+    start, times = time.perf_counter(), []
+    begin(MEASURED)
     validate()  # compiles the forward pass
-    for k in range(SETTLING + 3):
+    for k in range(SETTLING):
         step(k, 0.0)  # compiles the others; a rate of 0 leaves the parameters as they are
     synchronize()
-    print(f"Llama: compiled in {time.perf_counter() - begin:.1f} s", flush=True)
+    print(f"Llama: compiled in {time.perf_counter() - start:.1f} s", flush=True)
     for k in range(MEASURED):
         start = time.perf_counter()
         step(k, 0.0)
         synchronize()
         times.append(time.perf_counter() - start)
-    new_optimizer()
     steps, val_every = plan(args, statistics.median(times), key)
     return train_llama(args, key, parts, steps, val_every)
 
@@ -525,9 +527,13 @@ def main():
             start = time.perf_counter()
             try:
                 found = RUNS[args.experiment, curve](args, key)
-            except (Failed, OSError, RuntimeError, ValueError) as error:
+            except Failed as error:
                 failed += 1
                 print(f"error: {' '.join(key)}: {error}", file=sys.stderr, flush=True)
+                continue
+            except Exception:  # of PyTorch or JAX: the other curves are still to be computed
+                failed += 1
+                print(f"error: {' '.join(key)}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
                 continue
             wall = time.perf_counter() - start
             add(args, key, found + [(*found[-1][:3], "wall_seconds", wall)])
