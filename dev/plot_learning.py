@@ -1,6 +1,6 @@
 """Draws the pictures of dev/notes/learning.md from the tables of dev/experiments/learning.py, and prints its tables.
 
-    python dev/plot_learning.py                     dev/notes/learning_same.csv and learning_time.csv, as far as they exist
+    python dev/plot_learning.py                     those of dev/notes that exist
     python dev/plot_learning.py FILE.csv --out build/learning/picture.png
 
 For `same`: the training loss of every step, and how far each curve is from that of ./train (or from the first curve).
@@ -82,40 +82,33 @@ def print_same(curves):
     for key, metrics in curves.items():
         step, _, seconds, loss = metrics["train_loss"][-1]
         val = metrics["val_loss"][-1][3] if "val_loss" in metrics else math.nan
-        print(f"| {label_of(curves, key)} | {step} | {loss:.6f} | {val:.6f} | {val / math.log(2):.4f} | {seconds:.0f} |")
-
-
-def mean_of_last(values, count):
-    losses = [loss for _, _, _, loss in values[-count:]]
-    return sum(losses) / len(losses)
+        print(f"| {label_of(curves, key)} | {step} | {loss:.6f} | {val:.6f} | {val / math.log(2):.4f} | "
+              f"{seconds:.0f} |")
 
 
 def print_time(curves):
-    print("| model | learning rate | steps | M tokens | seconds | ms a step | mean training loss of the last 100 steps | "
+    print("| model | learning rate | steps | M tokens | seconds | ms a step | training loss, last 100 steps | "
           "validation loss | bits per byte |\n|---|---|---|---|---|---|---|---|---|")
     for (curve, rate), metrics in curves.items():
-        step, tokens, seconds, _ = metrics["train_loss"][-1]
+        step, tokens, seconds, loss = metrics["train_loss"][-1]
         val = metrics["val_loss"][-1][3] if "val_loss" in metrics else math.nan
         print(f"| {NAMES[curve]} | {rate} | {step} | {tokens / 1e6:.1f} | {seconds:.0f} | {1e3 * seconds / step:.1f} | "
-              f"{mean_of_last(metrics['train_loss'], 100):.4f} | {val:.4f} | {val / math.log(2):.4f} |")
-    together = {}
-    for key, metrics in curves.items():
-        together[key] = [(tokens, seconds, loss / math.log(2)) for _, tokens, seconds, loss in metrics.get("val_loss", [])]
-    if len(together) != 2 or not all(together.values()):
+              f"{loss:.4f} | {val:.4f} | {val / math.log(2):.4f} |")
+    validated = {key: [(tokens, loss / math.log(2)) for _, tokens, _, loss in metrics.get("val_loss", [])]
+                 for key, metrics in curves.items()}
+    if len(validated) != 2 or not all(validated.values()):
         return
-    (first, a), (second, b) = together.items()
-    tokens = min(a[-1][0], b[-1][0])
-    print(f"\nAt {tokens / 1e6:.1f} M tokens, with the rate at different places of its schedule: {label_of(curves, first)} "
-          f"{at(a, 0, tokens):.4f}, {label_of(curves, second)} {at(b, 0, tokens):.4f} bits per byte")
+    fewest = min(points[-1][0] for points in validated.values())
+    found = ", ".join(f"{label_of(curves, key)} {at(points, fewest):.4f}" for key, points in validated.items())
+    print(f"\nAt {fewest / 1e6:.1f} M tokens, where one schedule has ended and one has not: {found} bits per byte")
 
 
-def at(points, axis, x):
-    """The bits per byte at x tokens (axis 0) or seconds (axis 1), on the line between the points."""
-    for before, after in zip(points, points[1:]):
-        if before[axis] <= x <= after[axis]:
-            share = (x - before[axis]) / (after[axis] - before[axis])
-            return before[2] + share * (after[2] - before[2])
-    return points[0][2] if x < points[0][axis] else points[-1][2]
+def at(points, x):
+    """The second coordinate at x, on the line between the points."""
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 <= x <= x1:
+            return y0 + (x - x0) / (x1 - x0) * (y1 - y0)
+    return points[-1][1]
 
 
 def draw_same(axes, curves):
@@ -143,7 +136,8 @@ def draw_time(axes, curves):
     for key, metrics in curves.items():
         points = metrics.get("val_loss", [])
         line = ("-", "--", ":", "-.")[rates.index(float(key[1])) % 4]
-        for ax, xs in zip(axes, ([seconds for _, _, seconds, _ in points], [tokens / 1e6 for _, tokens, _, _ in points])):
+        seconds, tokens = [point[2] for point in points], [point[1] / 1e6 for point in points]
+        for ax, xs in zip(axes, (seconds, tokens)):
             ax.plot(xs, [value / math.log(2) for *_, value in points], line, marker="o", markersize=3, linewidth=1,
                     color=COLOURS[key[0]], alpha=0.8, label=label_of(curves, key))
     axes[0].set_xlabel("seconds of training")

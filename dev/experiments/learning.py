@@ -9,8 +9,8 @@
     python3 dev/experiments/learning.py time --seconds 60 --rates 5e-4,1e-3,2e-3 --csv build/learning/rates.csv
     python3 dev/plot_learning.py                        the pictures, and the tables of the page
 
-same     One model, the same initial values and the same batches in several programs. Training loss of every step, and
-         the validation loss after the last one. Curves:
+same     One model, the same initial values and the same batches in several programs. The table gets the training loss
+         of every step and the validation loss after the last one. Curves:
              cpu       ./train, float32
              gpu       ./train_cuda_fp32, float32
              bf16      ./train_cuda, bfloat16
@@ -20,9 +20,10 @@ same     One model, the same initial values and the same batches in several prog
          The learning rate is constant, after --warmup steps.
 time     The architecture of --preset with a vocabulary of 256 bytes beside the Llama of equal size, for equal time:
          --seconds of training each, in bfloat16 on a GPU, on the same rows of the same text. The validation loss on the
-         same held-out windows is measured --validations times. Validation, the start and the compilation of the Llama do
-         not count as training. 30 steps are timed first, which gives the number of steps, so that warm-up and cosine
-         decay fit into the time. Curves: megalodon (./train_cuda) and llama, once for each of --rates.
+         same held-out windows is measured --validations times, beside the mean training loss of each 100 steps.
+         Validation, the start and the compilation of the Llama do not count as training. 30 steps are timed first; that
+         gives the number of steps, so that warm-up and cosine decay fit into the time. Curves: megalodon (./train_cuda)
+         and llama, once for each of --rates.
 
 AdamW with beta 0.9 and 0.95, epsilon 1e-8 and weight decay 0.1 of every parameter, gradients clipped to norm 1. Batches
 are drawn as ./train draws them, which is checked against a dump of ./train before every curve in Python.
@@ -60,6 +61,7 @@ PROGRAMS = {"cpu": "./train", "gpu": "./train_cuda_fp32", "bf16": "./train_cuda"
 BETA1, BETA2, EPS, DECAY, CLIP = 0.9, 0.95, 1e-8, 0.1, 1.0
 INIT_RATIO, END_RATIO = 1e-4, 0.1  # of the learning rate, the defaults of ./train
 MEASURED, SETTLING = 30, 10        # steps that are timed, and steps of these that do not count
+MEAN_STEPS = 100                   # steps whose training losses are averaged, of time
 POLL = 15                          # seconds between two readings of a log
 STREAM_DATA = 1000                 # in megalodon.h
 
@@ -86,6 +88,17 @@ def add(args, key, found):
         save(args.csv, COLUMNS, rows)
     finally:
         os.close(folder)
+
+
+def thinned(args, found, steps):
+    """Of `time`, replaces the training losses by the mean of each 100 steps, counted from the last one."""
+    if args.experiment == "same":
+        return found
+    groups = {}
+    for row in found:
+        group = (steps - row[0]) // MEAN_STEPS if row[3] == "train_loss" else (row[0], row[3])
+        groups.setdefault(group, []).append(row)
+    return [(*rows[-1][:4], statistics.fmean(row[4] for row in rows)) for rows in groups.values()]
 
 
 # ---------------------------------------------------------------- batches, as plumbing/data.c draws them
@@ -214,8 +227,8 @@ def train_ours(args, key, program, model, steps, val_every):
     command = [program, *model, *data_options(args), "--seed", args.seed, "--steps", steps, "--lr", args.lr, "--warmup",
                args.warmup, "--schedule", args.schedule, "--lr-init-ratio", INIT_RATIO, "--lr-end-ratio", END_RATIO,
                "--beta1", BETA1, "--beta2", BETA2, "--eps", EPS, "--weight-decay", DECAY, "--grad-clip", CLIP,
-               "--val-every", val_every, "--val-batches", 0, "--sample-every", 0, "--save-every", 0, "--print-every", 50,
-               "--threads", args.threads, "--out", run, "--overwrite", "--log", log]
+               "--val-every", val_every, "--val-batches", 0, "--sample-every", 0, "--save-every", 0,
+               "--print-every", 50, "--threads", args.threads, "--out", run, "--overwrite", "--log", log]
     command = [str(word) for word in command]
     print(" ".join(command), flush=True)
     found = []
@@ -227,7 +240,7 @@ def train_ours(args, key, program, model, steps, val_every):
                     process.wait(POLL)
                 except subprocess.TimeoutExpired:
                     pass
-                found = rows_of_log(args, log)
+                found = thinned(args, rows_of_log(args, log), steps)
                 add(args, key, found)
         finally:
             if process.poll() is None:
@@ -243,11 +256,12 @@ def train_ours(args, key, program, model, steps, val_every):
 
 def initial_values(args):
     """The model file of the initial values of --preset and --seed, written by ./train."""
-    run = os.path.join(FOLDER, f"init-{args.preset}-{args.seed}")
-    path = os.path.join(run, "step-00000000", "model.safetensors")
-    if not os.path.exists(path):
-        call(["./train", "--preset", args.preset, "--vocab-size", 256, "--seed", args.seed, "--data", args.data, "--steps",
-              0, "--val-every", 0, "--out", run, "--overwrite"])
+    path = os.path.join(FOLDER, f"init-{args.preset}-{args.seed}.safetensors")
+    run = os.path.join(FOLDER, f"init-{os.getpid()}")
+    call(["./train", "--preset", args.preset, "--vocab-size", 256, "--seed", args.seed, "--data", args.data,
+          "--steps", 0, "--val-every", 0, "--out", run, "--overwrite"])
+    os.replace(os.path.join(run, "step-00000000", "model.safetensors"), path)
+    shutil.rmtree(run)
     return path
 
 
@@ -409,9 +423,9 @@ def train_llama(args, key, parts, steps, val_every):
                 found.append((at, at * args.rows * args.length, passed, "train_loss", loss.item()))
             if last or (k + 1) % val_every == 0:
                 found.append((k + 1, (k + 1) * args.rows * args.length, seconds, "val_loss", validate()))
-                add(args, key, found)
+                add(args, key, thinned(args, found, steps))
             losses, start = [], time.perf_counter()
-    return found
+    return thinned(args, found, steps)
 
 
 def same_llama(args, key):
@@ -446,8 +460,8 @@ def held_out(args):
     """The validation text of `time`, as long a piece of each held-out kernel directory. Returns its path."""
     found = [path for path in sorted(glob.glob(os.path.join(CONTEXT, "held-out", "*.txt"))) if "bible" not in path]
     if not found:
-        sys.exit(f"error: {CONTEXT}/held-out: has no texts; python3 dev/experiments/context_text.py fetches them, or name "
-                 "texts with --data and --val-data")
+        sys.exit(f"error: {CONTEXT}/held-out: has no texts; python3 dev/experiments/context_text.py fetches them, or "
+                 "name texts with --data and --val-data")
     size = args.val_windows // len(found) * args.length
     path = os.path.join(FOLDER, f"val-{len(found) * size}.txt")
     with open(path, "wb") as output:
@@ -538,8 +552,8 @@ def main():
             wall = time.perf_counter() - start
             add(args, key, found + [(*found[-1][:3], "wall_seconds", wall)])
             last = {metric: value for _, _, _, metric, value in found}
-            print(f"{' '.join(key)}: {found[-1][0]} steps, {found[-1][2]:.1f} s of training, {wall:.1f} s in all; training "
-                  f"loss {last['train_loss']:.4f}, validation loss {last['val_loss']:.4f} nats, "
+            print(f"{' '.join(key)}: {found[-1][0]} steps, {found[-1][2]:.1f} s of training, {wall:.1f} s in all; "
+                  f"training loss {last['train_loss']:.4f}, validation loss {last['val_loss']:.4f} nats, "
                   f"{last['val_loss'] / math.log(2):.4f} bits per byte", flush=True)
     sys.exit(failed > 0)
 
