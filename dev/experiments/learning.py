@@ -33,12 +33,14 @@ was interrupted is computed again. Several commands may add curves to one file a
 next one follows. Needs numpy; llama needs PyTorch.
 """
 import argparse
+import contextlib
 import csv
 import fcntl
 import glob
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -76,18 +78,31 @@ def key_of(row):
     return row["experiment"], row["curve"], row["rate"]
 
 
-def add(args, key, found):
-    """Replaces the rows of a curve in the CSV file. Other processes may replace other curves at the same time."""
-    folder = os.open(os.path.dirname(args.csv) or ".", os.O_RDONLY)
+@contextlib.contextmanager
+def locked(path):
+    """Other processes that read or write the table wait."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def has(args, key):
+    """Whether the table has the whole curve: its last row is the duration of the command."""
+    with locked(args.csv):
+        return any(key_of(row) == key and row["metric"] == "wall_seconds" for row in load(args.csv, COLUMNS))
+
+
+def add(args, key, found):
+    """Replaces the rows of a curve in the table."""
+    with locked(args.csv):
         rows = [row for row in load(args.csv, COLUMNS) if key_of(row) != key]
         for step, tokens, seconds, metric, value in found:
             values = (*key, step, tokens, f"{seconds:.2f}", metric, f"{value:.9g}")
             rows.append(dict(zip(COLUMNS, values)))
         save(args.csv, COLUMNS, rows)
-    finally:
-        os.close(folder)
 
 
 def thinned(args, found, steps):
@@ -488,7 +503,8 @@ def check_files(parser, args):
     if args.val_data and not os.path.exists(args.val_data):
         sys.exit(f"error: --val-data {args.val_data}: not found")
     if (os.path.getsize(args.val_data) - 1) // args.length % args.rows if args.experiment == "time" else 0:
-        parser.error(f"--val-windows, of {args.val_data}: must be a multiple of the {args.rows} rows of a batch")
+        parser.error(f"{args.val_data}: the number of its windows is not a multiple of the {args.rows} rows of a batch; "
+                     "see --val-windows")
 
 
 def parse():
@@ -517,13 +533,18 @@ def parse():
         if curve not in CURVES[args.experiment]:
             parser.error(f"--only {curve}: the curves of {args.experiment} are {', '.join(CURVES[args.experiment])}")
     args.preset = args.preset or ("enwik8" if same else "mega200M")
-    args.rows, args.length = (int(n) for n in (args.batch or ("16x512" if same else "8x2048")).split("x"))
+    args.batch = args.batch or ("16x512" if same else "8x2048")
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.batch):
+        parser.error(f"--batch {args.batch}: sequences x tokens, such as 16x512")
+    args.rows, args.length = (int(n) for n in args.batch.split("x"))
     args.rates = (args.rates or ("4e-4" if same else "1e-3")).split(",")
     args.schedule = "constant" if same else "cosine"
     args.max_warmup = args.warmup if args.warmup is not None else 0 if same else 200
     args.data = args.data or (PLAYS if same else os.path.join(CONTEXT, "train.txt"))
     args.csv = args.csv or f"dev/notes/learning_{args.experiment}.csv"
     os.makedirs(FOLDER, exist_ok=True)
+    if not os.path.isdir(os.path.dirname(args.csv) or "."):
+        sys.exit(f"error: --csv {args.csv}: its folder does not exist; run this in the repository's root")
     check_files(parser, args)
     return args
 
@@ -534,7 +555,7 @@ def main():
     for curve in args.curves:
         for rate in args.rates:
             key = args.experiment, curve, f"{float(rate):g}"
-            if any(key_of(row) == key and row["metric"] == "wall_seconds" for row in load(args.csv, COLUMNS)):
+            if has(args, key):
                 print(f"{' '.join(key)}: {args.csv} has it", flush=True)
                 continue
             args.lr, args.warmup = float(rate), args.max_warmup
