@@ -42,6 +42,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -503,8 +504,8 @@ def check_files(parser, args):
     if args.val_data and not os.path.exists(args.val_data):
         sys.exit(f"error: --val-data {args.val_data}: not found")
     if (os.path.getsize(args.val_data) - 1) // args.length % args.rows if args.experiment == "time" else 0:
-        parser.error(f"{args.val_data}: the number of its windows is not a multiple of the {args.rows} rows of a batch; "
-                     "see --val-windows")
+        parser.error(f"{args.val_data}: the number of its windows is not a multiple of the {args.rows} rows of a "
+                     "batch; see --val-windows")
 
 
 def parse():
@@ -551,6 +552,7 @@ def parse():
 
 def main():
     args = parse()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that our program ends, too
     failed = 0
     for curve in args.curves:
         for rate in args.rates:
