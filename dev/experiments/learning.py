@@ -235,11 +235,8 @@ def rows_of_log(args, path):
 
 def train_ours(args, key, program, model, steps, val_every):
     """Runs one of our programs. Its results are added to the table while it runs. Returns them."""
-    name = os.path.join(FOLDER, "-".join(key))
+    name = os.path.join(FOLDER, "-".join((*key, str(os.getpid()))))
     log, run = name + "-log.csv", name + "-run"
-    for path in (log, log + ".tmp"):
-        if os.path.exists(path):
-            os.remove(path)
     command = [program, *model, *data_options(args), "--seed", args.seed, "--steps", steps, "--lr", args.lr, "--warmup",
                args.warmup, "--schedule", args.schedule, "--lr-init-ratio", INIT_RATIO, "--lr-end-ratio", END_RATIO,
                "--beta1", BETA1, "--beta2", BETA2, "--eps", EPS, "--weight-decay", DECAY, "--grad-clip", CLIP,
@@ -287,9 +284,10 @@ def same_ours(args, key):
 
 def time_ours(args, key):
     model = ["--preset", args.preset, "--vocab-size", 256]
-    log = os.path.join(FOLDER, "-".join(key) + "-speed.csv")
-    call([PROGRAMS["megalodon"], *model, *data_options(args), "--steps", MEASURED, "--val-every", 0, "--out",
-          os.path.join(FOLDER, "speed"), "--overwrite", "--log", log])
+    log, run = (os.path.join(FOLDER, f"speed-{os.getpid()}{end}") for end in (".csv", ""))
+    call([PROGRAMS["megalodon"], *model, *data_options(args), "--steps", MEASURED, "--val-every", 0, "--out", run,
+          "--overwrite", "--log", log])
+    shutil.rmtree(run)
     with open(log, newline="") as f:
         step_s = statistics.median(float(row["ms"]) / 1e3 for row in list(csv.DictReader(f))[SETTLING:])
     steps, val_every = plan(args, step_s, key)
