@@ -148,16 +148,18 @@ def draw_time(axes, curves):
 
 
 def draw(path, out):
+    """Prints the tables, then draws the picture, so that the tables need no matplotlib."""
+    experiment, curves = read_table(path)
+    print(f"{path}:\n")
+    {"same": print_same, "time": print_time}[experiment](curves)
+    print(flush=True)
+
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import ScalarFormatter
 
-    experiment, curves = read_table(path)
-    print(f"{path}:\n")
-    {"same": print_same, "time": print_time}[experiment](curves)
-    print()
     fig, axes = plt.subplots(1, 2, figsize=(11, 4), dpi=110)
     {"same": draw_same, "time": draw_time}[experiment](axes, curves)
     for ax in axes:
