@@ -548,35 +548,53 @@ def parse():
     return args
 
 
+def in_processes(curves):
+    """Computes each curve in a process of its own, since the libraries of PyTorch and JAX may exclude each other."""
+    failed = 0
+    for curve in curves:
+        child = subprocess.Popen([sys.executable, *sys.argv, "--only", curve])
+        try:
+            failed += child.wait() != 0
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+    return failed
+
+
+def in_this_process(args, curve):
+    failed = 0
+    for rate in args.rates:
+        key = args.experiment, curve, f"{float(rate):g}"
+        if has(args, key):
+            print(f"{' '.join(key)}: {args.csv} has it", flush=True)
+            continue
+        args.lr, args.warmup = float(rate), args.max_warmup
+        start = time.perf_counter()
+        try:
+            found = RUNS[args.experiment, curve](args, key)
+        except Failed as error:
+            failed += 1
+            print(f"error: {' '.join(key)}: {error}", file=sys.stderr, flush=True)
+            continue
+        except Exception:  # of PyTorch or JAX: the other rates are still to be computed
+            failed += 1
+            print(f"error: {' '.join(key)}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            continue
+        wall = time.perf_counter() - start
+        add(args, key, found + [(*found[-1][:3], "wall_seconds", wall)])
+        last = {metric: value for _, _, _, metric, value in found}
+        print(f"{' '.join(key)}: {found[-1][0]} steps, {found[-1][2]:.1f} s of training, {wall:.1f} s in all; training "
+              f"loss {last['train_loss']:.4f}, validation loss {last['val_loss']:.4f} nats, "
+              f"{last['val_loss'] / math.log(2):.4f} bits per byte", flush=True)
+    return failed
+
+
 def main():
     args = parse()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that our program ends, too
-    failed = 0
-    for curve in args.curves:
-        for rate in args.rates:
-            key = args.experiment, curve, f"{float(rate):g}"
-            if has(args, key):
-                print(f"{' '.join(key)}: {args.csv} has it", flush=True)
-                continue
-            args.lr, args.warmup = float(rate), args.max_warmup
-            start = time.perf_counter()
-            try:
-                found = RUNS[args.experiment, curve](args, key)
-            except Failed as error:
-                failed += 1
-                print(f"error: {' '.join(key)}: {error}", file=sys.stderr, flush=True)
-                continue
-            except Exception:  # of PyTorch or JAX: the other curves are still to be computed
-                failed += 1
-                print(f"error: {' '.join(key)}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-                continue
-            wall = time.perf_counter() - start
-            add(args, key, found + [(*found[-1][:3], "wall_seconds", wall)])
-            last = {metric: value for _, _, _, metric, value in found}
-            print(f"{' '.join(key)}: {found[-1][0]} steps, {found[-1][2]:.1f} s of training, {wall:.1f} s in all; "
-                  f"training loss {last['train_loss']:.4f}, validation loss {last['val_loss']:.4f} nats, "
-                  f"{last['val_loss'] / math.log(2):.4f} bits per byte", flush=True)
-    sys.exit(failed > 0)
+    several = len(args.curves) > 1
+    sys.exit((in_processes(args.curves) if several else in_this_process(args, args.curves[0])) > 0)
 
 
 if __name__ == "__main__":
