@@ -514,7 +514,7 @@ def parse():
     parser.add_argument("--batch", help="sequences x tokens (default: 16x512; time: 8x2048)")
     parser.add_argument("--steps", type=int, default=500, help="of same (default: %(default)s)")
     parser.add_argument("--rates", help="peak learning rates (default: 4e-4; time: 1e-3)")
-    parser.add_argument("--warmup", type=int, help="steps (default: 0; time: 200, or a tenth of the steps if fewer)")
+    parser.add_argument("--warmup", type=int, help="steps (default: 20; time: 200, or a tenth of the steps if fewer)")
     parser.add_argument("--seconds", type=float, default=540, help="of training, of time (default: %(default)s)")
     parser.add_argument("--validations", type=int, default=18, help="of time (default: %(default)s)")
     parser.add_argument("--val-windows", type=int, default=384, help="of time (default: %(default)s)")
@@ -538,7 +538,7 @@ def parse():
     args.rows, args.length = (int(n) for n in args.batch.split("x"))
     args.rates = (args.rates or ("4e-4" if same else "1e-3")).split(",")
     args.schedule = "constant" if same else "cosine"
-    args.max_warmup = args.warmup if args.warmup is not None else 0 if same else 200
+    args.max_warmup = args.warmup if args.warmup is not None else 20 if same else 200
     args.data = args.data or (PLAYS if same else os.path.join(CONTEXT, "train.txt"))
     args.csv = args.csv or f"dev/notes/learning_{args.experiment}.csv"
     os.makedirs(FOLDER, exist_ok=True)
