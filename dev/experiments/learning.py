@@ -17,7 +17,8 @@ same     One model, the same initial values and the same batches in several prog
              jax       megalodon-jax, float32 (pip install -r dev/requirements-bench.txt), on a GPU if JAX has one
              llama     the Llama of dev/bench_llama.py with as many parameters and other initial values: bfloat16
                        autocast on a GPU, float32 on a CPU
-         The learning rate is constant, after --warmup steps.
+         The learning rate is constant, after --warmup steps from a twentieth of it. With a smaller start the first
+         updates are as small as the spacing of float32 numbers, and every order of operations rounds them differently.
 time     The architecture of --preset with a vocabulary of 256 bytes beside the Llama of equal size, for equal time:
          --seconds of training each, in bfloat16 on a GPU, on the same rows of the same text. The validation loss on the
          same held-out windows is measured --validations times, beside the mean training loss of each 100 steps.
@@ -62,7 +63,7 @@ COLUMNS = ["experiment", "curve", "rate", "step", "tokens", "seconds", "metric",
 CURVES = {"same": ["cpu", "gpu", "bf16", "jax", "llama"], "time": ["megalodon", "llama"]}
 PROGRAMS = {"cpu": "./train", "gpu": "./train_cuda_fp32", "bf16": "./train_cuda", "megalodon": "./train_cuda"}
 BETA1, BETA2, EPS, DECAY, CLIP = 0.9, 0.95, 1e-8, 0.1, 1.0
-INIT_RATIO, END_RATIO = 1e-4, 0.1  # of the learning rate, the defaults of ./train
+INIT_RATIO, END_RATIO = 0.05, 0.1  # of the first and the last learning rate, relative to the peak
 MEASURED, SETTLING = 30, 10        # steps that are timed, and steps of these that do not count
 MEAN_STEPS = 100                   # steps whose training losses are averaged, of time
 POLL = 15                          # seconds between two readings of a log
