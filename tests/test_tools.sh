@@ -65,6 +65,9 @@ refused "exists and is not a PNG image" plot_compare.py "$tmp/a.txt" "$tmp/b.txt
 refused "b.txt: is not a result of ./compare" plot_compare.py "$tmp/new.png" "$tmp/b.txt"
 refused "exists and is not a table of this program" bench_length.py --csv "$tmp/a.txt"
 refused "exists and is not a table of this program" bench_context.py --length 64 --csv "$tmp/a.txt"
+refused "exists and is not a table of this program" experiments/learning.py same --only cpu --csv "$tmp/a.txt"
+refused "b.txt: is not a table of dev/experiments/learning.py" plot_learning.py "$tmp/b.txt" --out "$tmp/new.png"
+refused "exists and is not a PNG picture" plot_learning.py "$tmp/b.txt" --out "$tmp/a.txt"
 
 # dev/plot_log.py, with a stand-in for matplotlib that prints what is drawn.
 mkdir -p "$tmp/drawn/matplotlib" && echo 'def use(name): pass' > "$tmp/drawn/matplotlib/__init__.py"
