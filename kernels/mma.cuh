@@ -44,3 +44,31 @@ template <int P, int Q> static __device__ void multiply(float c[4], const uint32
         }
     }
 }
+
+// ldmatrix.x4 (PTX ISA): the four 8 x 8 blocks of a 16 x 16 tile in shared memory, whose rows are `stride` elements
+// apart and begin at multiples of 16 bytes. Word 0: rows and columns 0 to 7, 1: rows + 8, 2: columns + 8, 3: both. That
+// is the fragment of A, or two fragments of B: of the transposed tile, words 0, 2 and 1, 3 have its columns 0 to 7 and 8
+// to 15. If TRANSPOSED, each block is transposed, and words 0, 1 and 2, 3 are those of the tile itself.
+template <bool TRANSPOSED>
+static __device__ void load_fragment(uint32_t words[4][1], const floatX *tile, int stride) {
+    uint32_t row = (uint32_t)__cvta_generic_to_shared(tile + threadIdx.x % 16 * stride + threadIdx.x / 16 * 8);
+    if (TRANSPOSED) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(words[0][0]), "=r"(words[1][0]), "=r"(words[2][0]), "=r"(words[3][0])
+                     : "r"(row));
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(words[0][0]), "=r"(words[1][0]), "=r"(words[2][0]), "=r"(words[3][0])
+                     : "r"(row));
+    }
+}
+
+// Sum and maximum over the four lanes that have a row of C; each gets the result.
+static __device__ float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+static __device__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
