@@ -45,8 +45,9 @@ static size_t decode_workspace(Dims d); // decode.cuh is included later, since i
 
 // Bytes of workspace() that the fast kernels use at most.
 static size_t fast_workspace(Dims d) {
-    const size_t sizes[] = {timestep_norm_fast_workspace(d), cema_fast_workspace(d), norms_fast_workspace(d),
-                            qk_fast_workspace(d), attention_small_workspace(d), decode_workspace(d)};
+    const size_t sizes[] = {timestep_norm_fast_workspace(d), cema_fast_workspace(d),
+                            norms_fast_workspace(d),         qk_fast_workspace(d),
+                            attention_small_workspace(d),    decode_workspace(d)};
     size_t max = 0;
 #ifdef HOPPER_KERNELS
     const size_t attention = attention_hopper_workspace(d), linear = linear_hopper_workspace(d);

@@ -1,5 +1,6 @@
 /*
-mma.cuh: matrix products of 16 x 8 tiles on tensor cores, C (16,8) += A (16,16) B (16,8), by a warp. Used by cema.cuh.
+mma.cuh: matrix products of 16 x 8 tiles on tensor cores, C (16,8) += A (16,16) B (16,8), by a warp. For cema.cuh and
+attention_small.cuh.
 
 A, B and C are spread over the lanes' registers in fragments: mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16
 with floating point type"). A word has two neighbours of a row of A, or of a column of B. With row = lane/4 and pair =
@@ -46,11 +47,10 @@ template <int P, int Q> static __device__ void multiply(float c[4], const uint32
 }
 
 // ldmatrix.x4 (PTX ISA): the four 8 x 8 blocks of a 16 x 16 tile in shared memory, whose rows are `stride` elements
-// apart and begin at multiples of 16 bytes. Word 0: rows and columns 0 to 7, 1: rows + 8, 2: columns + 8, 3: both. That
-// is the fragment of A, or two fragments of B: of the transposed tile, words 0, 2 and 1, 3 have its columns 0 to 7 and 8
-// to 15. If TRANSPOSED, each block is transposed, and words 0, 1 and 2, 3 are those of the tile itself.
-template <bool TRANSPOSED>
-static __device__ void load_fragment(uint32_t words[4][1], const floatX *tile, int stride) {
+// apart and begin at multiples of 16 bytes. Word 0 is of rows and columns 0 to 7, 1: rows + 8, 2: columns + 8, 3: both.
+// So the words are a fragment of A. If the tile is the transpose of B, words 0, 2 and 1, 3 are two fragments of B.
+// TRANSPOSED: each block is transposed. If the tile is B, words 0, 1 and 2, 3 are two fragments of B.
+template <bool TRANSPOSED> static __device__ void load_fragment(uint32_t words[4][1], const floatX *tile, int stride) {
     uint32_t row = (uint32_t)__cvta_generic_to_shared(tile + threadIdx.x % 16 * stride + threadIdx.x / 16 * 8);
     if (TRANSPOSED) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"

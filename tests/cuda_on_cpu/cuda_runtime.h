@@ -16,6 +16,8 @@ The device is one of compute capability 9.0. Environment variables make it anoth
 CUDA_ON_CPU_OPTIN=101376 are the bytes of shared memory of a thread block (if not given, those of that capability), and
 with CUDA_ON_CPU_NO_CODE=1 the program has no code for it. What a kernel has declared with __shared__ is known once it has run.
 
+Asynchronous copies to shared memory (cuda_pipeline_primitives.h) happen when a thread waits for them.
+
 Left out: streams and events (all calls wait), atomics, masks of some lanes, a look-out for races between two barriers. With
 CUDA_ON_CPU_REVERSE=1 in the environment threads take turns the other way round, which makes some races visible.
 */
@@ -339,6 +341,7 @@ inline void emu_run_block(EmuWorker *w) {
     for (int i = 0; i < n; i++) {
         unsigned u = (unsigned)i;
         w->fibers[i].thread = uint3{u % blockDim.x, u / blockDim.x % blockDim.y, u / (blockDim.x * blockDim.y)};
+        w->fibers[i].num_copies = 0;
         all[i] = &w->fibers[i];
     }
     w->block.live = n, w->block.arrived = 0;
@@ -473,8 +476,8 @@ inline void emu_ldmatrix_words(uint32_t *const words[4], uint32_t row, bool tran
             return (uint32_t)((const uint16_t *)(emu_worker->shared + slots[8 * i + r].bits))[c];
         };
         const int one = lane / 4, two = lane % 4 * 2;
-        *words[i] = transposed ? number(two, one) | number(two + 1, one) << 16
-                               : number(one, two) | number(one, two + 1) << 16;
+        *words[i] =
+            transposed ? number(two, one) | number(two + 1, one) << 16 : number(one, two) | number(one, two + 1) << 16;
     }
 }
 inline void emu_ldmatrix(uint32_t &w0, uint32_t &w1, uint32_t &w2, uint32_t &w3, uint32_t row) {
