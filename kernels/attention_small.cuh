@@ -36,7 +36,7 @@ pair has 2 dz operations in a product with q or k, 2 dv in one with v or dout:
     kernel    operations for a pair    products           memory           reads of shared memory
     forward   2 dz + 2 dv = 384        5.4 GFLOP, 11 us    76 MB, 25 us    0.4 GB, 14 us
     queries   6 dz + 2 dv = 640        9.1 GFLOP, 19 us    90 MB, 30 us    0.6 GB, 22 us
-    keys      4 dz + 4 dv = 768       10.9 GFLOP, 23 us   115 MB, 38 us    0.8 GB, 29 us
+    keys      4 dz + 4 dv = 768       10.9 GFLOP, 23 us   115 MB, 38 us    0.9 GB, 30 us
 
 by 480 TFLOP/s (60 % of what wgmma reaches), 3.0 TB/s and 29 TB/s. They overlap, but not wholly: 40, 45 and 60 us.
 
