@@ -25,6 +25,7 @@ A row of scores is C elements long, so rows begin at multiples of 16 bytes, and 
 VEC = 8 elements. They keep a running maximum and sum ("online softmax") and so read the scores twice, not three times.
 
 Requires: bfloat16, C divisible by 8, no sequence that begins inside a chunk.
+attention_hopper.cuh and attention_small.cuh come first where they support a shape.
 Measured: see dev/notes/kernels.md.
 */
 #pragma once
