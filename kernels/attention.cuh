@@ -25,6 +25,7 @@ A row of scores is C elements long, so rows begin at multiples of 16 bytes, and 
 VEC = 8 elements. They keep a running maximum and sum ("online softmax") and so read the scores twice, not three times.
 
 Requires: bfloat16, C divisible by 8, no sequence that begins inside a chunk.
+attention_hopper.cuh and attention_small.cuh come first where they support a shape.
 Measured: see dev/notes/kernels.md.
 */
 #pragma once
@@ -46,6 +47,12 @@ typedef struct {
     size_t row;
     int step, batch, nq, nk, h;
 } RunTile;
+
+// attention_small.cuh
+static bool attention_small_supports(Mask mask, Dims d);
+static void attention_small_forward(floatX *o, float *lse, const floatX *q, const floatX *k, const floatX *v, Dims d);
+static void attention_small_backward(floatX *dq, floatX *dk, floatX *dv_out, const floatX *dout, const float *lse,
+                                     const floatX *q, const floatX *k, const floatX *v, Dims d);
 
 #ifdef HOPPER_KERNELS // attention_hopper.cuh
 static bool attention_hopper_supports(Mask mask, Dims d);
@@ -189,6 +196,7 @@ static void attention_fast_tile(floatX *o, float *lse, floatX *scores, const flo
 static void attention_runs(floatX *o, float *lse, floatX *scores, const floatX *q, const floatX *k, const floatX *v,
                            Mask mask, Dims d) {
     HOPPER(attention_hopper_supports(mask, d), attention_hopper_forward(o, lse, scores, q, k, v, d));
+    if (attention_small_supports(mask, d)) return attention_small_forward(o, lse, q, k, v, d);
     int dz = d.Z / d.H, dv = d.E / d.H;
     for (int r = 0; r < run_count(d); r++) {
         Run run = run_number(r, d);
@@ -243,6 +251,7 @@ static void attention_fast_backward(floatX *dq, floatX *dk, floatX *dv_out, floa
                                     Dims d) {
     HOPPER(attention_hopper_supports(mask, d),
            attention_hopper_backward(dq, dk, dv_out, scores, dout, lse, q, k, v, d));
+    if (attention_small_supports(mask, d)) return attention_small_backward(dq, dk, dv_out, dout, lse, q, k, v, d);
     int dz = d.Z / d.H, dv = d.E / d.H;
     floatX *dscores = scores + attention_fast_scores(d);
     for (int r = 0; r < run_count(d); r++) {

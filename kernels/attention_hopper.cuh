@@ -68,15 +68,6 @@ static __device__ size_t tile_index(const HopperPart *part, ClusterTile t, int r
     return ((size_t)t.layer * C + row) * part->tiles + t.n;
 }
 
-static __device__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-static __device__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
 // What an epilogue knows of the two rows of a thread, `row` and 8 below: a number of each, and a sum over the tile.
 struct TwoRows {
     int row;

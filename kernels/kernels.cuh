@@ -10,6 +10,7 @@ replaces plain functions of megalodon.cu, which call it in a line FAST(supported
     norms.cuh          rmsnorm_*, layernorm_*: rows in registers; sum_rows of biases
     qk.cuh             qk_layer_*: norm, affine map and rotation in one kernel
     attention.cuh      attention_*: all chunks in one batch, softmax on vectors
+    attention_small.cuh  attention_* of small heads: products and softmax in one kernel (mma.cuh)
     hopper.cuh         for Hopper GPUs: products whose result is worked on while it is in registers (wgmma.cuh)
     linear_hopper.cuh  linear_silu_* and linear_gate_* with them
     attention_hopper.cuh  attention_* with them
@@ -31,6 +32,7 @@ replaces plain functions of megalodon.cu, which call it in a line FAST(supported
 #include "norms.cuh"
 #include "qk.cuh"
 #include "attention.cuh"
+#include "attention_small.cuh"
 #ifdef HOPPER_KERNELS
 #include "hopper.cuh"
 #include "linear_hopper.cuh"
@@ -43,8 +45,9 @@ static size_t decode_workspace(Dims d); // decode.cuh is included later, since i
 
 // Bytes of workspace() that the fast kernels use at most.
 static size_t fast_workspace(Dims d) {
-    const size_t sizes[] = {timestep_norm_fast_workspace(d), cema_fast_workspace(d), norms_fast_workspace(d),
-                            qk_fast_workspace(d), decode_workspace(d)};
+    const size_t sizes[] = {timestep_norm_fast_workspace(d), cema_fast_workspace(d),
+                            norms_fast_workspace(d),         qk_fast_workspace(d),
+                            attention_small_workspace(d),    decode_workspace(d)};
     size_t max = 0;
 #ifdef HOPPER_KERNELS
     const size_t attention = attention_hopper_workspace(d), linear = linear_hopper_workspace(d);

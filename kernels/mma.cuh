@@ -1,5 +1,6 @@
 /*
-mma.cuh: matrix products of 16 x 8 tiles on tensor cores, C (16,8) += A (16,16) B (16,8), by a warp. Used by cema.cuh.
+mma.cuh: matrix products of 16 x 8 tiles on tensor cores, C (16,8) += A (16,16) B (16,8), by a warp. For cema.cuh and
+attention_small.cuh.
 
 A, B and C are spread over the lanes' registers in fragments: mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16
 with floating point type"). A word has two neighbours of a row of A, or of a column of B. With row = lane/4 and pair =
@@ -43,4 +44,31 @@ template <int P, int Q> static __device__ void multiply(float c[4], const uint32
                 : "r"(a[0][i]), "r"(a[1][i]), "r"(a[2][i]), "r"(a[3][i]), "r"(b[0][j]), "r"(b[1][j]));
         }
     }
+}
+
+// ldmatrix.x4 (PTX ISA): the four 8 x 8 blocks of a 16 x 16 tile in shared memory, whose rows are `stride` elements
+// apart and begin at multiples of 16 bytes. Word 0 is of rows and columns 0 to 7, 1: rows + 8, 2: columns + 8, 3: both.
+// So the words are a fragment of A. If the tile is the transpose of B, words 0, 2 and 1, 3 are two fragments of B.
+// TRANSPOSED: each block is transposed. If the tile is B, words 0, 1 and 2, 3 are two fragments of B.
+template <bool TRANSPOSED> static __device__ void load_fragment(uint32_t words[4][1], const floatX *tile, int stride) {
+    uint32_t row = (uint32_t)__cvta_generic_to_shared(tile + threadIdx.x % 16 * stride + threadIdx.x / 16 * 8);
+    if (TRANSPOSED) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(words[0][0]), "=r"(words[1][0]), "=r"(words[2][0]), "=r"(words[3][0])
+                     : "r"(row));
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(words[0][0]), "=r"(words[1][0]), "=r"(words[2][0]), "=r"(words[3][0])
+                     : "r"(row));
+    }
+}
+
+// Sum and maximum over the four lanes that have a row of C; each gets the result.
+static __device__ float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+static __device__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }

@@ -976,12 +976,13 @@ static int *past_tokens(int B, int C, int state) {
 }
 static float *host_scores(int C) { return on_host<float>((size_t)2 * CPU_QUERY_TILE * C); } // for one thread
 
-// Scores have a deviation of about one.
-static void attention_case(int B, int L, int C, int H, int dz, int dv, double p, int state) {
+// Scores have a deviation of about one. common: a number in all elements of v and dout, so that a query's dP are nearly
+// equal, and their differences must not be lost.
+static void attention_case(int B, int L, int C, int H, int dz, int dv, double p, int state, double common = 0) {
     Dims d = sizes(B, L, 1);
     d.C = C, d.H = H, d.Z = H * dz, d.E = H * dv;
-    begin(d, "attention, B %d L %d C %d H %d dz %d dv %d%s, state %d", B, L, C, H, dz, dv, p > 0 ? ", dropout" : "",
-          state);
+    begin(d, "attention, B %d L %d C %d H %d dz %d dv %d%s, state %d%s", B, L, C, H, dz, dv, p > 0 ? ", dropout" : "",
+          state, common != 0 ? ", nearly equal dP" : "");
     const int *past = past_tokens(B, C, state);
     SUPPORTS(attention_fast_supports(past, d));
     const Model m = training();
@@ -992,7 +993,7 @@ static void attention_case(int B, int L, int C, int H, int dz, int dv, double p,
     const double backward = sizeof(floatX) < 4 && min_int(L, C) < 10 ? 1e-2 : BACKWARD;
     Mask mask = mask_from(p, ((uint64_t)1 << 33) + 5);
     mask.row = (uint64_t)L * C;
-    Acts q = acts(R * Z, size, 0), k = acts(R * Z, size, 0), v = acts(R * E, 1, 0.1), o = acts_out(R * E);
+    Acts q = acts(R * Z, size, 0), k = acts(R * Z, size, 0), v = acts(R * E, 1, 0.1 + common), o = acts_out(R * E);
     Floats lse = floats_out(R * H), cache_k = {}, cache_v = {};
     floatX *scores = on_device<floatX>(scores_size(&m, d));
     float *cpu_scores = host_scores(C);
@@ -1004,7 +1005,7 @@ static void attention_case(int B, int L, int C, int H, int dz, int dv, double p,
     compare("o", o, forward), compare("lse", lse, forward);
     compare("cached k", cache_k, 1e-30), compare("cached v", cache_v, 1e-30);
     if (!state) {
-        Acts dout = acts(R * E, 1, 0), dq = acts_out(R * Z), dk = acts_out(R * Z), dv_out = acts_out(R * E);
+        Acts dout = acts(R * E, 1, common), dq = acts_out(R * Z), dk = acts_out(R * Z), dv_out = acts_out(R * E);
         cpu_attention_backward(dq.host, dk.host, dv_out.host, cpu_scores, dout.host, lse.host, q.host, k.host, v.host,
                                mask, d, 1);
         attention_backward(dq.device, dk.device, dv_out.device, scores, dout.device, lse.device, q.device, k.device,
@@ -1023,6 +1024,11 @@ static void test_attention(void) {
         attention_case(2, 5, 8, 3, 2, 3, p, 0), attention_case(2, 16, 8, 1, 4, 8, p, 0);
         attention_case(3, 19, 8, 3, 2, 3, p, 0);
         attention_case(1, 23, 8, 1, 8, 8, p, 2), attention_case(1, 16, 8, 2, 4, 8, p, 2); // at the start of a chunk
+        // heads of attention_small.cuh, of enwik8, the demo, and others, and one that is too large for it
+        attention_case(1, 256, 256, 3, 64, 128, p, 0), attention_case(2, 128, 64, 1, 64, 256, p, 0);
+        attention_case(2, 150, 72, 2, 40, 136, p, 0), attention_case(1, 97, 104, 2, 64, 120, p, 0);
+        attention_case(1, 40, 32, 1, 8, 8, p, 2), attention_case(1, 31, 32, 1, 8, 8, p, 0);
+        attention_case(1, 70, 64, 1, 72, 128, p, 0), attention_case(1, 70, 64, 1, 64, 264, p, 0);
         if (gpu.hopper) { // several chunks, heads, parts of a tile, unfinished chunks
             attention_case(2, 1024, 512, 1, 64, 256, p, 0), attention_case(1, 2348, 2048, 1, 256, 2048, p, 0);
             attention_case(3, 600, 256, 2, 40, 264, p, 0), attention_case(1, 900, 1032, 2, 128, 512, p, 0);
@@ -1041,7 +1047,9 @@ static void test_attention(void) {
     }
     // more chunks than there is room for scores of
     if (odd_shapes) attention_case(65, 512, 512, 1, 2, 1, 0, 0);
-    if (!odd_shapes) attention_case(1, 65 * 512, 512, 1, 8, 8, 0, 0);
+    if (!odd_shapes) attention_case(1, 65 * 512, 512, 1, 72, 8, 0, 0);
+    // attention_small.cuh only: the others round dP to bfloat16
+    if (HAS_FAST && !gpu.plain) attention_case(1, 150, 128, 1, 64, 128, 0, 0, 2);
 }
 
 // Scores 0 for the first key, and 2^28 for the others, whose log-sum-exp rounds to themselves: they must share the
@@ -1078,6 +1086,7 @@ static void far_attention_case(int L, int C, int dz, int dv) {
 static void test_far_attention(void) {
     if (odd_shapes) far_attention_case(3, 3, 2, 1);
     if (!odd_shapes) far_attention_case(3, 8, 8, 8);
+    far_attention_case(130, 128, 64, 128), far_attention_case(90, 128, 8, 256); // attention_small.cuh
     if (gpu.hopper) far_attention_case(300, 512, 8, 256);
 }
 

@@ -16,6 +16,8 @@ The device is one of compute capability 9.0. Environment variables make it anoth
 CUDA_ON_CPU_OPTIN=101376 are the bytes of shared memory of a thread block (if not given, those of that capability), and
 with CUDA_ON_CPU_NO_CODE=1 the program has no code for it. What a kernel has declared with __shared__ is known once it has run.
 
+Asynchronous copies to shared memory (cuda_pipeline_primitives.h) happen when a thread waits for them.
+
 Left out: streams and events (all calls wait), atomics, masks of some lanes, a look-out for races between two barriers. With
 CUDA_ON_CPU_REVERSE=1 in the environment threads take turns the other way round, which makes some races visible.
 */
@@ -130,6 +132,12 @@ enum { warpSize = 32 };
 
 enum { EMU_STACK = 256 << 10, EMU_GUARD = 4096, EMU_THREADS = 1024, EMU_WARPS = EMU_THREADS / warpSize };
 
+struct EmuCopy { // of __pipeline_memcpy_async()
+    void *to;
+    const void *from;
+    size_t bytes, zeros;
+};
+
 struct EmuFiber {
     void *sp;          // where it stopped
     char *stack;       // lowest address
@@ -137,6 +145,8 @@ struct EmuFiber {
     void *fake_stack;  // AddressSanitizer's
     uint3 thread;
     int warp, lane;
+    EmuCopy *copies; // that it has not waited for
+    int num_copies, max_copies;
 #ifdef EMU_UCONTEXT
     ucontext_t context;
 #endif
@@ -331,6 +341,7 @@ inline void emu_run_block(EmuWorker *w) {
     for (int i = 0; i < n; i++) {
         unsigned u = (unsigned)i;
         w->fibers[i].thread = uint3{u % blockDim.x, u / blockDim.x % blockDim.y, u / (blockDim.x * blockDim.y)};
+        w->fibers[i].num_copies = 0;
         all[i] = &w->fibers[i];
     }
     w->block.live = n, w->block.arrived = 0;
@@ -450,6 +461,35 @@ inline void emu_mma(float &c0, float &c1, float &c2, float &c3, uint32_t a0, uin
         *c[i] = (float)(sums[0] + sums[1] + (sums[2] + sums[3]));
     }
 }
+
+// ldmatrix.x4 of 16-bit numbers: four blocks of 8 x 8. Lane 8 i + r passes the address of row r of block i. A lane gets
+// word lane % 4 of row lane / 4 of each block, or, of the transposed blocks, two numbers of one column.
+inline void emu_ldmatrix_words(uint32_t *const words[4], uint32_t row, bool transposed) {
+    EmuWarp *warp = emu_whole_warp(~0u);
+    auto *slots = warp->slots[warp->barrier.turn % 2];
+    const int lane = emu_lane();
+    if (row % 16) emu_fatal("ldmatrix: a row that does not begin at a multiple of 16 bytes");
+    slots[lane].bits = row;
+    emu_wait(&warp->barrier);
+    for (int i = 0; i < 4; i++) {
+        auto number = [&](int r, int c) {
+            return (uint32_t)((const uint16_t *)(emu_worker->shared + slots[8 * i + r].bits))[c];
+        };
+        const int one = lane / 4, two = lane % 4 * 2;
+        *words[i] =
+            transposed ? number(two, one) | number(two + 1, one) << 16 : number(one, two) | number(one, two + 1) << 16;
+    }
+}
+inline void emu_ldmatrix(uint32_t &w0, uint32_t &w1, uint32_t &w2, uint32_t &w3, uint32_t row) {
+    uint32_t *const words[4] = {&w0, &w1, &w2, &w3};
+    emu_ldmatrix_words(words, row, false);
+}
+inline void emu_ldmatrix_trans(uint32_t &w0, uint32_t &w1, uint32_t &w2, uint32_t &w3, uint32_t row) {
+    uint32_t *const words[4] = {&w0, &w1, &w2, &w3};
+    emu_ldmatrix_words(words, row, true);
+}
+// Of the dynamic shared memory only.
+inline size_t __cvta_generic_to_shared(const void *at) { return (size_t)((const char *)at - emu_worker->shared); }
 
 // ----------------------------------------------------------------------------
 // errors

@@ -3,6 +3,7 @@
 #     kernel<<<grid, block, shared>>>(args)   ->  emu_launch("kernel", __LINE__, kernel, grid, block, shared)(args)
 #     extern __shared__ T name[];             ->  T *name = (T *)emu_shared();
 #     asm("mma..." : "+f"(c) : "r"(a));       ->  emu_mma((c), (a));
+#     asm volatile("ldmatrix..." : ...);      ->  emu_ldmatrix(...), or emu_ldmatrix_trans(...)
 #     __shared__ T name[N];                   ->  the same, then an assertion that it fits, and the code that counts its bytes
 #     static __global__                       ->  __global__, so that dladdr knows kernels by name
 { text = text $0 "\n" }
@@ -29,17 +30,20 @@ function launches(text, out, at, before, end, kernel) {
 }
 
 # Lines of the instruction itself become empty ones.
-function products(text, out, end, operands, lines) {
-    while (match(text, /asm\("mma/)) {
-        out = out substr(text, 1, RSTART - 1) "emu_mma("
+function products(text, out, end, operands, lines, name) {
+    while (match(text, /asm( volatile)?\("(mma|ldmatrix)/)) {
+        out = out substr(text, 1, RSTART - 1)
         text = substr(text, RSTART)
         match(text, /: "/)
+        name = text ~ /^asm\("mma/ ? "mma" : "ldmatrix"
+        if (index(substr(text, 1, RSTART), ".trans")) name = name "_trans"
+        out = out "emu_" name "("
         end = index(text, "));")
         operands = substr(text, RSTART + 1, end - RSTART - 1)
         lines = substr(text, 1, RSTART)
         gsub(/[^\n]/, "", lines)
         sub(/:/, ",", operands)
-        gsub(/"[+]?[a-z]"/, "", operands)
+        gsub(/"[+=]?[a-z]"/, "", operands)
         out = out lines operands
         text = substr(text, end)
     }
