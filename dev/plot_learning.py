@@ -134,17 +134,17 @@ def draw_same(axes, curves):
 def draw_time(axes, curves):
     rates = sorted({float(rate) for _, rate in curves})
     for key, metrics in curves.items():
-        points = metrics.get("val_loss", [])
-        line = ("-", "--", ":", "-.")[rates.index(float(key[1])) % 4]
-        seconds, tokens = [point[2] for point in points], [point[1] / 1e6 for point in points]
-        for ax, xs in zip(axes, (seconds, tokens)):
-            ax.plot(xs, [value / math.log(2) for *_, value in points], line, marker="o", markersize=3, linewidth=1,
-                    color=COLOURS[key[0]], alpha=0.8, label=label_of(curves, key))
-    axes[0].set_xlabel("seconds of training")
-    axes[1].set_xlabel("million tokens")
+        rank = rates.index(float(key[1]))
+        style = dict(marker=".ox^sd"[rank % 6], markersize=4, linewidth=1, color=COLOURS[key[0]], alpha=0.8,
+                     linestyle=("-", "--", ":", "-.")[rank % 4], label=label_of(curves, key))
+        for ax, metric in zip(axes, ("train_loss", "val_loss")):
+            points = metrics.get(metric, [])
+            ax.plot([seconds for _, _, seconds, _ in points], [loss / math.log(2) for *_, loss in points], **style)
+    axes[0].set_ylabel("training loss, bits per byte")
+    axes[1].set_ylabel("validation loss, bits per byte")
     for ax in axes:
+        ax.set_xlabel("seconds of training")
         ax.set_yscale("log")
-        ax.set_ylabel("validation loss, bits per byte")
 
 
 def draw(path, out):
