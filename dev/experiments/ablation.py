@@ -1,6 +1,6 @@
 """The experiment of dev/notes/ablation.md: Megalodon with parts replaced.
 
-    python3 dev/experiments/ablation.py                     a small model: about half an hour on two cores
+    python3 dev/experiments/ablation.py                     small models: about an hour on two cores
     python3 dev/experiments/ablation.py --only text --train ./train_cuda --preset enwik8 --batch 16x512 \\
         --steps 600 --csv dev/notes/ablation_enwik8.csv     a larger one, on a GPU
     python3 dev/plot_ablation.py                            the picture, and the tables of the page
@@ -11,6 +11,9 @@ same tensors, the same initial values for a seed, and the same batches.
 text     --preset on dev/data/shakespeare.txt: validation loss, gradient norms, tokens/s, peak memory.
 rate     100 steps of --preset on the same text, for learning rates from 3e-3 to 1e-1, constant after 10 steps of
          warm-up, no clipping: which ones still learn?
+copy     A small model on blocks of 64 random symbols, of 48 kinds, each block followed by its copy: after how many steps
+         does it copy? In chunks of 256 tokens attention sees the first block; in chunks of 32 it cannot, and only CEMA's
+         state and TimestepNorm's moments come from there.
 
 What the CSV file already has is not computed again, so the command can be repeated after an interruption. Only Python's
 standard library is needed.
@@ -19,6 +22,7 @@ import argparse
 import csv
 import math
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -39,6 +43,11 @@ VARIANTS = {
 }
 COLUMNS = ["experiment", "variant", "seed", "x", "metric", "value"]
 RATES = [3e-3, 1e-2, 3e-2, 1e-1]
+BLOCK, SYMBOLS, COPIES = 64, 48, 20000  # tokens of a block, kinds of symbols, blocks
+CHUNKS = [256, 32]                      # of copy: with the first block in sight, and without
+COPY = ["--num-layers", 2, "--model-dim", 64, "--z-dim", 32, "--value-dim", 64, "--ffn-hidden-dim", 128,
+        "--norm-num-groups", 8, "--batch-size", 16, "--seq-len", 256, "--steps", 700, "--lr", 3e-3, "--warmup", 50]
+COPIED = 3.2  # nats: chance is ln 48 = 3.87, and half of that if every second block is known
 
 
 def call(args, *options):
@@ -86,9 +95,33 @@ def rate_run(args, variant, seed, folder):
     return found
 
 
+# ---------------------------------------------------------------- copy
+
+def write_copies(path):
+    generator = random.Random(1)
+    with open(path, "wb") as f:
+        for _ in range(COPIES):
+            block = bytes(ord("0") + generator.randrange(SYMBOLS) for _ in range(BLOCK))
+            f.write(block + block)
+
+
+def copy_run(args, variant, seed, folder):
+    found, text = [], os.path.join(folder, "copies.txt")
+    write_copies(text)
+    for chunk in CHUNKS:
+        log = os.path.join(folder, f"log-{chunk}.csv")
+        call(args, "--data", text, *COPY, "--chunk-size", chunk, *VARIANTS[variant], "--seed", seed, "--val-every", 0,
+             "--sample-every", 0, "--save-every", 0, "--out", os.path.join(folder, f"run-{chunk}"), "--log", log)
+        losses = [float(row["loss"]) for row in read_log(log)]
+        means = [statistics.mean(losses[step - 20:step]) for step in range(20, len(losses) + 1)]
+        step = next((20 + i for i, mean in enumerate(means) if mean < COPIED), math.nan)
+        found += [(chunk, "steps_to_copy", step), (chunk, "last_loss", means[-1])]
+    return found
+
+
 # ---------------------------------------------------------------- all
 
-EXPERIMENTS = {"text": text_run, "rate": rate_run}
+EXPERIMENTS = {"text": text_run, "rate": rate_run, "copy": copy_run}
 
 
 def main():
