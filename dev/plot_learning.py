@@ -4,7 +4,7 @@
     python dev/plot_learning.py FILE.csv --out build/learning/picture.png
 
 For `same`: the training loss of every step, and how far each curve is from that of ./train (or from the first curve).
-For `time`: the validation loss over the time of training and over tokens. Needs matplotlib.
+For `time`: the training and the validation loss over the time of training. Needs matplotlib.
 """
 
 import argparse
@@ -94,21 +94,6 @@ def print_time(curves):
         val = metrics["val_loss"][-1][3] if "val_loss" in metrics else math.nan
         print(f"| {NAMES[curve]} | {rate} | {step} | {tokens / 1e6:.1f} | {seconds:.0f} | {1e3 * seconds / step:.1f} | "
               f"{loss:.4f} | {val:.4f} | {val / math.log(2):.4f} |")
-    validated = {key: [(tokens, loss / math.log(2)) for _, tokens, _, loss in metrics.get("val_loss", [])]
-                 for key, metrics in curves.items()}
-    if len(validated) != 2 or not all(validated.values()):
-        return
-    fewest = min(points[-1][0] for points in validated.values())
-    found = ", ".join(f"{label_of(curves, key)} {at(points, fewest):.4f}" for key, points in validated.items())
-    print(f"\nAt {fewest / 1e6:.1f} M tokens, where one schedule has ended and one has not: {found} bits per byte")
-
-
-def at(points, x):
-    """The second coordinate at x, on the line between the points."""
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if x0 <= x <= x1:
-            return y0 + (x - x0) / (x1 - x0) * (y1 - y0)
-    return points[-1][1]
 
 
 def draw_same(axes, curves):

@@ -502,7 +502,8 @@ def check_files(parser, args):
         args.val_data = held_out(args)
     if args.val_data and not os.path.exists(args.val_data):
         sys.exit(f"error: --val-data {args.val_data}: not found")
-    if (os.path.getsize(args.val_data) - 1) // args.length % args.rows if args.experiment == "time" else 0:
+    windows = (os.path.getsize(args.val_data) - 1) // args.length if args.experiment == "time" else 0
+    if windows % args.rows:
         parser.error(f"{args.val_data}: the number of its windows is not a multiple of the {args.rows} rows of a "
                      "batch; see --val-windows")
 
