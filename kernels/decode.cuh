@@ -1,308 +1,573 @@
 /*
-decode.cuh: replaces megalodon_forward for one token of each of up to GEMV_ROWS = 8 sequences that continue from a
+decode.cuh: replaces megalodon_forward for one token of each of up to DECODE_ROWS = 64 sequences that continue from a
 state, and megalodon_logits for as few rows.
 
 Idea. Decoding is latency-bound: time goes into reading every weight and the unfinished chunk once, and into waiting for
-one kernel after another. So each layer is fused into seven kernels. A new one begins only where a sum over a whole row
-(a norm, a product, a softmax) must be complete:
+one result after another. So all layers are one kernel, a thread block to a multiprocessor. It works through a list of
+stages, in the order of the formula. A new one begins only where a sum over a whole row (a norm, a product, a softmax)
+must be complete. Then all thread blocks wait for each other: a barrier takes about a microsecond.
 
     x (B,D)
     |
-    +-- 1 decode_norm_kernel      xt = TimestepNorm(x), ema = CEMA(xt)          updates moments and h
-    |   2 gemv_kernel, four maps  v = silu(xt Wv' + bv), and with mx = RMSNorm(ema)
-    |                             z = mx Wz' + bz, r = mx Wr' + br, y = mx Wh1' + bh1 + x
-    |   3 decode_scores_kernel    q, k from z; scores = q . keys                adds k to the keys
-    |   4 decode_values_kernel    gated = (softmax(scores) values) silu(r)      adds v to the values
-    |   5 gemv_kernel             y += gated Wh2'
-    |   6 gemv_kernel             hidden = silu(u W1') [* (u W3')], u = LayerNorm(y)
-    +-- 7 gemv_kernel             next layer's x = [alpha *] hidden W2' + x
+    +-- 1 linear_stage            v = silu(xt Wv' + bv), xt = TimestepNorm(x)
+    |     cema_stage              ema = CEMA(xt)                                  updates h
+    |   2 linear_stage            with mx = RMSNorm(ema):
+    |                             r = mx Wr' + br, y = mx Wh1' + bh1 + x, z = mx Wz' + bz
+    |     moments_stage           the moments of x                                updates mean and m2
+    |   3 scores_stage            q, k from z; scores = q . keys                  adds k to the keys
+    |   4 values_stage            gated = (softmax(scores) values) silu(r)        adds v to the values
+    |   5 linear_stage            y += gated Wh2'
+    |   6 linear_stage            hidden = silu(u W1') [* (u W3')], u = LayerNorm(y)
+    +-- 7 linear_stage            next layer's x = [alpha *] hidden W2' + x
 
-Positions are read from the state on the device, so the host waits for nothing. All kernels use programmatic dependent
-launch, see gemv.cuh: before pdl_wait() they load weights and what the token before left in the state.
+Between the arrival at a barrier and its end a thread block loads what no stage of this token writes: its first weights,
+keys or values, into registers. So memory is read while blocks wait. Positions are read from the state on the device, so
+the host waits for nothing.
 
-Requires: bfloat16; D, Z, E and F divisible by 8, so that all matrices begin at multiples of 16 bytes; a state with keys
-and values; no dropout, no chunk-parallel ranks; sm_80, faster from sm_90 on.
+Requires: bfloat16; D, Z, E and F divisible by 8, so that all matrices begin at multiples of 16 bytes, heads of keys and
+values divisible by 4; a state with keys and values; no dropout, no chunk-parallel ranks; sm_80.
 Measured: see dev/notes/kernels.md.
 */
 #pragma once
+#include "decode_linear.cuh"
 
-// Warps of a thread block in kernels 1 and 4, and columns of values of a thread block in kernel 4.
-enum { VALUE_COLUMNS = 16 };
+enum { MAX_STAGES = 1024, QUAD = 4 }; // QUAD floats in 16 bytes
 
 // ----------------------------------------------------------------------------
-// 1. TimestepNorm, and CEMA if there is h
+// 1. CEMA of a token
 
 typedef struct {
-    floatX *xt, *ema;                   // (B,D) results
-    double *mean, *m2;                  // (B,G) state, updated
-    float *h;                           // (B,2,N,D) state, updated; NULL: no CEMA
-    const floatX *x;                    // (B,D)
+    floatX *ema;                        // (B,D) result; NULL: nothing to do
+    float *h;                           // (B,2,N,D) state, updated
     const float *weight, *bias, *omega; // (D)
     Coeffs coeffs;                      // (N,D)
-    const int64_t *count;               // (B) tokens before this one
-} DecodeNorm;
+    int N;
+} Cema;
 
-// The coefficients and the state of one of a channel's N complex numbers.
-typedef struct {
-    float p, q_re, q_im, g_re, g_im, re, im;
-} DecodeMode;
-static __device__ DecodeMode decode_mode(Coeffs c, const float *h, size_t at, size_t modes) {
-    return DecodeMode{c.p[at], c.q_re[at], c.q_im[at], c.g_re[at], c.g_im[at], h[at], h[modes + at]};
-}
-
-// Formula: the group's moments are merged with this token's; xt = (x - mean) rstd (weight + 1) + bias;
-//   h = q h + p xt, ema = Re sum_n g_n h_n + omega xt.
-// Mapping: a thread block has a group of a sequence. Each warp computes the moments. A lane has a channel, and its N
-//   complex numbers are divided among the warps.
-// Memory: reads and writes 2 N*D floats of h for each sequence, reads 5 N*D of coefficients.
-// Passes: 1. load coefficients and state. 2. moments, with sums in float relative to the group's first element. 3. xt
-//   and h. 4. the first warp adds the sums of all warps.
-static __global__ void decode_norm_kernel(const __grid_constant__ DecodeNorm a, Dims d, double eps) {
-    __shared__ float sums[VALUE_COLUMNS][WARP];
-    int g = d.D / d.G, lane = threadIdx.x, b = blockIdx.y, pair = b * d.G + blockIdx.x, d0 = blockIdx.x * g;
-    size_t row = (size_t)b * d.D, modes = (size_t)d.N * d.D, mine = (size_t)threadIdx.y * d.D + d0 + lane;
-    const floatX *x = a.x + row + d0;
-    float *h = a.h;
-    // 1.
-    DecodeMode mode = {};
-    if (h) h += b * 2 * modes;
-    if (h && lane < g && (int)threadIdx.y < d.N) mode = decode_mode(a.coeffs, h, mine, modes);
-    double n = (double)g * (double)a.count[b];
-    Moments before = {a.mean[pair], a.m2[pair]};
-    pdl_wait();
-    // 2.
-    float first = to_float(x[0]), s1 = 0, s2 = 0;
-    for (int i = lane; i < g; i += WARP) {
-        float c = to_float(x[i]) - first;
-        s1 += c, s2 += c * c;
-    }
-    s1 = warp_sum(s1), s2 = warp_sum(s2);
-    Moments own = {(double)first + s1 / g, s2 <= LARGE ? fmaxf(s2 - s1 * s1 / g, 0) : NAN}; // NaN if it overflowed
-    Moments all = merge(n, before, g, own);
-    float mean = (float)all.mean, rstd = (float)(1 / sqrt(all.m2 / (n + g) + eps));
-    for (int i = lane; i - lane < g; i += WARP) {
+// Formula: h = q h + p xt, ema = Re sum_n g_n h_n + omega xt, xt = TimestepNorm(x).
+// Mapping: a warp has 8 channels of a text; lanes c, c + 8, ... share the modes of channel c.
+// Memory: reads and writes 2 N*D floats of h for each text, reads 5 N*D of coefficients.
+// Passes: 1. load MODES modes of each lane. 2. their new state. 3. the sum of four lanes.
+static __device__ void cema_stage(const Cema &a, const Linears &l, const GroupStats *stats, int B) {
+    enum { CHANNELS = 8, DOWN = WARP / CHANNELS, MODES = 4 };
+    int D = l.K, sets = ceil_div(D, CHANNELS), groups = l.norm.groups, lane = threadIdx.x % WARP;
+    size_t modes = (size_t)a.N * D;
+    for (int unit = blockIdx.x + threadIdx.x / WARP * gridDim.x; unit < B * sets; unit += DECODE_WARPS * gridDim.x) {
+        int b = unit / sets, c = unit % sets * CHANNELS + lane % CHANNELS, inside = c < D;
+        if (!inside) c = D - 1;
+        GroupStats s = stats[b * groups + c / (D / groups)];
+        float *h = a.h + b * 2 * modes, y = 0;
+        float xt = (to_float(l.inp[(size_t)b * D + c]) - s.mean) * s.rstd * (a.weight[c] + 1) + a.bias[c];
+        xt = to_float(to_floatX(xt));
+        for (int n0 = lane / CHANNELS; n0 < a.N; n0 += MODES * DOWN) {
+            float p[MODES], q_re[MODES], q_im[MODES], g_re[MODES], g_im[MODES], re[MODES], im[MODES];
+            // 1.
+#pragma unroll
+            for (int i = 0; i < MODES; i++) {
+                int n = min_int(n0 + i * DOWN, a.N - 1);
+                size_t at = (size_t)n * D + c;
+                p[i] = a.coeffs.p[at], q_re[i] = a.coeffs.q_re[at], q_im[i] = a.coeffs.q_im[at];
+                g_re[i] = a.coeffs.g_re[at], g_im[i] = a.coeffs.g_im[at];
+                re[i] = h[at], im[i] = h[modes + at];
+            }
+            // 2.
+#pragma unroll
+            for (int i = 0; i < MODES; i++) {
+                int n = n0 + i * DOWN;
+                if (n >= a.N || !inside) break;
+                size_t at = (size_t)n * D + c;
+                float new_re = q_re[i] * re[i] - q_im[i] * im[i] + p[i] * xt;
+                float new_im = q_re[i] * im[i] + q_im[i] * re[i];
+                h[at] = new_re, h[modes + at] = new_im;
+                y += g_re[i] * new_re - g_im[i] * new_im;
+            }
+        }
         // 3.
-        floatX xt = {};
-        if (i < g) xt = to_floatX((to_float(x[i]) - mean) * rstd * (a.weight[d0 + i] + 1) + a.bias[d0 + i]);
-        float v = to_float(xt), y = 0;
-        for (int k = threadIdx.y; h && i < g && k < d.N; k += blockDim.y) {
-            size_t at = (size_t)k * d.D + d0 + i;
-            if (at != mine) mode = decode_mode(a.coeffs, h, at, modes); // the first one was loaded in 1.
-            float re = mode.q_re * mode.re - mode.q_im * mode.im + mode.p * v;
-            float im = mode.q_re * mode.im + mode.q_im * mode.re;
-            h[at] = re, h[modes + at] = im;
-            y += mode.g_re * re - mode.g_im * im;
-        }
-        sums[threadIdx.y][lane] = y;
-        __syncthreads(); // all warps have read the moments of the state, too
-        // 4.
-        if (threadIdx.y == 0 && i < g) {
-            a.xt[row + d0 + i] = xt;
-            for (int w = 1; w < VALUE_COLUMNS; w++) y += sums[w][lane];
-            if (h) a.ema[row + d0 + i] = to_floatX(y + a.omega[d0 + i] * v);
-        }
-        __syncthreads(); // the sums have been read
+        for (int step = CHANNELS; step < WARP; step *= 2) y += __shfl_xor_sync(~0u, y, step);
+        if (lane < CHANNELS && inside) a.ema[(size_t)b * D + c] = to_floatX(y + a.omega[c] * xt);
     }
-    if (lane == 0 && threadIdx.y == 0) a.mean[pair] = all.mean, a.m2[pair] = all.m2;
 }
 
-static void decode_norm(DecodeNorm a, Dims d, double eps) {
-    launch_pdl(decode_norm_kernel, dim3(d.G, d.B), dim3(WARP, VALUE_COLUMNS), 0, a, d, eps);
+// ----------------------------------------------------------------------------
+// 2. the moments of TimestepNorm after this token
+
+typedef struct {
+    Norm norm;        // of which mean and m2 are updated
+    double *mean, *m2; // the same
+    const floatX *x;  // (B,D); NULL: nothing to do
+    floatX *out;      // (B,D) norm(x), or NULL
+    int D;
+} MomentsUpdate;
+
+// Formula: the group's moments are merged with this token's; out = (x - mean) rstd (weight + 1) + bias.
+// Mapping: a warp has a group of a text. Memory: reads B*D, writes 2 B*G doubles. Passes: one.
+static __device__ void moments_stage(const MomentsUpdate &a, int B, float eps) {
+    int g = a.D / a.norm.groups;
+    for (int i = blockIdx.x + threadIdx.x / WARP * gridDim.x; i < B * a.norm.groups; i += DECODE_WARPS * gridDim.x) {
+        Moments moments = decode_moments(a.norm, a.x, i, g);
+        GroupStats s = decode_stats_of(a.norm, moments, i, g, eps);
+        for (int c = threadIdx.x % WARP; a.out && c < g; c += WARP) {
+            int d = i % a.norm.groups * g + c;
+            float x = (to_float(a.x[(size_t)i * g + c]) - s.mean) * s.rstd;
+            a.out[(size_t)i * g + c] = to_floatX(x * (a.norm.weight[d] + 1) + a.norm.bias[d]);
+        }
+        __syncwarp(); // all lanes have read the moments
+        if (threadIdx.x % WARP == 0) a.mean[i] = moments.mean, a.m2[i] = moments.m2;
+    }
 }
 
 // ----------------------------------------------------------------------------
 // 3. and 4. attention of one query to its chunk so far
 
-enum { KEY_LOADS = 8 }; // elements of a key that a lane loads at once
-static __device__ void key_load(float x[KEY_LOADS], const float *key, int i0, int dz) {
-#pragma unroll
-    for (int u = 0; u < KEY_LOADS; u++) x[u] = i0 + u * WARP < dz ? key[i0 + u * WARP] : 0;
-}
-
-// Formula: scores (B,H,C): q . k_j. q and the key of this token come from z; that key is added to the cache.
-// Mapping: a thread block has ROW_WARPS keys of a head, a warp has a key; the grid is for a whole chunk.
-// Memory: reads Z floats for each key.
-// Passes: 1. load the key. 2. one warp computes q and this token's key, in shared memory. 3. dot product.
-static __global__ void decode_scores_kernel(float *scores, float *cache_k, const floatX *z, const float *gamma,
-                                            const float *beta, const float2 *table, const int64_t *count, int Z, int dz,
-                                            int C, float eps) {
-    extern __shared__ float4 decode_shared[];
-    int h = blockIdx.y, b = blockIdx.z, c = h * dz, last = chunk_position(count, b, 1, C);
-    floatX *q = (floatX *)decode_shared, *k = q + dz;
-    int first = blockIdx.x * ROW_WARPS, j = min_int(first + threadIdx.y, last); // the last one more than once
-    if (first > last) return;
-    float *key = cache_k + ((size_t)b * C + j) * Z + c, x[KEY_LOADS], sum = 0;
-    // 1.
-    key_load(x, key, threadIdx.x, dz);
-    pdl_wait();
-    // 2.
-    if (threadIdx.y == 0) {
-        const float2 *turns = table + (size_t)last * (dz / 2);
-        qk_head(q, k, z + (size_t)b * Z + c, gamma + c, beta + c, turns, Z, dz, eps);
-    }
-    __syncthreads();
-    // 3.
-    for (int i0 = threadIdx.x; i0 < dz; i0 += KEY_LOADS * WARP) {
-        if (i0 >= KEY_LOADS * WARP) key_load(x, key, i0, dz);
-#pragma unroll
-        for (int u = 0; u < KEY_LOADS; u++) {
-            int i = i0 + u * WARP;
-            if (i >= dz) break;
-            if (j == last) key[i] = x[u] = to_float(k[i]);
-            sum += to_float(q[i]) * x[u];
-        }
-    }
-    sum = warp_sum(sum);
-    // NaN if it overflowed: -infinity would become a probability of 0
-    if (threadIdx.x == 0) scores[((size_t)b * gridDim.y + h) * C + j] = sum + (sum - sum);
-}
-
-// Formula: gated = o silu(r), o = softmax(scores) values. This token's value is added to the cache.
-// Mapping: a thread block has VALUE_COLUMNS columns of a head. In pass 1 a thread has a column and every 32nd key, in
-//   pass 2 a warp has a column and a lane the result of one of its threads.
-// Memory: reads E floats for each key.
-// Passes: 1. softmax and weighted sum of a thread's keys, with a running maximum of its own. 2. combine 32 of them.
-static __global__ void __launch_bounds__(WARP *VALUE_COLUMNS)
-    decode_values_kernel(floatX *gated, float *cache_v, const float *scores, const floatX *v, const floatX *r_pre,
-                         const int64_t *count, int E, int C) {
-    enum { AT_ONCE = 16 };
-    __shared__ float maxima[WARP], sums[WARP], values[VALUE_COLUMNS][WARP + 1];
-    int h = blockIdx.y, b = blockIdx.z, H = gridDim.y, dv = E / H, last = chunk_position(count, b, 1, C);
-    int column = threadIdx.x % VALUE_COLUMNS, turn = (threadIdx.y * WARP + threadIdx.x) / VALUE_COLUMNS;
-    int c = h * dv + min_int(blockIdx.x * VALUE_COLUMNS + column, dv - 1); // the last one more than once
-    float *cached = cache_v + (size_t)b * C * E + c, max = -INFINITY, sum = 0, o = 0;
-    scores += ((size_t)b * H + h) * C;
-    pdl_wait();
-    int mine = min_int(blockIdx.x * VALUE_COLUMNS + threadIdx.y, dv - 1); // the column that this warp has in 2.
-    float r = to_float(r_pre[(size_t)b * E + h * dv + mine]);
-    if (last % WARP == turn) cached[(size_t)last * E] = to_float(v[(size_t)b * E + c]);
-    // 1.
-    for (int j0 = turn; j0 <= last; j0 += AT_ONCE * WARP) {
-        float s[AT_ONCE], x[AT_ONCE], new_max = max;
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            int j = j0 + i * WARP;
-            s[i] = j <= last ? scores[j] : -INFINITY, x[i] = j <= last ? cached[(size_t)j * E] : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) new_max = fmaxf(new_max, s[i]);
-        float old = exp_fast(max - new_max);
-        sum *= old, o *= old, max = new_max;
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            float p = exp_fast(s[i] - max);
-            sum += p, o += p * x[i];
-        }
-    }
-    maxima[turn] = max, sums[turn] = sum, values[column][turn] = o;
-    __syncthreads();
-    // 2.
-    max = maxima[threadIdx.x];
-    float share = exp_fast(max - warp_max(max));
-    sum = warp_sum(share * sums[threadIdx.x]);
-    o = warp_sum(share * values[mine - blockIdx.x * VALUE_COLUMNS][threadIdx.x]) / sum;
-    if (threadIdx.x == 0) gated[(size_t)b * E + h * dv + mine] = to_floatX(o * (r * sigmoid(r)));
-}
-
-static size_t decode_workspace(Dims d) { return (size_t)min_int(d.B, GEMV_ROWS) * d.H * d.C * sizeof(float); }
-
 typedef struct {
     floatX *gated;                     // (B,E) result
+    float *scores;                     // (B,H,C) scratch
     float *cache_k, *cache_v;          // (B,C,Z), (B,C,E) state, updated
     const floatX *z, *v, *r_pre;       // (B,Z), (B,E), (B,E)
     const float *gamma, *beta, *table; // (2,Z), (2,Z), (C,dz/2,2)
     const int64_t *count;              // (B) tokens before this one
-} DecodeAttention;
+    int Z, E, H, C;
+} Attention;
 
-static void decode_attention(DecodeAttention a, Dims d, double eps) {
-    float *scores = (float *)workspace(decode_workspace(d));
-    size_t shared = 2 * (size_t)(d.Z / d.H) * sizeof(floatX);
-    launch_pdl(decode_scores_kernel, dim3(ceil_div(d.C, ROW_WARPS), d.H, d.B), dim3(WARP, ROW_WARPS), shared, scores,
-               a.cache_k, a.z, a.gamma, a.beta, (const float2 *)a.table, a.count, d.Z, d.Z / d.H, d.C, (float)eps);
-    launch_pdl(decode_values_kernel, dim3(ceil_div(d.E / d.H, VALUE_COLUMNS), d.H, d.B), dim3(WARP, VALUE_COLUMNS), 0,
-               a.gated, a.cache_v, scores, a.v, a.r_pre, a.count, d.E, d.C);
+static __device__ float dot_quad(uint4 key, float4 q) {
+    float4 k;
+    memcpy(&k, &key, sizeof k);
+    return k.x * q.x + k.y * q.y + k.z * q.z + k.w * q.w;
+}
+
+// Which keys a warp has. Thread blocks share the heads of all texts: `blocks` of them have a head, `pair` is the first
+// one of this block, `pairs` apart from the next one. In a warp `each` lanes read a key, and `per` vectors each of it.
+typedef struct {
+    int blocks, pair, pairs, each, per, first, stride; // keys first, first + stride, ...
+} KeyShare;
+static __device__ KeyShare key_share(const Attention &a, int B) {
+    KeyShare s;
+    int quads = a.Z / a.H / QUAD;
+    s.blocks = max_int((int)gridDim.x / (B * a.H), 1);
+    s.pair = blockIdx.x / s.blocks, s.pairs = (int)gridDim.x / s.blocks;
+    for (s.each = 1; s.each < WARP && s.each < quads;) s.each *= 2;
+    s.per = ceil_div(quads, s.each);
+    s.first = (blockIdx.x % s.blocks * DECODE_WARPS + threadIdx.x / WARP) * (WARP / s.each) + threadIdx.x % WARP / s.each;
+    s.stride = s.blocks * DECODE_WARPS * (WARP / s.each);
+    return s;
+}
+
+// The lane's vectors t, ..., t + LOADS - 1 of its keys of a head.
+static __device__ void keys_load(uint4 w[LOADS], const Attention &a, const KeyShare &s, int pair, int t, int last) {
+    int b = pair / a.H, dz = a.Z / a.H, c = pair % a.H * dz, lane = threadIdx.x % s.each;
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+        int j = s.first + (t + i) / s.per * s.stride, k = ((t + i) % s.per * s.each + lane) * QUAD;
+        const float *key = a.cache_k + ((size_t)b * a.C + j) * a.Z + c;
+        w[i] = j < last && k < dz ? *(const uint4 *)(key + k) : make_uint4(0, 0, 0, 0);
+    }
+}
+
+// Formula: scores (B,H,C): q . k_j. q and the key of this token come from z; that key is added to the cache.
+// Memory: reads Z floats for each key. w: the first vectors of the first head.
+// Passes, for each head: 1. a warp computes q and this token's key, in shared memory. 2. dot products.
+static __device__ void scores_stage(const Attention &a, uint4 w[LOADS], float *shared, int B, float eps) {
+    const KeyShare s = key_share(a, B);
+    int dz = a.Z / a.H, warp_first = s.first - (int)threadIdx.x % WARP / s.each;
+    floatX *q = (floatX *)shared, *k = q + dz;
+    for (int pair = s.pair; pair < B * a.H; pair += s.pairs) {
+        int b = pair / a.H, c = pair % a.H * dz, last = chunk_position(a.count, b, 1, a.C);
+        // 1.
+        if (threadIdx.x < WARP) {
+            const float2 *turns = (const float2 *)a.table + (size_t)last * (dz / 2);
+            qk_head(q, k, a.z + (size_t)b * a.Z + c, a.gamma + c, a.beta + c, turns, a.Z, dz, eps);
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < dz && blockIdx.x % s.blocks == 0; i += DECODE_THREADS)
+            a.cache_k[((size_t)b * a.C + last) * a.Z + c + i] = to_float(k[i]);
+        // 2.
+        if (pair != s.pair) keys_load(w, a, s, pair, 0, last);
+        float sum = 0;
+        for (int t = 0; warp_first + t / s.per * s.stride <= last; t += LOADS) {
+            uint4 next[LOADS];
+            keys_load(next, a, s, pair, t + LOADS, last);
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) {
+                int j = s.first + (t + i) / s.per * s.stride, part = (t + i) % s.per;
+                int at = (part * s.each + threadIdx.x % s.each) * QUAD;
+                float x[QUAD] = {};
+                if (at < dz) load<QUAD>(x, q + at);
+                const float4 query = make_float4(x[0], x[1], x[2], x[3]);
+                if (j == last && at < dz) {
+                    load<QUAD>(x, k + at);
+                    memcpy(&w[i], x, sizeof w[i]);
+                }
+                float dot = dot_quad(w[i], query);
+                for (int step = s.each / 2; step > 0; step /= 2) dot += __shfl_xor_sync(~0u, dot, step);
+                sum = part == 0 ? dot : sum + dot;
+                // NaN if it overflowed: -infinity would become a probability of 0
+                if (part == s.per - 1 && j <= last && threadIdx.x % s.each == 0)
+                    a.scores[(size_t)pair * a.C + j] = sum + (sum - sum);
+            }
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) w[i] = next[i];
+        }
+        __syncthreads(); // q and k have been read
+    }
+}
+
+// Columns of values are dealt out in slabs of `quads` vectors: 4, or 2 if there would be too few for all thread blocks.
+// A thread has a vector of every `slices`-th key.
+typedef struct {
+    int quads, slabs, units, quad, slice, slices;
+} ValueShare;
+static __device__ ValueShare value_share(const Attention &a, int B) {
+    ValueShare s;
+    int quads = a.E / a.H / QUAD;
+    s.quads = B * a.H * ceil_div(quads, 4) * 2 > (int)gridDim.x ? 4 : 2;
+    s.slabs = ceil_div(quads, s.quads), s.units = B * a.H * s.slabs, s.slices = DECODE_THREADS / s.quads;
+    s.quad = threadIdx.x % s.quads, s.slice = threadIdx.x / s.quads;
+    return s;
+}
+// The column of E of a thread's vector; -1: there is none.
+static __device__ int value_column(const Attention &a, const ValueShare &s, int unit) {
+    int dv = a.E / a.H, i = (unit % s.slabs * s.quads + s.quad) * QUAD;
+    return i < dv ? unit / s.slabs % a.H * dv + i : -1;
+}
+static __device__ void values_load(uint4 w[LOADS], const Attention &a, const ValueShare &s, int unit, int j0, int last) {
+    int column = value_column(a, s, unit), b = unit / s.slabs / a.H;
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+        int j = j0 + i * s.slices;
+        const float *value = a.cache_v + ((size_t)b * a.C + j) * a.E + column;
+        w[i] = j < last && column >= 0 ? *(const uint4 *)value : make_uint4(0, 0, 0, 0);
+    }
+}
+
+// Maximum over a thread block; every thread gets it.
+static __device__ float decode_max(float x) {
+    __shared__ float maxima[DECODE_WARPS];
+    x = warp_max(x);
+    if (threadIdx.x % WARP == 0) maxima[threadIdx.x / WARP] = x;
+    __syncthreads();
+    return warp_max(maxima[threadIdx.x % DECODE_WARPS]);
+}
+
+// Formula: gated = o silu(r), o = softmax(scores) values. This token's value is added to the cache.
+// Memory: reads E floats for each key. w: the first vectors of the first unit.
+// Passes, for each slab: 1. the largest score. 2. sums over a thread's keys. 3. over a warp's. 4. over the thread block's.
+static __device__ void values_stage(const Attention &a, uint4 w[LOADS], float *shared, int B) {
+    enum { NUMBERS = QUAD + 1 }; // of a vector: its sums and that of the probabilities
+    const ValueShare s = value_share(a, B);
+    for (int unit = blockIdx.x; unit < s.units; unit += gridDim.x) {
+        int pair = unit / s.slabs, b = pair / a.H, last = chunk_position(a.count, b, 1, a.C);
+        int column = value_column(a, s, unit);
+        const float *scores = a.scores + (size_t)pair * a.C;
+        float max = -INFINITY, sums[NUMBERS] = {}, r = 0, own[QUAD] = {};
+        if (column >= 0) load<QUAD>(own, a.v + (size_t)b * a.E + column);
+        int out = (int)threadIdx.x < s.quads * QUAD ? unit % s.slabs * s.quads * QUAD + (int)threadIdx.x : a.E; // in 4.
+        if (out < a.E / a.H) r = to_float(a.r_pre[(size_t)b * a.E + pair % a.H * (a.E / a.H) + out]);
+        if (unit != (int)blockIdx.x) values_load(w, a, s, unit, s.slice, last);
+        // 1.
+        for (int j = threadIdx.x; j <= last; j += DECODE_THREADS) max = fmaxf(max, scores[j]);
+        max = decode_max(max);
+        // 2.
+        for (int j0 = s.slice; j0 <= last; j0 += LOADS * s.slices) {
+            uint4 next[LOADS];
+            values_load(next, a, s, unit, j0 + LOADS * s.slices, last);
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) {
+                int j = j0 + i * s.slices;
+                if (j > last) break;
+                float p = exp_fast(scores[j] - max), value[QUAD];
+                memcpy(value, &w[i], sizeof value);
+                if (j == last && column >= 0) {
+                    memcpy(value, own, sizeof value);
+                    *(float4 *)(a.cache_v + ((size_t)b * a.C + j) * a.E + column) =
+                        make_float4(own[0], own[1], own[2], own[3]);
+                }
+#pragma unroll
+                for (int u = 0; u < QUAD; u++) sums[u] += p * value[u];
+                sums[QUAD] += p;
+            }
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) w[i] = next[i];
+        }
+        // 3.
+#pragma unroll
+        for (int u = 0; u < NUMBERS; u++) {
+            for (int step = s.quads; step < WARP; step *= 2) sums[u] += __shfl_xor_sync(~0u, sums[u], step);
+        }
+        float *to = shared + threadIdx.x / WARP * s.quads * NUMBERS;
+#pragma unroll
+        for (int u = 0; u < NUMBERS; u++) {
+            if ((int)threadIdx.x % WARP < s.quads) to[threadIdx.x % WARP * NUMBERS + u] = sums[u];
+        }
+        __syncthreads();
+        // 4.
+        if (out < a.E / a.H) {
+            float o = 0, sum = 0;
+            for (int i = 0; i < DECODE_WARPS; i++) {
+                const float *from = shared + (i * s.quads + threadIdx.x / QUAD) * NUMBERS;
+                o += from[threadIdx.x % QUAD], sum += from[QUAD];
+            }
+            a.gated[(size_t)b * a.E + pair % a.H * (a.E / a.H) + out] = to_floatX(o / sum * (r * sigmoid(r)));
+        }
+        __syncthreads(); // the sums have been read
+    }
+}
+
+// ----------------------------------------------------------------------------
+// the kernel
+
+typedef enum { LINEAR_STAGE, SCORES_STAGE, VALUES_STAGE } StageKind;
+typedef struct {
+    int kind;
+    Linears linear;        // LINEAR_STAGE
+    Cema cema;             // beside it
+    MomentsUpdate moments; // beside it
+    Attention attention;   // SCORES_STAGE, VALUES_STAGE
+} Stage;
+
+static __device__ Stage decode_stages[MAX_STAGES]; // of this token
+
+// What can be loaded before the stages before this one have ended.
+static __device__ void stage_prepare(const Stage &a, uint4 w[LOADS], const DecodeShared &shared, int B) {
+    const Attention &at = a.attention;
+    if (a.kind == LINEAR_STAGE) {
+        const Norm &norm = a.linear.norm;
+        linear_load(w, a.linear, share_of(a.linear), 0, 0);
+        for (int k = threadIdx.x; norm.kind != NO_NORM && k < a.linear.K; k += DECODE_THREADS) {
+            shared.weight[k] = norm.weight ? norm.weight[k] + 1 : 1, shared.bias[k] = norm.bias ? norm.bias[k] : 0;
+        }
+    } else if (a.kind == SCORES_STAGE) {
+        const KeyShare s = key_share(at, B);
+        int b = min_int(s.pair / at.H, B - 1);
+        if (s.pair < B * at.H) keys_load(w, at, s, s.pair, 0, chunk_position(at.count, b, 1, at.C));
+    } else {
+        const ValueShare s = value_share(at, B);
+        int unit = blockIdx.x, b = min_int(unit / s.slabs / at.H, B - 1);
+        if (unit < s.units) values_load(w, at, s, unit, s.slice, chunk_position(at.count, b, 1, at.C));
+    }
+}
+
+template <int TILES>
+static __device__ void stage_run(const Stage &a, uint4 w[LOADS], const DecodeShared &shared, int B, float eps) {
+    if (a.kind == SCORES_STAGE) return scores_stage(a.attention, w, shared.dots, B, eps);
+    if (a.kind == VALUES_STAGE) return values_stage(a.attention, w, shared.dots, B);
+    if (a.linear.norm.kind != NO_NORM) decode_stats(shared.stats, a.linear.norm, a.linear.inp, B, a.linear.K, eps);
+    if (a.cema.ema) cema_stage(a.cema, a.linear, shared.stats, B);
+    linear_stage<TILES>(a.linear, w, shared, B);
+    if (a.moments.x) moments_stage(a.moments, B, eps);
+}
+
+// Barrier of all thread blocks: one says that it has written its results, and waits until all have said so.
+static __device__ unsigned decode_arrivals; // of thread blocks, since the program's start
+static __device__ void barrier_arrive(void) {
+#ifdef __CUDA_ARCH__
+    asm volatile("fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(&decode_arrivals) : "memory");
+#endif
+}
+static __device__ void barrier_wait(unsigned arrivals) {
+#ifdef __CUDA_ARCH__
+    unsigned now;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(&decode_arrivals) : "memory");
+    } while ((int)(now - arrivals) < 0);
+#else // the emulator runs a stage at a time
+    (void)arrivals, (void)decode_arrivals;
+#endif
+}
+
+// Copies a stage's description to shared memory.
+static __device__ void stage_load(Stage *to, int stage) {
+    const uint32_t *from = (const uint32_t *)&decode_stages[stage];
+    for (size_t i = threadIdx.x; i < sizeof(Stage) / sizeof *from; i += DECODE_THREADS) ((uint32_t *)to)[i] = from[i];
+}
+
+// Stages first, ..., end - 1. arrivals: at the first barrier. width: most columns of a norm.
+template <int TILES>
+static __global__ void __launch_bounds__(DECODE_THREADS, 1)
+    decode_kernel(int first, int end, unsigned arrivals, int width, int B, float eps) {
+    extern __shared__ float4 decode_shared[];
+    __shared__ Stage stages[2]; // this stage's description and the next one's
+    DecodeShared shared;
+    shared.dots = (float *)decode_shared, shared.weight = shared.dots + DECODE_WARPS * 2 * PLACES;
+    shared.bias = shared.weight + width, shared.stats = (GroupStats *)(shared.bias + width);
+    uint4 w[LOADS];
+    stage_load(&stages[first % 2], first);
+    __syncthreads();
+    stage_prepare(stages[first % 2], w, shared, B);
+    __syncthreads();
+    for (int stage = first; stage < end; stage++, arrivals += gridDim.x) {
+        if (stage + 1 < end) stage_load(&stages[(stage + 1) % 2], stage + 1);
+        stage_run<TILES>(stages[stage % 2], w, shared, B, eps);
+        if (stage + 1 == end) return;
+        __syncthreads(); // the thread block has done its part
+        if (threadIdx.x == 0) barrier_arrive();
+        stage_prepare(stages[(stage + 1) % 2], w, shared, B);
+        if (threadIdx.x == 0) barrier_wait(arrivals);
+        __syncthreads();
+    }
+}
+
+// ----------------------------------------------------------------------------
+// launches
+
+// Bytes of shared memory for norms of `width` columns and `groups` groups in all rows.
+static size_t decode_shared_bytes(int width, int groups) {
+    return sizeof(float) * (DECODE_WARPS * 2 * PLACES + 2 * (size_t)width) + groups * sizeof(GroupStats);
+}
+
+template <int TILES> static void decode_launch(int first, int end, int width, size_t shared, int B, double eps) {
+    static unsigned arrivals; // as decode_arrivals
+    allow_shared(decode_kernel<TILES>, shared);
+#ifdef __CUDACC__
+    cudaLaunchAttribute together;
+    cudaLaunchConfig_t config = {};
+    together.id = cudaLaunchAttributeCooperative, together.val.cooperative = 1;
+    config.gridDim = gpu.processors, config.blockDim = DECODE_THREADS, config.dynamicSmemBytes = shared;
+    config.attrs = &together, config.numAttrs = 1;
+    cudaCheck(cudaLaunchKernelEx(&config, decode_kernel<TILES>, first, end, arrivals + gpu.processors, width, B,
+                                 (float)eps));
+    arrivals += (unsigned)(gpu.processors * (end - first - 1));
+#else // the emulator runs thread blocks one after another
+    for (int i = first; i < end; i++)
+        decode_kernel<TILES><<<gpu.processors, DECODE_THREADS, shared>>>(i, i + 1, arrivals, width, B, (float)eps);
+#endif
+}
+
+// Runs n stages, whose descriptions are kept on the device from `first` on: those of a token rarely change.
+static void decode_run(const Stage *stages, int first, int n, int B, double eps) {
+    static Stage kept[MAX_STAGES];
+    int width = 0, groups = 0;
+    assert(first + n <= MAX_STAGES && B <= DECODE_ROWS);
+    if (memcmp(kept + first, stages, n * sizeof *stages) != 0) {
+        memcpy((void *)(kept + first), stages, n * sizeof *stages);
+        cudaCheck(cudaMemcpyToSymbolAsync(decode_stages, kept + first, n * sizeof *stages, first * sizeof *stages,
+                                          cudaMemcpyHostToDevice, 0));
+    }
+    for (int i = 0; i < n; i++) {
+        const Norm *norm = &stages[i].linear.norm;
+        if (norm->kind != NO_NORM) width = max_int(width, stages[i].linear.K), groups = max_int(groups, norm->groups);
+    }
+    size_t shared = decode_shared_bytes(width, B * groups);
+    if (B <= TILE_ROWS)
+        decode_launch<1>(first, first + n, width, shared, B, eps);
+    else
+        decode_launch<DECODE_ROWS / TILE_ROWS>(first, first + n, width, shared, B, eps);
 }
 
 // ----------------------------------------------------------------------------
 // the model
 
-static Linear linear_of(const Model *m, floatX *out, const floatX *inp, const float *weight, const float *bias, int M) {
+static size_t decode_workspace(Dims d) { return (size_t)min_int(d.B, DECODE_ROWS) * d.H * d.C * sizeof(float); }
+
+static Stage stage_new(StageKind kind) {
+    Stage stage;
+    memset((void *)&stage, 0, sizeof stage); // padding, too: descriptions are compared
+    stage.kind = kind;
+    return stage;
+}
+static Stage linear_stage_new(const floatX *inp, int K, int norm, const float *weight, const float *bias) {
+    Stage stage = stage_new(LINEAR_STAGE);
+    stage.linear.inp = inp, stage.linear.K = K, stage.linear.split = linear_split(K);
+    stage.linear.norm.kind = norm, stage.linear.norm.groups = 1;
+    stage.linear.norm.weight = weight, stage.linear.norm.bias = bias;
+    return stage;
+}
+static Linear linear_of(const Model *m, floatX *out, const float *weight, const float *bias, int M) {
     Linear l;
-    memset(&l, 0, sizeof l);
-    l.out = out, l.inp = inp, l.weight = rounded(m, weight), l.bias = bias ? rounded(m, bias) : NULL, l.M = M;
+    memset((void *)&l, 0, sizeof l);
+    l.out = out, l.weight = rounded(m, weight), l.bias = bias ? rounded(m, bias) : NULL, l.M = M;
     return l;
 }
+static Norm timestep_norm_of(const float *weight, const float *bias, NormState state, int groups) {
+    Norm norm;
+    memset((void *)&norm, 0, sizeof norm);
+    norm.kind = TIMESTEP_NORM, norm.groups = groups, norm.weight = weight, norm.bias = bias;
+    norm.mean = state.mean, norm.m2 = state.m2, norm.count = state.count;
+    return norm;
+}
+static MomentsUpdate moments_of(Norm norm, NormState state, const floatX *x, floatX *out, int D) {
+    MomentsUpdate a;
+    memset((void *)&a, 0, sizeof a);
+    a.norm = norm, a.mean = state.mean, a.m2 = state.m2, a.x = x, a.out = out, a.D = D;
+    return a;
+}
 
-// block_forward for one token of each sequence.
-static void decode_block(Model *m, int layer, const State *state) {
-    const Config *c = &m->config;
+enum { LAYER_STAGES = 7 };
+
+// block_forward for one token of each sequence. Numbers as above.
+static void decode_block(Stage *stages, Model *m, int layer, const State *state) {
     const LayerParams *w = &m->params.layers[layer];
     LayerActs *a = &m->acts[layer];
     Scratch *s = &m->scratch;
     const Dims d = m->dims;
     const floatX *x = m->x[layer];
-    NormState norm = norm_state(state, layer);
+    NormState moments = norm_state(state, layer);
+    Norm norm = timestep_norm_of(w->timenorm_weight, w->timenorm_bias, moments, d.G);
     size_t row = (size_t)layer * d.B;
-    float *h = state->h + row * 2 * d.N * d.D, *cache_k = state->k + row * d.C * d.Z,
-          *cache_v = state->v + row * d.C * d.E;
+    float *h = state->h + row * 2 * d.N * d.D, *scores = (float *)workspace(decode_workspace(d));
     // 1.
-    decode_norm(DecodeNorm{a->xt, a->ema, norm.mean, norm.m2, h, x, w->timenorm_weight, w->timenorm_bias, w->cema_omega,
-                           m->coeffs[layer], norm.count},
-                d, c->norm_eps);
+    stages[0] = linear_stage_new(x, d.D, TIMESTEP_NORM, NULL, NULL);
+    stages[0].linear.norm = norm;
+    stages[0].linear.of[0] = linear_of(m, s->v, w->wv, w->wv_bias, d.E), stages[0].linear.of[0].silu = 1;
+    stages[0].cema = Cema{a->ema, h, w->timenorm_weight, w->timenorm_bias, w->cema_omega, m->coeffs[layer], d.N};
     // 2.
-    Linears maps = {
-        {linear_of(m, s->v, a->xt, w->wv, w->wv_bias, d.E), linear_of(m, a->r_pre, a->ema, w->wr, w->wr_bias, d.E),
-         linear_of(m, a->y, a->ema, w->wh1, w->wh1_bias, d.D), linear_of(m, a->z, a->ema, w->wz, w->wz_bias, d.Z)}};
-    maps.of[0].silu = 1, maps.of[2].residual = x;
-    for (int i = 1; i < 4; i++) maps.of[i].norm = RMS_NORM, maps.of[i].norm_weight = w->rmsnorm_weight;
-    gemv(maps, d.B, d.D, c->norm_eps);
+    stages[1] = linear_stage_new(a->ema, d.D, RMS_NORM, w->rmsnorm_weight, NULL);
+    stages[1].linear.of[0] = linear_of(m, a->r_pre, w->wr, w->wr_bias, d.E);
+    stages[1].linear.of[1] = linear_of(m, a->y, w->wh1, w->wh1_bias, d.D), stages[1].linear.of[1].residual = x;
+    stages[1].linear.of[2] = linear_of(m, a->z, w->wz, w->wz_bias, d.Z);
+    stages[1].moments = moments_of(norm, moments, x, NULL, d.D);
     // 3. and 4.
-    decode_attention(
-        DecodeAttention{s->gated, cache_k, cache_v, a->z, s->v, a->r_pre, w->gamma, w->beta, m->rope, state->count}, d,
-        c->norm_eps);
+    stages[2] = stage_new(SCORES_STAGE), stages[3] = stage_new(VALUES_STAGE);
+    stages[2].attention = stages[3].attention = Attention{
+        s->gated, scores, state->k + row * d.C * d.Z, state->v + row * d.C * d.E, a->z, s->v, a->r_pre, w->gamma,
+        w->beta, m->rope, state->count, d.Z, d.E, d.H, d.C};
     // 5.
-    Linears wh2 = {{linear_of(m, a->y, s->gated, w->wh2, NULL, d.D)}};
-    wh2.of[0].residual = a->y;
-    gemv(wh2, d.B, d.E, c->norm_eps);
+    stages[4] = linear_stage_new(s->gated, d.E, NO_NORM, NULL, NULL);
+    stages[4].linear.of[0] = linear_of(m, a->y, w->wh2, NULL, d.D), stages[4].linear.of[0].residual = a->y;
     // 6.
-    Linears fc1 = {{linear_of(m, s->hidden, a->y, w->fc1, NULL, d.F)}};
-    fc1.of[0].norm = LAYER_NORM, fc1.of[0].norm_weight = w->norm_weight, fc1.of[0].norm_bias = w->norm_bias;
-    fc1.of[0].silu = 1, fc1.of[0].gate = w->fc3 ? rounded(m, w->fc3) : NULL;
-    gemv(fc1, d.B, d.D, c->norm_eps);
+    stages[5] = linear_stage_new(a->y, d.D, LAYER_NORM, w->norm_weight, w->norm_bias);
+    stages[5].linear.of[0] = linear_of(m, s->hidden, w->fc1, NULL, d.F), stages[5].linear.of[0].silu = 1;
+    stages[5].linear.gate = w->fc3 ? rounded(m, w->fc3) : NULL;
     // 7.
-    Linears fc2 = {{linear_of(m, m->x[layer + 1], s->hidden, w->fc2, NULL, d.D)}};
-    fc2.of[0].residual = x, fc2.of[0].scale = w->alpha;
-    gemv(fc2, d.B, d.F, c->norm_eps);
+    stages[6] = linear_stage_new(s->hidden, d.F, NO_NORM, NULL, NULL);
+    stages[6].linear.of[0] = linear_of(m, m->x[layer + 1], w->fc2, NULL, d.D);
+    stages[6].linear.of[0].residual = x, stages[6].linear.of[0].scale = w->alpha;
 }
 
 // A state of whole chunks has no keys and values.
 static bool decode_fast_supports(const Model *m, const State *state) {
     const Dims d = m->dims;
-    return d.L == 1 && d.B <= GEMV_ROWS && state && state->k && m->mode == MEGALODON_INFER && m->cp.cp_size == 1 &&
+    return d.L == 1 && d.B <= DECODE_ROWS && state && state->k && m->mode == MEGALODON_INFER && m->cp.cp_size == 1 &&
            !m->dropout_on && is_megalodon(&m->config) && d.D % VEC == 0 && d.Z % VEC == 0 && d.E % VEC == 0 &&
-           d.F % VEC == 0 && gemv_shared_bytes(d.B, d.D) <= gpu.max_shared - SHARED_DECLARED &&
-           gemv_shared_bytes(2, d.Z) <= SHARED_DEFAULT;
+           d.F % VEC == 0 && d.Z / d.H % QUAD == 0 && d.E / d.H % QUAD == 0 &&
+           LAYER_STAGES * m->config.num_layers + 2 <= MAX_STAGES &&
+           decode_shared_bytes(d.D, d.B * d.G) <= gpu.max_shared - SHARED_DECLARED &&
+           2 * (d.Z / d.H) * sizeof(floatX) <= DECODE_WARPS * 2 * PLACES * sizeof(float);
 }
 
 static void decode_token(Model *m, State *state) {
-    const Config *c = &m->config;
     const Dims d = m->dims;
-    int layers = c->num_layers;
-    NormState norm = norm_state(state, layers);
-    embedding_forward(m->x[0], m->tokens, rounded(m, m->params.embed), embedding_scale(c), d.B, d.D);
-    for (int l = 0; l < layers; l++) decode_block(m, l, state);
-    decode_norm(DecodeNorm{m->final, NULL, norm.mean, norm.m2, NULL, m->x[layers], m->params.final_norm_weight,
-                           m->params.final_norm_bias, NULL, Coeffs{}, norm.count},
-                d, c->norm_eps);
+    int layers = m->config.num_layers, n = LAYER_STAGES * layers;
+    NormState moments = norm_state(state, layers);
+    Stage *stages = (Stage *)malloc((n + 1) * sizeof *stages);
+    assert(stages != NULL);
+    for (int l = 0; l < layers; l++) decode_block(stages + l * LAYER_STAGES, m, l, state);
+    stages[n] = linear_stage_new(m->x[layers], d.D, NO_NORM, NULL, NULL);
+    stages[n].moments = moments_of(
+        timestep_norm_of(m->params.final_norm_weight, m->params.final_norm_bias, moments, d.G), moments, m->x[layers],
+        m->final, d.D);
+    embedding_forward(m->x[0], m->tokens, rounded(m, m->params.embed), embedding_scale(&m->config), d.B, d.D);
+    decode_run(stages, 0, n + 1, d.B, m->config.norm_eps);
     advance(state->count, d.B, 1);
+    free(stages);
 }
 
 static bool decode_logits_supports(const Model *m, int rows) {
-    return rows <= GEMV_ROWS && m->dims.D % VEC == 0 && alignment(rounded(m, m->params.output)) >= 16;
+    return rows <= DECODE_ROWS && m->dims.D % VEC == 0 && alignment(rounded(m, m->params.output)) >= 16;
 }
 
 // logits (rows,V) in scratch.logits, of the rows from `first` on.
 static void decode_logits(Model *m, size_t first, int rows) {
-    const Dims d = m->dims;
-    gemv(Linears{{linear_of(m, m->scratch.logits, m->final + first * d.D, m->params.output, NULL, d.V)}}, rows, d.D, 0);
+    Stage stage = linear_stage_new(m->final + first * m->dims.D, m->dims.D, NO_NORM, NULL, NULL);
+    stage.linear.of[0] = linear_of(m, m->scratch.logits, m->params.output, NULL, m->dims.V);
+    decode_run(&stage, MAX_STAGES - 1, 1, rows, 0);
 }

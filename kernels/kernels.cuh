@@ -14,7 +14,7 @@ replaces plain functions of megalodon.cu, which call it in a line FAST(supported
     linear_hopper.cuh  linear_silu_* and linear_gate_* with them
     attention_hopper.cuh  attention_* with them
     loss.cuh           cross_entropy: softmax on vectors
-    decode.cuh         megalodon_forward for one token: seven kernels for each layer (gemv.cuh)
+    decode.cuh         megalodon_forward for one token: all layers in one kernel (decode_linear.cuh)
     graph.cuh          megalodon_forward, _loss, _backward in training: all launches as one CUDA graph
     beside.cuh         BESIDE(call), JOIN(): two branches in such a graph
 */
@@ -37,7 +37,6 @@ replaces plain functions of megalodon.cu, which call it in a line FAST(supported
 #include "attention_hopper.cuh"
 #endif
 #include "loss.cuh"
-#include "gemv.cuh"
 
 static size_t decode_workspace(Dims d); // decode.cuh is included later, since it uses the model
 

@@ -54,7 +54,7 @@ static struct {
     int devices;       // GPUs of this machine
     int plain;         // no kernel of kernels/ is used: there are none, or MEGALODON_PLAIN is set
     int hopper;        // kernels for compute capability 9.0 can be used
-    int has_pdl;       // supports programmatic dependent launch (compute capability 9.0 or more)
+    int processors;    // multiprocessors
     size_t max_shared; // bytes of shared memory that a thread block can have
     char name[300];    // for megalodon_backend()
     size_t used, peak; // bytes of device memory allocated by this program
@@ -182,7 +182,7 @@ static int backend_open(int allocate) {
 #ifndef FAST_KERNELS
     gpu.plain = 1;
 #endif
-    gpu.has_pdl = properties.major >= 9;
+    gpu.processors = properties.multiProcessorCount;
 #ifdef HOPPER_KERNELS
     gpu.hopper = properties.major == 9 && has_hopper_code();
 #endif

@@ -1294,20 +1294,22 @@ static void decode_norm_case(int B, int D, int G, int N, double shift = 0.5, dou
     d.G = G, d.N = N;
     begin(d, "decode_norm, B %d D %d G %d N %d, mean %g, x %g", B, D, G, N, shift, scale);
     size_t width = (size_t)B * D, pairs = (size_t)B * G, states = (size_t)B * 2 * N * D;
-    Acts x = acts(width, 1.7 * scale, shift), xt = acts_out(width), ema = acts_out(width), alone = acts_out(width);
+    Acts x = acts(width, 1.7 * scale, shift), xt = acts_out(width), ema = acts_out(width);
     Floats weight = floats(D, 1, 0), bias = floats(D, 1, 0), omega = floats(D, 1, 0), h = floats(states, 1, 0);
     Floats rstd = floats_out(pairs), h_blocks = floats_out(states);
     Doubles mean = doubles_out(pairs);
     CoeffsTwice c = random_cema(D, N, 0);
-    Past in = past_of(B, D, G, shift, scale), end = {{}, doubles_out(pairs), doubles_out(pairs)}, same = in;
-    same.mean.device = copied(in.mean.host, pairs), same.m2.device = copied(in.m2.host, pairs);
+    Past in = past_of(B, D, G, shift, scale), end = {{}, doubles_out(pairs), doubles_out(pairs)};
     cpu_timestep_norm_forward(xt.host, mean.host, rstd.host, host_state(end), x.host, weight.host, bias.host,
                               host_state(in), d, EPS);
-    memcpy(alone.host, xt.host, width * sizeof *xt.host);
     cpu_cema_forward(ema.host, h_blocks.host, h.host, xt.host, &c.host, omega.host, h.host, d);
-    decode_norm(DecodeNorm{xt.device, ema.device, in.mean.device, in.m2.device, h.device, x.device, weight.device,
-                           bias.device, omega.device, c.device, in.count.device},
-                d, EPS);
+    Stage stages[2] = {linear_stage_new(x.device, D, TIMESTEP_NORM, NULL, NULL),
+                       linear_stage_new(x.device, D, NO_NORM, NULL, NULL)};
+    Norm norm = timestep_norm_of(weight.device, bias.device, device_state(in), G);
+    stages[0].linear.norm = norm;
+    stages[0].cema = Cema{ema.device, h.device, weight.device, bias.device, omega.device, c.device, N};
+    stages[1].moments = moments_of(norm, device_state(in), x.device, xt.device, D);
+    decode_run(stages, 0, 2, B, EPS);
     end.mean.device = in.mean.device, end.m2.device = in.m2.device;
     const bool overflows = scale > 1e18;
     if (overflows) {
@@ -1316,29 +1318,22 @@ static void decode_norm_case(int B, int D, int G, int N, double shift = 0.5, dou
         compare("xt", xt, FORWARD), compare("ema", ema, FORWARD), compare("h", h, FORWARD);
         compare("mean", end.mean, FLOAT_FORWARD), compare("m2", end.m2, FLOAT_FORWARD);
     }
-    decode_norm(DecodeNorm{alone.device, NULL, same.mean.device, same.m2.device, NULL, x.device, weight.device,
-                           bias.device, NULL, Coeffs{}, same.count.device},
-                d, EPS);
-    end.mean.device = same.mean.device;
-    if (overflows)
-        compare_nan("without CEMA", alone, 0, width);
-    else
-        compare("without CEMA", alone, FORWARD), compare("its mean", end.mean, FLOAT_FORWARD);
     finish();
 }
 static void test_decode_norm(void) {
     decode_norm_case(1, 1, 1, 1), decode_norm_case(3, 30, 2, 3), decode_norm_case(2, 132, 132, 16);
     decode_norm_case(4, 200, 2, 33); // groups of more channels than lanes, more modes than warps
     decode_norm_case(1, 1024, 32, 16), decode_norm_case(8, 384, 32, 8); // mega200M's, enwik8's
+    decode_norm_case(40, 136, 2, 5);
     decode_norm_case(3, 60, 2, 3, 1e5, 1e5 / 30);                       // as in timestep_norm's cases
     decode_norm_case(3, 60, 2, 3, 0, 1e20);                             // float sums of squares overflow
     decode_norm_case(2, 64, 1, 2, 1e36, 1e37);
 }
 
-// A launch of three maps: everything, with one kind of norm; nothing but a bias; silu alone.
-static void gemv_case(int B, int K, int M, int M2, int norm, int affine, double size = 1) {
+// Everything, with one kind of norm; nothing but a bias, and silu alone, as two maps of a stage.
+static void decode_linear_case(int B, int K, int M, int M2, int norm, int affine, double size = 1) {
     static const char *const names[] = {"", ", RMSNorm", ", LayerNorm"};
-    begin(sizes(1, B, K), "gemv, B %d K %d M %d and %d%s%s, x %g", B, K, M, M2, names[norm], affine ? ", affine" : "",
+    begin(sizes(1, B, K), "decode_linear, B %d K %d M %d and %d%s%s, x %g", B, K, M, M2, names[norm], affine ? ", affine" : "",
           size);
     size_t n = (size_t)B * M, n2 = (size_t)B * M2;
     double deviation = 1 / sqrt((double)K);
@@ -1363,16 +1358,13 @@ static void gemv_case(int B, int K, int M, int M2, int norm, int affine, double 
         float y = out.host[i] / (1 + expf(-out.host[i])) * times[i];
         out.host[i] = y * scale.host[i % M] + residual.host[i];
     }
-    Linears all;
-    memset((void *)&all, 0, sizeof all);
-    Linear *l = all.of;
-    for (int i = 0; i < 3; i++) l[i].inp = inp.device, l[i].M = i ? M2 : M;
-    l[0].out = out.device, l[0].residual = out.device, l[0].weight = weight.device, l[0].bias = bias.device; // in place
-    l[0].gate = gate.device, l[0].scale = scale.device, l[0].silu = 1, l[0].norm = norm;
-    l[0].norm_weight = norm_weight.device, l[0].norm_bias = norm_bias.device;
-    l[1].out = out2.device, l[1].weight = l[2].weight = weight2.device, l[1].bias = bias2.device;
-    l[2].out = out3.device, l[2].silu = 1;
-    gemv(all, B, K, EPS);
+    Stage stages[2] = {linear_stage_new(inp.device, K, norm, norm_weight.device, norm_bias.device),
+                       linear_stage_new(inp.device, K, NO_NORM, NULL, NULL)};
+    stages[0].linear.gate = gate.device;
+    stages[0].linear.of[0] = Linear{out.device, weight.device, bias.device, out.device, scale.device, M, 1}; // in place
+    stages[1].linear.of[0] = Linear{out2.device, weight2.device, bias2.device, NULL, NULL, M2, 0};
+    stages[1].linear.of[1] = Linear{out3.device, weight2.device, NULL, NULL, NULL, M2, 1};
+    decode_run(stages, 0, 2, B, EPS);
     for (int r = 0; r < B && size > 1; r++) { // acts_rows has multiplied every second row, or the only one
         if (B == 1 || r % 2)
             compare_nan("everything, a large row", out, (size_t)r * M, M);
@@ -1383,16 +1375,18 @@ static void gemv_case(int B, int K, int M, int M2, int norm, int affine, double 
     compare("a bias", out2, FORWARD), compare("silu", out3, FORWARD);
     finish();
 }
-static void test_gemv(void) {
+static void test_decode_linear(void) {
     for (int i = 0; i < 6; i++) {
         int norm = i % 3, affine = i / 3;
-        gemv_case(1, 8, 5, 1, norm, affine), gemv_case(3, 48, 37, 5, norm, affine);
-        gemv_case(2, 64, 9, 33, norm, affine), gemv_case(8, 384, 100, 7, norm, affine);
-        gemv_case(5, 1000, 11, 13, norm, affine);                                          // two rounds of loads
-        gemv_case(1, 2560, 1024, 3, norm, affine), gemv_case(4, 5000, 3, 2, norm, affine); // and of columns
-        gemv_case(1, 40, 5000, 3, norm, affine);                                           // a warp an output
+        decode_linear_case(1, 8, 5, 1, norm, affine), decode_linear_case(3, 48, 37, 5, norm, affine);
+        decode_linear_case(2, 64, 9, 33, norm, affine), decode_linear_case(8, 384, 100, 7, norm, affine);
+        decode_linear_case(5, 1000, 11, 13, norm, affine);                                          // two rounds of loads
+        decode_linear_case(1, 2560, 1024, 3, norm, affine), decode_linear_case(4, 5000, 3, 2, norm, affine); // and of columns
+        decode_linear_case(1, 40, 5000, 3, norm, affine);                                           // a warp an output
+        decode_linear_case(16, 128, 100, 300, norm, affine), decode_linear_case(17, 104, 30, 9, norm, affine);
+        decode_linear_case(64, 200, 50, 70, norm, affine);
         if (norm == NO_NORM) continue;
-        gemv_case(1, 384, 100, 7, norm, affine, 1e20), gemv_case(3, 64, 9, 5, norm, affine, 1e36);
+        decode_linear_case(1, 384, 100, 7, norm, affine, 1e20), decode_linear_case(3, 64, 9, 5, norm, affine, 1e36);
     }
 }
 
@@ -1421,9 +1415,12 @@ static void decode_attention_case(int B, int C, int H, int dz, int dv, int shift
     cpu_attention_forward(o, lse.host, cache_k.host, cache_v.host, host_scores(C), q, k, v.host, past, mask_from(0, 0),
                           d, 1);
     cpu_gate_forward(gated.host, o, r.host, B * E);
-    decode_attention(DecodeAttention{gated.device, cache_k.device, cache_v.device, z.device, v.device, r.device,
-                                     gamma.device, beta.device, table.device, copied(count, B)},
-                     d, EPS);
+    float *scores = copied(on_host<float>((size_t)B * H * C), (size_t)B * H * C);
+    Stage stages[2] = {stage_new(SCORES_STAGE), stage_new(VALUES_STAGE)};
+    stages[0].attention = stages[1].attention =
+        Attention{gated.device, scores,   cache_k.device, cache_v.device, z.device,        v.device, r.device,
+                  gamma.device, beta.device, table.device, copied(count, B), d.Z, d.E, d.H, d.C};
+    decode_run(stages, 0, 2, B, EPS);
     if (overflow) compare_nan("gated", gated, 0, dv);
     if (!overflow) compare("gated", gated, forward);
     if (C > 1) compare("cached k", cache_k, FORWARD), compare("cached v", cache_v, 1e-30); // else there is no need
@@ -1431,11 +1428,12 @@ static void decode_attention_case(int B, int C, int H, int dz, int dv, int shift
 }
 static void test_decode_attention(void) {
     for (int shift = 0; shift < 4; shift++) {
-        decode_attention_case(1, 1, 1, 2, 1, shift), decode_attention_case(4, 5, 3, 6, 3, shift);
-        decode_attention_case(3, 70, 2, 34, 33, shift), decode_attention_case(2, 600, 1, 4, 16, shift);
-        decode_attention_case(1, 40, 2, 300, 17, shift); // more of a key than is loaded at once
+        decode_attention_case(1, 1, 1, 4, 4, shift), decode_attention_case(4, 5, 3, 8, 4, shift);
+        decode_attention_case(3, 70, 2, 36, 32, shift), decode_attention_case(2, 600, 1, 4, 16, shift);
+        decode_attention_case(1, 40, 2, 300, 20, shift); // keys of three vectors a lane
     }
     decode_attention_case(1, 2048, 1, 256, 100, 0), decode_attention_case(8, 256, 3, 64, 128, 0);
+    decode_attention_case(1, 700, 2, 4, 48, 0), decode_attention_case(64, 40, 3, 16, 8, 1); // more heads than blocks
     decode_attention_case(2, 40, 2, 16, 8, 0, 1);
 }
 
@@ -1444,7 +1442,7 @@ static void test_decode_attention(void) {
 static void decode_model_case(int B, int more, int D = 64, int Z = 32, int E = 48, int F = 40) {
     enum { BEFORE = 13, AFTER = 6, V = 43 };
     const double tolerance = 3e-2;
-    const bool logits_fast = B <= 8 && D % 8 == 0, fast = logits_fast && Z % 8 == 0 && E % 8 == 0 && F % 8 == 0;
+    const bool logits_fast = B <= DECODE_ROWS && D % 8 == 0, fast = logits_fast && Z % 8 == 0 && E % 8 == 0 && F % 8 == 0;
     Config c = megalodon_presets[0].config;
     c.num_layers = 2, c.model_dim = D, c.z_dim = Z, c.value_dim = E, c.num_heads = 2, c.ffn_hidden_dim = F;
     c.cema_ndim = 3, c.chunk_size = 16, c.vocab_size = V, c.norm_num_groups = 4;
@@ -1491,7 +1489,7 @@ static void decode_model_case(int B, int more, int D = 64, int Z = 32, int E = 4
                     (size_t)(c.num_layers + 1) * B * first->G};
     memory_copy(h.host, second->h, h.n * sizeof(float)), memory_copy(mean.host, second->mean, mean.n * sizeof(double));
     compare("h", h, tolerance), compare("mean", mean, tolerance);
-    int64_t counts[2][9];
+    int64_t counts[2][DECODE_ROWS + 1];
     for (int i = 0; i < 2; i++) memory_copy(counts[i], states[i]->count, B * sizeof(int64_t));
     check_true("count", memcmp(counts[0], counts[1], B * sizeof(int64_t)) == 0 && counts[0][0] == BEFORE + AFTER);
     State *whole = state_new(&c, B, 1);
@@ -1505,7 +1503,8 @@ static void decode_model_case(int B, int more, int D = 64, int Z = 32, int E = 4
     finish();
 }
 static void test_decode(void) {
-    decode_model_case(1, 0), decode_model_case(3, 1), decode_model_case(8, 1), decode_model_case(9, 1);
+    decode_model_case(1, 0), decode_model_case(3, 1), decode_model_case(16, 1), decode_model_case(17, 0);
+    decode_model_case(64, 1), decode_model_case(65, 1);
     decode_model_case(2, 1, 60), decode_model_case(2, 1, 64, 36), decode_model_case(2, 1, 64, 32, 52);
     decode_model_case(2, 0, 64, 32, 48, 44);
 }
@@ -1916,7 +1915,7 @@ int main(int argc, char **argv) {
 #ifdef FAST_KERNELS
         {"sum_parts_fast", test_sum_parts_fast, FAST},
         {"decode_norm", test_decode_norm, FAST},
-        {"gemv", test_gemv, FAST},
+        {"decode_linear", test_decode_linear, FAST},
         {"decode_attention", test_decode_attention, FAST},
         {"decode", test_decode, FAST},
         {"graph", test_graph, FAST},

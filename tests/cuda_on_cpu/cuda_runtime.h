@@ -651,6 +651,14 @@ inline cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cud
     if (emu_records(stream, [=] { cudaMemcpy(dst, src, bytes, kind); })) return cudaSuccess;
     return cudaMemcpy(dst, src, bytes, kind);
 }
+template <typename T>
+inline cudaError_t cudaMemcpyToSymbolAsync(T &symbol, const void *src, size_t bytes, size_t offset, cudaMemcpyKind,
+                                           cudaStream_t = 0) {
+    if (!emu_not_while_recording("cudaMemcpyToSymbolAsync")) return emu_error;
+    if (offset + bytes > sizeof symbol) return emu_fail(cudaErrorInvalidValue, "cudaMemcpyToSymbolAsync: too much");
+    memcpy((char *)&symbol + offset, src, bytes);
+    return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void *dst, int byte, size_t bytes, cudaStream_t = 0) {
     return cudaMemset(dst, byte, bytes);
 }
@@ -896,25 +904,6 @@ template <typename... Parameters>
 inline EmuLaunch<Parameters...> emu_launch(const char *name, int line, void (*kernel)(Parameters...), dim3 grid,
                                            dim3 block, size_t shared = 0, cudaStream_t stream = 0) {
     return EmuLaunch<Parameters...>{name, line, kernel, grid, block, shared, stream};
-}
-
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
-struct cudaLaunchAttribute {
-    cudaLaunchAttributeID id;
-    struct {
-        int programmaticStreamSerializationAllowed;
-    } val;
-};
-struct cudaLaunchConfig_t {
-    dim3 gridDim, blockDim;
-    size_t dynamicSmemBytes;
-    cudaLaunchAttribute *attrs;
-    unsigned numAttrs;
-};
-template <typename... Parameters>
-inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *c, void (*kernel)(Parameters...), Parameters... p) {
-    emu_launch("a kernel", 0, kernel, c->gridDim, c->blockDim, c->dynamicSmemBytes)(p...);
-    return cudaGetLastError();
 }
 
 #endif
