@@ -129,16 +129,10 @@ typedef struct {
     int Z, E, H, C;
 } Attention;
 
-static __device__ float dot_quad(uint4 key, float4 q) {
-    float4 k;
-    memcpy(&k, &key, sizeof k);
-    return k.x * q.x + k.y * q.y + k.z * q.z + k.w * q.w;
-}
-
 // Which keys a warp has. Thread blocks share the heads of all texts: `blocks` of them have a head, `pair` is the first
-// one of this block, `pairs` apart from the next one. In a warp `each` lanes read a key, and `per` vectors each of it.
+// one of this block, `pairs` apart from the next one. In a warp `each` lanes read a key, 1 << per_log vectors each.
 typedef struct {
-    int blocks, pair, pairs, each, per, first, stride; // keys first, first + stride, ...
+    int blocks, pair, pairs, each, per_log, first, stride; // keys first, first + stride, ...
 } KeyShare;
 static __device__ KeyShare key_share(const Attention &a, int B) {
     KeyShare s;
@@ -146,20 +140,25 @@ static __device__ KeyShare key_share(const Attention &a, int B) {
     s.blocks = max_int((int)gridDim.x / (B * a.H), 1);
     s.pair = blockIdx.x / s.blocks, s.pairs = (int)gridDim.x / s.blocks;
     for (s.each = 1; s.each < WARP && s.each < quads;) s.each *= 2;
-    s.per = ceil_div(quads, s.each);
+    for (s.per_log = 0; s.each << s.per_log < quads;) s.per_log++;
     s.first = (blockIdx.x % s.blocks * DECODE_WARPS + threadIdx.x / WARP) * (WARP / s.each) + threadIdx.x % WARP / s.each;
     s.stride = s.blocks * DECODE_WARPS * (WARP / s.each);
     return s;
 }
+// The key of a lane's vector number t, and the vector's first column in its head.
+static __device__ int key_of(const KeyShare &s, int t) { return s.first + (t >> s.per_log) * s.stride; }
+static __device__ int key_column(const KeyShare &s, int t) {
+    return ((t & ((1 << s.per_log) - 1)) * s.each + (threadIdx.x & (s.each - 1))) * QUAD;
+}
 
 // The lane's vectors t, ..., t + LOADS - 1 of its keys of a head.
 static __device__ void keys_load(uint4 w[LOADS], const Attention &a, const KeyShare &s, int pair, int t, int last) {
-    int b = pair / a.H, dz = a.Z / a.H, c = pair % a.H * dz, lane = threadIdx.x % s.each;
+    int dz = a.Z / a.H;
+    const float *keys = a.cache_k + (size_t)(pair / a.H) * a.C * a.Z + pair % a.H * dz;
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        int j = s.first + (t + i) / s.per * s.stride, k = ((t + i) % s.per * s.each + lane) * QUAD;
-        const float *key = a.cache_k + ((size_t)b * a.C + j) * a.Z + c;
-        w[i] = j < last && k < dz ? *(const uint4 *)(key + k) : make_uint4(0, 0, 0, 0);
+        int j = key_of(s, t + i), k = key_column(s, t + i);
+        w[i] = j < last && k < dz ? *(const uint4 *)(keys + (size_t)j * a.Z + k) : make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -168,10 +167,11 @@ static __device__ void keys_load(uint4 w[LOADS], const Attention &a, const KeySh
 // Passes, for each head: 1. a warp computes q and this token's key, in shared memory. 2. dot products.
 static __device__ void scores_stage(const Attention &a, uint4 w[LOADS], float *shared, int B, float eps) {
     const KeyShare s = key_share(a, B);
-    int dz = a.Z / a.H, warp_first = s.first - (int)threadIdx.x % WARP / s.each;
+    int dz = a.Z / a.H, lane = threadIdx.x % WARP, warp_first = s.first - lane / s.each;
     floatX *q = (floatX *)shared, *k = q + dz;
     for (int pair = s.pair; pair < B * a.H; pair += s.pairs) {
         int b = pair / a.H, c = pair % a.H * dz, last = chunk_position(a.count, b, 1, a.C);
+        float *scores = a.scores + (size_t)pair * a.C, sum = 0;
         // 1.
         if (threadIdx.x < WARP) {
             const float2 *turns = (const float2 *)a.table + (size_t)last * (dz / 2);
@@ -182,30 +182,23 @@ static __device__ void scores_stage(const Attention &a, uint4 w[LOADS], float *s
             a.cache_k[((size_t)b * a.C + last) * a.Z + c + i] = to_float(k[i]);
         // 2.
         if (pair != s.pair) keys_load(w, a, s, pair, 0, last);
-        float sum = 0;
-        for (int t = 0; warp_first + t / s.per * s.stride <= last; t += LOADS) {
-            uint4 next[LOADS];
-            keys_load(next, a, s, pair, t + LOADS, last);
+        for (int t = 0; warp_first + (t >> s.per_log) * s.stride <= last; t += LOADS) {
 #pragma unroll
             for (int i = 0; i < LOADS; i++) {
-                int j = s.first + (t + i) / s.per * s.stride, part = (t + i) % s.per;
-                int at = (part * s.each + threadIdx.x % s.each) * QUAD;
-                float x[QUAD] = {};
-                if (at < dz) load<QUAD>(x, q + at);
-                const float4 query = make_float4(x[0], x[1], x[2], x[3]);
-                if (j == last && at < dz) {
-                    load<QUAD>(x, k + at);
-                    memcpy(&w[i], x, sizeof w[i]);
-                }
-                float dot = dot_quad(w[i], query);
-                for (int step = s.each / 2; step > 0; step /= 2) dot += __shfl_xor_sync(~0u, dot, step);
-                sum = part == 0 ? dot : sum + dot;
-                // NaN if it overflowed: -infinity would become a probability of 0
-                if (part == s.per - 1 && j <= last && threadIdx.x % s.each == 0)
-                    a.scores[(size_t)pair * a.C + j] = sum + (sum - sum);
-            }
+                int j = key_of(s, t + i), at = key_column(s, t + i);
+                float query[QUAD] = {}, key[QUAD];
+                memcpy(key, &w[i], sizeof key);
+                if (at < dz) load<QUAD>(query, q + at);
+                if (j == last && at < dz) load<QUAD>(key, k + at);
 #pragma unroll
-            for (int i = 0; i < LOADS; i++) w[i] = next[i];
+                for (int u = 0; u < QUAD; u++) sum += query[u] * key[u];
+                if ((t + i + 1) & ((1 << s.per_log) - 1)) continue; // the key goes on
+                for (int step = s.each / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+                // NaN if it overflowed: -infinity would become a probability of 0
+                if (j <= last && (lane & (s.each - 1)) == 0) scores[j] = sum + (sum - sum);
+                sum = 0;
+            }
+            keys_load(w, a, s, pair, t + LOADS, last);
         }
         __syncthreads(); // q and k have been read
     }
@@ -239,75 +232,70 @@ static __device__ void values_load(uint4 w[LOADS], const Attention &a, const Val
     }
 }
 
-// Maximum over a thread block; every thread gets it.
-static __device__ float decode_max(float x) {
-    __shared__ float maxima[DECODE_WARPS];
-    x = warp_max(x);
-    if (threadIdx.x % WARP == 0) maxima[threadIdx.x / WARP] = x;
-    __syncthreads();
-    return warp_max(maxima[threadIdx.x % DECODE_WARPS]);
-}
-
 // Formula: gated = o silu(r), o = softmax(scores) values. This token's value is added to the cache.
 // Memory: reads E floats for each key. w: the first vectors of the first unit.
-// Passes, for each slab: 1. the largest score. 2. sums over a thread's keys. 3. over a warp's. 4. over the thread block's.
+// Passes, for each slab: 1. sums over a thread's keys, relative to the largest score of its warp so far. 2. over the warp.
+//   3. over the thread block: 16 lanes add what 16 warps have of a column.
 static __device__ void values_stage(const Attention &a, uint4 w[LOADS], float *shared, int B) {
     enum { NUMBERS = QUAD + 1 }; // of a vector: its sums and that of the probabilities
     const ValueShare s = value_share(a, B);
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, dv = a.E / a.H;
     for (int unit = blockIdx.x; unit < s.units; unit += gridDim.x) {
         int pair = unit / s.slabs, b = pair / a.H, last = chunk_position(a.count, b, 1, a.C);
-        int column = value_column(a, s, unit);
+        int column = value_column(a, s, unit), out = unit % s.slabs * s.quads * QUAD + (int)threadIdx.x / DECODE_WARPS;
         const float *scores = a.scores + (size_t)pair * a.C;
-        float max = -INFINITY, sums[NUMBERS] = {}, r = 0, own[QUAD] = {};
+        float max = -INFINITY, sums[NUMBERS] = {}, own[QUAD] = {}, r = 0;
+        size_t at = (size_t)b * a.E + pair % a.H * dv + out; // in 3.
+        bool writes = (int)threadIdx.x / DECODE_WARPS < s.quads * QUAD && out < dv;
+        if (writes) r = to_float(a.r_pre[at]);
         if (column >= 0) load<QUAD>(own, a.v + (size_t)b * a.E + column);
-        int out = (int)threadIdx.x < s.quads * QUAD ? unit % s.slabs * s.quads * QUAD + (int)threadIdx.x : a.E; // in 4.
-        if (out < a.E / a.H) r = to_float(a.r_pre[(size_t)b * a.E + pair % a.H * (a.E / a.H) + out]);
         if (unit != (int)blockIdx.x) values_load(w, a, s, unit, s.slice, last);
         // 1.
-        for (int j = threadIdx.x; j <= last; j += DECODE_THREADS) max = fmaxf(max, scores[j]);
-        max = decode_max(max);
-        // 2.
-        for (int j0 = s.slice; j0 <= last; j0 += LOADS * s.slices) {
-            uint4 next[LOADS];
-            values_load(next, a, s, unit, j0 + LOADS * s.slices, last);
+        for (int j0 = s.slice; j0 - lane / s.quads <= last; j0 += LOADS * s.slices) {
+            float score[LOADS], new_max = max;
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) score[i] = j0 + i * s.slices <= last ? scores[j0 + i * s.slices] : -INFINITY;
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) new_max = fmaxf(new_max, score[i]);
+            new_max = warp_max(new_max);
+            float old = exp_fast(max - new_max);
+            max = new_max;
+#pragma unroll
+            for (int u = 0; u < NUMBERS; u++) sums[u] *= old;
 #pragma unroll
             for (int i = 0; i < LOADS; i++) {
                 int j = j0 + i * s.slices;
-                if (j > last) break;
-                float p = exp_fast(scores[j] - max), value[QUAD];
+                float p = exp_fast(score[i] - max), value[QUAD];
                 memcpy(value, &w[i], sizeof value);
                 if (j == last && column >= 0) {
                     memcpy(value, own, sizeof value);
-                    *(float4 *)(a.cache_v + ((size_t)b * a.C + j) * a.E + column) =
-                        make_float4(own[0], own[1], own[2], own[3]);
+                    memcpy(a.cache_v + ((size_t)b * a.C + j) * a.E + column, own, sizeof own);
                 }
 #pragma unroll
                 for (int u = 0; u < QUAD; u++) sums[u] += p * value[u];
                 sums[QUAD] += p;
             }
-#pragma unroll
-            for (int i = 0; i < LOADS; i++) w[i] = next[i];
+            values_load(w, a, s, unit, j0 + LOADS * s.slices, last);
         }
-        // 3.
+        // 2.
 #pragma unroll
         for (int u = 0; u < NUMBERS; u++) {
             for (int step = s.quads; step < WARP; step *= 2) sums[u] += __shfl_xor_sync(~0u, sums[u], step);
         }
-        float *to = shared + threadIdx.x / WARP * s.quads * NUMBERS;
+        float *maxima = shared + DECODE_WARPS * 4 * NUMBERS;
 #pragma unroll
         for (int u = 0; u < NUMBERS; u++) {
-            if ((int)threadIdx.x % WARP < s.quads) to[threadIdx.x % WARP * NUMBERS + u] = sums[u];
+            if (lane < s.quads) shared[(warp * s.quads + lane) * NUMBERS + u] = sums[u];
         }
+        if (lane == 0) maxima[warp] = max;
         __syncthreads();
-        // 4.
-        if (out < a.E / a.H) {
-            float o = 0, sum = 0;
-            for (int i = 0; i < DECODE_WARPS; i++) {
-                const float *from = shared + (i * s.quads + threadIdx.x / QUAD) * NUMBERS;
-                o += from[threadIdx.x % QUAD], sum += from[QUAD];
-            }
-            a.gated[(size_t)b * a.E + pair % a.H * (a.E / a.H) + out] = to_floatX(o / sum * (r * sigmoid(r)));
-        }
+        // 3.
+        int from = threadIdx.x % DECODE_WARPS, i = (int)threadIdx.x / DECODE_WARPS;
+        const float *numbers = shared + (from * s.quads + i / QUAD % s.quads) * NUMBERS;
+        float share = exp_fast(maxima[from] - warp_max(maxima[from]));
+        float sum = split_sum(share * numbers[QUAD], DECODE_WARPS);
+        float o = split_sum(share * numbers[i % QUAD], DECODE_WARPS) / sum;
+        if (writes && from == 0) a.gated[at] = to_floatX(o * (r * sigmoid(r)));
         __syncthreads(); // the sums have been read
     }
 }
@@ -330,11 +318,8 @@ static __device__ Stage decode_stages[MAX_STAGES]; // of this token
 static __device__ void stage_prepare(const Stage &a, uint4 w[LOADS], const DecodeShared &shared, int B) {
     const Attention &at = a.attention;
     if (a.kind == LINEAR_STAGE) {
-        const Norm &norm = a.linear.norm;
-        linear_load(w, a.linear, share_of(a.linear), 0, 0);
-        for (int k = threadIdx.x; norm.kind != NO_NORM && k < a.linear.K; k += DECODE_THREADS) {
-            shared.weight[k] = norm.weight ? norm.weight[k] + 1 : 1, shared.bias[k] = norm.bias ? norm.bias[k] : 0;
-        }
+        if (a.linear.batches > 0) linear_load(w, a.linear, 0, 0);
+        norm_prepare(a.linear.norm, shared, a.linear.K);
     } else if (a.kind == SCORES_STAGE) {
         const KeyShare s = key_share(at, B);
         int b = min_int(s.pair / at.H, B - 1);
@@ -350,7 +335,7 @@ template <int TILES>
 static __device__ void stage_run(const Stage &a, uint4 w[LOADS], const DecodeShared &shared, int B, float eps) {
     if (a.kind == SCORES_STAGE) return scores_stage(a.attention, w, shared.dots, B, eps);
     if (a.kind == VALUES_STAGE) return values_stage(a.attention, w, shared.dots, B);
-    if (a.linear.norm.kind != NO_NORM) decode_stats(shared.stats, a.linear.norm, a.linear.inp, B, a.linear.K, eps);
+    if (a.linear.norm.kind != NO_NORM) norm_run(a.linear.norm, shared, a.linear.inp, B, a.linear.K, eps);
     if (a.cema.ema) cema_stage(a.cema, a.linear, shared.stats, B);
     linear_stage<TILES>(a.linear, w, shared, B);
     if (a.moments.x) moments_stage(a.moments, B, eps);
@@ -388,7 +373,8 @@ static __global__ void __launch_bounds__(DECODE_THREADS, 1)
     __shared__ Stage stages[2]; // this stage's description and the next one's
     DecodeShared shared;
     shared.dots = (float *)decode_shared, shared.weight = shared.dots + DECODE_WARPS * 2 * PLACES;
-    shared.bias = shared.weight + width, shared.stats = (GroupStats *)(shared.bias + width);
+    shared.bias = shared.weight + width, shared.rows = (floatX *)(shared.bias + width);
+    shared.stats = (GroupStats *)(shared.rows + B * (width + VEC));
     uint4 w[LOADS];
     stage_load(&stages[first % 2], first);
     __syncthreads();
@@ -409,13 +395,14 @@ static __global__ void __launch_bounds__(DECODE_THREADS, 1)
 // ----------------------------------------------------------------------------
 // launches
 
-// Bytes of shared memory for norms of `width` columns and `groups` groups in all rows.
-static size_t decode_shared_bytes(int width, int groups) {
-    return sizeof(float) * (DECODE_WARPS * 2 * PLACES + 2 * (size_t)width) + groups * sizeof(GroupStats);
+// Bytes of shared memory for norms of `width` columns and `groups` groups in each of B rows.
+static size_t decode_shared_bytes(int width, int groups, int B) {
+    return sizeof(float) * (DECODE_WARPS * 2 * PLACES + 2 * (size_t)width) + B * sizeof(floatX) * (width + VEC) +
+           (size_t)B * groups * sizeof(GroupStats);
 }
 
+static unsigned decode_arrived; // as decode_arrivals, when what has been launched has run
 template <int TILES> static void decode_launch(int first, int end, int width, size_t shared, int B, double eps) {
-    static unsigned arrivals; // as decode_arrivals
     allow_shared(decode_kernel<TILES>, shared);
 #ifdef __CUDACC__
     cudaLaunchAttribute together;
@@ -423,20 +410,22 @@ template <int TILES> static void decode_launch(int first, int end, int width, si
     together.id = cudaLaunchAttributeCooperative, together.val.cooperative = 1;
     config.gridDim = gpu.processors, config.blockDim = DECODE_THREADS, config.dynamicSmemBytes = shared;
     config.attrs = &together, config.numAttrs = 1;
-    cudaCheck(cudaLaunchKernelEx(&config, decode_kernel<TILES>, first, end, arrivals + gpu.processors, width, B,
+    cudaCheck(cudaLaunchKernelEx(&config, decode_kernel<TILES>, first, end, decode_arrived + gpu.processors, width,
+                                 B,
                                  (float)eps));
-    arrivals += (unsigned)(gpu.processors * (end - first - 1));
+    decode_arrived += (unsigned)(gpu.processors * (end - first - 1));
 #else // the emulator runs thread blocks one after another
     for (int i = first; i < end; i++)
-        decode_kernel<TILES><<<gpu.processors, DECODE_THREADS, shared>>>(i, i + 1, arrivals, width, B, (float)eps);
+        decode_kernel<TILES><<<gpu.processors, DECODE_THREADS, shared>>>(i, i + 1, decode_arrived, width, B, (float)eps);
 #endif
 }
 
 // Runs n stages, whose descriptions are kept on the device from `first` on: those of a token rarely change.
-static void decode_run(const Stage *stages, int first, int n, int B, double eps) {
+static void decode_run(Stage *stages, int first, int n, int B, double eps) {
     static Stage kept[MAX_STAGES];
     int width = 0, groups = 0;
     assert(first + n <= MAX_STAGES && B <= DECODE_ROWS);
+    for (int i = 0; i < n; i++) linear_plan(&stages[i].linear, gpu.processors);
     if (memcmp(kept + first, stages, n * sizeof *stages) != 0) {
         memcpy((void *)(kept + first), stages, n * sizeof *stages);
         cudaCheck(cudaMemcpyToSymbolAsync(decode_stages, kept + first, n * sizeof *stages, first * sizeof *stages,
@@ -446,7 +435,7 @@ static void decode_run(const Stage *stages, int first, int n, int B, double eps)
         const Norm *norm = &stages[i].linear.norm;
         if (norm->kind != NO_NORM) width = max_int(width, stages[i].linear.K), groups = max_int(groups, norm->groups);
     }
-    size_t shared = decode_shared_bytes(width, B * groups);
+    size_t shared = decode_shared_bytes(width, groups, B);
     if (B <= TILE_ROWS)
         decode_launch<1>(first, first + n, width, shared, B, eps);
     else
@@ -466,7 +455,7 @@ static Stage stage_new(StageKind kind) {
 }
 static Stage linear_stage_new(const floatX *inp, int K, int norm, const float *weight, const float *bias) {
     Stage stage = stage_new(LINEAR_STAGE);
-    stage.linear.inp = inp, stage.linear.K = K, stage.linear.split = linear_split(K);
+    stage.linear.inp = inp, stage.linear.K = K;
     stage.linear.norm.kind = norm, stage.linear.norm.groups = 1;
     stage.linear.norm.weight = weight, stage.linear.norm.bias = bias;
     return stage;
@@ -540,7 +529,7 @@ static bool decode_fast_supports(const Model *m, const State *state) {
            !m->dropout_on && is_megalodon(&m->config) && d.D % VEC == 0 && d.Z % VEC == 0 && d.E % VEC == 0 &&
            d.F % VEC == 0 && d.Z / d.H % QUAD == 0 && d.E / d.H % QUAD == 0 &&
            LAYER_STAGES * m->config.num_layers + 2 <= MAX_STAGES &&
-           decode_shared_bytes(d.D, d.B * d.G) <= gpu.max_shared - SHARED_DECLARED &&
+           decode_shared_bytes(d.D, d.G, d.B) <= gpu.max_shared - SHARED_DECLARED &&
            2 * (d.Z / d.H) * sizeof(floatX) <= DECODE_WARPS * 2 * PLACES * sizeof(float);
 }
 

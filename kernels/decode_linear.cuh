@@ -13,11 +13,11 @@ tile the tensor core expects of it:
 
 - Thread block i has outputs i*each, ..., so that all blocks read the same number of bytes. Its 16 warps are teams of
   `split` warps. Each team has a group of 8 outputs at a time, and its warps share the columns.
-- A warp works on a batch of LOADS = 8 vectors of weights a lane: 4 steps of two groups, or of one group's weights and
-  gates. The next batch is loaded meanwhile; the first one of a stage is loaded before the barrier that the stage waits
-  for, see decode.cuh. In models of up to 200 million parameters that is most of a block's share.
-- Each thread block computes the norm again: cheaper than one more barrier. Its weight and bias are copied to shared
-  memory before the barrier, too.
+- A warp works on a batch of LOADS = 8 vectors of weights a lane: 4 steps of two groups, or 4 steps of one group's weights
+  and gates, or 8 steps of a group. The first batch of a stage is loaded before the barrier that the stage waits for, see
+  decode.cuh. In models of up to 200 million parameters that is most of a block's share.
+- Each thread block computes the norm again, in shared memory: cheaper than one more barrier. Its weight and bias are
+  copied to shared memory before the barrier, too.
 
 Requires: bfloat16, sm_80, K divisible by 8, weights that begin at multiples of 16 bytes.
 Measured: see dev/notes/kernels.md.
@@ -26,7 +26,8 @@ Measured: see dev/notes/kernels.md.
 
 enum {
     DECODE_ROWS = 64, // rows, at most
-    DECODE_WARPS = 16,
+    DECODE_WARPS_LOG = 4,
+    DECODE_WARPS = 1 << DECODE_WARPS_LOG,
     DECODE_THREADS = DECODE_WARPS * WARP,
     LOADS = 8,                  // vectors that a thread loads at once
     STEPS = 4,                  // of them in a row of weights
@@ -55,6 +56,7 @@ typedef struct {
 // A warp's sums of x - first and of their squares, of n elements.
 template <int W> static __device__ float2 decode_sums(const floatX *x, int n, float first) {
     float2 sums = {0, 0};
+#pragma unroll 4
     for (int i = threadIdx.x % WARP * W; i < n; i += WARP * W) {
         float v[W];
         load<W>(v, x + i);
@@ -76,19 +78,9 @@ static __device__ Moments decode_moments(const Norm &norm, const floatX *inp, in
     return merge((double)g * (double)norm.count[i / norm.groups], Moments{norm.mean[i], norm.m2[i]}, g, own);
 }
 static __device__ GroupStats decode_stats_of(const Norm &norm, Moments moments, int i, int g, float eps) {
-    double n = g;
-    if (norm.kind == TIMESTEP_NORM) n += (double)g * (double)norm.count[i / norm.groups];
-    return GroupStats{(float)moments.mean, 1 / sqrtf((float)(moments.m2 / n) + eps)};
-}
-
-// Of all groups of B rows, in shared memory. A warp has every 16th group.
-static __device__ void decode_stats(GroupStats *stats, const Norm &norm, const floatX *inp, int B, int K, float eps) {
-    int g = K / norm.groups;
-    for (int i = threadIdx.x / WARP; i < B * norm.groups; i += DECODE_WARPS) {
-        GroupStats own = decode_stats_of(norm, decode_moments(norm, inp, i, g), i, g, eps);
-        if (threadIdx.x % WARP == 0) stats[i] = own;
-    }
-    __syncthreads();
+    float variance = (float)moments.m2 / g;
+    if (norm.kind == TIMESTEP_NORM) variance = (float)(moments.m2 / (g * (double)(norm.count[i / norm.groups] + 1)));
+    return GroupStats{(float)moments.mean, 1 / sqrtf(variance + eps)};
 }
 
 // ----------------------------------------------------------------------------
@@ -106,14 +98,54 @@ typedef struct {
     Norm norm;
     const floatX *inp, *gate; // (B,K); with a gate there is one map
     Linear of[MAPS];          // unused ones have M = 0
-    int K, split;
+    int K;
+    // what linear_plan computes
+    int halves; // of a batch: TWO_GROUPS, ..
+    int each, split_log, batches, chunks; // outputs of a thread block; log2(split); batches of a team, chunks of columns
 } Linears;
+enum { TWO_GROUPS, WITH_GATE, TWO_CHUNKS };
 
-// What the thread blocks of a stage have in shared memory. `weight` and `bias` (K) are the norm's, `stats` (B,groups).
+// What a thread block has in shared memory. width: the columns of the widest norm.
 typedef struct {
-    float *weight, *bias, *dots;
-    GroupStats *stats;
+    float *dots;          // (DECODE_WARPS, 2, PLACES) sums; scores_stage and values_stage use it for other numbers
+    float *weight, *bias; // (width) of the norm
+    floatX *rows;         // (B, width + VEC) the norm's result; the padding avoids bank conflicts
+    GroupStats *stats;    // (B, groups)
 } DecodeShared;
+
+// What a stage does before the barrier: the norm's weight and bias.
+static __device__ void norm_prepare(const Norm &norm, const DecodeShared &shared, int K) {
+    if (norm.kind == NO_NORM) return;
+    for (int k = threadIdx.x; k < K; k += DECODE_THREADS) {
+        shared.weight[k] = norm.weight ? norm.weight[k] + 1 : 1, shared.bias[k] = norm.bias ? norm.bias[k] : 0;
+    }
+}
+
+// The norm of B rows, in shared memory. Passes: 1. a warp computes the moments of every 16th group. 2. a thread has a pair
+// of columns.
+static __device__ void norm_run(const Norm &norm, const DecodeShared &shared, const floatX *inp, int B, int K, float eps) {
+    int g = K / norm.groups;
+    // 1.
+    for (int i = threadIdx.x / WARP; i < B * norm.groups; i += DECODE_WARPS) {
+        GroupStats own = decode_stats_of(norm, decode_moments(norm, inp, i, g), i, g, eps);
+        if (threadIdx.x % WARP == 0) shared.stats[i] = own;
+    }
+    __syncthreads();
+    // 2.
+    for (int b = 0; b < B; b++) {
+        const GroupStats *stats = shared.stats + b * norm.groups;
+        for (int k = 2 * threadIdx.x; k < K; k += 2 * DECODE_THREADS) {
+            float x[2];
+            load<2>(x, inp + (size_t)b * K + k);
+            GroupStats s = stats[0], t = s;
+            if (norm.groups > 1) s = stats[k / g], t = stats[(k + 1) / g];
+            x[0] = (x[0] - s.mean) * s.rstd * shared.weight[k] + shared.bias[k];
+            x[1] = (x[1] - t.mean) * t.rstd * shared.weight[k + 1] + shared.bias[k + 1];
+            store<2>(shared.rows + (size_t)b * (K + VEC) + k, x);
+        }
+    }
+    __syncthreads();
+}
 
 // The map of output o of all maps, which becomes the output of that map; NULL: there is none.
 static __device__ const Linear *map_of(const Linears &l, int *o) {
@@ -124,61 +156,31 @@ static __device__ const Linear *map_of(const Linears &l, int *o) {
     return NULL;
 }
 
-// The outputs of a thread block are first, ..., end - 1, in groups of 8. A team has every `teams`-th group: one of them
-// in a batch if there is a gate, or else two.
-typedef struct {
-    int first, end, teams, team, part, halves, batches, chunks;
-} Share;
-static __device__ Share share_of(const Linears &l) {
-    Share s;
-    int outputs = l.of[0].M + l.of[1].M + l.of[2].M, each = ceil_div(outputs, gridDim.x), warp = threadIdx.x / WARP;
-    s.first = min_int(blockIdx.x * each, outputs), s.end = min_int(s.first + each, outputs);
-    s.teams = DECODE_WARPS / l.split, s.team = warp / l.split, s.part = warp % l.split;
-    s.halves = l.gate ? 1 : 2;
-    s.batches = ceil_div(ceil_div(s.end - s.first, GROUP), s.teams * s.halves);
-    s.chunks = ceil_div(l.K, l.split * STEPS * STEP_COLUMNS);
-    return s;
+// The first output of a group. A team has every `teams`-th group of its thread block.
+static __device__ int group_of(const Linears &l, int batch, int half, int team) {
+    int group = l.halves == TWO_GROUPS ? 2 * batch + half : batch;
+    return blockIdx.x * l.each + ((group << (DECODE_WARPS_LOG - l.split_log)) + team) * GROUP;
 }
-// The first output of a group of a batch.
-static __device__ int group_of(const Share &s, int batch, int half, int team) {
-    return s.first + ((batch * s.halves + half) * s.teams + team) * GROUP;
-}
-static __device__ int column_of(const Linears &l, const Share &s, int chunk, int step) {
-    return ((chunk * STEPS + step) * l.split + s.part) * STEP_COLUMNS + threadIdx.x % 4 * VEC;
+static __device__ int group_end(const Linears &l) { return (blockIdx.x + 1) * l.each; }
+static __device__ int column_of(const Linears &l, int chunk, int half, int step) {
+    int part = threadIdx.x / WARP & ((1 << l.split_log) - 1);
+    if (l.halves == TWO_CHUNKS) chunk = 2 * chunk + half;
+    return (((chunk * STEPS + step) << l.split_log) + part) * STEP_COLUMNS + threadIdx.x % 4 * VEC;
 }
 
 // The weights of a batch, of the columns of a chunk; zeros outside the matrix.
-static __device__ void linear_load(uint4 w[LOADS], const Linears &l, const Share &s, int batch, int chunk) {
+static __device__ void linear_load(uint4 w[LOADS], const Linears &l, int batch, int chunk) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        int o = group_of(s, batch, l.gate ? 0 : half, s.team) + threadIdx.x % WARP / 4, in_map = o;
-        const Linear *map = batch < s.batches && o < s.end ? map_of(l, &in_map) : NULL;
-        const floatX *row = map ? (l.gate && half ? l.gate : map->weight) + (size_t)in_map * l.K : NULL;
+        int o = group_of(l, batch, half, threadIdx.x / WARP >> l.split_log) + threadIdx.x % WARP / 4, in_map = o;
+        const Linear *map = o < group_end(l) ? map_of(l, &in_map) : NULL;
+        const floatX *row = map ? (half && l.gate ? l.gate : map->weight) + (size_t)in_map * l.K : NULL;
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-            int k = column_of(l, s, chunk, step);
+            int k = column_of(l, chunk, half, step);
             w[half * STEPS + step] = row && k < l.K ? *(const uint4 *)(row + k) : make_uint4(0, 0, 0, 0);
         }
     }
-}
-
-// 8 neighbours of a row of norm(inp), rounded; zeros outside the matrix.
-static __device__ uint4 linear_input(const Linears &l, const DecodeShared &shared, int b, int k, int B) {
-    uint4 packed = make_uint4(0, 0, 0, 0);
-    if (b >= B || k >= l.K) return packed;
-    packed = *(const uint4 *)(l.inp + (size_t)b * l.K + k);
-    if (l.norm.kind == NO_NORM) return packed;
-    float x[VEC];
-    load<VEC>(x, (const floatX *)&packed);
-    int g = l.K / l.norm.groups;
-    GroupStats s = shared.stats[b * l.norm.groups + k / g];
-#pragma unroll
-    for (int u = 0; u < VEC; u++) {
-        if (g % VEC != 0) s = shared.stats[b * l.norm.groups + (k + u) / g];
-        x[u] = (x[u] - s.mean) * s.rstd * shared.weight[k + u] + shared.bias[k + u];
-    }
-    store<VEC>((floatX *)&packed, x);
-    return packed;
 }
 
 // What an output is made of beside its sum, and where the sums of its team's first warp are.
@@ -187,15 +189,17 @@ typedef struct {
     float bias, scale, residual;
     int silu, place;
 } Output;
-// Output number i of a batch and a tile, of GROUP outputs of each text of each group.
-static __device__ Output output_of(const Linears &l, const Share &s, int batch, int tile, int i, int B) {
+// Output number i of a batch and a tile of texts. GROUP outputs of a group come first, then other groups, then texts.
+static __device__ Output output_of(const Linears &l, int batch, int tile, int i, int B) {
     Output output = {};
-    int texts = min_int(B - tile * TILE_ROWS, TILE_ROWS), b = i / GROUP % texts, group = i / GROUP / texts;
-    int team = group / s.halves, half = group % s.halves, o = group_of(s, batch, half, team) + i % GROUP;
-    output.place = (team * l.split * 2 + half) * PLACES + b * GROUP + i % GROUP;
-    const Linear *map = team < s.teams && o < s.end ? map_of(l, &o) : NULL;
+    int teams_log = DECODE_WARPS_LOG - l.split_log, halves_log = l.halves == TWO_GROUPS, rest = i / GROUP;
+    int team = rest & ((1 << teams_log) - 1), half = rest >> teams_log & ((1 << halves_log) - 1);
+    int text = rest >> (teams_log + halves_log), b = tile * TILE_ROWS + text;
+    int o = group_of(l, batch, half, team) + i % GROUP;
+    const Linear *map = text < TILE_ROWS && b < B && o < group_end(l) ? map_of(l, &o) : NULL;
     if (map == NULL) return output;
-    size_t at = (size_t)(tile * TILE_ROWS + b) * map->M + o;
+    size_t at = (size_t)b * map->M + o;
+    output.place = ((team << l.split_log) * 2 + half) * PLACES + text * GROUP + i % GROUP;
     output.out = map->out + at, output.silu = map->silu, output.scale = 1;
     if (map->bias) output.bias = to_float(map->bias[o]);
     if (map->scale) output.scale = map->scale[o];
@@ -203,75 +207,85 @@ static __device__ Output output_of(const Linears &l, const Share &s, int batch, 
     return output;
 }
 
-// The sum over the warps of a team.
-static __device__ float team_sum(const float *dots, int split) {
-    float sum = 0;
-    for (int p = 0; p < split; p++) sum += dots[p * 2 * PLACES];
-    return sum;
+// The sum over the lanes that have the parts of an output; all of them get it.
+static __device__ float split_sum(float x, int split) {
+    for (int step = split / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
 }
 
 // Formula: see Linear. w: the first batch. TILES: tiles of 16 texts.
-// Passes: 1. tiles of products, in registers. 2. for each tile of texts, the sums of all warps in shared memory; a thread
-//   for each output and text adds those of its team and applies silu, gate, scale and residual.
+// Passes: 1. tiles of products, in registers. 2. for each tile of texts, the sums of all warps in shared memory; `split`
+//   lanes add those of an output, and apply silu, gate, scale and residual.
 template <int TILES>
 static __device__ void linear_stage(const Linears &l, uint4 w[LOADS], const DecodeShared &shared, int B) {
-    const Share s = share_of(l);
-    int row = threadIdx.x % WARP / 4, pair = threadIdx.x % 4, warp = threadIdx.x / WARP;
-    for (int batch = 0; batch < s.batches; batch++) {
+    int row = threadIdx.x % WARP / 4, pair = threadIdx.x % 4, warp = threadIdx.x / WARP, split = 1 << l.split_log;
+    int stride = l.norm.kind == NO_NORM ? l.K : l.K + VEC;
+    const floatX *x = l.norm.kind == NO_NORM ? l.inp : shared.rows;
+    for (int batch = 0; batch < l.batches; batch++) {
         float c[TILES][2][4] = {};
-        Output output = output_of(l, s, batch, 0, threadIdx.x, B);
+        Output output = output_of(l, batch, 0, threadIdx.x >> l.split_log, B);
         // 1.
-        for (int chunk = 0; chunk < s.chunks; chunk++) {
-            int last = chunk + 1 == s.chunks;
-            uint4 next[LOADS];
-            linear_load(next, l, s, batch + last, last ? 0 : chunk + 1);
+        for (int chunk = 0; chunk < l.chunks; chunk++) {
+            int last = chunk + 1 == l.chunks;
 #pragma unroll
-            for (int step = 0; step < STEPS; step++) {
-                int k = column_of(l, s, chunk, step);
+            for (int i = 0; i < LOADS; i++) {
+                int half = i / STEPS, k = column_of(l, chunk, half, i % STEPS);
+                const uint32_t v[2][2][1] = {{{w[i].x}, {w[i].y}}, {{w[i].z}, {w[i].w}}};
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++) {
-                    uint4 x = linear_input(l, shared, tile * TILE_ROWS + row, k, B);
-                    uint4 y = linear_input(l, shared, tile * TILE_ROWS + row + TILE_ROWS / 2, k, B);
-                    const uint32_t a[2][4][1] = {{{x.x}, {y.x}, {x.y}, {y.y}}, {{x.z}, {y.z}, {x.w}, {y.w}}};
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        uint4 v = w[half * STEPS + step];
-                        const uint32_t b[2][2][1] = {{{v.x}, {v.y}}, {{v.z}, {v.w}}};
-                        multiply<1, 1>(c[tile][half], a[0], b[0]), multiply<1, 1>(c[tile][half], a[1], b[1]);
-                    }
+                    int b = tile * TILE_ROWS + row;
+                    uint4 low = make_uint4(0, 0, 0, 0), high = low; // texts b and b + 8
+                    if (b < B && k < l.K) low = *(const uint4 *)(x + (size_t)b * stride + k);
+                    if (b + 8 < B && k < l.K) high = *(const uint4 *)(x + (size_t)(b + 8) * stride + k);
+                    const uint32_t a[2][4][1] = {{{low.x}, {high.x}, {low.y}, {high.y}},
+                                                 {{low.z}, {high.z}, {low.w}, {high.w}}};
+                    multiply<1, 1>(c[tile][half], a[0], v[0]), multiply<1, 1>(c[tile][half], a[1], v[1]);
                 }
             }
-#pragma unroll
-            for (int i = 0; i < LOADS; i++) w[i] = next[i];
+            if (batch + last < l.batches) linear_load(w, l, batch + last, last ? 0 : chunk + 1);
         }
         // 2.
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            if (tile * TILE_ROWS >= B) break;
+            int texts = min_int(B - tile * TILE_ROWS, TILE_ROWS);
+            if (texts <= 0) break;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                float *to = shared.dots + (warp * 2 + half) * PLACES + row * GROUP + 2 * pair;
+                float2 *to = (float2 *)(shared.dots + (warp * 2 + half) * PLACES + row * GROUP + 2 * pair);
                 const float *sums = c[tile][half];
-                to[0] = sums[0], to[1] = sums[1], to[PLACES / 2] = sums[2], to[PLACES / 2 + 1] = sums[3];
+                if (row < texts) to[0] = make_float2(sums[0], sums[1]);
+                if (row + 8 < texts) to[PLACES / 4] = make_float2(sums[2], sums[3]);
             }
             __syncthreads();
-            int texts = min_int(B - tile * TILE_ROWS, TILE_ROWS);
-            for (int i = threadIdx.x; i < s.teams * s.halves * texts * GROUP; i += DECODE_THREADS) {
-                if (tile > 0 || i >= DECODE_THREADS) output = output_of(l, s, batch, tile, i, B);
-                if (output.out == NULL) continue;
-                float y = team_sum(shared.dots + output.place, l.split) + output.bias;
+            // Lanes of a warp have outputs of their own, or shares of them, so all of them take part.
+            int items = (texts * GROUP * (l.halves == TWO_GROUPS ? 2 : 1)) << DECODE_WARPS_LOG;
+            for (int i = threadIdx.x; i < items; i += DECODE_THREADS) {
+                if (tile > 0 || i >= DECODE_THREADS) output = output_of(l, batch, tile, i >> l.split_log, B);
+                const float *dot = shared.dots + output.place + (i & (split - 1)) * 2 * PLACES;
+                float y = output.out ? dot[0] : 0, other = output.out && l.halves != TWO_GROUPS ? dot[PLACES] : 0;
+                y = split_sum(l.halves == TWO_CHUNKS ? y + other : y, split) + output.bias;
                 if (output.silu) y *= sigmoid(y);
-                if (l.gate) y *= team_sum(shared.dots + output.place + PLACES, l.split);
-                *output.out = to_floatX(y * output.scale + output.residual);
+                if (l.halves == WITH_GATE) y *= split_sum(other, split);
+                if (output.out && (i & (split - 1)) == 0)
+                    *output.out = to_floatX(y * output.scale + output.residual);
             }
             __syncthreads(); // the sums have been read
         }
     }
 }
 
-// The largest split for which a warp's columns fill a batch.
-static int linear_split(int K) {
-    int split = 1;
-    while (split < DECODE_WARPS && split * STEPS * STEP_COLUMNS < K) split *= 2;
-    return split;
+// Deals the outputs out to thread blocks, and each row's columns to the largest `split` for which they fill a batch.
+static void linear_plan(Linears *l, int blocks) {
+    int outputs = 0;
+    for (const Linear &map : l->of) {
+        assert(alignment(map.weight) >= 16); // NULL is aligned
+        outputs += map.M;
+    }
+    assert(alignment(l->gate) >= 16);
+    l->split_log = 0, l->each = ceil_div(outputs, blocks);
+    while (l->split_log < DECODE_WARPS_LOG && (STEPS * STEP_COLUMNS << l->split_log) < l->K) l->split_log++;
+    int groups = ceil_div(l->each, GROUP), teams = DECODE_WARPS >> l->split_log;
+    l->halves = l->gate ? WITH_GATE : groups > teams ? TWO_GROUPS : TWO_CHUNKS;
+    l->batches = ceil_div(groups, l->halves == TWO_GROUPS ? 2 * teams : teams);
+    l->chunks = ceil_div(l->K, (l->halves == TWO_CHUNKS ? 2 : 1) * STEPS * STEP_COLUMNS << l->split_log);
 }
