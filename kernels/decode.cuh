@@ -31,7 +31,7 @@ Measured: see dev/notes/kernels.md.
 #pragma once
 #include "decode_linear.cuh"
 
-enum { MAX_STAGES = 1024, QUAD = 4 }; // QUAD floats in 16 bytes
+enum { MAX_STAGES = 1024, QUAD = 4, WARP_LOG = 5 }; // QUAD floats in 16 bytes
 
 // ----------------------------------------------------------------------------
 // 1. CEMA of a token
@@ -39,50 +39,54 @@ enum { MAX_STAGES = 1024, QUAD = 4 }; // QUAD floats in 16 bytes
 typedef struct {
     floatX *ema;                        // (B,D) result; NULL: nothing to do
     float *h;                           // (B,2,N,D) state, updated
-    const float *weight, *bias, *omega; // (D)
+    const float *omega;                 // (D)
     Coeffs coeffs;                      // (N,D)
     int N;
 } Cema;
 
+enum { CHANNELS = 8, DOWN = WARP / CHANNELS, MODES = 4 };
+
+// MODES of a channel's modes from n on, DOWN apart, and their state. h: the text's.
+typedef struct {
+    float p[MODES], q_re[MODES], q_im[MODES], g_re[MODES], g_im[MODES], re[MODES], im[MODES];
+} CemaModes;
+static __device__ void cema_load(CemaModes *m, const Cema &a, const float *h, int n, int c, int D) {
+    const float *next = h + (size_t)a.N * D;
+#pragma unroll
+    for (int i = 0; i < MODES; i++, n += DOWN) {
+        int at = min_int(n, a.N - 1) * D + c;
+        m->p[i] = a.coeffs.p[at], m->q_re[i] = a.coeffs.q_re[at], m->q_im[i] = a.coeffs.q_im[at];
+        m->g_re[i] = a.coeffs.g_re[at], m->g_im[i] = a.coeffs.g_im[at], m->re[i] = h[at], m->im[i] = next[at];
+    }
+}
+
+// A warp's first channels, 8 of a text.
+static __device__ int cema_unit(void) { return blockIdx.x + threadIdx.x / WARP * gridDim.x; }
+
 // Formula: h = q h + p xt, ema = Re sum_n g_n h_n + omega xt, xt = TimestepNorm(x).
 // Mapping: a warp has 8 channels of a text; lanes c, c + 8, ... share the modes of channel c.
-// Memory: reads and writes 2 N*D floats of h for each text, reads 5 N*D of coefficients.
-// Passes: 1. load MODES modes of each lane. 2. their new state. 3. the sum of four lanes.
-static __device__ void cema_stage(const Cema &a, const Linears &l, const GroupStats *stats, int B) {
-    enum { CHANNELS = 8, DOWN = WARP / CHANNELS, MODES = 4 };
-    int D = l.K, sets = ceil_div(D, CHANNELS), groups = l.norm.groups, lane = threadIdx.x % WARP;
-    size_t modes = (size_t)a.N * D;
-    for (int unit = blockIdx.x + threadIdx.x / WARP * gridDim.x; unit < B * sets; unit += DECODE_WARPS * gridDim.x) {
+// Memory: reads and writes 2 N*D floats of h for each text, reads 5 N*D of coefficients. m: the first modes.
+static __device__ void cema_stage(const Cema &a, CemaModes m, const Linears &l, const DecodeShared &shared, int B) {
+    int D = l.K, sets = ceil_div(D, CHANNELS), lane = threadIdx.x % WARP;
+#pragma unroll 1
+    for (int unit = cema_unit(); unit < B * sets; unit += DECODE_WARPS * gridDim.x) {
         int b = unit / sets, c = unit % sets * CHANNELS + lane % CHANNELS, inside = c < D;
         if (!inside) c = D - 1;
-        GroupStats s = stats[b * groups + c / (D / groups)];
-        float *h = a.h + b * 2 * modes, y = 0;
-        float xt = (to_float(l.inp[(size_t)b * D + c]) - s.mean) * s.rstd * (a.weight[c] + 1) + a.bias[c];
-        xt = to_float(to_floatX(xt));
-        for (int n0 = lane / CHANNELS; n0 < a.N; n0 += MODES * DOWN) {
-            float p[MODES], q_re[MODES], q_im[MODES], g_re[MODES], g_im[MODES], re[MODES], im[MODES];
-            // 1.
+        float *h = a.h + b * 2 * (size_t)a.N * D, *imaginary = h + (size_t)a.N * D;
+        float xt = to_float(shared.rows[(size_t)b * (D + VEC) + c]), y = 0;
+#pragma unroll 1
+        for (int n = lane / CHANNELS; n < a.N; n += MODES * DOWN) {
+            if (unit != cema_unit() || n >= DOWN) cema_load(&m, a, h, n, c, D);
 #pragma unroll
             for (int i = 0; i < MODES; i++) {
-                int n = min_int(n0 + i * DOWN, a.N - 1);
-                size_t at = (size_t)n * D + c;
-                p[i] = a.coeffs.p[at], q_re[i] = a.coeffs.q_re[at], q_im[i] = a.coeffs.q_im[at];
-                g_re[i] = a.coeffs.g_re[at], g_im[i] = a.coeffs.g_im[at];
-                re[i] = h[at], im[i] = h[modes + at];
-            }
-            // 2.
-#pragma unroll
-            for (int i = 0; i < MODES; i++) {
-                int n = n0 + i * DOWN;
-                if (n >= a.N || !inside) break;
-                size_t at = (size_t)n * D + c;
-                float new_re = q_re[i] * re[i] - q_im[i] * im[i] + p[i] * xt;
-                float new_im = q_re[i] * im[i] + q_im[i] * re[i];
-                h[at] = new_re, h[modes + at] = new_im;
-                y += g_re[i] * new_re - g_im[i] * new_im;
+                int at = (n + i * DOWN) * D + c;
+                float re = m.q_re[i] * m.re[i] - m.q_im[i] * m.im[i] + m.p[i] * xt;
+                float im = m.q_re[i] * m.im[i] + m.q_im[i] * m.re[i];
+                if (n + i * DOWN >= a.N || !inside) continue;
+                h[at] = re, imaginary[at] = im;
+                y += m.g_re[i] * re - m.g_im[i] * im;
             }
         }
-        // 3.
         for (int step = CHANNELS; step < WARP; step *= 2) y += __shfl_xor_sync(~0u, y, step);
         if (lane < CHANNELS && inside) a.ema[(size_t)b * D + c] = to_floatX(y + a.omega[c] * xt);
     }
@@ -103,9 +107,11 @@ typedef struct {
 // Mapping: a warp has a group of a text. Memory: reads B*D, writes 2 B*G doubles. Passes: one.
 static __device__ void moments_stage(const MomentsUpdate &a, int B, float eps) {
     int g = a.D / a.norm.groups;
+#pragma unroll 1
     for (int i = blockIdx.x + threadIdx.x / WARP * gridDim.x; i < B * a.norm.groups; i += DECODE_WARPS * gridDim.x) {
-        Moments moments = decode_moments(a.norm, a.x, i, g);
-        GroupStats s = decode_stats_of(a.norm, moments, i, g, eps);
+        GroupStats s;
+        Moments moments = decode_moments(a.norm, a.x, i, g, &s, eps);
+#pragma unroll 1
         for (int c = threadIdx.x % WARP; a.out && c < g; c += WARP) {
             int d = i % a.norm.groups * g + c;
             float x = (to_float(a.x[(size_t)i * g + c]) - s.mean) * s.rstd;
@@ -125,30 +131,28 @@ typedef struct {
     float *cache_k, *cache_v;          // (B,C,Z), (B,C,E) state, updated
     const floatX *z, *v, *r_pre;       // (B,Z), (B,E), (B,E)
     const float *gamma, *beta, *table; // (2,Z), (2,Z), (C,dz/2,2)
-    const int64_t *count;              // (B) tokens before this one
     int Z, E, H, C;
+    // what attention_plan computes
+    int blocks, pairs;           // thread blocks that share a head's keys; heads of which all blocks have one
+    int each_log, per_log;       // log2 of the lanes that read a key, and of the vectors that each of them reads
+    int quads_log, slabs, units; // log2 of the vectors of values in a slab; slabs of a head, of all heads
 } Attention;
 
-// Which keys a warp has. Thread blocks share the heads of all texts: `blocks` of them have a head, `pair` is the first
-// one of this block, `pairs` apart from the next one. In a warp `each` lanes read a key, 1 << per_log vectors each.
+// The keys of a warp are first, first + stride, ..., of heads pair, pair + a.pairs, ...
 typedef struct {
-    int blocks, pair, pairs, each, per_log, first, stride; // keys first, first + stride, ...
+    int pair, first, stride;
 } KeyShare;
-static __device__ KeyShare key_share(const Attention &a, int B) {
-    KeyShare s;
-    int quads = a.Z / a.H / QUAD;
-    s.blocks = max_int((int)gridDim.x / (B * a.H), 1);
-    s.pair = blockIdx.x / s.blocks, s.pairs = (int)gridDim.x / s.blocks;
-    for (s.each = 1; s.each < WARP && s.each < quads;) s.each *= 2;
-    for (s.per_log = 0; s.each << s.per_log < quads;) s.per_log++;
-    s.first = (blockIdx.x % s.blocks * DECODE_WARPS + threadIdx.x / WARP) * (WARP / s.each) + threadIdx.x % WARP / s.each;
-    s.stride = s.blocks * DECODE_WARPS * (WARP / s.each);
-    return s;
+static __device__ KeyShare key_share(const Attention &a) {
+    int together_log = WARP_LOG - a.each_log, part = blockIdx.x % a.blocks * DECODE_WARPS + threadIdx.x / WARP;
+    return KeyShare{(int)blockIdx.x / a.blocks, (part << together_log) + ((int)threadIdx.x % WARP >> a.each_log),
+                    a.blocks * DECODE_WARPS << together_log};
 }
 // The key of a lane's vector number t, and the vector's first column in its head.
-static __device__ int key_of(const KeyShare &s, int t) { return s.first + (t >> s.per_log) * s.stride; }
-static __device__ int key_column(const KeyShare &s, int t) {
-    return ((t & ((1 << s.per_log) - 1)) * s.each + (threadIdx.x & (s.each - 1))) * QUAD;
+static __device__ int key_of(const Attention &a, const KeyShare &s, int t) {
+    return s.first + (t >> a.per_log) * s.stride;
+}
+static __device__ int key_column(const Attention &a, int t) {
+    return (((t & ((1 << a.per_log) - 1)) << a.each_log) + (threadIdx.x & ((1 << a.each_log) - 1))) * QUAD;
 }
 
 // The lane's vectors t, ..., t + LOADS - 1 of its keys of a head.
@@ -157,104 +161,140 @@ static __device__ void keys_load(uint4 w[LOADS], const Attention &a, const KeySh
     const float *keys = a.cache_k + (size_t)(pair / a.H) * a.C * a.Z + pair % a.H * dz;
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        int j = key_of(s, t + i), k = key_column(s, t + i);
-        w[i] = j < last && k < dz ? *(const uint4 *)(keys + (size_t)j * a.Z + k) : make_uint4(0, 0, 0, 0);
+        int j = key_of(a, s, t + i), k = key_column(a, t + i);
+        w[i] = make_uint4(0, 0, 0, 0);
+        if (j < last && k < dz) w[i] = __ldcs((const uint4 *)(keys + j * a.Z + k));
     }
 }
 
-// Formula: scores (B,H,C): q . k_j. q and the key of this token come from z; that key is added to the cache.
-// Memory: reads Z floats for each key. w: the first vectors of the first head.
-// Passes, for each head: 1. a warp computes q and this token's key, in shared memory. 2. dot products.
-static __device__ void scores_stage(const Attention &a, uint4 w[LOADS], float *shared, int B, float eps) {
-    const KeyShare s = key_share(a, B);
-    int dz = a.Z / a.H, lane = threadIdx.x % WARP, warp_first = s.first - lane / s.each;
-    floatX *q = (floatX *)shared, *k = q + dz;
-    for (int pair = s.pair; pair < B * a.H; pair += s.pairs) {
-        int b = pair / a.H, c = pair % a.H * dz, last = chunk_position(a.count, b, 1, a.C);
-        float *scores = a.scores + (size_t)pair * a.C, sum = 0;
-        // 1.
-        if (threadIdx.x < WARP) {
-            const float2 *turns = (const float2 *)a.table + (size_t)last * (dz / 2);
-            qk_head(q, k, a.z + (size_t)b * a.Z + c, a.gamma + c, a.beta + c, turns, a.Z, dz, eps);
+// gamma, beta and rotation of a head in shared memory: (5 dz), as qk_token() wants them.
+static __device__ void qk_prepare(const Attention &a, float *shared, int pair, int position) {
+    int dz = a.Z / a.H, c = pair % a.H * dz;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < dz; i += DECODE_THREADS) {
+        shared[i] = a.gamma[c + i] + 1, shared[dz + i] = a.gamma[a.Z + c + i] + 1;
+        shared[2 * dz + i] = a.beta[c + i], shared[3 * dz + i] = a.beta[a.Z + c + i];
+        shared[4 * dz + i] = a.table[(size_t)position * dz + i];
+    }
+}
+
+// q and k of this token, rounded, in the place of gamma. By a warp. See qk.cuh for the formula.
+static __device__ void qk_token(float *shared, const floatX *z, int dz, float eps) {
+    float squares = 0;
+#pragma unroll 4
+    for (int i = 2 * (threadIdx.x % WARP); i < dz; i += 2 * WARP) {
+        float2 x = load_pair(z + i);
+        squares += x.x * x.x + x.y * x.y;
+    }
+    squares = warp_sum(squares);
+    float s = squares <= LARGE ? 1 / sqrtf(squares / dz + eps) / sqrtf((float)dz) : NAN;
+#pragma unroll 1
+    for (int i = 2 * (threadIdx.x % WARP); i < dz; i += 2 * WARP) {
+        float2 n = load_pair(z + i), turn = *(const float2 *)(shared + 4 * dz + i);
+        n.x *= s, n.y *= s;
+        for (int k = 0; k < 2; k++) {
+            float *gamma = shared + k * dz + i, *beta = gamma + 2 * dz;
+            float2 x = rotate(make_float2(n.x * gamma[0] + beta[0], n.y * gamma[1] + beta[1]), turn, 1);
+            gamma[0] = to_float(to_floatX(x.x)), gamma[1] = to_float(to_floatX(x.y));
         }
+    }
+}
+
+// NaN if it overflowed: -infinity would become a probability of 0.
+static __device__ float finite_or_nan(float x) { return x + (x - x); }
+
+// Formula: scores (B,H,C): q . k_j. q and the key of this token come from z; that key is added to the cache.
+// Memory: reads Z floats for each key. w: the first vectors of the first head. shared: qk_prepare's, of the first head.
+// Passes, for each head: 1. a warp computes q and this token's key, in shared memory. 2. dot products.
+static __device__ void scores_stage(const Attention &a, uint4 w[LOADS], const DecodeShared &all, int B, float eps) {
+    const KeyShare s = key_share(a);
+    int dz = a.Z / a.H, lane = threadIdx.x % WARP, warp_first = s.first - (lane >> a.each_log);
+    float *q = all.dots, *k = q + dz;
+#pragma unroll 1
+    for (int pair = s.pair; pair < B * a.H; pair += a.pairs) {
+        int b = pair / a.H, c = pair % a.H * dz, last = all.positions[b];
+        float *scores = a.scores + (size_t)pair * a.C, sum = 0;
+        if (pair != s.pair) {
+            qk_prepare(a, q, pair, last), keys_load(w, a, s, pair, 0, last);
+            __syncthreads();
+        }
+        // 1.
+        if (threadIdx.x < WARP) qk_token(q, a.z + (size_t)b * a.Z + c, dz, eps);
         __syncthreads();
-        for (int i = threadIdx.x; i < dz && blockIdx.x % s.blocks == 0; i += DECODE_THREADS)
-            a.cache_k[((size_t)b * a.C + last) * a.Z + c + i] = to_float(k[i]);
+        if (threadIdx.x < WARP && blockIdx.x % a.blocks == 0) {
+            float own = 0;
+#pragma unroll 1
+            for (int i = lane; i < dz; i += WARP) {
+                own += q[i] * k[i];
+                a.cache_k[((size_t)b * a.C + last) * a.Z + c + i] = k[i];
+            }
+            own = warp_sum(own);
+            if (lane == 0) scores[last] = finite_or_nan(own);
+        }
         // 2.
-        if (pair != s.pair) keys_load(w, a, s, pair, 0, last);
-        for (int t = 0; warp_first + (t >> s.per_log) * s.stride <= last; t += LOADS) {
+#pragma unroll 1
+        for (int t = 0; warp_first + (t >> a.per_log) * s.stride < last; t += LOADS) {
 #pragma unroll
             for (int i = 0; i < LOADS; i++) {
-                int j = key_of(s, t + i), at = key_column(s, t + i);
-                float query[QUAD] = {}, key[QUAD];
-                memcpy(key, &w[i], sizeof key);
-                if (at < dz) load<QUAD>(query, q + at);
-                if (j == last && at < dz) load<QUAD>(key, k + at);
-#pragma unroll
-                for (int u = 0; u < QUAD; u++) sum += query[u] * key[u];
-                if ((t + i + 1) & ((1 << s.per_log) - 1)) continue; // the key goes on
-                for (int step = s.each / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-                // NaN if it overflowed: -infinity would become a probability of 0
-                if (j <= last && (lane & (s.each - 1)) == 0) scores[j] = sum + (sum - sum);
+                int j = key_of(a, s, t + i), at = key_column(a, t + i);
+                float4 key, query = make_float4(0, 0, 0, 0);
+                memcpy(&key, &w[i], sizeof key);
+                if (at < dz) query = *(const float4 *)(q + at);
+                sum += query.x * key.x + query.y * key.y + query.z * key.z + query.w * key.w;
+                if ((t + i + 1) & ((1 << a.per_log) - 1)) continue; // the key goes on
+                sum = split_sum(sum, 1 << a.each_log);
+                if (j < last && (lane & ((1 << a.each_log) - 1)) == 0) scores[j] = finite_or_nan(sum);
                 sum = 0;
             }
-            keys_load(w, a, s, pair, t + LOADS, last);
+            if (warp_first + ((t + LOADS) >> a.per_log) * s.stride < last) keys_load(w, a, s, pair, t + LOADS, last);
         }
         __syncthreads(); // q and k have been read
     }
 }
 
-// Columns of values are dealt out in slabs of `quads` vectors: 4, or 2 if there would be too few for all thread blocks.
-// A thread has a vector of every `slices`-th key.
-typedef struct {
-    int quads, slabs, units, quad, slice, slices;
-} ValueShare;
-static __device__ ValueShare value_share(const Attention &a, int B) {
-    ValueShare s;
-    int quads = a.E / a.H / QUAD;
-    s.quads = B * a.H * ceil_div(quads, 4) * 2 > (int)gridDim.x ? 4 : 2;
-    s.slabs = ceil_div(quads, s.quads), s.units = B * a.H * s.slabs, s.slices = DECODE_THREADS / s.quads;
-    s.quad = threadIdx.x % s.quads, s.slice = threadIdx.x / s.quads;
-    return s;
+// The column of E of a thread's vector of values; -1: there is none.
+static __device__ int value_column(const Attention &a, int unit) {
+    int dv = a.E / a.H, i = ((unit % a.slabs << a.quads_log) + (threadIdx.x & ((1 << a.quads_log) - 1))) * QUAD;
+    return i < dv ? unit / a.slabs % a.H * dv + i : -1;
 }
-// The column of E of a thread's vector; -1: there is none.
-static __device__ int value_column(const Attention &a, const ValueShare &s, int unit) {
-    int dv = a.E / a.H, i = (unit % s.slabs * s.quads + s.quad) * QUAD;
-    return i < dv ? unit / s.slabs % a.H * dv + i : -1;
-}
-static __device__ void values_load(uint4 w[LOADS], const Attention &a, const ValueShare &s, int unit, int j0, int last) {
-    int column = value_column(a, s, unit), b = unit / s.slabs / a.H;
+// Its vectors of every `slices`-th key from j on.
+static __device__ void values_load(uint4 w[LOADS], const Attention &a, int unit, int j, int last) {
+    int column = value_column(a, unit), b = unit / a.slabs / a.H, slices = DECODE_THREADS >> a.quads_log;
+    const float *values = a.cache_v + (size_t)b * a.C * a.E + column;
 #pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-        int j = j0 + i * s.slices;
-        const float *value = a.cache_v + ((size_t)b * a.C + j) * a.E + column;
-        w[i] = j < last && column >= 0 ? *(const uint4 *)value : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < LOADS; i++, j += slices) {
+        w[i] = make_uint4(0, 0, 0, 0);
+        if (j < last && column >= 0) w[i] = __ldcs((const uint4 *)(values + (size_t)j * a.E));
     }
 }
 
 // Formula: gated = o silu(r), o = softmax(scores) values. This token's value is added to the cache.
-// Memory: reads E floats for each key. w: the first vectors of the first unit.
-// Passes, for each slab: 1. sums over a thread's keys, relative to the largest score of its warp so far. 2. over the warp.
-//   3. over the thread block: 16 lanes add what 16 warps have of a column.
-static __device__ void values_stage(const Attention &a, uint4 w[LOADS], float *shared, int B) {
+// Mapping: columns are dealt out in slabs of 2 or 4 vectors; a thread has a vector of every `slices`-th key.
+// Memory: reads E floats for each key. w: the first vectors of the first unit, which is a slab of a head of a text.
+// Passes, for each unit: 1. sums over a thread's keys, relative to the largest score of its warp so far. 2. this token.
+//   3. sums over the warp. 4. over the thread block: 16 lanes add what 16 warps have of a column.
+static __device__ void values_stage(const Attention &a, uint4 w[LOADS], const DecodeShared &all) {
     enum { NUMBERS = QUAD + 1 }; // of a vector: its sums and that of the probabilities
-    const ValueShare s = value_share(a, B);
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, dv = a.E / a.H;
-    for (int unit = blockIdx.x; unit < s.units; unit += gridDim.x) {
-        int pair = unit / s.slabs, b = pair / a.H, last = chunk_position(a.count, b, 1, a.C);
-        int column = value_column(a, s, unit), out = unit % s.slabs * s.quads * QUAD + (int)threadIdx.x / DECODE_WARPS;
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, dv = a.E / a.H, quads = 1 << a.quads_log;
+    int slices = DECODE_THREADS >> a.quads_log, slice = threadIdx.x >> a.quads_log;
+    float *shared = all.dots, *maxima = shared + DECODE_WARPS * 4 * NUMBERS;
+#pragma unroll 1
+    for (int unit = blockIdx.x; unit < a.units; unit += gridDim.x) {
+        int pair = unit / a.slabs, b = pair / a.H, last = all.positions[b], column = value_column(a, unit);
+        int item = threadIdx.x / DECODE_WARPS, out = unit % a.slabs * quads * QUAD + item; // in 4.
         const float *scores = a.scores + (size_t)pair * a.C;
-        float max = -INFINITY, sums[NUMBERS] = {}, own[QUAD] = {}, r = 0;
-        size_t at = (size_t)b * a.E + pair % a.H * dv + out; // in 3.
-        bool writes = (int)threadIdx.x / DECODE_WARPS < s.quads * QUAD && out < dv;
+        float max = -INFINITY, sums[NUMBERS] = {}, own[QUAD] = {}, r = 0, own_score = scores[last];
+        size_t at = (size_t)b * a.E + pair % a.H * dv + out;
+        bool writes = item < quads * QUAD && out < dv;
         if (writes) r = to_float(a.r_pre[at]);
         if (column >= 0) load<QUAD>(own, a.v + (size_t)b * a.E + column);
-        if (unit != (int)blockIdx.x) values_load(w, a, s, unit, s.slice, last);
+        if (unit != (int)blockIdx.x) values_load(w, a, unit, slice, last);
         // 1.
-        for (int j0 = s.slice; j0 - lane / s.quads <= last; j0 += LOADS * s.slices) {
+#pragma unroll 1
+        for (int j = slice; j - (lane >> a.quads_log) < last; j += LOADS * slices) {
             float score[LOADS], new_max = max;
 #pragma unroll
-            for (int i = 0; i < LOADS; i++) score[i] = j0 + i * s.slices <= last ? scores[j0 + i * s.slices] : -INFINITY;
+            for (int i = 0; i < LOADS; i++) score[i] = j + i * slices < last ? scores[j + i * slices] : -INFINITY;
 #pragma unroll
             for (int i = 0; i < LOADS; i++) new_max = fmaxf(new_max, score[i]);
             new_max = warp_max(new_max);
@@ -264,40 +304,53 @@ static __device__ void values_stage(const Attention &a, uint4 w[LOADS], float *s
             for (int u = 0; u < NUMBERS; u++) sums[u] *= old;
 #pragma unroll
             for (int i = 0; i < LOADS; i++) {
-                int j = j0 + i * s.slices;
                 float p = exp_fast(score[i] - max), value[QUAD];
                 memcpy(value, &w[i], sizeof value);
-                if (j == last && column >= 0) {
-                    memcpy(value, own, sizeof value);
-                    memcpy(a.cache_v + ((size_t)b * a.C + j) * a.E + column, own, sizeof own);
-                }
 #pragma unroll
                 for (int u = 0; u < QUAD; u++) sums[u] += p * value[u];
                 sums[QUAD] += p;
             }
-            values_load(w, a, s, unit, j0 + LOADS * s.slices, last);
+            if (j - (lane >> a.quads_log) + LOADS * slices < last) values_load(w, a, unit, j + LOADS * slices, last);
         }
         // 2.
+        float old = max;
+        max = fmaxf(max, own_score);
+        float share = old > -INFINITY ? exp_fast(old - max) : 0, p = slice == last % slices ? exp_fast(own_score - max) : 0;
 #pragma unroll
-        for (int u = 0; u < NUMBERS; u++) {
-            for (int step = s.quads; step < WARP; step *= 2) sums[u] += __shfl_xor_sync(~0u, sums[u], step);
+        for (int u = 0; u < NUMBERS; u++) sums[u] = sums[u] * share + p * (u < QUAD ? own[u % QUAD] : 1);
+        if (slice == last % slices && column >= 0)
+            *(float4 *)(a.cache_v + ((size_t)b * a.C + last) * a.E + column) = make_float4(own[0], own[1], own[2], own[3]);
+        // 3.
+#pragma unroll 1
+        for (int step = quads; step < WARP; step *= 2) {
+#pragma unroll
+            for (int u = 0; u < NUMBERS; u++) sums[u] += __shfl_xor_sync(~0u, sums[u], step);
         }
-        float *maxima = shared + DECODE_WARPS * 4 * NUMBERS;
 #pragma unroll
         for (int u = 0; u < NUMBERS; u++) {
-            if (lane < s.quads) shared[(warp * s.quads + lane) * NUMBERS + u] = sums[u];
+            if (lane < quads) shared[(warp * quads + lane) * NUMBERS + u] = sums[u];
         }
         if (lane == 0) maxima[warp] = max;
         __syncthreads();
-        // 3.
-        int from = threadIdx.x % DECODE_WARPS, i = (int)threadIdx.x / DECODE_WARPS;
-        const float *numbers = shared + (from * s.quads + i / QUAD % s.quads) * NUMBERS;
-        float share = exp_fast(maxima[from] - warp_max(maxima[from]));
+        // 4.
+        int from = threadIdx.x % DECODE_WARPS;
+        const float *numbers = shared + (from * quads + item / QUAD % quads) * NUMBERS;
+        share = exp_fast(maxima[from] - warp_max(maxima[from]));
         float sum = split_sum(share * numbers[QUAD], DECODE_WARPS);
-        float o = split_sum(share * numbers[i % QUAD], DECODE_WARPS) / sum;
-        if (writes && from == 0) a.gated[at] = to_floatX(o * (r * sigmoid(r)));
+        float o = split_sum(share * numbers[item % QUAD], DECODE_WARPS);
+        if (writes && from == 0) a.gated[at] = to_floatX(o / sum * r * sigmoid_fast(r));
         __syncthreads(); // the sums have been read
     }
+}
+
+// Deals keys and values out to thread blocks. Slabs have 4 vectors, or 2 if there would be too few.
+static void attention_plan(Attention *a, int B, int blocks) {
+    int pairs = B * a->H, key = a->Z / a->H / QUAD, value = a->E / a->H / QUAD;
+    a->blocks = max_int(blocks / pairs, 1), a->pairs = blocks / a->blocks;
+    for (a->each_log = 0; a->each_log < WARP_LOG && 1 << a->each_log < key;) a->each_log++;
+    for (a->per_log = 0; 1 << (a->each_log + a->per_log) < key;) a->per_log++;
+    a->quads_log = pairs * ceil_div(value, 4) * 2 > blocks ? 2 : 1;
+    a->slabs = ceil_div(value, 1 << a->quads_log), a->units = pairs * a->slabs;
 }
 
 // ----------------------------------------------------------------------------
@@ -314,30 +367,47 @@ typedef struct {
 
 static __device__ Stage decode_stages[MAX_STAGES]; // of this token
 
-// What can be loaded before the stages before this one have ended.
-static __device__ void stage_prepare(const Stage &a, uint4 w[LOADS], const DecodeShared &shared, int B) {
+// What a thread has loaded before a stage begins.
+typedef struct {
+    uint4 w[LOADS];
+    Output output;
+    CemaModes modes;
+} Ahead;
+
+// Loads what no stage since the one before the last writes.
+static __device__ void stage_prepare(Ahead *ahead, const Stage &a, const DecodeShared &shared, int B) {
     const Attention &at = a.attention;
-    if (a.kind == LINEAR_STAGE) {
-        if (a.linear.batches > 0) linear_load(w, a.linear, 0, 0);
-        norm_prepare(a.linear.norm, shared, a.linear.K);
-    } else if (a.kind == SCORES_STAGE) {
-        const KeyShare s = key_share(at, B);
-        int b = min_int(s.pair / at.H, B - 1);
-        if (s.pair < B * at.H) keys_load(w, at, s, s.pair, 0, chunk_position(at.count, b, 1, at.C));
-    } else {
-        const ValueShare s = value_share(at, B);
-        int unit = blockIdx.x, b = min_int(unit / s.slabs / at.H, B - 1);
-        if (unit < s.units) values_load(w, at, s, unit, s.slice, chunk_position(at.count, b, 1, at.C));
+    int sets = ceil_div(a.linear.K, CHANNELS), unit = cema_unit(), lane = threadIdx.x % WARP;
+    if (a.kind == LINEAR_STAGE && a.linear.batches > 0) {
+        linear_load(ahead->w, a.linear, 0, 0);
+        ahead->output = output_of(a.linear, 0, 0, threadIdx.x >> a.linear.split_log, B);
+    }
+    if (a.kind == LINEAR_STAGE) norm_prepare(a.linear.norm, shared, a.linear.K);
+    if (a.cema.ema && unit < B * sets) {
+        int c = min_int(unit % sets * CHANNELS + lane % CHANNELS, a.linear.K - 1);
+        const float *h = a.cema.h + unit / sets * 2 * (size_t)a.cema.N * a.linear.K;
+        cema_load(&ahead->modes, a.cema, h, lane / CHANNELS, c, a.linear.K);
+    }
+    if (a.kind == SCORES_STAGE) {
+        const KeyShare s = key_share(at);
+        if (s.pair < B * at.H) {
+            int last = shared.positions[s.pair / at.H];
+            keys_load(ahead->w, at, s, s.pair, 0, last), qk_prepare(at, shared.dots, s.pair, last);
+        }
+    }
+    if (a.kind == VALUES_STAGE && (int)blockIdx.x < at.units) {
+        int last = shared.positions[blockIdx.x / at.slabs / at.H];
+        values_load(ahead->w, at, blockIdx.x, threadIdx.x >> at.quads_log, last);
     }
 }
 
 template <int TILES>
-static __device__ void stage_run(const Stage &a, uint4 w[LOADS], const DecodeShared &shared, int B, float eps) {
-    if (a.kind == SCORES_STAGE) return scores_stage(a.attention, w, shared.dots, B, eps);
-    if (a.kind == VALUES_STAGE) return values_stage(a.attention, w, shared.dots, B);
+static __device__ void stage_run(const Stage &a, Ahead *ahead, const DecodeShared &shared, int B, float eps) {
+    if (a.kind == SCORES_STAGE) return scores_stage(a.attention, ahead->w, shared, B, eps);
+    if (a.kind == VALUES_STAGE) return values_stage(a.attention, ahead->w, shared);
     if (a.linear.norm.kind != NO_NORM) norm_run(a.linear.norm, shared, a.linear.inp, B, a.linear.K, eps);
-    if (a.cema.ema) cema_stage(a.cema, a.linear, shared.stats, B);
-    linear_stage<TILES>(a.linear, w, shared, B);
+    if (a.cema.ema) cema_stage(a.cema, ahead->modes, a.linear, shared, B);
+    linear_stage<TILES>(a.linear, ahead->w, ahead->output, shared, B);
     if (a.moments.x) moments_stage(a.moments, B, eps);
 }
 
@@ -359,34 +429,36 @@ static __device__ void barrier_wait(unsigned arrivals) {
 #endif
 }
 
-// Copies a stage's description to shared memory.
-static __device__ void stage_load(Stage *to, int stage) {
-    const uint32_t *from = (const uint32_t *)&decode_stages[stage];
-    for (size_t i = threadIdx.x; i < sizeof(Stage) / sizeof *from; i += DECODE_THREADS) ((uint32_t *)to)[i] = from[i];
-}
-
-// Stages first, ..., end - 1. arrivals: at the first barrier. width: most columns of a norm.
+// Stages first, ..., end - 1. count (B): tokens before this one. arrivals: at the first barrier. width: the columns of the
+// widest norm. A thread has a word of the next stage's description.
 template <int TILES>
 static __global__ void __launch_bounds__(DECODE_THREADS, 1)
-    decode_kernel(int first, int end, unsigned arrivals, int width, int B, float eps) {
+    decode_kernel(int first, int end, const int64_t *count, int C, unsigned arrivals, int width, int B, float eps) {
+    const int words = sizeof(Stage) / sizeof(uint32_t);
+    static_assert(words <= (int)DECODE_THREADS, "a thread has a word of a description");
     extern __shared__ float4 decode_shared[];
     __shared__ Stage stages[2]; // this stage's description and the next one's
+    __shared__ int positions[DECODE_ROWS];
     DecodeShared shared;
     shared.dots = (float *)decode_shared, shared.weight = shared.dots + DECODE_WARPS * 2 * PLACES;
     shared.bias = shared.weight + width, shared.rows = (floatX *)(shared.bias + width);
-    shared.stats = (GroupStats *)(shared.rows + B * (width + VEC));
-    uint4 w[LOADS];
-    stage_load(&stages[first % 2], first);
+    shared.stats = (GroupStats *)(shared.rows + B * (width + VEC)), shared.positions = positions;
+    Ahead ahead = {};
+    int word = min_int(threadIdx.x, words - 1);
+    ((uint32_t *)&stages[first % 2])[word] = ((const uint32_t *)&decode_stages[first])[word];
+    if (count && (int)threadIdx.x < B) positions[threadIdx.x] = (int)(count[threadIdx.x] % C);
     __syncthreads();
-    stage_prepare(stages[first % 2], w, shared, B);
+    stage_prepare(&ahead, stages[first % 2], shared, B);
     __syncthreads();
+#pragma unroll 1
     for (int stage = first; stage < end; stage++, arrivals += gridDim.x) {
-        if (stage + 1 < end) stage_load(&stages[(stage + 1) % 2], stage + 1);
-        stage_run<TILES>(stages[stage % 2], w, shared, B, eps);
+        uint32_t next = ((const uint32_t *)&decode_stages[min_int(stage + 1, end - 1)])[word];
+        stage_run<TILES>(stages[stage % 2], &ahead, shared, B, eps);
         if (stage + 1 == end) return;
+        ((uint32_t *)&stages[(stage + 1) % 2])[word] = next;
         __syncthreads(); // the thread block has done its part
         if (threadIdx.x == 0) barrier_arrive();
-        stage_prepare(stages[(stage + 1) % 2], w, shared, B);
+        stage_prepare(&ahead, stages[(stage + 1) % 2], shared, B);
         if (threadIdx.x == 0) barrier_wait(arrivals);
         __syncthreads();
     }
@@ -402,7 +474,8 @@ static size_t decode_shared_bytes(int width, int groups, int B) {
 }
 
 static unsigned decode_arrived; // as decode_arrivals, when what has been launched has run
-template <int TILES> static void decode_launch(int first, int end, int width, size_t shared, int B, double eps) {
+template <int TILES>
+static void decode_launch(int first, int end, const int64_t *count, int C, int width, size_t shared, int B, double eps) {
     allow_shared(decode_kernel<TILES>, shared);
 #ifdef __CUDACC__
     cudaLaunchAttribute together;
@@ -410,22 +483,26 @@ template <int TILES> static void decode_launch(int first, int end, int width, si
     together.id = cudaLaunchAttributeCooperative, together.val.cooperative = 1;
     config.gridDim = gpu.processors, config.blockDim = DECODE_THREADS, config.dynamicSmemBytes = shared;
     config.attrs = &together, config.numAttrs = 1;
-    cudaCheck(cudaLaunchKernelEx(&config, decode_kernel<TILES>, first, end, decode_arrived + gpu.processors, width,
-                                 B,
-                                 (float)eps));
+    cudaCheck(cudaLaunchKernelEx(&config, decode_kernel<TILES>, first, end, count, C,
+                                 decode_arrived + gpu.processors, width, B, (float)eps));
     decode_arrived += (unsigned)(gpu.processors * (end - first - 1));
 #else // the emulator runs thread blocks one after another
     for (int i = first; i < end; i++)
-        decode_kernel<TILES><<<gpu.processors, DECODE_THREADS, shared>>>(i, i + 1, decode_arrived, width, B, (float)eps);
+        decode_kernel<TILES><<<gpu.processors, DECODE_THREADS, shared>>>(i, i + 1, count, C, decode_arrived, width, B,
+                                                                    (float)eps);
 #endif
 }
 
-// Runs n stages, whose descriptions are kept on the device from `first` on: those of a token rarely change.
-static void decode_run(Stage *stages, int first, int n, int B, double eps) {
+// Runs n stages, whose descriptions are kept on the device from `first` on: those of a token rarely change. count (B): the
+// tokens before this one, in chunks of C, or NULL if no stage needs them.
+static void decode_run(Stage *stages, int first, int n, const int64_t *count, int C, int B, double eps) {
     static Stage kept[MAX_STAGES];
     int width = 0, groups = 0;
     assert(first + n <= MAX_STAGES && B <= DECODE_ROWS);
-    for (int i = 0; i < n; i++) linear_plan(&stages[i].linear, gpu.processors);
+    for (int i = 0; i < n; i++) {
+        if (stages[i].kind == LINEAR_STAGE) linear_plan(&stages[i].linear, gpu.processors);
+        if (stages[i].kind != LINEAR_STAGE) attention_plan(&stages[i].attention, B, gpu.processors);
+    }
     if (memcmp(kept + first, stages, n * sizeof *stages) != 0) {
         memcpy((void *)(kept + first), stages, n * sizeof *stages);
         cudaCheck(cudaMemcpyToSymbolAsync(decode_stages, kept + first, n * sizeof *stages, first * sizeof *stages,
@@ -437,9 +514,9 @@ static void decode_run(Stage *stages, int first, int n, int B, double eps) {
     }
     size_t shared = decode_shared_bytes(width, groups, B);
     if (B <= TILE_ROWS)
-        decode_launch<1>(first, first + n, width, shared, B, eps);
+        decode_launch<1>(first, first + n, count, C, width, shared, B, eps);
     else
-        decode_launch<DECODE_ROWS / TILE_ROWS>(first, first + n, width, shared, B, eps);
+        decode_launch<DECODE_ROWS / TILE_ROWS>(first, first + n, count, C, width, shared, B, eps);
 }
 
 // ----------------------------------------------------------------------------
@@ -497,7 +574,7 @@ static void decode_block(Stage *stages, Model *m, int layer, const State *state)
     stages[0] = linear_stage_new(x, d.D, TIMESTEP_NORM, NULL, NULL);
     stages[0].linear.norm = norm;
     stages[0].linear.of[0] = linear_of(m, s->v, w->wv, w->wv_bias, d.E), stages[0].linear.of[0].silu = 1;
-    stages[0].cema = Cema{a->ema, h, w->timenorm_weight, w->timenorm_bias, w->cema_omega, m->coeffs[layer], d.N};
+    stages[0].cema = Cema{a->ema, h, w->cema_omega, m->coeffs[layer], d.N};
     // 2.
     stages[1] = linear_stage_new(a->ema, d.D, RMS_NORM, w->rmsnorm_weight, NULL);
     stages[1].linear.of[0] = linear_of(m, a->r_pre, w->wr, w->wr_bias, d.E);
@@ -508,7 +585,7 @@ static void decode_block(Stage *stages, Model *m, int layer, const State *state)
     stages[2] = stage_new(SCORES_STAGE), stages[3] = stage_new(VALUES_STAGE);
     stages[2].attention = stages[3].attention = Attention{
         s->gated, scores, state->k + row * d.C * d.Z, state->v + row * d.C * d.E, a->z, s->v, a->r_pre, w->gamma,
-        w->beta, m->rope, state->count, d.Z, d.E, d.H, d.C};
+        w->beta, m->rope, d.Z, d.E, d.H, d.C, 0, 0, 0, 0, 0, 0, 0};
     // 5.
     stages[4] = linear_stage_new(s->gated, d.E, NO_NORM, NULL, NULL);
     stages[4].linear.of[0] = linear_of(m, a->y, w->wh2, NULL, d.D), stages[4].linear.of[0].residual = a->y;
@@ -530,7 +607,7 @@ static bool decode_fast_supports(const Model *m, const State *state) {
            d.F % VEC == 0 && d.Z / d.H % QUAD == 0 && d.E / d.H % QUAD == 0 &&
            LAYER_STAGES * m->config.num_layers + 2 <= MAX_STAGES &&
            decode_shared_bytes(d.D, d.G, d.B) <= gpu.max_shared - SHARED_DECLARED &&
-           2 * (d.Z / d.H) * sizeof(floatX) <= DECODE_WARPS * 2 * PLACES * sizeof(float);
+           5 * (d.Z / d.H) * sizeof(float) <= DECODE_WARPS * 2 * PLACES * sizeof(float);
 }
 
 static void decode_token(Model *m, State *state) {
@@ -545,7 +622,7 @@ static void decode_token(Model *m, State *state) {
         timestep_norm_of(m->params.final_norm_weight, m->params.final_norm_bias, moments, d.G), moments, m->x[layers],
         m->final, d.D);
     embedding_forward(m->x[0], m->tokens, rounded(m, m->params.embed), embedding_scale(&m->config), d.B, d.D);
-    decode_run(stages, 0, n + 1, d.B, m->config.norm_eps);
+    decode_run(stages, 0, n + 1, state->count, d.C, d.B, m->config.norm_eps);
     advance(state->count, d.B, 1);
     free(stages);
 }
@@ -558,5 +635,5 @@ static bool decode_logits_supports(const Model *m, int rows) {
 static void decode_logits(Model *m, size_t first, int rows) {
     Stage stage = linear_stage_new(m->final + first * m->dims.D, m->dims.D, NO_NORM, NULL, NULL);
     stage.linear.of[0] = linear_of(m, m->scratch.logits, m->params.output, NULL, m->dims.V);
-    decode_run(&stage, MAX_STAGES - 1, 1, rows, 0);
+    decode_run(&stage, MAX_STAGES - 1, 1, NULL, 1, rows, 0);
 }

@@ -53,34 +53,44 @@ typedef struct {
     float mean, rstd;
 } GroupStats;
 
-// A warp's sums of x - first and of their squares, of n elements.
-template <int W> static __device__ float2 decode_sums(const floatX *x, int n, float first) {
+// A warp's sum of x - first and of its square, over n elements.
+static __device__ float2 decode_sums(const floatX *x, int n, float first) {
     float2 sums = {0, 0};
-#pragma unroll 4
-    for (int i = threadIdx.x % WARP * W; i < n; i += WARP * W) {
-        float v[W];
-        load<W>(v, x + i);
+    if (n % VEC != 0) {
+#pragma unroll 1
+        for (int i = threadIdx.x % WARP; i < n; i += WARP) {
+            float v = to_float(x[i]) - first;
+            sums.x += v, sums.y += v * v;
+        }
+        n = 0;
+    }
+#pragma unroll 2
+    for (int i = threadIdx.x % WARP * VEC; i < n; i += WARP * VEC) {
+        float v[VEC];
+        load<VEC>(v, x + i);
 #pragma unroll
-        for (int u = 0; u < W; u++) sums.x += v[u] - first, sums.y += (v[u] - first) * (v[u] - first);
+        for (int u = 0; u < VEC; u++) v[u] -= first, sums.x += v[u], sums.y += v[u] * v[u];
     }
     return make_float2(warp_sum(sums.x), warp_sum(sums.y));
 }
 
 // Moments of one of the B*groups groups, merged with those of the tokens before. By a warp. Sums are relative to the
 // group's first element, so that a large mean costs no digits. NaN if a sum of squares overflows.
-static __device__ Moments decode_moments(const Norm &norm, const floatX *inp, int i, int g) {
+static __device__ __noinline__ Moments decode_moments(const Norm &norm, const floatX *inp, int i, int g, GroupStats *stats,
+                                                      float eps) {
     const floatX *x = inp + (size_t)i * g;
     float first = norm.kind == RMS_NORM ? 0 : to_float(x[0]);
-    float2 sums = g % VEC == 0 ? decode_sums<VEC>(x, g, first) : decode_sums<1>(x, g, first);
-    float mean = norm.kind == RMS_NORM ? 0 : sums.x / g;
-    Moments own = {(double)first + mean, sums.y <= LARGE ? fmaxf(sums.y - sums.x * mean, 0) : NAN};
-    if (norm.kind != TIMESTEP_NORM) return own;
-    return merge((double)g * (double)norm.count[i / norm.groups], Moments{norm.mean[i], norm.m2[i]}, g, own);
-}
-static __device__ GroupStats decode_stats_of(const Norm &norm, Moments moments, int i, int g, float eps) {
-    float variance = (float)moments.m2 / g;
-    if (norm.kind == TIMESTEP_NORM) variance = (float)(moments.m2 / (g * (double)(norm.count[i / norm.groups] + 1)));
-    return GroupStats{(float)moments.mean, 1 / sqrtf(variance + eps)};
+    float2 sums = decode_sums(x, g, first);
+    float mean = norm.kind == RMS_NORM ? 0 : sums.x / g, m2 = sums.y <= LARGE ? fmaxf(sums.y - sums.x * mean, 0) : NAN;
+    Moments all = {(double)first + mean, m2};
+    float variance = m2 / g;
+    if (norm.kind == TIMESTEP_NORM) {
+        double before = (double)g * (double)norm.count[i / norm.groups];
+        all = merge(before, Moments{norm.mean[i], norm.m2[i]}, g, all);
+        variance = (float)(all.m2 / (before + g));
+    }
+    stats->mean = (float)all.mean, stats->rstd = 1 / sqrtf(variance + eps);
+    return all;
 }
 
 // ----------------------------------------------------------------------------
@@ -111,11 +121,13 @@ typedef struct {
     float *weight, *bias; // (width) of the norm
     floatX *rows;         // (B, width + VEC) the norm's result; the padding avoids bank conflicts
     GroupStats *stats;    // (B, groups)
+    int *positions;       // (B) of this token in its chunk
 } DecodeShared;
 
 // What a stage does before the barrier: the norm's weight and bias.
 static __device__ void norm_prepare(const Norm &norm, const DecodeShared &shared, int K) {
     if (norm.kind == NO_NORM) return;
+#pragma unroll 2
     for (int k = threadIdx.x; k < K; k += DECODE_THREADS) {
         shared.weight[k] = norm.weight ? norm.weight[k] + 1 : 1, shared.bias[k] = norm.bias ? norm.bias[k] : 0;
     }
@@ -127,13 +139,16 @@ static __device__ void norm_run(const Norm &norm, const DecodeShared &shared, co
     int g = K / norm.groups;
     // 1.
     for (int i = threadIdx.x / WARP; i < B * norm.groups; i += DECODE_WARPS) {
-        GroupStats own = decode_stats_of(norm, decode_moments(norm, inp, i, g), i, g, eps);
+        GroupStats own;
+        decode_moments(norm, inp, i, g, &own, eps);
         if (threadIdx.x % WARP == 0) shared.stats[i] = own;
     }
     __syncthreads();
     // 2.
+#pragma unroll 1
     for (int b = 0; b < B; b++) {
         const GroupStats *stats = shared.stats + b * norm.groups;
+#pragma unroll 1
         for (int k = 2 * threadIdx.x; k < K; k += 2 * DECODE_THREADS) {
             float x[2];
             load<2>(x, inp + (size_t)b * K + k);
@@ -149,6 +164,7 @@ static __device__ void norm_run(const Norm &norm, const DecodeShared &shared, co
 
 // The map of output o of all maps, which becomes the output of that map; NULL: there is none.
 static __device__ const Linear *map_of(const Linears &l, int *o) {
+#pragma unroll 1
     for (int i = 0; i < MAPS; i++) {
         if (*o < l.of[i].M) return &l.of[i];
         *o -= l.of[i].M;
@@ -171,14 +187,18 @@ static __device__ int column_of(const Linears &l, int chunk, int half, int step)
 // The weights of a batch, of the columns of a chunk; zeros outside the matrix.
 static __device__ void linear_load(uint4 w[LOADS], const Linears &l, int batch, int chunk) {
 #pragma unroll
+    for (int i = 0; i < LOADS; i++) w[i] = make_uint4(0, 0, 0, 0);
+#pragma unroll
     for (int half = 0; half < 2; half++) {
-        int o = group_of(l, batch, half, threadIdx.x / WARP >> l.split_log) + threadIdx.x % WARP / 4, in_map = o;
-        const Linear *map = o < group_end(l) ? map_of(l, &in_map) : NULL;
-        const floatX *row = map ? (half && l.gate ? l.gate : map->weight) + (size_t)in_map * l.K : NULL;
+        int o = group_of(l, batch, half, threadIdx.x / WARP >> l.split_log) + threadIdx.x % WARP / 4;
+        if (o >= group_end(l)) continue;
+        const Linear *map = map_of(l, &o);
+        if (map == NULL) continue;
+        int k = column_of(l, chunk, half, 0), apart = STEP_COLUMNS << l.split_log;
+        const floatX *row = (half && l.gate ? l.gate : map->weight) + (size_t)o * l.K + k;
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-            int k = column_of(l, chunk, half, step);
-            w[half * STEPS + step] = row && k < l.K ? *(const uint4 *)(row + k) : make_uint4(0, 0, 0, 0);
+            if (k + step * apart < l.K) w[half * STEPS + step] = __ldcs((const uint4 *)(row + step * apart));
         }
     }
 }
@@ -209,22 +229,25 @@ static __device__ Output output_of(const Linears &l, int batch, int tile, int i,
 
 // The sum over the lanes that have the parts of an output; all of them get it.
 static __device__ float split_sum(float x, int split) {
+#pragma unroll 1
     for (int step = split / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
 }
 
-// Formula: see Linear. w: the first batch. TILES: tiles of 16 texts.
+// Formula: see Linear. w: the first batch. output: the thread's first one. TILES: tiles of 16 texts.
 // Passes: 1. tiles of products, in registers. 2. for each tile of texts, the sums of all warps in shared memory; `split`
 //   lanes add those of an output, and apply silu, gate, scale and residual.
 template <int TILES>
-static __device__ void linear_stage(const Linears &l, uint4 w[LOADS], const DecodeShared &shared, int B) {
+static __device__ void linear_stage(const Linears &l, uint4 w[LOADS], Output output, const DecodeShared &shared, int B) {
     int row = threadIdx.x % WARP / 4, pair = threadIdx.x % 4, warp = threadIdx.x / WARP, split = 1 << l.split_log;
     int stride = l.norm.kind == NO_NORM ? l.K : l.K + VEC;
     const floatX *x = l.norm.kind == NO_NORM ? l.inp : shared.rows;
+    x += (size_t)row * stride;
+#pragma unroll 1
     for (int batch = 0; batch < l.batches; batch++) {
         float c[TILES][2][4] = {};
-        Output output = output_of(l, batch, 0, threadIdx.x >> l.split_log, B);
         // 1.
+#pragma unroll 1
         for (int chunk = 0; chunk < l.chunks; chunk++) {
             int last = chunk + 1 == l.chunks;
 #pragma unroll
@@ -235,8 +258,9 @@ static __device__ void linear_stage(const Linears &l, uint4 w[LOADS], const Deco
                 for (int tile = 0; tile < TILES; tile++) {
                     int b = tile * TILE_ROWS + row;
                     uint4 low = make_uint4(0, 0, 0, 0), high = low; // texts b and b + 8
-                    if (b < B && k < l.K) low = *(const uint4 *)(x + (size_t)b * stride + k);
-                    if (b + 8 < B && k < l.K) high = *(const uint4 *)(x + (size_t)(b + 8) * stride + k);
+                    if (b < B && k < l.K) low = *(const uint4 *)(x + tile * TILE_ROWS * stride + k);
+                    if (b + 8 < B && k < l.K)
+                        high = *(const uint4 *)(x + (tile * TILE_ROWS + 8) * stride + k);
                     const uint32_t a[2][4][1] = {{{low.x}, {high.x}, {low.y}, {high.y}},
                                                  {{low.z}, {high.z}, {low.w}, {high.w}}};
                     multiply<1, 1>(c[tile][half], a[0], v[0]), multiply<1, 1>(c[tile][half], a[1], v[1]);
@@ -259,12 +283,13 @@ static __device__ void linear_stage(const Linears &l, uint4 w[LOADS], const Deco
             __syncthreads();
             // Lanes of a warp have outputs of their own, or shares of them, so all of them take part.
             int items = (texts * GROUP * (l.halves == TWO_GROUPS ? 2 : 1)) << DECODE_WARPS_LOG;
+#pragma unroll 1
             for (int i = threadIdx.x; i < items; i += DECODE_THREADS) {
-                if (tile > 0 || i >= DECODE_THREADS) output = output_of(l, batch, tile, i >> l.split_log, B);
+                if (batch + tile > 0 || i >= DECODE_THREADS) output = output_of(l, batch, tile, i >> l.split_log, B);
                 const float *dot = shared.dots + output.place + (i & (split - 1)) * 2 * PLACES;
                 float y = output.out ? dot[0] : 0, other = output.out && l.halves != TWO_GROUPS ? dot[PLACES] : 0;
                 y = split_sum(l.halves == TWO_CHUNKS ? y + other : y, split) + output.bias;
-                if (output.silu) y *= sigmoid(y);
+                if (output.silu) y *= sigmoid_fast(y);
                 if (l.halves == WITH_GATE) y *= split_sum(other, split);
                 if (output.out && (i & (split - 1)) == 0)
                     *output.out = to_floatX(y * output.scale + output.residual);

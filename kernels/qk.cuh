@@ -11,8 +11,7 @@ and k are written once. A thread stays with the same columns, row after row, so 
                                                 +--> k = rotate(n (gamma1 + 1) + beta1)
 
 Backward, the sums over rows for gamma and beta are in registers, too. zn is not kept: it is z rstd.
-Requires: bfloat16; dz a multiple of VEC, at most 32 VEC, so that a warp has a head. decode.cuh uses qk_head(), for any
-dz.
+Requires: bfloat16; dz a multiple of VEC, at most 32 VEC, so that a warp has a head.
 Measured: see dev/notes/kernels.md.
 */
 #pragma once
@@ -21,10 +20,6 @@ static __device__ float2 load_pair(const floatX *src) {
     float x[2];
     load<2>(x, src);
     return make_float2(x[0], x[1]);
-}
-static __device__ void store_pair(floatX *dst, float2 pair) {
-    const float x[2] = {pair.x, pair.y};
-    store<2>(dst, x);
 }
 
 // The complex product of a pair with turn = (cos, sin), or with its conjugate if sign is -1.
@@ -36,43 +31,6 @@ static __device__ float2 rotate(float2 x, float2 turn, int sign) {
 static __device__ int chunk_position(const int64_t *count, int row, int L, int C) {
     int past = count ? (int)(count[row / L] % C) : 0;
     return (past + row % L) % C;
-}
-
-// rstd of a warp's head whose sum of squares overflows.
-static __device__ float large_head_rstd(const floatX *z, int dz) {
-    float squares = 0;
-    for (int j = threadIdx.x; j < dz / 2; j += WARP) {
-        float2 x = load_pair(z + 2 * j);
-        x.x *= SMALL_UNIT, x.y *= SMALL_UNIT;
-        squares += x.x * x.x + x.y * x.y;
-    }
-    return SMALL_UNIT / sqrtf(warp_sum(squares) / dz);
-}
-
-// One head, by one warp. q, k, z, gamma and beta point to the head; the gamma and beta of k are Z elements further on.
-// turns (dz/2): the rotation of this token's position, or NULL. Returns rstd.
-static __device__ float qk_head(floatX *q, floatX *k, const floatX *z, const float *gamma, const float *beta,
-                                const float2 *turns, int Z, int dz, float eps) {
-    const float *gamma1 = gamma + Z, *beta1 = beta + Z;
-    float squares = 0, scale = 1 / sqrtf((float)dz);
-    // 1.
-    for (int j = threadIdx.x; j < dz / 2; j += WARP) {
-        float2 x = load_pair(z + 2 * j);
-        squares += x.x * x.x + x.y * x.y;
-    }
-    squares = warp_sum(squares);
-    float s = squares <= LARGE ? 1 / sqrtf(squares / dz + eps) : large_head_rstd(z, dz);
-    // 2.
-    for (int j = threadIdx.x; j < dz / 2; j += WARP) {
-        int c = 2 * j;
-        float2 n = load_pair(z + c), turn = turns ? turns[j] : make_float2(1, 0);
-        n.x = n.x * s * scale, n.y = n.y * s * scale;
-        float2 qj = make_float2(n.x * (gamma[c] + 1) + beta[c], n.y * (gamma[c + 1] + 1) + beta[c + 1]);
-        float2 kj = make_float2(n.x * (gamma1[c] + 1) + beta1[c], n.y * (gamma1[c + 1] + 1) + beta1[c + 1]);
-        store_pair(q + c, rotate(qj, turn, 1));
-        store_pair(k + c, rotate(kj, turn, 1));
-    }
-    return s;
 }
 
 // ----------------------------------------------------------------------------

@@ -1307,9 +1307,9 @@ static void decode_norm_case(int B, int D, int G, int N, double shift = 0.5, dou
                        linear_stage_new(x.device, D, NO_NORM, NULL, NULL)};
     Norm norm = timestep_norm_of(weight.device, bias.device, device_state(in), G);
     stages[0].linear.norm = norm;
-    stages[0].cema = Cema{ema.device, h.device, weight.device, bias.device, omega.device, c.device, N};
+    stages[0].cema = Cema{ema.device, h.device, omega.device, c.device, N};
     stages[1].moments = moments_of(norm, device_state(in), x.device, xt.device, D);
-    decode_run(stages, 0, 2, B, EPS);
+    decode_run(stages, 0, 2, NULL, 1, B, EPS);
     end.mean.device = in.mean.device, end.m2.device = in.m2.device;
     const bool overflows = scale > 1e18;
     if (overflows) {
@@ -1364,7 +1364,7 @@ static void decode_linear_case(int B, int K, int M, int M2, int norm, int affine
     stages[0].linear.of[0] = Linear{out.device, weight.device, bias.device, out.device, scale.device, M, 1}; // in place
     stages[1].linear.of[0] = Linear{out2.device, weight2.device, bias2.device, NULL, NULL, M2, 0};
     stages[1].linear.of[1] = Linear{out3.device, weight2.device, NULL, NULL, NULL, M2, 1};
-    decode_run(stages, 0, 2, B, EPS);
+    decode_run(stages, 0, 2, NULL, 1, B, EPS);
     for (int r = 0; r < B && size > 1; r++) { // acts_rows has multiplied every second row, or the only one
         if (B == 1 || r % 2)
             compare_nan("everything, a large row", out, (size_t)r * M, M);
@@ -1418,9 +1418,9 @@ static void decode_attention_case(int B, int C, int H, int dz, int dv, int shift
     float *scores = copied(on_host<float>((size_t)B * H * C), (size_t)B * H * C);
     Stage stages[2] = {stage_new(SCORES_STAGE), stage_new(VALUES_STAGE)};
     stages[0].attention = stages[1].attention =
-        Attention{gated.device, scores,   cache_k.device, cache_v.device, z.device,        v.device, r.device,
-                  gamma.device, beta.device, table.device, copied(count, B), d.Z, d.E, d.H, d.C};
-    decode_run(stages, 0, 2, B, EPS);
+        Attention{gated.device, scores, cache_k.device, cache_v.device, z.device, v.device, r.device, gamma.device,
+                  beta.device, table.device, d.Z, d.E, d.H, d.C, 0, 0, 0, 0, 0, 0, 0};
+    decode_run(stages, 0, 2, copied(count, B), C, B, EPS);
     if (overflow) compare_nan("gated", gated, 0, dv);
     if (!overflow) compare("gated", gated, forward);
     if (C > 1) compare("cached k", cache_k, FORWARD), compare("cached v", cache_v, 1e-30); // else there is no need

@@ -119,6 +119,7 @@ inline float __uint_as_float(unsigned x) {
     return f;
 }
 inline int __ffs(int x) { return __builtin_ffs(x); } // number of the lowest bit, from 1; 0: none
+template <typename T> inline T __ldcs(const T *x) { return *x; }
 inline double rsqrt(double x) { return 1 / sqrt(x); }
 
 inline thread_local uint3 threadIdx, blockIdx;
