@@ -46,49 +46,64 @@ typedef struct {
 
 enum { CHANNELS = 8, DOWN = WARP / CHANNELS, MODES = 4 };
 
-// MODES of a channel's modes from n on, DOWN apart, and their state. h: the text's.
-typedef struct {
-    float p[MODES], q_re[MODES], q_im[MODES], g_re[MODES], g_im[MODES], re[MODES], im[MODES];
-} CemaModes;
-static __device__ void cema_load(CemaModes *m, const Cema &a, const float *h, int n, int c, int D) {
-    const float *next = h + (size_t)a.N * D;
-#pragma unroll
-    for (int i = 0; i < MODES; i++, n += DOWN) {
-        int at = min_int(n, a.N - 1) * D + c;
-        m->p[i] = a.coeffs.p[at], m->q_re[i] = a.coeffs.q_re[at], m->q_im[i] = a.coeffs.q_im[at];
-        m->g_re[i] = a.coeffs.g_re[at], m->g_im[i] = a.coeffs.g_im[at], m->re[i] = h[at], m->im[i] = next[at];
-    }
+// Asks for the memory around x, from the GPU's memory into its cache.
+static __device__ void prefetch(const float *x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(x));
+#else
+    (void)x;
+#endif
 }
 
 // A warp's first channels, 8 of a text.
 static __device__ int cema_unit(void) { return blockIdx.x + threadIdx.x / WARP * gridDim.x; }
 
+// Brings what cema_stage reads of a warp's first channels nearer.
+static __device__ void cema_prefetch(const Cema &a, int D, int B) {
+    int sets = ceil_div(D, CHANNELS), unit = cema_unit(), lane = threadIdx.x % WARP;
+    if (unit >= B * sets) return;
+    const float *h = a.h + unit / sets * 2 * (size_t)a.N * D;
+#pragma unroll 1
+    for (int n = lane; n < 2 * a.N; n += WARP) {
+        int at = n * D + unit % sets * CHANNELS;
+        prefetch(h + at);
+        if (n >= a.N) continue;
+        prefetch(a.coeffs.p + at), prefetch(a.coeffs.q_re + at), prefetch(a.coeffs.q_im + at);
+        prefetch(a.coeffs.g_re + at), prefetch(a.coeffs.g_im + at);
+    }
+}
+
 // Formula: h = q h + p xt, ema = Re sum_n g_n h_n + omega xt, xt = TimestepNorm(x).
-// Mapping: a warp has 8 channels of a text; lanes c, c + 8, ... share the modes of channel c.
-// Memory: reads and writes 2 N*D floats of h for each text, reads 5 N*D of coefficients. m: the first modes.
-static __device__ void cema_stage(const Cema &a, CemaModes m, const Linears &l, const DecodeShared &shared, int B) {
-    int D = l.K, sets = ceil_div(D, CHANNELS), lane = threadIdx.x % WARP;
+// Mapping: a warp has 8 channels of a text; lanes c, c + 8, ... share the modes of channel c, MODES at a time.
+// Memory: reads and writes 2 N*D floats of h for each text, reads 5 N*D of coefficients.
+static __device__ void cema_stage(const Cema &a, int D, const DecodeShared &shared, int B) {
+    int sets = ceil_div(D, CHANNELS), lane = threadIdx.x % WARP;
 #pragma unroll 1
     for (int unit = cema_unit(); unit < B * sets; unit += DECODE_WARPS * gridDim.x) {
-        int b = unit / sets, c = unit % sets * CHANNELS + lane % CHANNELS, inside = c < D;
-        if (!inside) c = D - 1;
+        int b = unit / sets, c = unit % sets * CHANNELS + lane % CHANNELS;
         float *h = a.h + b * 2 * (size_t)a.N * D, *imaginary = h + (size_t)a.N * D;
-        float xt = to_float(shared.rows[(size_t)b * (D + VEC) + c]), y = 0;
+        float xt = to_float(shared.rows[(size_t)b * (D + VEC) + c]), omega = a.omega[c], y = 0;
 #pragma unroll 1
-        for (int n = lane / CHANNELS; n < a.N; n += MODES * DOWN) {
-            if (unit != cema_unit() || n >= DOWN) cema_load(&m, a, h, n, c, D);
+        for (int n0 = lane / CHANNELS; n0 < a.N; n0 += MODES * DOWN) {
+            float p[MODES], q_re[MODES], q_im[MODES], g_re[MODES], g_im[MODES], re[MODES], im[MODES];
 #pragma unroll
             for (int i = 0; i < MODES; i++) {
-                int at = (n + i * DOWN) * D + c;
-                float re = m.q_re[i] * m.re[i] - m.q_im[i] * m.im[i] + m.p[i] * xt;
-                float im = m.q_re[i] * m.im[i] + m.q_im[i] * m.re[i];
-                if (n + i * DOWN >= a.N || !inside) continue;
-                h[at] = re, imaginary[at] = im;
-                y += m.g_re[i] * re - m.g_im[i] * im;
+                int at = min_int(n0 + i * DOWN, a.N - 1) * D + c; // the last one more than once
+                p[i] = a.coeffs.p[at], q_re[i] = a.coeffs.q_re[at], q_im[i] = a.coeffs.q_im[at];
+                g_re[i] = a.coeffs.g_re[at], g_im[i] = a.coeffs.g_im[at], re[i] = h[at], im[i] = imaginary[at];
+            }
+#pragma unroll
+            for (int i = 0; i < MODES; i++) {
+                int n = n0 + i * DOWN, at = n * D + c;
+                float new_re = q_re[i] * re[i] - q_im[i] * im[i] + p[i] * xt;
+                float new_im = q_re[i] * im[i] + q_im[i] * re[i];
+                if (n >= a.N) continue;
+                h[at] = new_re, imaginary[at] = new_im;
+                y += g_re[i] * new_re - g_im[i] * new_im;
             }
         }
         for (int step = CHANNELS; step < WARP; step *= 2) y += __shfl_xor_sync(~0u, y, step);
-        if (lane < CHANNELS && inside) a.ema[(size_t)b * D + c] = to_floatX(y + a.omega[c] * xt);
+        if (lane < CHANNELS) a.ema[(size_t)b * D + c] = to_floatX(y + omega * xt);
     }
 }
 
@@ -110,7 +125,7 @@ static __device__ void moments_stage(const MomentsUpdate &a, int B, float eps) {
 #pragma unroll 1
     for (int i = blockIdx.x + threadIdx.x / WARP * gridDim.x; i < B * a.norm.groups; i += DECODE_WARPS * gridDim.x) {
         GroupStats s;
-        Moments moments = decode_moments(a.norm, a.x, i, g, &s, eps);
+        Moments moments = decode_moments(&s, a.norm, a.x, i, g, eps);
 #pragma unroll 1
         for (int c = threadIdx.x % WARP; a.out && c < g; c += WARP) {
             int d = i % a.norm.groups * g + c;
@@ -215,7 +230,7 @@ static __device__ void scores_stage(const Attention &a, uint4 w[LOADS], const De
         int b = pair / a.H, c = pair % a.H * dz, last = all.positions[b];
         float *scores = a.scores + (size_t)pair * a.C, sum = 0;
         if (pair != s.pair) {
-            qk_prepare(a, q, pair, last), keys_load(w, a, s, pair, 0, last);
+            qk_prepare(a, q, pair, last);
             __syncthreads();
         }
         // 1.
@@ -234,6 +249,7 @@ static __device__ void scores_stage(const Attention &a, uint4 w[LOADS], const De
         // 2.
 #pragma unroll 1
         for (int t = 0; warp_first + (t >> a.per_log) * s.stride < last; t += LOADS) {
+            if (pair != s.pair || t > 0) keys_load(w, a, s, pair, t, last);
 #pragma unroll
             for (int i = 0; i < LOADS; i++) {
                 int j = key_of(a, s, t + i), at = key_column(a, t + i);
@@ -246,7 +262,6 @@ static __device__ void scores_stage(const Attention &a, uint4 w[LOADS], const De
                 if (j < last && (lane & ((1 << a.each_log) - 1)) == 0) scores[j] = finite_or_nan(sum);
                 sum = 0;
             }
-            if (warp_first + ((t + LOADS) >> a.per_log) * s.stride < last) keys_load(w, a, s, pair, t + LOADS, last);
         }
         __syncthreads(); // q and k have been read
     }
@@ -288,11 +303,11 @@ static __device__ void values_stage(const Attention &a, uint4 w[LOADS], const De
         bool writes = item < quads * QUAD && out < dv;
         if (writes) r = to_float(a.r_pre[at]);
         if (column >= 0) load<QUAD>(own, a.v + (size_t)b * a.E + column);
-        if (unit != (int)blockIdx.x) values_load(w, a, unit, slice, last);
         // 1.
 #pragma unroll 1
         for (int j = slice; j - (lane >> a.quads_log) < last; j += LOADS * slices) {
             float score[LOADS], new_max = max;
+            if (unit != (int)blockIdx.x || j != slice) values_load(w, a, unit, j, last);
 #pragma unroll
             for (int i = 0; i < LOADS; i++) score[i] = j + i * slices < last ? scores[j + i * slices] : -INFINITY;
 #pragma unroll
@@ -310,7 +325,6 @@ static __device__ void values_stage(const Attention &a, uint4 w[LOADS], const De
                 for (int u = 0; u < QUAD; u++) sums[u] += p * value[u];
                 sums[QUAD] += p;
             }
-            if (j - (lane >> a.quads_log) + LOADS * slices < last) values_load(w, a, unit, j + LOADS * slices, last);
         }
         // 2.
         float old = max;
@@ -371,23 +385,17 @@ static __device__ Stage decode_stages[MAX_STAGES]; // of this token
 typedef struct {
     uint4 w[LOADS];
     Output output;
-    CemaModes modes;
 } Ahead;
 
 // Loads what no stage since the one before the last writes.
 static __device__ void stage_prepare(Ahead *ahead, const Stage &a, const DecodeShared &shared, int B) {
     const Attention &at = a.attention;
-    int sets = ceil_div(a.linear.K, CHANNELS), unit = cema_unit(), lane = threadIdx.x % WARP;
     if (a.kind == LINEAR_STAGE && a.linear.batches > 0) {
         linear_load(ahead->w, a.linear, 0, 0);
         ahead->output = output_of(a.linear, 0, 0, threadIdx.x >> a.linear.split_log, B);
     }
     if (a.kind == LINEAR_STAGE) norm_prepare(a.linear.norm, shared, a.linear.K);
-    if (a.cema.ema && unit < B * sets) {
-        int c = min_int(unit % sets * CHANNELS + lane % CHANNELS, a.linear.K - 1);
-        const float *h = a.cema.h + unit / sets * 2 * (size_t)a.cema.N * a.linear.K;
-        cema_load(&ahead->modes, a.cema, h, lane / CHANNELS, c, a.linear.K);
-    }
+    if (a.cema.ema) cema_prefetch(a.cema, a.linear.K, B);
     if (a.kind == SCORES_STAGE) {
         const KeyShare s = key_share(at);
         if (s.pair < B * at.H) {
@@ -401,13 +409,13 @@ static __device__ void stage_prepare(Ahead *ahead, const Stage &a, const DecodeS
     }
 }
 
-template <int TILES>
+template <int ROWS>
 static __device__ void stage_run(const Stage &a, Ahead *ahead, const DecodeShared &shared, int B, float eps) {
     if (a.kind == SCORES_STAGE) return scores_stage(a.attention, ahead->w, shared, B, eps);
     if (a.kind == VALUES_STAGE) return values_stage(a.attention, ahead->w, shared);
     if (a.linear.norm.kind != NO_NORM) norm_run(a.linear.norm, shared, a.linear.inp, B, a.linear.K, eps);
-    if (a.cema.ema) cema_stage(a.cema, ahead->modes, a.linear, shared, B);
-    linear_stage<TILES>(a.linear, ahead->w, ahead->output, shared, B);
+    if (a.cema.ema) cema_stage(a.cema, a.linear.K, shared, B);
+    linear_stage<ROWS>(a.linear, ahead->w, ahead->output, shared, B);
     if (a.moments.x) moments_stage(a.moments, B, eps);
 }
 
@@ -429,9 +437,9 @@ static __device__ void barrier_wait(unsigned arrivals) {
 #endif
 }
 
-// Stages first, ..., end - 1. count (B): tokens before this one. arrivals: at the first barrier. width: the columns of the
+// Stages first, ..., end - 1. count (B): tokens before this one. arrivals: before the first barrier. width: the columns of the
 // widest norm. A thread has a word of the next stage's description.
-template <int TILES>
+template <int ROWS>
 static __global__ void __launch_bounds__(DECODE_THREADS, 1)
     decode_kernel(int first, int end, const int64_t *count, int C, unsigned arrivals, int width, int B, float eps) {
     const int words = sizeof(Stage) / sizeof(uint32_t);
@@ -448,19 +456,17 @@ static __global__ void __launch_bounds__(DECODE_THREADS, 1)
     ((uint32_t *)&stages[first % 2])[word] = ((const uint32_t *)&decode_stages[first])[word];
     if (count && (int)threadIdx.x < B) positions[threadIdx.x] = (int)(count[threadIdx.x] % C);
     __syncthreads();
-    stage_prepare(&ahead, stages[first % 2], shared, B);
-    __syncthreads();
 #pragma unroll 1
-    for (int stage = first; stage < end; stage++, arrivals += gridDim.x) {
+    for (int stage = first;; stage++, arrivals += gridDim.x) {
+        stage_prepare(&ahead, stages[stage % 2], shared, B);
+        if (threadIdx.x == 0 && stage > first) barrier_wait(arrivals);
         uint32_t next = ((const uint32_t *)&decode_stages[min_int(stage + 1, end - 1)])[word];
-        stage_run<TILES>(stages[stage % 2], &ahead, shared, B, eps);
+        __syncthreads();
+        stage_run<ROWS>(stages[stage % 2], &ahead, shared, B, eps);
         if (stage + 1 == end) return;
         ((uint32_t *)&stages[(stage + 1) % 2])[word] = next;
         __syncthreads(); // the thread block has done its part
         if (threadIdx.x == 0) barrier_arrive();
-        stage_prepare(&ahead, stages[(stage + 1) % 2], shared, B);
-        if (threadIdx.x == 0) barrier_wait(arrivals);
-        __syncthreads();
     }
 }
 
@@ -474,21 +480,21 @@ static size_t decode_shared_bytes(int width, int groups, int B) {
 }
 
 static unsigned decode_arrived; // as decode_arrivals, when what has been launched has run
-template <int TILES>
+template <int ROWS>
 static void decode_launch(int first, int end, const int64_t *count, int C, int width, size_t shared, int B, double eps) {
-    allow_shared(decode_kernel<TILES>, shared);
+    allow_shared(decode_kernel<ROWS>, shared);
 #ifdef __CUDACC__
     cudaLaunchAttribute together;
     cudaLaunchConfig_t config = {};
     together.id = cudaLaunchAttributeCooperative, together.val.cooperative = 1;
     config.gridDim = gpu.processors, config.blockDim = DECODE_THREADS, config.dynamicSmemBytes = shared;
     config.attrs = &together, config.numAttrs = 1;
-    cudaCheck(cudaLaunchKernelEx(&config, decode_kernel<TILES>, first, end, count, C,
-                                 decode_arrived + gpu.processors, width, B, (float)eps));
+    cudaCheck(cudaLaunchKernelEx(&config, decode_kernel<ROWS>, first, end, count, C,
+                                 decode_arrived, width, B, (float)eps));
     decode_arrived += (unsigned)(gpu.processors * (end - first - 1));
 #else // the emulator runs thread blocks one after another
     for (int i = first; i < end; i++)
-        decode_kernel<TILES><<<gpu.processors, DECODE_THREADS, shared>>>(i, i + 1, count, C, decode_arrived, width, B,
+        decode_kernel<ROWS><<<gpu.processors, DECODE_THREADS, shared>>>(i, i + 1, count, C, decode_arrived, width, B,
                                                                     (float)eps);
 #endif
 }
@@ -513,10 +519,12 @@ static void decode_run(Stage *stages, int first, int n, const int64_t *count, in
         if (norm->kind != NO_NORM) width = max_int(width, stages[i].linear.K), groups = max_int(groups, norm->groups);
     }
     size_t shared = decode_shared_bytes(width, groups, B);
-    if (B <= TILE_ROWS)
-        decode_launch<1>(first, first + n, count, C, width, shared, B, eps);
+    if (B <= 8)
+        decode_launch<8>(first, first + n, count, C, width, shared, B, eps);
+    else if (B <= 16)
+        decode_launch<16>(first, first + n, count, C, width, shared, B, eps);
     else
-        decode_launch<DECODE_ROWS / TILE_ROWS>(first, first + n, count, C, width, shared, B, eps);
+        decode_launch<DECODE_ROWS>(first, first + n, count, C, width, shared, B, eps);
 }
 
 // ----------------------------------------------------------------------------

@@ -76,8 +76,8 @@ static __device__ float2 decode_sums(const floatX *x, int n, float first) {
 
 // Moments of one of the B*groups groups, merged with those of the tokens before. By a warp. Sums are relative to the
 // group's first element, so that a large mean costs no digits. NaN if a sum of squares overflows.
-static __device__ __noinline__ Moments decode_moments(const Norm &norm, const floatX *inp, int i, int g, GroupStats *stats,
-                                                      float eps) {
+static __device__ Moments decode_moments(GroupStats *stats, const Norm &norm, const floatX *inp, int i, int g,
+                                         float eps) {
     const floatX *x = inp + (size_t)i * g;
     float first = norm.kind == RMS_NORM ? 0 : to_float(x[0]);
     float2 sums = decode_sums(x, g, first);
@@ -140,7 +140,7 @@ static __device__ void norm_run(const Norm &norm, const DecodeShared &shared, co
     // 1.
     for (int i = threadIdx.x / WARP; i < B * norm.groups; i += DECODE_WARPS) {
         GroupStats own;
-        decode_moments(norm, inp, i, g, &own, eps);
+        decode_moments(&own, norm, inp, i, g, eps);
         if (threadIdx.x % WARP == 0) shared.stats[i] = own;
     }
     __syncthreads();
@@ -234,11 +234,12 @@ static __device__ float split_sum(float x, int split) {
     return x;
 }
 
-// Formula: see Linear. w: the first batch. output: the thread's first one. TILES: tiles of 16 texts.
+// Formula: see Linear. w: the first batch. output: the thread's first one. ROWS: texts, at most.
 // Passes: 1. tiles of products, in registers. 2. for each tile of texts, the sums of all warps in shared memory; `split`
 //   lanes add those of an output, and apply silu, gate, scale and residual.
-template <int TILES>
+template <int ROWS>
 static __device__ void linear_stage(const Linears &l, uint4 w[LOADS], Output output, const DecodeShared &shared, int B) {
+    enum { TILES = (ROWS + TILE_ROWS - 1) / TILE_ROWS, AT_ONCE = ROWS > 8 ? STEPS : LOADS };
     int row = threadIdx.x % WARP / 4, pair = threadIdx.x % 4, warp = threadIdx.x / WARP, split = 1 << l.split_log;
     int stride = l.norm.kind == NO_NORM ? l.K : l.K + VEC;
     const floatX *x = l.norm.kind == NO_NORM ? l.inp : shared.rows;
@@ -249,24 +250,32 @@ static __device__ void linear_stage(const Linears &l, uint4 w[LOADS], Output out
         // 1.
 #pragma unroll 1
         for (int chunk = 0; chunk < l.chunks; chunk++) {
-            int last = chunk + 1 == l.chunks;
+            if (batch + chunk > 0) linear_load(w, l, batch, chunk);
 #pragma unroll
-            for (int i = 0; i < LOADS; i++) {
-                int half = i / STEPS, k = column_of(l, chunk, half, i % STEPS);
-                const uint32_t v[2][2][1] = {{{w[i].x}, {w[i].y}}, {{w[i].z}, {w[i].w}}};
+            for (int tile = 0; tile < TILES; tile++) {
+                int b = tile * TILE_ROWS + row;
 #pragma unroll
-                for (int tile = 0; tile < TILES; tile++) {
-                    int b = tile * TILE_ROWS + row;
-                    uint4 low = make_uint4(0, 0, 0, 0), high = low; // texts b and b + 8
-                    if (b < B && k < l.K) low = *(const uint4 *)(x + tile * TILE_ROWS * stride + k);
-                    if (b + 8 < B && k < l.K)
-                        high = *(const uint4 *)(x + (tile * TILE_ROWS + 8) * stride + k);
-                    const uint32_t a[2][4][1] = {{{low.x}, {high.x}, {low.y}, {high.y}},
-                                                 {{low.z}, {high.z}, {low.w}, {high.w}}};
-                    multiply<1, 1>(c[tile][half], a[0], v[0]), multiply<1, 1>(c[tile][half], a[1], v[1]);
+                for (int i0 = 0; i0 < LOADS; i0 += AT_ONCE) {
+                    uint4 low[AT_ONCE], high[AT_ONCE]; // of texts b and b + 8
+#pragma unroll
+                    for (int i = 0; i < AT_ONCE; i++) {
+                        int k = column_of(l, chunk, (i0 + i) / STEPS, (i0 + i) % STEPS);
+                        low[i] = high[i] = make_uint4(0, 0, 0, 0);
+                        if (b < B && k < l.K) low[i] = *(const uint4 *)(x + tile * TILE_ROWS * stride + k);
+                        if (ROWS > 8 && b + 8 < B && k < l.K)
+                            high[i] = *(const uint4 *)(x + (tile * TILE_ROWS + 8) * stride + k);
+                    }
+#pragma unroll
+                    for (int i = 0; i < AT_ONCE; i++) {
+                        const uint4 v = w[i0 + i];
+                        const uint32_t a[2][4][1] = {{{low[i].x}, {high[i].x}, {low[i].y}, {high[i].y}},
+                                                     {{low[i].z}, {high[i].z}, {low[i].w}, {high[i].w}}};
+                        const uint32_t weights[2][2][1] = {{{v.x}, {v.y}}, {{v.z}, {v.w}}};
+                        float *sums = c[tile][(i0 + i) / STEPS];
+                        multiply<1, 1>(sums, a[0], weights[0]), multiply<1, 1>(sums, a[1], weights[1]);
+                    }
                 }
             }
-            if (batch + last < l.batches) linear_load(w, l, batch + last, last ? 0 : chunk + 1);
         }
         // 2.
 #pragma unroll

@@ -1321,12 +1321,12 @@ static void decode_norm_case(int B, int D, int G, int N, double shift = 0.5, dou
     finish();
 }
 static void test_decode_norm(void) {
-    decode_norm_case(1, 1, 1, 1), decode_norm_case(3, 30, 2, 3), decode_norm_case(2, 132, 132, 16);
+    decode_norm_case(1, 8, 1, 1), decode_norm_case(3, 32, 2, 3), decode_norm_case(2, 136, 136, 16);
     decode_norm_case(4, 200, 2, 33); // groups of more channels than lanes, more modes than warps
     decode_norm_case(1, 1024, 32, 16), decode_norm_case(8, 384, 32, 8); // mega200M's, enwik8's
     decode_norm_case(40, 136, 2, 5);
-    decode_norm_case(3, 60, 2, 3, 1e5, 1e5 / 30);                       // as in timestep_norm's cases
-    decode_norm_case(3, 60, 2, 3, 0, 1e20);                             // float sums of squares overflow
+    decode_norm_case(3, 64, 2, 3, 1e5, 1e5 / 30);                       // as in timestep_norm's cases
+    decode_norm_case(3, 64, 2, 3, 0, 1e20);                             // float sums of squares overflow
     decode_norm_case(2, 64, 1, 2, 1e36, 1e37);
 }
 
