@@ -287,7 +287,7 @@ static __device__ void values_load(uint4 w[LOADS], const Attention &a, int unit,
 // Mapping: columns are dealt out in slabs of 2 or 4 vectors; a thread has a vector of every `slices`-th key.
 // Memory: reads E floats for each key. w: the first vectors of the first unit, which is a slab of a head of a text.
 // Passes, for each unit: 1. sums over a thread's keys, relative to the largest score of its warp so far. 2. this token.
-//   3. sums over the warp. 4. over the thread block: 16 lanes add what 16 warps have of a column.
+//   3. sums over the warp. 4. over the thread block: a lane for each warp adds what it has of a column.
 static __device__ void values_stage(const Attention &a, uint4 w[LOADS], const DecodeShared &all) {
     enum { NUMBERS = QUAD + 1 }; // of a vector: its sums and that of the probabilities
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, dv = a.E / a.H, quads = 1 << a.quads_log;
@@ -385,6 +385,7 @@ static __device__ Stage decode_stages[MAX_STAGES]; // of this token
 typedef struct {
     uint4 w[LOADS];
     Output output;
+    NormPairs norm;
 } Ahead;
 
 // Loads what no stage since the one before the last writes.
@@ -394,7 +395,7 @@ static __device__ void stage_prepare(Ahead *ahead, const Stage &a, const DecodeS
         linear_load(ahead->w, a.linear, 0, 0);
         ahead->output = output_of(a.linear, 0, 0, threadIdx.x >> a.linear.split_log, B);
     }
-    if (a.kind == LINEAR_STAGE) norm_prepare(a.linear.norm, shared, a.linear.K);
+    if (a.kind == LINEAR_STAGE) norm_load(&ahead->norm, a.linear.norm, a.linear.K);
     if (a.cema.ema) cema_prefetch(a.cema, a.linear.K, B);
     if (a.kind == SCORES_STAGE) {
         const KeyShare s = key_share(at);
@@ -413,7 +414,7 @@ template <int ROWS>
 static __device__ void stage_run(const Stage &a, Ahead *ahead, const DecodeShared &shared, int B, float eps) {
     if (a.kind == SCORES_STAGE) return scores_stage(a.attention, ahead->w, shared, B, eps);
     if (a.kind == VALUES_STAGE) return values_stage(a.attention, ahead->w, shared);
-    if (a.linear.norm.kind != NO_NORM) norm_run(a.linear.norm, shared, a.linear.inp, B, a.linear.K, eps);
+    if (a.linear.norm.kind != NO_NORM) norm_run(a.linear.norm, ahead->norm, shared, a.linear.inp, B, a.linear.K, eps);
     if (a.cema.ema) cema_stage(a.cema, a.linear.K, shared, B);
     linear_stage<ROWS>(a.linear, ahead->w, ahead->output, shared, B);
     if (a.moments.x) moments_stage(a.moments, B, eps);
@@ -448,8 +449,7 @@ static __global__ void __launch_bounds__(DECODE_THREADS, 1)
     __shared__ Stage stages[2]; // this stage's description and the next one's
     __shared__ int positions[DECODE_ROWS];
     DecodeShared shared;
-    shared.dots = (float *)decode_shared, shared.weight = shared.dots + DECODE_WARPS * 2 * PLACES;
-    shared.bias = shared.weight + width, shared.rows = (floatX *)(shared.bias + width);
+    shared.dots = (float *)decode_shared, shared.rows = (floatX *)(shared.dots + DECODE_WARPS * 2 * PLACES);
     shared.stats = (GroupStats *)(shared.rows + B * (width + VEC)), shared.positions = positions;
     Ahead ahead = {};
     int word = min_int(threadIdx.x, words - 1);
@@ -475,7 +475,7 @@ static __global__ void __launch_bounds__(DECODE_THREADS, 1)
 
 // Bytes of shared memory for norms of `width` columns and `groups` groups in each of B rows.
 static size_t decode_shared_bytes(int width, int groups, int B) {
-    return sizeof(float) * (DECODE_WARPS * 2 * PLACES + 2 * (size_t)width) + B * sizeof(floatX) * (width + VEC) +
+    return sizeof(float) * (DECODE_WARPS * 2 * PLACES) + B * sizeof(floatX) * (width + VEC) +
            (size_t)B * groups * sizeof(GroupStats);
 }
 
@@ -614,6 +614,7 @@ static bool decode_fast_supports(const Model *m, const State *state) {
            !m->dropout_on && is_megalodon(&m->config) && d.D % VEC == 0 && d.Z % VEC == 0 && d.E % VEC == 0 &&
            d.F % VEC == 0 && d.Z / d.H % QUAD == 0 && d.E / d.H % QUAD == 0 &&
            LAYER_STAGES * m->config.num_layers + 2 <= MAX_STAGES &&
+           d.D <= 2 * NORM_PAIRS * DECODE_THREADS &&
            decode_shared_bytes(d.D, d.G, d.B) <= gpu.max_shared - SHARED_DECLARED &&
            5 * (d.Z / d.H) * sizeof(float) <= DECODE_WARPS * 2 * PLACES * sizeof(float);
 }

@@ -11,13 +11,13 @@ tile the tensor core expects of it:
     row 0 | lane 0: 8 numbers | lane 1 | lane 2 | lane 3 |                       text 0 | lane 0 | lane 1 | ...
     row 1 | lane 4            | ...                                              text 1 | lane 4 | ...
 
-- Thread block i has outputs i*each, ..., so that all blocks read the same number of bytes. Its 16 warps are teams of
+- Thread block i has outputs i*each, ..., so that all blocks read the same number of bytes. Its 8 warps are teams of
   `split` warps. Each team has a group of 8 outputs at a time, and its warps share the columns.
-- A warp works on a batch of LOADS = 8 vectors of weights a lane: 4 steps of two groups, or 4 steps of one group's weights
-  and gates, or 8 steps of a group. The first batch of a stage is loaded before the barrier that the stage waits for, see
+- A warp works on a batch of LOADS = 16 vectors of weights a lane: 8 steps of two groups, or 8 steps of one group's weights
+  and gates, or 16 steps of a group. The first batch of a stage is loaded before the barrier that the stage waits for, see
   decode.cuh. In models of up to 200 million parameters that is most of a block's share.
 - Each thread block computes the norm again, in shared memory: cheaper than one more barrier. Its weight and bias are
-  copied to shared memory before the barrier, too.
+  loaded before the barrier, too.
 
 Requires: bfloat16, sm_80, K divisible by 8, weights that begin at multiples of 16 bytes.
 Measured: see dev/notes/kernels.md.
@@ -26,11 +26,12 @@ Measured: see dev/notes/kernels.md.
 
 enum {
     DECODE_ROWS = 64, // rows, at most
-    DECODE_WARPS_LOG = 4,
+    DECODE_WARPS_LOG = 3, // few: each one has instructions beside its loads
     DECODE_WARPS = 1 << DECODE_WARPS_LOG,
     DECODE_THREADS = DECODE_WARPS * WARP,
-    LOADS = 8,                  // vectors that a thread loads at once
-    STEPS = 4,                  // of them in a row of weights
+    LOADS = 16,                 // vectors that a thread loads at once
+    STEPS = LOADS / 2,          // of them in a row of weights
+    NORM_PAIRS = 4,             // pairs of columns of a norm that a thread has
     TILE_ROWS = 16, GROUP = 8,  // texts and outputs of a tile
     STEP_COLUMNS = 4 * VEC,     // columns of a tile and of the next one
     PLACES = TILE_ROWS * GROUP, // numbers in a tile of results
@@ -117,27 +118,34 @@ enum { TWO_GROUPS, WITH_GATE, TWO_CHUNKS };
 
 // What a thread block has in shared memory. width: the columns of the widest norm.
 typedef struct {
-    float *dots;          // (DECODE_WARPS, 2, PLACES) sums; scores_stage and values_stage use it for other numbers
-    float *weight, *bias; // (width) of the norm
-    floatX *rows;         // (B, width + VEC) the norm's result; the padding avoids bank conflicts
-    GroupStats *stats;    // (B, groups)
-    int *positions;       // (B) of this token in its chunk
+    float *dots;       // (DECODE_WARPS, 2, PLACES) sums; scores_stage and values_stage use it for other numbers
+    floatX *rows;      // (B, width + VEC) the norm's result; the padding avoids bank conflicts
+    GroupStats *stats; // (B, groups)
+    int *positions;    // (B) of this token in its chunk
 } DecodeShared;
 
-// What a stage does before the barrier: the norm's weight and bias.
-static __device__ void norm_prepare(const Norm &norm, const DecodeShared &shared, int K) {
-    if (norm.kind == NO_NORM) return;
-#pragma unroll 2
-    for (int k = threadIdx.x; k < K; k += DECODE_THREADS) {
-        shared.weight[k] = norm.weight ? norm.weight[k] + 1 : 1, shared.bias[k] = norm.bias ? norm.bias[k] : 0;
+// weight + 1 and bias of the pairs of columns that a thread normalizes.
+typedef struct {
+    float2 weight[NORM_PAIRS], bias[NORM_PAIRS];
+} NormPairs;
+static __device__ int norm_column(int pair) { return 2 * (pair * DECODE_THREADS + (int)threadIdx.x); }
+static __device__ void norm_load(NormPairs *pairs, const Norm &norm, int K) {
+#pragma unroll
+    for (int i = 0; i < NORM_PAIRS; i++) {
+        int k = norm_column(i);
+        pairs->weight[i] = make_float2(0, 0), pairs->bias[i] = make_float2(0, 0);
+        if (norm.weight && k < K) pairs->weight[i] = make_float2(norm.weight[k], norm.weight[k + 1]);
+        if (norm.bias && k < K) pairs->bias[i] = make_float2(norm.bias[k], norm.bias[k + 1]);
     }
 }
 
-// The norm of B rows, in shared memory. Passes: 1. a warp computes the moments of every 16th group. 2. a thread has a pair
-// of columns.
-static __device__ void norm_run(const Norm &norm, const DecodeShared &shared, const floatX *inp, int B, int K, float eps) {
+// The norm of B rows, in shared memory. Passes: 1. a warp computes the moments of every DECODE_WARPS-th group. 2. a thread
+// has NORM_PAIRS pairs of columns.
+static __device__ void norm_run(const Norm &norm, const NormPairs &pairs, const DecodeShared &shared, const floatX *inp,
+                                int B, int K, float eps) {
     int g = K / norm.groups;
     // 1.
+#pragma unroll 1
     for (int i = threadIdx.x / WARP; i < B * norm.groups; i += DECODE_WARPS) {
         GroupStats own;
         decode_moments(&own, norm, inp, i, g, eps);
@@ -148,15 +156,17 @@ static __device__ void norm_run(const Norm &norm, const DecodeShared &shared, co
 #pragma unroll 1
     for (int b = 0; b < B; b++) {
         const GroupStats *stats = shared.stats + b * norm.groups;
-#pragma unroll 1
-        for (int k = 2 * threadIdx.x; k < K; k += 2 * DECODE_THREADS) {
+        GroupStats s = stats[0], t = s;
+#pragma unroll
+        for (int i = 0; i < NORM_PAIRS; i++) {
+            int k = norm_column(i);
+            if (k >= K) break;
             float x[2];
-            load<2>(x, inp + (size_t)b * K + k);
-            GroupStats s = stats[0], t = s;
+            load<2>(x, inp + b * K + k);
             if (norm.groups > 1) s = stats[k / g], t = stats[(k + 1) / g];
-            x[0] = (x[0] - s.mean) * s.rstd * shared.weight[k] + shared.bias[k];
-            x[1] = (x[1] - t.mean) * t.rstd * shared.weight[k + 1] + shared.bias[k + 1];
-            store<2>(shared.rows + (size_t)b * (K + VEC) + k, x);
+            x[0] = (x[0] - s.mean) * s.rstd * (pairs.weight[i].x + 1) + pairs.bias[i].x;
+            x[1] = (x[1] - t.mean) * t.rstd * (pairs.weight[i].y + 1) + pairs.bias[i].y;
+            store<2>(shared.rows + b * (K + VEC) + k, x);
         }
     }
     __syncthreads();
@@ -239,7 +249,7 @@ static __device__ float split_sum(float x, int split) {
 //   lanes add those of an output, and apply silu, gate, scale and residual.
 template <int ROWS>
 static __device__ void linear_stage(const Linears &l, uint4 w[LOADS], Output output, const DecodeShared &shared, int B) {
-    enum { TILES = (ROWS + TILE_ROWS - 1) / TILE_ROWS, AT_ONCE = ROWS > 8 ? STEPS : LOADS };
+    enum { TILES = (ROWS + TILE_ROWS - 1) / TILE_ROWS, AT_ONCE = ROWS > 8 ? STEPS / 2 : LOADS };
     int row = threadIdx.x % WARP / 4, pair = threadIdx.x % 4, warp = threadIdx.x / WARP, split = 1 << l.split_log;
     int stride = l.norm.kind == NO_NORM ? l.K : l.K + VEC;
     const floatX *x = l.norm.kind == NO_NORM ? l.inp : shared.rows;
