@@ -24,7 +24,7 @@ Between the arrival at a barrier and its end a thread block loads what no stage 
 keys or values, into registers. So memory is read while blocks wait. Positions are read from the state on the device, so
 the host waits for nothing.
 
-Requires: bfloat16; D, Z, E and F divisible by 8, so that all matrices begin at multiples of 16 bytes, heads of keys and
+Requires: bfloat16; D, E and F divisible by 32, so that all matrices begin at multiples of 16 bytes, heads of keys and
 values divisible by 4; a state with keys and values; no dropout, no chunk-parallel ranks; sm_80.
 Measured: see dev/notes/kernels.md.
 */
@@ -46,60 +46,47 @@ typedef struct {
 
 enum { CHANNELS = 8, DOWN = WARP / CHANNELS, MODES = 4 };
 
-// Asks for the memory around x, from the GPU's memory into its cache.
-static __device__ void prefetch(const float *x) {
-#ifdef __CUDA_ARCH__
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(x));
-#else
-    (void)x;
-#endif
-}
+// MODES of the modes of a channel, DOWN apart, and their state.
+typedef struct {
+    float p[MODES], q_re[MODES], q_im[MODES], g_re[MODES], g_im[MODES], re[MODES], im[MODES];
+} CemaModes;
 
 // A warp's first channels, 8 of a text.
 static __device__ int cema_unit(void) { return blockIdx.x + threadIdx.x / WARP * gridDim.x; }
 
-// Brings what cema_stage reads of a warp's first channels nearer.
-static __device__ void cema_prefetch(const Cema &a, int D, int B) {
-    int sets = ceil_div(D, CHANNELS), unit = cema_unit(), lane = threadIdx.x % WARP;
-    if (unit >= B * sets) return;
-    const float *h = a.h + unit / sets * 2 * (size_t)a.N * D;
-#pragma unroll 1
-    for (int n = lane; n < 2 * a.N; n += WARP) {
-        int at = n * D + unit % sets * CHANNELS;
-        prefetch(h + at);
-        if (n >= a.N) continue;
-        prefetch(a.coeffs.p + at), prefetch(a.coeffs.q_re + at), prefetch(a.coeffs.q_im + at);
-        prefetch(a.coeffs.g_re + at), prefetch(a.coeffs.g_im + at);
+// The modes n, n + DOWN, ... of a lane of a unit; of the last one more than once.
+static __device__ void cema_load(CemaModes *m, const Cema &a, int unit, int n, int D) {
+    int sets = ceil_div(D, CHANNELS), modes = a.N * D, c = unit % sets * CHANNELS + (int)threadIdx.x % CHANNELS;
+    const float *h = a.h + unit / sets * 2 * (size_t)modes;
+#pragma unroll
+    for (int i = 0; i < MODES; i++, n += DOWN) {
+        int at = min_int(n, a.N - 1) * D + c;
+        m->p[i] = a.coeffs.p[at], m->q_re[i] = a.coeffs.q_re[at], m->q_im[i] = a.coeffs.q_im[at];
+        m->g_re[i] = a.coeffs.g_re[at], m->g_im[i] = a.coeffs.g_im[at], m->re[i] = h[at], m->im[i] = h[modes + at];
     }
 }
 
 // Formula: h = q h + p xt, ema = Re sum_n g_n h_n + omega xt, xt = TimestepNorm(x).
 // Mapping: a warp has 8 channels of a text; lanes c, c + 8, ... share the modes of channel c, MODES at a time.
-// Memory: reads and writes 2 N*D floats of h for each text, reads 5 N*D of coefficients.
-static __device__ void cema_stage(const Cema &a, int D, const DecodeShared &shared, int B) {
+// Memory: reads and writes 2 N*D floats of h for each text, reads 5 N*D of coefficients. m: the first modes.
+static __device__ void cema_stage(const Cema &a, CemaModes m, int D, const DecodeShared &shared, int B) {
     int sets = ceil_div(D, CHANNELS), lane = threadIdx.x % WARP;
 #pragma unroll 1
     for (int unit = cema_unit(); unit < B * sets; unit += DECODE_WARPS * gridDim.x) {
         int b = unit / sets, c = unit % sets * CHANNELS + lane % CHANNELS;
         float *h = a.h + b * 2 * (size_t)a.N * D, *imaginary = h + (size_t)a.N * D;
-        float xt = to_float(shared.rows[(size_t)b * (D + VEC) + c]), omega = a.omega[c], y = 0;
+        float xt = to_float(shared.rows[b * (D + VEC) + c]), omega = a.omega[c], y = 0;
 #pragma unroll 1
         for (int n0 = lane / CHANNELS; n0 < a.N; n0 += MODES * DOWN) {
-            float p[MODES], q_re[MODES], q_im[MODES], g_re[MODES], g_im[MODES], re[MODES], im[MODES];
-#pragma unroll
-            for (int i = 0; i < MODES; i++) {
-                int at = min_int(n0 + i * DOWN, a.N - 1) * D + c; // the last one more than once
-                p[i] = a.coeffs.p[at], q_re[i] = a.coeffs.q_re[at], q_im[i] = a.coeffs.q_im[at];
-                g_re[i] = a.coeffs.g_re[at], g_im[i] = a.coeffs.g_im[at], re[i] = h[at], im[i] = imaginary[at];
-            }
+            if (unit != cema_unit() || n0 >= DOWN) cema_load(&m, a, unit, n0, D);
 #pragma unroll
             for (int i = 0; i < MODES; i++) {
                 int n = n0 + i * DOWN, at = n * D + c;
-                float new_re = q_re[i] * re[i] - q_im[i] * im[i] + p[i] * xt;
-                float new_im = q_re[i] * im[i] + q_im[i] * re[i];
+                float re = m.q_re[i] * m.re[i] - m.q_im[i] * m.im[i] + m.p[i] * xt;
+                float im = m.q_re[i] * m.im[i] + m.q_im[i] * m.re[i];
                 if (n >= a.N) continue;
-                h[at] = new_re, imaginary[at] = new_im;
-                y += g_re[i] * new_re - g_im[i] * new_im;
+                h[at] = re, imaginary[at] = im;
+                y += m.g_re[i] * re - m.g_im[i] * im;
             }
         }
         for (int step = CHANNELS; step < WARP; step *= 2) y += __shfl_xor_sync(~0u, y, step);
@@ -125,7 +112,8 @@ static __device__ void moments_stage(const MomentsUpdate &a, int B, float eps) {
 #pragma unroll 1
     for (int i = blockIdx.x + threadIdx.x / WARP * gridDim.x; i < B * a.norm.groups; i += DECODE_WARPS * gridDim.x) {
         GroupStats s;
-        Moments moments = decode_moments(&s, a.norm, a.x, i, g, eps);
+        float first = decode_first(a.norm, a.x, i, g);
+        Moments moments = decode_moments(&s, a.norm, decode_sums(a.x + (size_t)i * g, g, first), first, i, g, eps);
 #pragma unroll 1
         for (int c = threadIdx.x % WARP; a.out && c < g; c += WARP) {
             int d = i % a.norm.groups * g + c;
@@ -193,25 +181,24 @@ static __device__ void qk_prepare(const Attention &a, float *shared, int pair, i
     }
 }
 
-// q and k of this token, rounded, in the place of gamma. By a warp. See qk.cuh for the formula.
+// q and k of this token, rounded, in the place of gamma. Each warp computes the norm. See qk.cuh for the formula.
 static __device__ void qk_token(float *shared, const floatX *z, int dz, float eps) {
     float squares = 0;
 #pragma unroll 4
-    for (int i = 2 * (threadIdx.x % WARP); i < dz; i += 2 * WARP) {
-        float2 x = load_pair(z + i);
-        squares += x.x * x.x + x.y * x.y;
+    for (int i = threadIdx.x % WARP * QUAD; i < dz; i += WARP * QUAD) {
+        float x[QUAD];
+        load<QUAD>(x, z + i);
+        squares += x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
     }
     squares = warp_sum(squares);
     float s = squares <= LARGE ? 1 / sqrtf(squares / dz + eps) / sqrtf((float)dz) : NAN;
 #pragma unroll 1
-    for (int i = 2 * (threadIdx.x % WARP); i < dz; i += 2 * WARP) {
-        float2 n = load_pair(z + i), turn = *(const float2 *)(shared + 4 * dz + i);
-        n.x *= s, n.y *= s;
-        for (int k = 0; k < 2; k++) {
-            float *gamma = shared + k * dz + i, *beta = gamma + 2 * dz;
-            float2 x = rotate(make_float2(n.x * gamma[0] + beta[0], n.y * gamma[1] + beta[1]), turn, 1);
-            gamma[0] = to_float(to_floatX(x.x)), gamma[1] = to_float(to_floatX(x.y));
-        }
+    for (int i = threadIdx.x; i < dz; i += DECODE_THREADS) { // pairs of q, then those of k
+        int c = i * 2 % dz;
+        float *gamma = shared + 2 * i, *beta = gamma + 2 * dz;
+        float2 n = load_pair(z + c), turn = *(const float2 *)(shared + 4 * dz + c);
+        float2 x = rotate(make_float2(n.x * s * gamma[0] + beta[0], n.y * s * gamma[1] + beta[1]), turn, 1);
+        gamma[0] = to_float(to_floatX(x.x)), gamma[1] = to_float(to_floatX(x.y));
     }
 }
 
@@ -220,7 +207,7 @@ static __device__ float finite_or_nan(float x) { return x + (x - x); }
 
 // Formula: scores (B,H,C): q . k_j. q and the key of this token come from z; that key is added to the cache.
 // Memory: reads Z floats for each key. w: the first vectors of the first head. shared: qk_prepare's, of the first head.
-// Passes, for each head: 1. a warp computes q and this token's key, in shared memory. 2. dot products.
+// Passes, for each head: 1. q and this token's key, in shared memory. 2. dot products.
 static __device__ void scores_stage(const Attention &a, uint4 w[LOADS], const DecodeShared &all, int B, float eps) {
     const KeyShare s = key_share(a);
     int dz = a.Z / a.H, lane = threadIdx.x % WARP, warp_first = s.first - (lane >> a.each_log);
@@ -234,11 +221,11 @@ static __device__ void scores_stage(const Attention &a, uint4 w[LOADS], const De
             __syncthreads();
         }
         // 1.
-        if (threadIdx.x < WARP) qk_token(q, a.z + (size_t)b * a.Z + c, dz, eps);
+        qk_token(q, a.z + (size_t)b * a.Z + c, dz, eps);
         __syncthreads();
         if (threadIdx.x < WARP && blockIdx.x % a.blocks == 0) {
             float own = 0;
-#pragma unroll 1
+#pragma unroll 2
             for (int i = lane; i < dz; i += WARP) {
                 own += q[i] * k[i];
                 a.cache_k[((size_t)b * a.C + last) * a.Z + c + i] = k[i];
@@ -275,11 +262,11 @@ static __device__ int value_column(const Attention &a, int unit) {
 // Its vectors of every `slices`-th key from j on.
 static __device__ void values_load(uint4 w[LOADS], const Attention &a, int unit, int j, int last) {
     int column = value_column(a, unit), b = unit / a.slabs / a.H, slices = DECODE_THREADS >> a.quads_log;
-    const float *values = a.cache_v + (size_t)b * a.C * a.E + column;
+    const float *value = a.cache_v + (size_t)b * a.C * a.E + (size_t)j * a.E + max_int(column, 0);
 #pragma unroll
-    for (int i = 0; i < LOADS; i++, j += slices) {
+    for (int i = 0; i < LOADS; i++, j += slices, value += slices * a.E) {
         w[i] = make_uint4(0, 0, 0, 0);
-        if (j < last && column >= 0) w[i] = __ldcs((const uint4 *)(values + (size_t)j * a.E));
+        if (j < last) w[i] = __ldcs((const uint4 *)value);
     }
 }
 
@@ -386,17 +373,20 @@ typedef struct {
     uint4 w[LOADS];
     Output output;
     NormPairs norm;
+    CemaModes modes;
 } Ahead;
 
 // Loads what no stage since the one before the last writes.
 static __device__ void stage_prepare(Ahead *ahead, const Stage &a, const DecodeShared &shared, int B) {
     const Attention &at = a.attention;
-    if (a.kind == LINEAR_STAGE && a.linear.batches > 0) {
+    if (a.kind == LINEAR_STAGE && (int)blockIdx.x * a.linear.each < a.linear.outputs) {
         linear_load(ahead->w, a.linear, 0, 0);
         ahead->output = output_of(a.linear, 0, 0, threadIdx.x >> a.linear.split_log, B);
     }
     if (a.kind == LINEAR_STAGE) norm_load(&ahead->norm, a.linear.norm, a.linear.K);
-    if (a.cema.ema) cema_prefetch(a.cema, a.linear.K, B);
+    int unit = cema_unit();
+    if (a.cema.ema && unit < B * ceil_div(a.linear.K, CHANNELS))
+        cema_load(&ahead->modes, a.cema, unit, threadIdx.x % WARP / CHANNELS, a.linear.K);
     if (a.kind == SCORES_STAGE) {
         const KeyShare s = key_share(at);
         if (s.pair < B * at.H) {
@@ -415,7 +405,7 @@ static __device__ void stage_run(const Stage &a, Ahead *ahead, const DecodeShare
     if (a.kind == SCORES_STAGE) return scores_stage(a.attention, ahead->w, shared, B, eps);
     if (a.kind == VALUES_STAGE) return values_stage(a.attention, ahead->w, shared);
     if (a.linear.norm.kind != NO_NORM) norm_run(a.linear.norm, ahead->norm, shared, a.linear.inp, B, a.linear.K, eps);
-    if (a.cema.ema) cema_stage(a.cema, a.linear.K, shared, B);
+    if (a.cema.ema) cema_stage(a.cema, ahead->modes, a.linear.K, shared, B);
     linear_stage<ROWS>(a.linear, ahead->w, ahead->output, shared, B);
     if (a.moments.x) moments_stage(a.moments, B, eps);
 }
@@ -611,8 +601,8 @@ static void decode_block(Stage *stages, Model *m, int layer, const State *state)
 static bool decode_fast_supports(const Model *m, const State *state) {
     const Dims d = m->dims;
     return d.L == 1 && d.B <= DECODE_ROWS && state && state->k && m->mode == MEGALODON_INFER && m->cp.cp_size == 1 &&
-           !m->dropout_on && is_megalodon(&m->config) && d.D % VEC == 0 && d.Z % VEC == 0 && d.E % VEC == 0 &&
-           d.F % VEC == 0 && d.Z / d.H % QUAD == 0 && d.E / d.H % QUAD == 0 &&
+           !m->dropout_on && is_megalodon(&m->config) && d.D % STEP_COLUMNS == 0 && d.E % STEP_COLUMNS == 0 &&
+           d.F % STEP_COLUMNS == 0 && d.Z / d.H % QUAD == 0 && d.E / d.H % QUAD == 0 &&
            LAYER_STAGES * m->config.num_layers + 2 <= MAX_STAGES &&
            d.D <= 2 * NORM_PAIRS * DECODE_THREADS &&
            decode_shared_bytes(d.D, d.G, d.B) <= gpu.max_shared - SHARED_DECLARED &&
@@ -637,7 +627,7 @@ static void decode_token(Model *m, State *state) {
 }
 
 static bool decode_logits_supports(const Model *m, int rows) {
-    return rows <= DECODE_ROWS && m->dims.D % VEC == 0 && alignment(rounded(m, m->params.output)) >= 16;
+    return rows <= DECODE_ROWS && m->dims.D % STEP_COLUMNS == 0 && alignment(rounded(m, m->params.output)) >= 16;
 }
 
 // logits (rows,V) in scratch.logits, of the rows from `first` on.

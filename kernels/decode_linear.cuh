@@ -19,7 +19,7 @@ tile the tensor core expects of it:
 - Each thread block computes the norm again, in shared memory: cheaper than one more barrier. Its weight and bias are
   loaded before the barrier, too.
 
-Requires: bfloat16, sm_80, K divisible by 8, weights that begin at multiples of 16 bytes.
+Requires: bfloat16, sm_80, K divisible by 32, weights that begin at multiples of 16 bytes.
 Measured: see dev/notes/kernels.md.
 */
 #pragma once
@@ -75,13 +75,10 @@ static __device__ float2 decode_sums(const floatX *x, int n, float first) {
     return make_float2(warp_sum(sums.x), warp_sum(sums.y));
 }
 
-// Moments of one of the B*groups groups, merged with those of the tokens before. By a warp. Sums are relative to the
-// group's first element, so that a large mean costs no digits. NaN if a sum of squares overflows.
-static __device__ Moments decode_moments(GroupStats *stats, const Norm &norm, const floatX *inp, int i, int g,
+// Moments of group i of B*groups, merged with those of the tokens before, and `stats` of both. sums: decode_sums of the
+// group. NaN if a sum of squares overflows.
+static __device__ Moments decode_moments(GroupStats *stats, const Norm &norm, float2 sums, float first, int i, int g,
                                          float eps) {
-    const floatX *x = inp + (size_t)i * g;
-    float first = norm.kind == RMS_NORM ? 0 : to_float(x[0]);
-    float2 sums = decode_sums(x, g, first);
     float mean = norm.kind == RMS_NORM ? 0 : sums.x / g, m2 = sums.y <= LARGE ? fmaxf(sums.y - sums.x * mean, 0) : NAN;
     Moments all = {(double)first + mean, m2};
     float variance = m2 / g;
@@ -92,6 +89,10 @@ static __device__ Moments decode_moments(GroupStats *stats, const Norm &norm, co
     }
     stats->mean = (float)all.mean, stats->rstd = 1 / sqrtf(variance + eps);
     return all;
+}
+// What a group's sums are relative to, so that a large mean costs no digits: its first element.
+static __device__ float decode_first(const Norm &norm, const floatX *inp, int i, int g) {
+    return norm.kind == RMS_NORM ? 0 : to_float(inp[(size_t)i * g]);
 }
 
 // ----------------------------------------------------------------------------
@@ -112,7 +113,8 @@ typedef struct {
     int K;
     // what linear_plan computes
     int halves; // of a batch: TWO_GROUPS, ..
-    int each, split_log, batches, chunks; // outputs of a thread block; log2(split); batches of a team, chunks of columns
+    int outputs, each, split_log; // of all maps; of a thread block; log2(split)
+    int batches, chunks, apart;   // batches of a team; chunks of columns; columns from a lane's vector to its next one
 } Linears;
 enum { TWO_GROUPS, WITH_GATE, TWO_CHUNKS };
 
@@ -139,20 +141,27 @@ static __device__ void norm_load(NormPairs *pairs, const Norm &norm, int K) {
     }
 }
 
-// The norm of B rows, in shared memory. Passes: 1. a warp computes the moments of every DECODE_WARPS-th group. 2. a thread
-// has NORM_PAIRS pairs of columns.
+// The norm of B rows, in shared memory. Passes: 1. a warp computes the sums of every DECODE_WARPS-th group. 2. a thread
+// computes a group's moments. 3. a thread has NORM_PAIRS pairs of columns.
 static __device__ void norm_run(const Norm &norm, const NormPairs &pairs, const DecodeShared &shared, const floatX *inp,
                                 int B, int K, float eps) {
-    int g = K / norm.groups;
+    int g = K / norm.groups, groups = B * norm.groups;
     // 1.
 #pragma unroll 1
-    for (int i = threadIdx.x / WARP; i < B * norm.groups; i += DECODE_WARPS) {
-        GroupStats own;
-        decode_moments(&own, norm, inp, i, g, eps);
-        if (threadIdx.x % WARP == 0) shared.stats[i] = own;
+    for (int i = threadIdx.x / WARP; i < groups; i += DECODE_WARPS) {
+        float2 sums = decode_sums(inp + (size_t)i * g, g, decode_first(norm, inp, i, g));
+        if (threadIdx.x % WARP == 0) shared.stats[i] = GroupStats{sums.x, sums.y};
     }
     __syncthreads();
     // 2.
+#pragma unroll 1
+    for (int i = threadIdx.x; i < groups; i += DECODE_THREADS) {
+        GroupStats own = shared.stats[i];
+        decode_moments(&own, norm, make_float2(own.mean, own.rstd), decode_first(norm, inp, i, g), i, g, eps);
+        shared.stats[i] = own;
+    }
+    __syncthreads();
+    // 3.
 #pragma unroll 1
     for (int b = 0; b < B; b++) {
         const GroupStats *stats = shared.stats + b * norm.groups;
@@ -172,14 +181,11 @@ static __device__ void norm_run(const Norm &norm, const NormPairs &pairs, const 
     __syncthreads();
 }
 
-// The map of output o of all maps, which becomes the output of that map; NULL: there is none.
+// The map of output o of all maps, which becomes the output of that map.
 static __device__ const Linear *map_of(const Linears &l, int *o) {
-#pragma unroll 1
-    for (int i = 0; i < MAPS; i++) {
-        if (*o < l.of[i].M) return &l.of[i];
-        *o -= l.of[i].M;
-    }
-    return NULL;
+    const Linear *map = l.of;
+    for (; *o >= map->M; map++) *o -= map->M;
+    return map;
 }
 
 // The first output of a group. A team has every `teams`-th group of its thread block.
@@ -188,27 +194,26 @@ static __device__ int group_of(const Linears &l, int batch, int half, int team) 
     return blockIdx.x * l.each + ((group << (DECODE_WARPS_LOG - l.split_log)) + team) * GROUP;
 }
 static __device__ int group_end(const Linears &l) { return (blockIdx.x + 1) * l.each; }
-static __device__ int column_of(const Linears &l, int chunk, int half, int step) {
+// The first column of a lane's vectors in half a batch.
+static __device__ int column_of(const Linears &l, int chunk, int half) {
     int part = threadIdx.x / WARP & ((1 << l.split_log) - 1);
     if (l.halves == TWO_CHUNKS) chunk = 2 * chunk + half;
-    return (((chunk * STEPS + step) << l.split_log) + part) * STEP_COLUMNS + threadIdx.x % 4 * VEC;
+    return ((chunk * STEPS << l.split_log) + part) * STEP_COLUMNS + threadIdx.x % 4 * VEC;
 }
 
-// The weights of a batch, of the columns of a chunk; zeros outside the matrix.
+// The weights of a batch, of the columns of a chunk. Rows that the thread block does not have are those of its last one;
+// vectors outside the matrix are those before.
 static __device__ void linear_load(uint4 w[LOADS], const Linears &l, int batch, int chunk) {
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) w[i] = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int o = group_of(l, batch, half, threadIdx.x / WARP >> l.split_log) + threadIdx.x % WARP / 4;
-        if (o >= group_end(l)) continue;
+        int k = column_of(l, chunk, half);
+        o = min_int(o, min_int(group_end(l), l.outputs) - 1);
         const Linear *map = map_of(l, &o);
-        if (map == NULL) continue;
-        int k = column_of(l, chunk, half, 0), apart = STEP_COLUMNS << l.split_log;
         const floatX *row = (half && l.gate ? l.gate : map->weight) + (size_t)o * l.K + k;
 #pragma unroll
-        for (int step = 0; step < STEPS; step++) {
-            if (k + step * apart < l.K) w[half * STEPS + step] = __ldcs((const uint4 *)(row + step * apart));
+        for (int step = 0; step < STEPS; step++, k += l.apart, row += l.apart) {
+            if (k < l.K) w[half * STEPS + step] = __ldcs((const uint4 *)row);
         }
     }
 }
@@ -226,7 +231,7 @@ static __device__ Output output_of(const Linears &l, int batch, int tile, int i,
     int team = rest & ((1 << teams_log) - 1), half = rest >> teams_log & ((1 << halves_log) - 1);
     int text = rest >> (teams_log + halves_log), b = tile * TILE_ROWS + text;
     int o = group_of(l, batch, half, team) + i % GROUP;
-    const Linear *map = text < TILE_ROWS && b < B && o < group_end(l) ? map_of(l, &o) : NULL;
+    const Linear *map = text < TILE_ROWS && b < B && o < min_int(group_end(l), l.outputs) ? map_of(l, &o) : NULL;
     if (map == NULL) return output;
     size_t at = (size_t)b * map->M + o;
     output.place = ((team << l.split_log) * 2 + half) * PLACES + text * GROUP + i % GROUP;
@@ -249,11 +254,11 @@ static __device__ float split_sum(float x, int split) {
 //   lanes add those of an output, and apply silu, gate, scale and residual.
 template <int ROWS>
 static __device__ void linear_stage(const Linears &l, uint4 w[LOADS], Output output, const DecodeShared &shared, int B) {
-    enum { TILES = (ROWS + TILE_ROWS - 1) / TILE_ROWS, AT_ONCE = ROWS > 8 ? STEPS / 2 : LOADS };
+    enum { TILES = (ROWS + TILE_ROWS - 1) / TILE_ROWS };
     int row = threadIdx.x % WARP / 4, pair = threadIdx.x % 4, warp = threadIdx.x / WARP, split = 1 << l.split_log;
     int stride = l.norm.kind == NO_NORM ? l.K : l.K + VEC;
     const floatX *x = l.norm.kind == NO_NORM ? l.inp : shared.rows;
-    x += (size_t)row * stride;
+    if ((int)blockIdx.x * l.each >= l.outputs) return; // all threads of the block
 #pragma unroll 1
     for (int batch = 0; batch < l.batches; batch++) {
         float c[TILES][2][4] = {};
@@ -263,26 +268,26 @@ static __device__ void linear_stage(const Linears &l, uint4 w[LOADS], Output out
             if (batch + chunk > 0) linear_load(w, l, batch, chunk);
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
-                int b = tile * TILE_ROWS + row;
 #pragma unroll
-                for (int i0 = 0; i0 < LOADS; i0 += AT_ONCE) {
-                    uint4 low[AT_ONCE], high[AT_ONCE]; // of texts b and b + 8
+                for (int half = 0; half < 2; half++) {
+                    int k = column_of(l, chunk, half);
+                    const floatX *next = x + min_int(tile * TILE_ROWS + row, B - 1) * stride + k; // of text b
+                    const floatX *next8 = x + min_int(tile * TILE_ROWS + row + 8, B - 1) * stride + k;
+                    uint4 low[STEPS], high[STEPS] = {};
 #pragma unroll
-                    for (int i = 0; i < AT_ONCE; i++) {
-                        int k = column_of(l, chunk, (i0 + i) / STEPS, (i0 + i) % STEPS);
-                        low[i] = high[i] = make_uint4(0, 0, 0, 0);
-                        if (b < B && k < l.K) low[i] = *(const uint4 *)(x + tile * TILE_ROWS * stride + k);
-                        if (ROWS > 8 && b + 8 < B && k < l.K)
-                            high[i] = *(const uint4 *)(x + (tile * TILE_ROWS + 8) * stride + k);
+                    for (int i = 0; i < STEPS; i++) {
+                        if (k + i * l.apart >= l.K) break;
+                        low[i] = *(const uint4 *)(next + i * l.apart);
+                        if (ROWS > 8) high[i] = *(const uint4 *)(next8 + i * l.apart);
                     }
 #pragma unroll
-                    for (int i = 0; i < AT_ONCE; i++) {
-                        const uint4 v = w[i0 + i];
+                    for (int i = 0; i < STEPS; i++) {
+                        if (k + i * l.apart >= l.K) break;
+                        const uint4 v = w[half * STEPS + i];
                         const uint32_t a[2][4][1] = {{{low[i].x}, {high[i].x}, {low[i].y}, {high[i].y}},
                                                      {{low[i].z}, {high[i].z}, {low[i].w}, {high[i].w}}};
                         const uint32_t weights[2][2][1] = {{{v.x}, {v.y}}, {{v.z}, {v.w}}};
-                        float *sums = c[tile][(i0 + i) / STEPS];
-                        multiply<1, 1>(sums, a[0], weights[0]), multiply<1, 1>(sums, a[1], weights[1]);
+                        multiply<1, 1>(c[tile][half], a[0], weights[0]), multiply<1, 1>(c[tile][half], a[1], weights[1]);
                     }
                 }
             }
@@ -320,16 +325,17 @@ static __device__ void linear_stage(const Linears &l, uint4 w[LOADS], Output out
 
 // Deals the outputs out to thread blocks, and each row's columns to the largest `split` for which they fill a batch.
 static void linear_plan(Linears *l, int blocks) {
-    int outputs = 0;
+    l->outputs = 0;
     for (const Linear &map : l->of) {
         assert(alignment(map.weight) >= 16); // NULL is aligned
-        outputs += map.M;
+        l->outputs += map.M;
     }
-    assert(alignment(l->gate) >= 16);
-    l->split_log = 0, l->each = ceil_div(outputs, blocks);
+    assert(alignment(l->gate) >= 16 && (l->outputs == 0 || l->K % STEP_COLUMNS == 0));
+    l->split_log = 0, l->each = max_int(ceil_div(l->outputs, blocks), 1);
     while (l->split_log < DECODE_WARPS_LOG && (STEPS * STEP_COLUMNS << l->split_log) < l->K) l->split_log++;
     int groups = ceil_div(l->each, GROUP), teams = DECODE_WARPS >> l->split_log;
     l->halves = l->gate ? WITH_GATE : groups > teams ? TWO_GROUPS : TWO_CHUNKS;
     l->batches = ceil_div(groups, l->halves == TWO_GROUPS ? 2 * teams : teams);
     l->chunks = ceil_div(l->K, (l->halves == TWO_CHUNKS ? 2 : 1) * STEPS * STEP_COLUMNS << l->split_log);
+    l->apart = STEP_COLUMNS << l->split_log;
 }
