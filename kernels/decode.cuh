@@ -112,13 +112,14 @@ static __device__ void moments_stage(const MomentsUpdate &a, int B, float eps) {
 #pragma unroll 1
     for (int i = blockIdx.x + threadIdx.x / WARP * gridDim.x; i < B * a.norm.groups; i += DECODE_WARPS * gridDim.x) {
         GroupStats s;
-        float first = decode_first(a.norm, a.x, i, g);
-        Moments moments = decode_moments(&s, a.norm, decode_sums(a.x + (size_t)i * g, g, first), first, i, g, eps);
+        const floatX *x = a.x + (size_t)i * g;
+        float first = decode_first(a.norm, x);
+        Moments moments = decode_moments(&s, a.norm, decode_sums(x, g, first), first, i, g, eps);
 #pragma unroll 1
         for (int c = threadIdx.x % WARP; a.out && c < g; c += WARP) {
             int d = i % a.norm.groups * g + c;
-            float x = (to_float(a.x[(size_t)i * g + c]) - s.mean) * s.rstd;
-            a.out[(size_t)i * g + c] = to_floatX(x * (a.norm.weight[d] + 1) + a.norm.bias[d]);
+            float xt = (to_float(x[c]) - s.mean) * s.rstd;
+            a.out[(size_t)i * g + c] = to_floatX(xt * (a.norm.weight[d] + 1) + a.norm.bias[d]);
         }
         __syncwarp(); // all lanes have read the moments
         if (threadIdx.x % WARP == 0) a.mean[i] = moments.mean, a.m2[i] = moments.m2;
@@ -236,16 +237,26 @@ static __device__ void scores_stage(const Attention &a, uint4 w[LOADS], const De
         // 2.
 #pragma unroll 1
         for (int t = 0; warp_first + (t >> a.per_log) * s.stride < last; t += LOADS) {
+            float sums[LOADS];
             if (pair != s.pair || t > 0) keys_load(w, a, s, pair, t, last);
 #pragma unroll
             for (int i = 0; i < LOADS; i++) {
-                int j = key_of(a, s, t + i), at = key_column(a, t + i);
-                float4 key, query = make_float4(0, 0, 0, 0);
+                int at = min_int(key_column(a, t + i), dz - QUAD); // zeros in w beyond dz
+                float4 key, query = *(const float4 *)(q + at);
                 memcpy(&key, &w[i], sizeof key);
-                if (at < dz) query = *(const float4 *)(q + at);
-                sum += query.x * key.x + query.y * key.y + query.z * key.z + query.w * key.w;
+                sums[i] = query.x * key.x + query.y * key.y + query.z * key.z + query.w * key.w;
+            }
+#pragma unroll
+            for (int step = WARP / 2; step > 0; step /= 2) {
+                if (step >> a.each_log) continue;
+#pragma unroll
+                for (int i = 0; i < LOADS; i++) sums[i] += __shfl_xor_sync(~0u, sums[i], step);
+            }
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) {
+                int j = key_of(a, s, t + i);
+                sum += sums[i];
                 if ((t + i + 1) & ((1 << a.per_log) - 1)) continue; // the key goes on
-                sum = split_sum(sum, 1 << a.each_log);
                 if (j < last && (lane & ((1 << a.each_log) - 1)) == 0) scores[j] = finite_or_nan(sum);
                 sum = 0;
             }

@@ -57,22 +57,16 @@ typedef struct {
 // A warp's sum of x - first and of its square, over n elements.
 static __device__ float2 decode_sums(const floatX *x, int n, float first) {
     float2 sums = {0, 0};
-    if (n % VEC != 0) {
-#pragma unroll 1
-        for (int i = threadIdx.x % WARP; i < n; i += WARP) {
-            float v = to_float(x[i]) - first;
-            sums.x += v, sums.y += v * v;
-        }
-        n = 0;
+#pragma unroll 4
+    for (int i = threadIdx.x % WARP; i < n; i += WARP) {
+        float v = to_float(x[i]) - first;
+        sums.x += v, sums.y += v * v;
     }
-#pragma unroll 2
-    for (int i = threadIdx.x % WARP * VEC; i < n; i += WARP * VEC) {
-        float v[VEC];
-        load<VEC>(v, x + i);
 #pragma unroll
-        for (int u = 0; u < VEC; u++) v[u] -= first, sums.x += v[u], sums.y += v[u] * v[u];
+    for (int step = WARP / 2; step > 0; step /= 2) {
+        sums.x += __shfl_xor_sync(~0u, sums.x, step), sums.y += __shfl_xor_sync(~0u, sums.y, step);
     }
-    return make_float2(warp_sum(sums.x), warp_sum(sums.y));
+    return sums;
 }
 
 // Moments of group i of B*groups, merged with those of the tokens before, and `stats` of both. sums: decode_sums of the
@@ -91,8 +85,8 @@ static __device__ Moments decode_moments(GroupStats *stats, const Norm &norm, fl
     return all;
 }
 // What a group's sums are relative to, so that a large mean costs no digits: its first element.
-static __device__ float decode_first(const Norm &norm, const floatX *inp, int i, int g) {
-    return norm.kind == RMS_NORM ? 0 : to_float(inp[(size_t)i * g]);
+static __device__ float decode_first(const Norm &norm, const floatX *x) {
+    return norm.kind == RMS_NORM ? 0 : to_float(x[0]);
 }
 
 // ----------------------------------------------------------------------------
@@ -141,27 +135,38 @@ static __device__ void norm_load(NormPairs *pairs, const Norm &norm, int K) {
     }
 }
 
-// The norm of B rows, in shared memory. Passes: 1. a warp computes the sums of every DECODE_WARPS-th group. 2. a thread
-// computes a group's moments. 3. a thread has NORM_PAIRS pairs of columns.
+// The norm of B rows, in shared memory. Passes: 1. copy the rows. 2. a warp computes the sums of every DECODE_WARPS-th group.
+// 3. a thread computes a group's moments. 4. a thread has NORM_PAIRS pairs of columns.
 static __device__ void norm_run(const Norm &norm, const NormPairs &pairs, const DecodeShared &shared, const floatX *inp,
                                 int B, int K, float eps) {
-    int g = K / norm.groups, groups = B * norm.groups;
+    int g = K / norm.groups, stride = K + VEC;
     // 1.
-#pragma unroll 1
-    for (int i = threadIdx.x / WARP; i < groups; i += DECODE_WARPS) {
-        float2 sums = decode_sums(inp + (size_t)i * g, g, decode_first(norm, inp, i, g));
-        if (threadIdx.x % WARP == 0) shared.stats[i] = GroupStats{sums.x, sums.y};
+    for (int b = 0; b < B; b++) {
+#pragma unroll
+        for (int i = 0; i < NORM_PAIRS; i++) {
+            int k = norm_column(i);
+            if (k < K) *(Pair *)(shared.rows + b * stride + k) = *(const Pair *)(inp + b * K + k);
+        }
     }
     __syncthreads();
     // 2.
-#pragma unroll 1
-    for (int i = threadIdx.x; i < groups; i += DECODE_THREADS) {
-        GroupStats own = shared.stats[i];
-        decode_moments(&own, norm, make_float2(own.mean, own.rstd), decode_first(norm, inp, i, g), i, g, eps);
-        shared.stats[i] = own;
+#pragma unroll 2
+    for (int i = threadIdx.x / WARP; i < B * norm.groups; i += DECODE_WARPS) {
+        const floatX *x = shared.rows + i / norm.groups * stride + i % norm.groups * g;
+        float2 sums = decode_sums(x, g, decode_first(norm, x));
+        if (threadIdx.x % WARP == 0) shared.stats[i] = GroupStats{sums.x, sums.y};
     }
     __syncthreads();
     // 3.
+#pragma unroll 1
+    for (int i = threadIdx.x; i < B * norm.groups; i += DECODE_THREADS) {
+        GroupStats own = shared.stats[i];
+        float first = decode_first(norm, shared.rows + i / norm.groups * stride + i % norm.groups * g);
+        decode_moments(&own, norm, make_float2(own.mean, own.rstd), first, i, g, eps);
+        shared.stats[i] = own;
+    }
+    __syncthreads();
+    // 4.
 #pragma unroll 1
     for (int b = 0; b < B; b++) {
         const GroupStats *stats = shared.stats + b * norm.groups;
@@ -171,11 +176,11 @@ static __device__ void norm_run(const Norm &norm, const NormPairs &pairs, const 
             int k = norm_column(i);
             if (k >= K) break;
             float x[2];
-            load<2>(x, inp + b * K + k);
+            load<2>(x, shared.rows + b * stride + k);
             if (norm.groups > 1) s = stats[k / g], t = stats[(k + 1) / g];
             x[0] = (x[0] - s.mean) * s.rstd * (pairs.weight[i].x + 1) + pairs.bias[i].x;
             x[1] = (x[1] - t.mean) * t.rstd * (pairs.weight[i].y + 1) + pairs.bias[i].y;
-            store<2>(shared.rows + b * (K + VEC) + k, x);
+            store<2>(shared.rows + b * stride + k, x);
         }
     }
     __syncthreads();
