@@ -5,7 +5,7 @@
     python dev/plot_ablation.py --csv dev/notes/ablation_enwik8.csv --out dev/notes/ablation_enwik8.png
 
 Drawn is what the table has: the validation loss of each variant, a point for each seed; the loss after 100 steps for
-each learning rate. Needs matplotlib.
+each learning rate; the steps until a model copies, a point for each seed. Needs matplotlib.
 """
 
 import argparse
@@ -52,22 +52,38 @@ def main():
     for variant, values in rates.items():
         print(f"| {variant} | " + " | ".join("not finite" if math.isnan(v) else f"{v:.2f}" for _, v in values) + " |")
 
+    copies = found.get(("copy", "steps_to_copy"), {})
+    if copies:
+        chunks = sorted({x for values in copies.values() for x, _ in values}, reverse=True)
+        print("| variant | " + " | ".join(f"chunks of {x:g}: steps, each seed | last loss" for x in chunks) + " |")
+        print("|---" * (2 * len(chunks) + 1) + "|")
+    for variant, values in copies.items():
+        cells = []
+        for chunk in chunks:
+            steps = ["never" if math.isnan(step) else f"{step:.0f}" for x, step in values if x == chunk]
+            last = statistics.mean(loss for x, loss in found[("copy", "last_loss")][variant] if x == chunk)
+            cells += [", ".join(steps), f"{last:.2f}"]
+        print(f"| {variant} | " + " | ".join(cells) + " |")
+    steps = {variant: [step for x, step in values if x == max(chunks)] for variant, values in copies.items()}
+
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [name for name, values in (("text", losses), ("rate", rates)) if values]
+    panels = [name for name, values in (("text", losses), ("rate", rates), ("copy", copies)) if values]
     fig, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.6), dpi=110, squeeze=False)
     for panel, ax in zip(panels, axes[0]):
         ax.grid(alpha=0.3)
-        if panel == "text":
-            for place, values in enumerate(losses.values()):
+        if panel in ("text", "copy"):
+            points = losses if panel == "text" else steps
+            for place, values in enumerate(points.values()):
                 ax.plot(values, [place] * len(values), "o", markersize=5, alpha=0.7)
                 ax.plot(statistics.mean(values), place, "k|", markersize=14)
-            ax.set_yticks(range(len(losses)), list(losses))
+            ax.set_yticks(range(len(points)), list(points))
             ax.invert_yaxis()
-            ax.set_xlabel("validation loss, nats; a point a seed, a line the mean")
+            what = "validation loss, nats" if panel == "text" else "steps until a block in sight is copied"
+            ax.set_xlabel(what + "; a point a seed, a line the mean")
         else:
             for name, values in rates.items():
                 ax.plot(*zip(*values), "o-", markersize=4, linewidth=1, label=name)
