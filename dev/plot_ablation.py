@@ -82,7 +82,7 @@ def main():
                 ax.plot(statistics.mean(values), place, "k|", markersize=14)
             ax.set_yticks(range(len(points)), list(points))
             ax.invert_yaxis()
-            what = "validation loss, nats" if panel == "text" else "steps until a block in sight is copied"
+            what = "validation loss, nats" if panel == "text" else "steps until it copies"
             ax.set_xlabel(what + "; a point a seed, a line the mean")
         else:
             for name, values in rates.items():
