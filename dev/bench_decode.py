@@ -3,9 +3,10 @@
     make train sample
     python3 dev/bench_decode.py --presets demo,enwik8,mega200M --threads 1,2
 
-For each preset ./train writes a model of random initial values. Both programs read four bytes and write --num-tokens more,
-in float32. PyTorch runs dev/megalodon.py token by token, with CEMA's coefficients computed once. Printed are milliseconds
-a token: the median of --rounds rounds, each without the start of the program. Needs PyTorch.
+For each preset, with a vocabulary of 256 bytes, ./train writes a model of random initial values. Both programs read four
+bytes and write --num-tokens more, in float32. PyTorch runs dev/megalodon.py token by token, with CEMA's coefficients
+computed once. Printed are milliseconds a token: the median of --rounds rounds, each without the start of the program.
+Needs PyTorch.
 """
 import argparse
 import os
@@ -69,7 +70,7 @@ def main():
     for preset in args.presets.split(","):
         with tempfile.TemporaryDirectory() as folder:
             model = os.path.join(folder, "model")
-            call("./train", "--preset", preset, "--steps", 0, "--val-every", 0, "--out", model)
+            call("./train", "--preset", preset, "--vocab-size", 256, "--steps", 0, "--val-every", 0, "--out", model)
             config, params = megalodon.read_model(megalodon.model_file(model), torch.float32)
             for threads in map(int, args.threads.split(",")):
                 times = [(ours(model, args.num_tokens, threads), theirs(config, params, args.num_tokens, threads))
