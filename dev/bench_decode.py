@@ -3,9 +3,9 @@
     make train sample
     python3 dev/bench_decode.py --presets demo,enwik8,mega200M --threads 1,2
 
-For each preset, with a vocabulary of 256 bytes, ./train writes a model of random initial values. Both programs read four
-bytes and write --num-tokens more, in float32. PyTorch runs dev/megalodon.py token by token, with CEMA's coefficients
-computed once. Printed are milliseconds a token: the median of --rounds rounds, each without the start of the program.
+For each preset, with a vocabulary of 256 bytes, ./train writes a model of random initial values. Both programs read
+four bytes and write --num-tokens more, in float32. PyTorch runs dev/megalodon.py token by token, with CEMA's
+coefficients computed once. Printed are milliseconds a token: the median of --rounds rounds, each without the start of the program.
 Needs PyTorch.
 """
 import argparse
@@ -25,6 +25,8 @@ PROMPT = "Once"
 
 
 def call(*command):
+    if not os.path.exists(command[0]):
+        sys.exit(f"error: {command[0]}: not found; run make in the repository root, and this script there, too")
     result = subprocess.run([str(word) for word in command], capture_output=True, errors="replace")
     if result.returncode != 0:
         sys.exit(f"error: {' '.join(map(str, command))}: {result.stderr.strip()}")

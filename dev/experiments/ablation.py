@@ -11,9 +11,9 @@ same tensors, the same initial values for a seed, and the same batches.
 text     --preset on dev/data/shakespeare.txt: validation loss, gradient norms, tokens/s, peak memory.
 rate     100 steps of --preset on the same text, for learning rates from 3e-3 to 1e-1, constant after 10 steps of
          warm-up, no clipping: which ones still learn?
-copy     A small model on blocks of 64 random symbols, of 48 kinds, each block followed by its copy: after how many steps
-         does it copy? In chunks of 256 tokens attention sees the first block; in chunks of 32 it cannot, and only CEMA's
-         state and TimestepNorm's moments come from there.
+copy     A small model on blocks of 64 random symbols, of 48 kinds, each block followed by its copy: after how many
+         steps does it copy? In chunks of 256 tokens attention sees the first block. In chunks of 32 it cannot: only
+         CEMA's state and TimestepNorm's moments come from there.
 
 What the CSV file already has is not computed again, so the command can be repeated after an interruption. Only Python's
 standard library is needed.
@@ -26,11 +26,10 @@ import random
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
-from results import load, save
+from results import load, run_program, save
 
 VARIANTS = {
     "Megalodon": [],
@@ -52,11 +51,7 @@ COPIED = 3.2  # nats: chance is ln 48 = 3.87, and half of that if every second b
 
 def call(args, *options):
     """Runs ./train and returns its output."""
-    command = [args.train, "--threads", str(args.threads), *map(str, options)]
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace")  # samples may be any bytes
-    if result.returncode != 0:
-        sys.exit(f"error: {' '.join(command)}: {result.stderr.strip()}")
-    return result.stdout
+    return run_program([args.train, "--threads", args.threads, *options])
 
 
 def read_log(path):

@@ -21,14 +21,12 @@ import argparse
 import math
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from results import load, save
+from results import load, run_program, save
 from megalodon import (State, cema_convolution, linear_forward, megalodon_forward, model_file, output_loss,
                        output_weight, read_model, rope_forward, rope_table)
 from outputs import begins_with, check_output
@@ -92,10 +90,7 @@ def train_run(kind, rate, seed, folder):
                        "--save-every", 0, "--out", folder, "--overwrite"]
         else:
             command = ["./train", "--resume", folder]
-        command = [str(word) for word in command + ["--steps", step, "--threads", 1]]
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if result.returncode != 0:
-            sys.exit(f"error: {' '.join(command)}: {result.stderr.strip()}")
+        run_program(command + ["--steps", step, "--threads", 1])
         found = measure(model_file(folder), tokens, targets)
         rows += [dict(zip(COLUMNS, (kind, f"{rate:g}", seed, step, layer, metric, f"{value:.6g}")))
                  for layer, metric, value in found]

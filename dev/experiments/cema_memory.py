@@ -10,13 +10,12 @@ channel to the CSV file, draws the picture, and prints the table of the page. Ne
 import argparse
 import os
 import re
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from safetensors import safe_open
 
-from results import load, save
+from results import load, run_program, save
 from outputs import begins_with, check_output
 from plot_cema import impulse_response
 
@@ -34,12 +33,12 @@ def train(args, task):
     out = os.path.join(FOLDER, f"{kind}-{seed}-{steps}")
     if os.path.exists(model_file(*task)):
         return
-    command = ["./train", "--threads", "1", "--preset", "demo", "--cema", kind, "--seed", str(seed), "--steps",
-               str(steps), "--val-every", str(steps), "--val-batches", "0", "--sample-every", "0", "--save-every", "0",
-               "--out", out, "--overwrite"]
     os.makedirs(FOLDER, exist_ok=True)
+    printed = run_program(["./train", "--threads", 1, "--preset", "demo", "--cema", kind, "--seed", seed, "--steps",
+                           steps, "--val-every", steps, "--val-batches", 0, "--sample-every", 0, "--save-every", 0,
+                           "--out", out, "--overwrite"])
     with open(out + ".txt", "w") as log:
-        subprocess.run(command, stdout=log, check=True)
+        log.write(printed)
 
 
 def model_file(kind, seed, steps):
@@ -95,7 +94,7 @@ def column(rows, kind, seed, steps, name):
 def print_tables(args, rows):
     """Means over the seeds of what all channels of a model have."""
     seeds = range(1, args.seeds + 1)
-    print("| CEMA | steps | 50 % of the energy, median | 99 %, median | 99 %, largest tenth from | 99 %, largest | "
+    print("| CEMA | steps | 50 % of the energy, median | 99 %, median | 99 %, 90th percentile | 99 %, longest | "
           "low-pass, % | band-pass, % | high-pass, % | validation loss |")
     print("|---" * 10 + "|")
     for kind in KINDS:

@@ -31,11 +31,10 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import time
 
-from results import load, save
+from results import load, run_program, save
 
 FOLDER = "build/context"
 STEP_TOKENS = 524288
@@ -117,21 +116,12 @@ def model_file(run, steps):
 
 # ---------------------------------------------------------------- training
 
-def call(command):
-    """The standard output of a command. Ends the program if it fails."""
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if result.returncode != 0:
-        sys.exit(f"error: {' '.join(command)}: status {result.returncode}\n{result.stdout[-2000:]}"
-                 f"{result.stderr[-2000:]}")
-    return result.stdout
-
-
 def initial_model(args, seed):
     """The model file with spread time constants."""
     run = os.path.join(args.models, f"slow-init-{seed}")
     path = run + ".safetensors"
-    call([args.train, *args.model, "--steps", "0", "--val-every", "0", "--seed", str(seed), "--data", args.data,
-          "--out", run, "--overwrite"])
+    run_program([args.train, *args.model, "--steps", "0", "--val-every", "0", "--seed", str(seed), "--data", args.data,
+                 "--out", run, "--overwrite"])
     shutil.copyfile(model_file(run, 0), path)
     shutil.rmtree(run)
     slow_down(path)
@@ -160,7 +150,7 @@ def train(args, variant, seed):
         command += ["--carry-state"]
     print(f"{variant}, seed {seed}: {' '.join(command)}", flush=True)
     start = time.monotonic()
-    lines = [line for line in call(command).splitlines() if re.match("step +[0-9]+/|done ", line)]
+    lines = [line for line in run_program(command).splitlines() if re.match("step +[0-9]+/|done ", line)]
     print(*("    " + line for line in lines[-4:]), f"    trained in {time.monotonic() - start:.1f} s", sep="\n",
           flush=True)
     return run
@@ -184,7 +174,7 @@ def evaluate(args, variant, seed, run, wanted):
     for reset, every in wanted.items():
         command += [options[reset], ",".join(str(n) for n in every)]
     start = time.monotonic()
-    rows = list(csv.DictReader(call(command).splitlines()))
+    rows = list(csv.DictReader(run_program(command).splitlines()))
     for row in rows:
         row.update(variant=variant, seed=seed, text=os.path.splitext(row["text"])[0])
     print(f"    evaluated in {time.monotonic() - start:.1f} s", flush=True)

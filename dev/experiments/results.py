@@ -1,10 +1,24 @@
-"""The CSV tables of the experiments: read, and written as a whole after every run, so that a run can be interrupted."""
+"""What the experiments share: programs that are run, and CSV tables, which are written as a whole after every run, so
+that a run can be interrupted."""
 import csv
 import os
+import subprocess
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from outputs import check_output
+
+
+def run_program(command):
+    """Runs a program and returns what it prints. If it fails, exits with an error."""
+    command = [str(word) for word in command]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")  # samples may be any bytes
+    except FileNotFoundError:
+        sys.exit(f"error: {command[0]}: not found; run make in the repository root, and this script there, too")
+    if result.returncode != 0:
+        sys.exit(f"error: {' '.join(command)}: {result.stderr.strip()}")
+    return result.stdout
 
 
 def header(path):
