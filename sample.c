@@ -74,6 +74,12 @@ static int text_tokens(const Config *c) {
 
 static volatile sig_atomic_t stop_signal; // number of the signal that asked to stop; 0: none
 static void on_signal(int number) { stop_signal = number; }
+// From here on a signal ends the text. flags: of sigaction(); SA_RESTART: the call that it interrupts goes on, so that no
+// output is lost.
+static void catch_signals(int flags) {
+    const struct sigaction action = {.sa_handler = on_signal, .sa_flags = flags};
+    sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
+}
 
 typedef struct {
     State *state; // of B rows
@@ -360,8 +366,11 @@ static void converse(Model *model, const Config *c, Texts *t, bool first, size_t
         if (typed && on_terminal()) fputs("> ", stdout);
         flush_output();
         errno = 0;
+        catch_signals(0); // a signal interrupts only the wait for a line
         const ssize_t n = getline(&line, &capacity, stdin);
-        if (n < 0 && errno != EINTR) break;
+        const int error = errno;
+        catch_signals(SA_RESTART);
+        if (n < 0 && error != EINTR) break;
         clearerr(stdin);
         if (n < 0) continue;
         // An empty line continues the text where it was stopped.
@@ -612,9 +621,10 @@ int main(int argc, char **argv) {
     int32_t *tokens = score_path ? NULL : prompt_tokens(&text, &config, &count);
     // from here on a signal ends the text, so that its state is written; a second one ends the program at once, unless
     // --interactive waits for another line
-    const struct sigaction action = {.sa_handler = on_signal,
-                                     .sa_flags = interactive ? 0 : (int)(SA_RESETHAND | SA_RESTART)};
-    if (state_out || interactive || colored) sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
+    if (interactive)
+        catch_signals(SA_RESTART);
+    else if (state_out || colored)
+        catch_signals((int)(SA_RESETHAND | SA_RESTART));
     Model *model = megalodon_new(&config, MEGALODON_INFER, num_samples, (int)pass_len / num_samples);
     if (!model) fatal("out of memory for the model");
     checkpoint_load(&file, model, &config);

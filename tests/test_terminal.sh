@@ -26,7 +26,9 @@ while time.time() < deadline:
         pattern, keys = steps[0].split("=")
         if re.search(pattern.encode(), raw[seen:]):
             seen = len(raw)
-            time.sleep(0.3)  # a signal between a prompt and the call that reads the line would be lost
+            # A signal between a prompt and the call that reads the line would be lost. Until then nothing is read, so that
+            # a program which writes a long text waits for the terminal when the signal comes.
+            time.sleep(1)
             os.write(fd, keys.encode().decode("unicode_escape").encode())
             steps.pop(0)
             deadline = time.time() + 60
