@@ -4,7 +4,8 @@
     python3 dev/check_pages.py PAGE.md ...      these pages
 
 A fenced block that begins with ```python is followed by one that begins with ```text: its output. The blocks of a page
-share their variables. Ends with "N passed, N failed", one check for each block. Needs PyTorch.
+share their variables. A block that is followed by another one prints nothing. Ends with "N passed, N failed", one check
+for each block. Needs PyTorch.
 """
 
 import contextlib
@@ -41,10 +42,10 @@ def main():
         for (kind, code, line), (next_kind, output, _) in zip(blocks, blocks[1:] + [("", "", 0)]):
             if kind != "python":
                 continue
-            shown = output.rstrip().split("\n") if next_kind == "text" else ["no output is shown"]
+            shown = {"text": output.rstrip().split("\n"), "python": [""]}.get(next_kind, ["no output is shown"])
             printed = run(code, variables)
             ok = printed == shown
-            print(f"{'ok' if ok else 'FAIL':<4}  {os.path.basename(path)}:{line}: prints the {len(shown)} lines shown")
+            print(f"{'ok' if ok else 'FAIL':<4}  {os.path.basename(path)}:{line}: prints {f'the {len(shown)} lines shown' if any(shown) else 'nothing'}")
             if not ok:
                 print("\n".join([f"      shown    {a}" for a in shown] + [f"      printed  {a}" for a in printed]))
             passed, failed = passed + ok, failed + (not ok)

@@ -69,6 +69,10 @@ check "code that prints what is shown passes" page 'print(f"{2 / 3:.4f}")' 0.666
 check "finds another number" refused page 'print(f"{2 / 3:.4f}")' 0.6666
 check "finds code that ends in an error" refused page 'print(1); print(nothing)' 1
 check "finds code without output" refused python3 dev/check_pages.py "$folder/silent.md"
+printf '# Page\n\n```python\nx = 2\n```\n\nThen:\n\n```python\nprint(x)\n```\n\n```text\n2\n```\n' > "$folder/two.md"
+check "a block that prints nothing may come before another" python3 dev/check_pages.py "$folder/two.md"
+sed 's/x = 2/x = 2; print(x)/' "$folder/two.md" > "$folder/loud.md"
+check "  finds that it prints" refused python3 dev/check_pages.py "$folder/loud.md"
 check "finds a page without code" refused python3 dev/check_pages.py "$folder/empty.md"
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]
