@@ -26,8 +26,8 @@ while time.time() < deadline:
         pattern, keys = steps[0].split("=")
         if re.search(pattern.encode(), raw[seen:]):
             seen = len(raw)
-            # A signal between a prompt and the call that reads the line would be lost. Until then nothing is read, so that
-            # a program which writes a long text waits for the terminal when the signal comes.
+            # A signal between a prompt and the call that reads the line would be lost. In this second nothing is read,
+            # so a program that writes a long text waits for the terminal when the signal comes.
             time.sleep(1)
             os.write(fd, keys.encode().decode("unicode_escape").encode())
             steps.pop(0)
