@@ -74,8 +74,8 @@ static int text_tokens(const Config *c) {
 
 static volatile sig_atomic_t stop_signal; // number of the signal that asked to stop; 0: none
 static void on_signal(int number) { stop_signal = number; }
-// From here on a signal ends the text. flags: those of sigaction(). With SA_RESTART the call that a signal interrupts goes
-// on, so no output is lost.
+// From here on a signal ends the text. flags: those of sigaction(). With SA_RESTART the call that a signal interrupts
+// goes on, so no output is lost.
 static void catch_signals(int flags) {
     const struct sigaction action = {.sa_handler = on_signal, .sa_flags = flags};
     sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
