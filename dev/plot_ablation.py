@@ -5,7 +5,8 @@
     python dev/plot_ablation.py --csv dev/notes/ablation_enwik8.csv --out dev/notes/ablation_enwik8.png
 
 Drawn is what the table has: the validation loss of each variant, a point for each seed; the loss after 100 steps for
-each learning rate; the steps until a model copies, a point for each seed. Needs matplotlib.
+each learning rate; the steps until a model copies, and the loss where it has to count, a point for each seed. Needs
+matplotlib.
 """
 
 import argparse
@@ -66,24 +67,43 @@ def main():
         print(f"| {variant} | " + " | ".join(cells) + " |")
     steps = {variant: [step for x, step in values if x == max(chunks)] for variant, values in copies.items()}
 
+    counts = found.get(("counts", "loss"), {})
+    counts = {variant: [value for _, value in values] for variant, values in counts.items()}
+    best = {name: found[("counts", metric)]["Megalodon"][0][1] for name, metric in
+            (("with all symbols so far", "best_loss"), ("with those of the chunk", "best_loss_of_chunk")) if counts}
+    if counts:
+        print("| variant | loss, mean | each seed |\n|---|---|---|")
+    for variant, values in counts.items():
+        print(f"| {variant} | {statistics.mean(values):.3f} | {', '.join(f'{value:.3f}' for value in values)} |")
+    for name, value in best.items():
+        print(f"| the best possible {name} | {value:.3f} | |")
+
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [name for name, values in (("text", losses), ("rate", rates), ("copy", copies)) if values]
-    fig, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.6), dpi=110, squeeze=False)
-    for panel, ax in zip(panels, axes[0]):
+    points = {"text": losses, "copy": steps, "counts": counts}  # of panels with a point a seed
+    labels = {"text": "validation loss, nats", "copy": "steps until it copies",
+              "counts": "loss where it has to count, nats"}
+    panels = [name for name in ("text", "rate", "copy", "counts") if (rates if name == "rate" else points[name])]
+    columns = min(len(panels), 2)
+    size = -(-len(panels) // columns), columns
+    fig, axes = plt.subplots(*size, figsize=(5.5 * size[1], 3.6 * size[0]), dpi=110, squeeze=False)
+    for ax in axes.flat[len(panels):]:
+        ax.axis("off")
+    for panel, ax in zip(panels, axes.flat):
         ax.grid(alpha=0.3)
-        if panel in ("text", "copy"):
-            points = losses if panel == "text" else steps
-            for place, values in enumerate(points.values()):
+        if panel != "rate":
+            for place, values in enumerate(points[panel].values()):
                 ax.plot(values, [place] * len(values), "o", markersize=5, alpha=0.7)
                 ax.plot(statistics.mean(values), place, "k|", markersize=14)
-            ax.set_yticks(range(len(points)), list(points))
+            ax.set_yticks(range(len(points[panel])), list(points[panel]))
             ax.invert_yaxis()
-            what = "validation loss, nats" if panel == "text" else "steps until it copies"
-            ax.set_xlabel(what + "; a point a seed, a line the mean")
+            ax.set_xlabel(labels[panel] + "; a point a seed, a line the mean")
+            for place, (name, value) in enumerate(best.items() if panel == "counts" else ()):
+                ax.axvline(value, color="gray", linestyle=("--", ":")[place], label="best " + name)
+                ax.legend(fontsize=7)
         else:
             for name, values in rates.items():
                 ax.plot(*zip(*values), "o-", markersize=4, linewidth=1, label=name)

@@ -14,6 +14,10 @@ rate     100 steps of --preset on the same text, for learning rates from 3e-3 to
 copy     A small model on blocks of 64 random symbols, of 48 kinds, each block followed by its copy: after how many
          steps does it copy? In chunks of 256 tokens attention sees the first block. In chunks of 32 it cannot: only
          CEMA's state and TimestepNorm's moments come from there.
+counts   The same model in chunks of 32 on documents of 1,024 symbols, each symbol drawn at random with probabilities
+         that are the document's own. Who counts the symbols predicts best, and the more of them the better, so the loss
+         tells what is remembered from earlier chunks. The best possible loss is computed, too, with all symbols so far
+         and with those of the current chunk only.
 
 What the CSV file already has is not computed again, so the command can be repeated after an interruption. Only Python's
 standard library is needed.
@@ -41,11 +45,15 @@ VARIANTS = {
     "all replaced": ["--cema", "none", "--timestep-norm", "layer", "--attention", "standard", "--two-hop", "off"],
 }
 COLUMNS = ["experiment", "variant", "seed", "x", "metric", "value"]
-RATES = [3e-3, 1e-2, 3e-2, 1e-1]
+RATES = [3e-3, 1e-2, 3e-2, 1e-1, 0.3, 1, 3]
 BLOCK, SYMBOLS, COPIES = 64, 48, 20000  # tokens of a block, kinds of symbols, blocks
 CHUNKS = [256, 32]                      # of copy: with the first block in sight, and without
-COPY = ["--num-layers", 2, "--model-dim", 64, "--z-dim", 32, "--value-dim", 64, "--ffn-hidden-dim", 128,
-        "--norm-num-groups", 8, "--batch-size", 16, "--seq-len", 256, "--steps", 700, "--lr", 3e-3, "--warmup", 50]
+SMALL = ["--num-layers", 2, "--model-dim", 64, "--z-dim", 32, "--value-dim", 64, "--ffn-hidden-dim", 128,
+         "--norm-num-groups", 8, "--lr", 3e-3, "--warmup", 50]
+COPY = [*SMALL, "--batch-size", 16, "--seq-len", 256, "--steps", 700]
+KINDS, CONCENTRATION, LENGTH = 16, 0.5, 1023  # of counts: kinds of symbols, Dirichlet parameter, symbols of a document
+DOCUMENTS, TESTED, CHUNK = 3000, 32, 32       # documents for training and for the loss, tokens of a chunk
+COUNTS = ["--chunk-size", CHUNK, "--batch-size", 4, "--seq-len", LENGTH + 1, "--steps", 600]
 COPIED = 3.2  # nats: chance is ln 48 = 3.87, and half of that if every second block is known
 
 
@@ -114,9 +122,52 @@ def copy_run(args, variant, seed, folder):
     return found
 
 
+# ---------------------------------------------------------------- counts
+
+def documents(generator, count):
+    """Documents of LENGTH symbols, each with its own probabilities, from a Dirichlet distribution."""
+    for _ in range(count):
+        weights = [generator.gammavariate(CONCENTRATION, 1) for _ in range(KINDS)]
+        yield bytes(generator.choices(range(ord("A"), ord("A") + KINDS), weights, k=LENGTH))
+
+
+def best_loss(texts, window):
+    """The mean loss of the second half of the documents for who knows how they are made and counts the symbols since
+    the start of a chunk of `window` tokens. The first token of a document is a newline."""
+    losses = []
+    for text in texts:
+        counts = dict.fromkeys(range(ord("A"), ord("A") + KINDS), 0)
+        for i, symbol in enumerate(text):
+            seen = sum(counts.values())
+            if i >= LENGTH // 2:
+                losses.append(-math.log((counts[symbol] + CONCENTRATION) / (seen + KINDS * CONCENTRATION)))
+            if (i + 1) % window == 0:  # this symbol is the first token of a chunk: the newline comes before all
+                counts = dict.fromkeys(counts, 0)
+            counts[symbol] += 1
+    return statistics.mean(losses)
+
+
+def counts_run(args, variant, seed, folder):
+    generator, data, model = random.Random(1), os.path.join(folder, "data"), os.path.join(folder, "run")
+    tested = list(documents(generator, TESTED))
+    with open(data, "wb") as f:
+        f.write(b"".join(b"\n" + text for text in documents(generator, DOCUMENTS)))
+    call(args, "--data", data, "--eot", ord("\n"), *SMALL, *COUNTS, *VARIANTS[variant], "--seed", seed, "--val-every",
+         0, "--sample-every", 0, "--save-every", 0, "--out", model)
+    program = os.path.join(os.path.dirname(args.train), "sample")
+    losses, path = [], os.path.join(folder, "text")
+    for text in tested:
+        with open(path, "wb") as f:
+            f.write(text)
+        out = run_program([program, "--model", model, "--threads", args.threads, "--bos", ord("\n"), "--score", path])
+        losses.append(math.log(2) * float(re.search(r"512 \.\. 1023 +512 +([\d.]+)", out)[1]))
+    return [(0, "loss", statistics.mean(losses)), (0, "best_loss", best_loss(tested, LENGTH)),
+            (0, "best_loss_of_chunk", best_loss(tested, CHUNK))]
+
+
 # ---------------------------------------------------------------- all
 
-EXPERIMENTS = {"text": text_run, "rate": rate_run, "copy": copy_run}
+EXPERIMENTS = {"text": text_run, "rate": rate_run, "copy": copy_run, "counts": counts_run}
 
 
 def main():
