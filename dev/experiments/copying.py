@@ -39,7 +39,7 @@ MODELS = {
     "both": ["--two-hop", "off", "--attention", "standard"],
     "Llama": None,
 }
-RATES = [1e-3, 3e-3, 1e-2, 3e-2]
+RATES = {1e-3: 1, 3e-3: 3, 1e-2: 3, 3e-2: 1}  # rate: number of seeds
 ROWS, LENGTH, STEPS, WARMUP, MEAN = 16, 256, 600, 50, 20
 LLAMA = 256, 64, 2, 2, 176  # vocabulary, width, layers, heads, width of the FFN
 COLUMNS = ["model", "rate", "seed", "steps"]
@@ -121,7 +121,6 @@ def steps_to_copy(args, model, rate, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help="(default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--train", default="./train", help="(default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread (default: %(default)s)")
     parser.add_argument("--csv", default="dev/notes/copying.csv", help="(default: %(default)s)")
@@ -131,7 +130,7 @@ def main():
             parser.error(f"--models {word}: it is one of {', '.join(MODELS)}")
     rows = load(args.csv, COLUMNS)
     have = {(row["model"], row["rate"], row["seed"]) for row in rows}
-    wanted = [(model, rate, seed) for seed in range(1, args.seeds + 1) for rate in RATES
+    wanted = [(model, rate, seed) for rate, seeds in RATES.items() for seed in range(1, seeds + 1)
               for model in args.models.split(",") if (model, f"{rate:g}", str(seed)) not in have]
     with ThreadPoolExecutor(args.jobs) as pool:
         for (model, rate, seed), steps in zip(wanted, pool.map(lambda task: steps_to_copy(args, *task), wanted)):
