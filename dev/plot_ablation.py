@@ -107,6 +107,8 @@ def main():
         else:
             for name, values in rates.items():
                 ax.plot(*zip(*values), "o-", markersize=4, linewidth=1, label=name)
+            least = min(value for values in rates.values() for _, value in values)
+            ax.set_ylim(0.97 * least, 1.6 * least)  # a model that is lost is above
             ax.set_xscale("log")
             ax.set_xlabel("learning rate")
             ax.set_ylabel("loss of steps 91 to 100, nats")

@@ -1,6 +1,6 @@
 """The experiment of dev/notes/ablation.md: Megalodon with parts replaced.
 
-    python3 dev/experiments/ablation.py                     small models: about an hour on two cores
+    python3 dev/experiments/ablation.py                     small models: an hour and a half on two cores
     python3 dev/experiments/ablation.py --only text --train ./train_cuda --preset enwik8 --batch 16x512 \\
         --steps 600 --csv dev/notes/ablation_enwik8.csv     a larger one, on a GPU
     python3 dev/plot_ablation.py                            the picture, and the tables of the page
@@ -9,7 +9,7 @@ Variants are Megalodon, Megalodon with one part replaced, and with all parts rep
 same tensors, the same initial values for a seed, and the same batches.
 
 text     --preset on dev/data/shakespeare.txt: validation loss, gradient norms, tokens/s, peak memory.
-rate     100 steps of --preset on the same text, for learning rates from 3e-3 to 1e-1, constant after 10 steps of
+rate     100 steps of --preset on the same text, for learning rates from 3e-3 to 3, constant after 10 steps of
          warm-up, no clipping: which ones still learn?
 copy     A small model on blocks of 64 random symbols, of 48 kinds, each block followed by its copy: after how many
          steps does it copy? In chunks of 256 tokens attention sees the first block. In chunks of 32 it cannot: only
