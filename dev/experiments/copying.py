@@ -1,7 +1,7 @@
 """The experiment of dev/notes/copying.md: when does a model begin to copy, and which part of Megalodon delays it?
 
     make train
-    pip install -r dev/requirements-torch.txt numpy matplotlib
+    pip install "torch>=2.4" numpy matplotlib
     python dev/experiments/copying.py           about half an hour on two cores
     python dev/plot_copying.py                  the picture, and the table of the page
 
